@@ -1,0 +1,1 @@
+"""Train GANs over data that must not move."""

@@ -1,0 +1,118 @@
+"""Checkpoints: written in one piece or not at all, read without executing code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from fedgan_lightning.errors import CheckpointError, message
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Saves beside the target and renames, on the same disk; loads with ``weights_only=True`` always."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write the checkpoint; a process killed at any instant leaves the old file or the new one."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        with partial.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+        for stale in target.parent.glob(f".{target.name}.*.partial"):
+            stale.unlink(missing_ok=True)  # left by a process that was killed
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True) -> Any:
+        """Read a checkpoint.
+
+        Raises:
+            CheckpointError: If it is missing, damaged, or holds anything but tensors and plain values.
+        """
+        return read_checkpoint(path, map_location=map_location)
+
+
+def read_checkpoint(path: str | Path, *, map_location: Any = "cpu") -> Any:
+    """Return the contents of a checkpoint file, executing nothing in it; errors as :class:`AtomicCheckpointIO`."""
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            message(
+                "a checkpoint holds tensors and plain values only",
+                received=f"{path} with something else ({str(error).splitlines()[0]})",
+                fix="use a checkpoint that this program wrote, from a source you trust",
+            )
+        ) from error
+    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            message(
+                "a checkpoint can be read",
+                received=f"{path} ({type(error).__name__}: {str(error).splitlines()[0]})",
+                fix="check the path, or resume from another checkpoint: the file is missing or damaged",
+            )
+        ) from error
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps ``checkpoints/last.ckpt``, to resume from with ``--ckpt_path last``.
+
+    Args:
+        every_n_rounds: Rounds between saves. However a run ends, short of being killed, its last state is saved.
+    """
+
+    def __init__(self, *, every_n_rounds: int = 1) -> None:
+        super().__init__(
+            filename="last",
+            save_top_k=1,
+            every_n_epochs=every_n_rounds,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+            auto_insert_metric_name=False,
+        )
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.dirpath = self.dirpath or str(Path(trainer.default_root_dir) / "checkpoints")
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if self._last_global_step_saved != trainer.global_step and trainer.global_step > 0:
+            trainer.save_checkpoint(Path(self.dirpath or ".") / "last.ckpt")
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps ``checkpoints/best.ckpt``: generators degrade late in training.
+
+    Args:
+        monitor: Metric to watch; ``None`` keeps no best checkpoint.
+        mode: Whether lower (``min``) or higher (``max``) is better.
+    """
+
+    def __init__(self, *, monitor: str | None = "fid", mode: Literal["min", "max"] = "min") -> None:
+        super().__init__(
+            monitor=monitor,
+            mode=mode,
+            filename="best",
+            save_top_k=1 if monitor else 0,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+            auto_insert_metric_name=False,
+        )
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.dirpath = self.dirpath or str(Path(trainer.default_root_dir) / "checkpoints")
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:  # the metric is fresh
+            super().on_train_epoch_end(trainer, pl_module)

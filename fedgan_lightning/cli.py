@@ -1,0 +1,229 @@
+"""The command line: a LightningCLI whose ``fit`` runs a federation.
+
+Groups: ``model`` (any LightningModule), ``data``, ``federation``, ``server``, ``evaluation``, ``pictures``, ``checkpoint``,
+``best`` and Lightning's own ``trainer``.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning as L
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+# Imported for their names: what is imported here can be written without its module path in a configuration.
+from fedgan_lightning.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, read_checkpoint
+from fedgan_lightning.data import partition, sources
+from fedgan_lightning.data.datamodule import FederatedDataModule
+from fedgan_lightning.errors import CheckpointError, ConfigurationError, message
+from fedgan_lightning.evaluation import features, metrics
+from fedgan_lightning.evaluation.callback import Evaluation
+from fedgan_lightning.federation import aggregation, executors, sampling
+from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
+from fedgan_lightning.federation.server import ServerModule
+from fedgan_lightning.gan import networks, objectives, penalties, priors
+from fedgan_lightning.gan.module import GAN
+from fedgan_lightning.recorder import RunRecorder, check_run_directory
+from fedgan_lightning.visuals import pictures
+from fedgan_lightning.visuals.progress import RoundProgressBar
+from fedgan_lightning.visuals.samples import SamplePictures
+from fedgan_lightning.visuals.tensorboard import TensorBoardLayout
+
+SHORT_NAMES = (
+    GAN,
+    aggregation,
+    executors,
+    features,
+    metrics,
+    networks,
+    objectives,
+    partition,
+    penalties,
+    priors,
+    sampling,
+    sources,
+)
+#: Settings that a resumed run may change.
+MAY_CHANGE = ("rounds",)
+
+
+class OneLineParser(LightningArgumentParser):
+    """Reports a bad argument in one line and without the usage text."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise instead of printing the usage and leaving."""
+        lines = [line.strip(" -") for line in str(message).splitlines() if line.strip(" -")]
+        raise ConfigurationError(f"{' | '.join(lines)} Fix: see --help, or --print_config for all settings.") from ex
+
+
+class FederatedTrainer(L.Trainer):
+    """Lightning's Trainer with the one command that is not training: who holds what."""
+
+    def partition(self, model: L.LightningModule, datamodule: FederatedDataModule) -> None:
+        """Show who holds what before any training: a table, and partition.png in the run directory."""
+        datamodule.prepare_data()
+        datamodule.setup()
+        counts = datamodule.label_counts()
+        names = [str(name)[:12] for name in datamodule.class_names] or ["samples"]
+        print("client  total  " + "  ".join(f"{name:>6}" for name in names))
+        for client_id, row in enumerate(counts):
+            print(f"{client_id:>6}  {row.sum():>5}  " + "  ".join(f"{count:>6}" for count in row))
+        path = Path(self.default_root_dir) / "partition.png"
+        if not path.exists():
+            pictures.save(pictures.partition(counts, class_names=datamodule.class_names), path)
+            print(f"wrote {path}")
+
+
+class FederatedCLI(LightningCLI):
+    """Builds everything from the settings, and hands the model to the server."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+            "validate": {"model", "dataloaders", "datamodule", "weights_only"},
+            "test": {"model", "dataloaders", "datamodule", "weights_only"},
+            "predict": {"model", "dataloaders", "datamodule", "return_predictions", "weights_only"},
+            "partition": {"model", "datamodule"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run_dir", type=str, default="runs/run", help="Directory of the run.")
+        parser.add_lightning_class_args(FederatedOrchestrator, "federation")
+        parser.add_class_arguments(ServerModule, "server", skip={"model"}, instantiate=False)
+        parser.add_lightning_class_args(Evaluation, "evaluation")
+        parser.add_lightning_class_args(SamplePictures, "pictures")
+        parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(BestCheckpoint, "best")
+        parser.link_arguments("run_dir", "trainer.default_root_dir")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "federation.seed", compute_fn=int)
+        parser.link_arguments("federation.rounds", "trainer.max_steps")
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: the settings of a run are in its config.yaml, and no checkpoint overrides them."""
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse an occupied run directory before anything is read or built."""
+        settings = self.config[self.subcommand]
+        if self.subcommand == "fit":
+            settings.ckpt_path = resolve_checkpoint(settings.ckpt_path, settings.run_dir)
+            check_run_directory(settings.run_dir, resuming=settings.ckpt_path is not None)
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        server = self._get(self.config_init, "server")
+        self.model = ServerModule(self.model, optimizer=server.optimizer, scheduler=server.scheduler)
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        settings = self.config[self.subcommand]
+        config = self._get(self.config_init, "trainer")
+        run_dir, plain = settings.run_dir, self._plain_settings()
+        resuming = self.subcommand == "fit" and settings.ckpt_path is not None
+        orchestrator = self._get(self.config_init, "federation")
+        orchestrator.settings = {
+            group: {name: value for name, value in plain[group].items() if name not in MAY_CHANGE}
+            for group in ("model", "data", "federation", "server")
+        }
+        layout = TensorBoardLayout()
+        layout.hyperparameters = dict(flatten({name: plain[name] for name in ("model", "data", "federation", "server")}))
+        text = self._parser(self.subcommand).dump(settings, skip_none=False, skip_link_targets=True)
+        recorder = RunRecorder(config=without_command(text), seed=int(settings.seed_everything), resuming=resuming)
+        callbacks = [*(config.get("callbacks") or []), layout, recorder, RoundProgressBar()]
+        plugins = [*(config.get("plugins") or []), AtomicCheckpointIO()]
+        logger = config.get("logger")
+        if logger in (None, True):
+            purge = read_checkpoint(settings.ckpt_path)["global_step"] + 1 if resuming else None
+            logger = TensorBoardLogger(run_dir, name="", version="", default_hp_metric=False, purge_step=purge)
+        return super().instantiate_trainer(
+            **kwargs, callbacks=callbacks, plugins=plugins, logger=False if self.subcommand != "fit" else logger
+        )
+
+    def _plain_settings(self) -> dict[str, Any]:
+        """Return the settings as plain values."""
+        text = self._parser(self.subcommand).dump(
+            self.config[self.subcommand], skip_none=False, skip_link_targets=False, format="json"
+        )
+        plain: dict[str, Any] = json.loads(text)
+        return plain
+
+    def after_fit(self) -> None:
+        """Leave with the customary code where a signal ended the run."""
+        number = self._get(self.config_init, "federation").stop_signal
+        if number is not None:
+            rounds = self.trainer.global_step
+            print(
+                f"stopped by {signal.Signals(number).name} after {rounds} complete rounds; "
+                f"continue with: --ckpt_path last --run_dir {self.trainer.default_root_dir}"
+            )
+            raise SystemExit(128 + number)
+
+
+def resolve_checkpoint(ckpt_path: str | None, run_dir: str) -> str | None:
+    """Return the checkpoint to resume from; ``last`` is the run directory's own, or ``None`` where it has none yet.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, or no checkpoint of this program.
+    """
+    if ckpt_path is None:
+        return None
+    if ckpt_path in ("last", "best"):
+        path = Path(run_dir) / "checkpoints" / f"{ckpt_path}.ckpt"
+        if ckpt_path == "last" and not path.exists() and not (Path(run_dir) / "checkpoints").exists():
+            return None  # killed before its first round was complete: begin again
+        ckpt_path = str(path)
+    contents = read_checkpoint(ckpt_path)
+    if not isinstance(contents, dict) or "FederatedOrchestrator" not in contents.get("callbacks", {}):
+        raise CheckpointError(
+            message(
+                "a federation resumes from a checkpoint of a federation",
+                received=f"{ckpt_path} without an orchestrator's state",
+                fix="use checkpoints/last.ckpt of the run",
+            )
+        )
+    return ckpt_path
+
+
+def without_command(text: str) -> str:
+    """Drop what belongs to one command and not to the run: the checkpoint it resumed from."""
+    return "\n".join(line for line in text.splitlines() if not line.startswith("ckpt_path:")) + "\n"
+
+
+def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as ``{"a.b": value}``; class paths by their last part, lists as text."""
+    if isinstance(settings, dict):
+        found: dict[str, Any] = {}
+        for name, value in settings.items():
+            if name == "class_path":
+                found[prefix.rstrip(".") or name] = str(value).rsplit(".", 1)[-1]
+            else:
+                found |= flatten(value, prefix if name == "init_args" else f"{prefix}{name}.")
+        return found
+    return {prefix.rstrip("."): settings if isinstance(settings, (int, float, str, bool)) else str(settings)}
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    FederatedCLI(
+        model_class=L.LightningModule,
+        datamodule_class=FederatedDataModule,
+        subclass_mode_model=True,
+        trainer_class=FederatedTrainer,
+        trainer_defaults={
+            "max_epochs": -1,
+            "num_sanity_val_steps": 0,
+            "check_val_every_n_epoch": 10,
+            "log_every_n_steps": 1,
+            "enable_model_summary": False,
+        },
+        save_config_callback=None,
+        seed_everything_default=0,
+        parser_class=OneLineParser,
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        args=arguments,
+    )

@@ -1,0 +1,216 @@
+"""The federated data module: a source, a partition, and the minibatches of every client.
+
+For the Trainer of the server it yields one item per epoch, because an epoch is a round. For controls it hands out plain
+Lightning data modules: :meth:`FederatedDataModule.pooled` (centralised) and :meth:`FederatedDataModule.client`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedgan_lightning.data.partition import IID, Partition
+from fedgan_lightning.data.samples import BatchStream, ClientSamples, Samples, Shift, check_batch_size
+from fedgan_lightning.data.sources import Source
+from fedgan_lightning.errors import ConfigurationError, DataError, message
+from fedgan_lightning.seeding import derive_seed
+
+
+class RoundTick:
+    """A loader of one item: the tick of a round."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[int]:
+        return iter((0,))
+
+
+class FederatedDataModule(L.LightningDataModule):
+    """Real data, divided among clients that never show it to each other.
+
+    Args:
+        source: Where the samples come from.
+        partition: Who holds what; default IID.
+        num_clients: Number of clients.
+        batch_size: Samples per local minibatch.
+        max_samples: Keep only so many training samples, drawn with the seed; ``None`` keeps all.
+        seed: Root seed of partition and minibatch order.
+
+    Attributes:
+        sample_shape: Shape of one sample, known before ``setup``.
+        num_classes: Number of classes, known before ``setup``.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        partition: Partition | None = None,
+        num_clients: int = 10,
+        batch_size: int = 64,
+        max_samples: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if num_clients < 1 or batch_size < 1:
+            raise ConfigurationError(
+                message(
+                    "data.num_clients and data.batch_size are at least 1",
+                    received=f"{num_clients} and {batch_size}",
+                    fix="raise them",
+                )
+            )
+        self.source, self.partition = source, partition if partition is not None else IID()
+        self._num_clients, self.batch_size, self.max_samples, self.seed = num_clients, batch_size, max_samples, seed
+        self.sample_shape, self.num_classes = source.sample_shape, source.num_classes
+        self.class_names = source.class_names
+
+    # ------------------------------------------------------------------ Lightning
+
+    def prepare_data(self) -> None:
+        self.source.prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the training split, divide it, and refuse a division that cannot be trained on."""
+        for client_id in range(self.num_clients):
+            check_batch_size(self.num_examples(client_id), batch_size=self.batch_size, client_id=client_id)
+
+    def train_dataloader(self) -> RoundTick:
+        return RoundTick()
+
+    def val_dataloader(self) -> RoundTick:
+        return RoundTick()
+
+    def test_dataloader(self) -> RoundTick:
+        return RoundTick()
+
+    def predict_dataloader(self) -> RoundTick:
+        return RoundTick()
+
+    # ------------------------------------------------------------------ the federation's view
+
+    @property
+    def num_clients(self) -> int:
+        """Number of clients."""
+        return self._num_clients
+
+    @cached_property
+    def train_samples(self) -> Samples:
+        """The training split of the source, all clients together."""
+        samples = self.source.load("train")
+        if tuple(samples.x.shape[1:]) != self.sample_shape:
+            raise DataError(
+                message(
+                    f"the source promises samples of shape {list(self.sample_shape)}",
+                    received=list(samples.x.shape[1:]),
+                    fix="set the source's image_size and channels to the data's",
+                )
+            )
+        if self.max_samples is None or self.max_samples >= len(samples):
+            return samples
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "subset"))
+        kept = torch.randperm(len(samples), generator=generator)[: self.max_samples].sort().values
+        return Samples(
+            x=samples.x[kept],
+            y=None if samples.y is None else samples.y[kept],
+            columns={name: column[kept.numpy()] for name, column in samples.columns.items()},
+        )
+
+    @cached_property
+    def test_samples(self) -> Samples:
+        """The test split of the source, which no client holds."""
+        return self.source.load("test")
+
+    @cached_property
+    def indices(self) -> list[np.ndarray]:
+        """The positions in ``train_samples`` that each client holds."""
+        return list(self.partition.split(self.train_samples, num_clients=self.num_clients, seed=self.seed))
+
+    @cached_property
+    def shifts(self) -> list[Shift | None]:
+        """The feature shift of each client."""
+        return self.partition.shifts(num_clients=self.num_clients, seed=self.seed)
+
+    def num_examples(self, client_id: int) -> int:
+        """Return N_k."""
+        return len(self.indices[client_id])
+
+    def steps_per_epoch(self, client_id: int) -> int:
+        """Return the full minibatches in one pass over the client's data."""
+        return self.num_examples(client_id) // self.batch_size
+
+    def client_samples(self, client_id: int) -> ClientSamples:
+        """Return the client's samples, as a view."""
+        indices = torch.from_numpy(self.indices[client_id])
+        return ClientSamples(samples=self.train_samples, indices=indices, shift=self.shifts[client_id])
+
+    def client_batches(self, client_id: int, *, first_step: int, num_steps: int) -> BatchStream:
+        """Return minibatches ``first_step, ..., first_step + num_steps - 1`` of the client's stream."""
+        return BatchStream(
+            self.client_samples(client_id),
+            batch_size=self.batch_size,
+            seed=self.seed,
+            stream=client_id,
+            first_step=first_step,
+            num_steps=num_steps,
+        )
+
+    def label_counts(self) -> np.ndarray:
+        """Return (clients, classes) label counts; (clients, 1) sizes without labels."""
+        labels = self.train_samples.y
+        if labels is None:
+            return np.array([[len(indices)] for indices in self.indices])
+        width = max(self.num_classes, int(labels.max()) + 1)
+        return np.stack([np.bincount(labels.numpy()[indices], minlength=width) for indices in self.indices])
+
+    def fingerprint(self) -> str:
+        """Return a hash of who holds what, and of the minibatch stream: a resumed run must have the same."""
+        digest = hashlib.sha256(f"{self.batch_size} {self.seed} {self.shifts}".encode())
+        for indices in self.indices:
+            digest.update(len(indices).to_bytes(8, "little") + np.ascontiguousarray(indices).tobytes())
+        return digest.hexdigest()[:16]
+
+    def labels_like_union(self, num_samples: int, *, generator: torch.Generator) -> Tensor | None:
+        """Return labels drawn from the union of all clients' labels; ``None`` without labels."""
+        labels = self.train_samples.y
+        if labels is None:
+            return None
+        held = labels[torch.from_numpy(np.concatenate(self.indices))]
+        return held[torch.randint(len(held), (num_samples,), generator=generator)]
+
+    # ------------------------------------------------------------------ controls
+
+    def pooled(self, *, num_steps: int) -> PlainDataModule:
+        """Return all clients' data as one plain data module, for a centralised control of ``num_steps`` minibatches."""
+        if any(shift is not None for shift in self.shifts):  # as the clients see it
+            parts = [view.take(torch.arange(len(view))) for view in map(self.client_samples, range(self.num_clients))]
+            union = Samples(x=torch.cat([x for x, _ in parts]), y=torch.cat([y for _, y in parts]))
+            everything = ClientSamples(samples=union, indices=torch.arange(len(union)))
+        else:
+            indices = torch.from_numpy(np.sort(np.concatenate(self.indices)))
+            everything = ClientSamples(samples=self.train_samples, indices=indices)
+        return PlainDataModule(everything, batch_size=self.batch_size, seed=self.seed, stream=0, num_steps=num_steps)
+
+    def client(self, client_id: int, *, num_steps: int) -> PlainDataModule:
+        """Return one client's data as a plain data module, for a local-only control of ``num_steps`` minibatches."""
+        data = self.client_samples(client_id)
+        return PlainDataModule(data, batch_size=self.batch_size, seed=self.seed, stream=client_id, num_steps=num_steps)
+
+
+class PlainDataModule(L.LightningDataModule):
+    """A data module for a plain Trainer: ``num_steps`` minibatches as one epoch. Arguments as :class:`BatchStream`."""
+
+    def __init__(self, data: ClientSamples, **stream: Any) -> None:
+        super().__init__()
+        self.data, self.stream = data, stream
+
+    def train_dataloader(self) -> BatchStream:
+        return BatchStream(self.data, first_step=0, **self.stream)

@@ -1,0 +1,175 @@
+"""Samples in memory: uint8 pixels or floats, labels, and columns that say where each sample came from.
+
+Inside the framework images are float32 in [-1, 1]; in memory they stay uint8 and are converted per minibatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedgan_lightning.errors import DataError, message
+from fedgan_lightning.seeding import make_generator
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A data set in memory.
+
+    Attributes:
+        x: (n, ...) uint8 images (channels first), or floating-point vectors.
+        y: (n,) int64 labels, or ``None``.
+        columns: Natural groupings by name, (n,) each: folder, identity, mode, ...
+    """
+
+    x: Tensor
+    y: Tensor | None = None
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.x) == 0:
+            raise DataError(message("a data set holds at least one sample", received="none", fix="check the source's path"))
+        if self.y is not None and len(self.y) != len(self.x):
+            raise DataError(
+                message(
+                    "every sample has one label",
+                    received=f"{len(self.x)} samples, {len(self.y)} labels",
+                    fix="check the label file",
+                )
+            )
+        if self.x.is_floating_point() and not bool(torch.isfinite(self.x).all()):
+            bad = int((~torch.isfinite(self.x)).flatten(1).any(1).sum())
+            raise DataError(
+                message(
+                    "samples are finite numbers",
+                    received=f"NaN or infinity in {bad} of {len(self.x)} samples",
+                    fix="clean the data or impute the values",
+                )
+            )
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def is_image(self) -> bool:
+        """Whether samples are pixels."""
+        return self.x.dtype == torch.uint8
+
+    def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return float samples and int64 labels (zeros where there are none) at ``indices``."""
+        x = self.x[indices]
+        if self.is_image:
+            x = x.float().div_(127.5).sub_(1.0)
+        y = torch.zeros(len(indices), dtype=torch.int64) if self.y is None else self.y[indices]
+        return x, y
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A client's own view of the world: x -> scale * x + offset, kept in [-1, 1] for images.
+
+    Attributes:
+        scale: Contrast.
+        offset: Brightness.
+    """
+
+    scale: float = 1.0
+    offset: float = 0.0
+
+    def apply(self, x: Tensor, *, is_image: bool) -> Tensor:
+        """Return the shifted samples."""
+        shifted = x * self.scale + self.offset
+        return shifted.clamp(-1.0, 1.0) if is_image else shifted
+
+
+@dataclass(frozen=True)
+class ClientSamples:
+    """One client's part of a data set, without a copy of it; also a map-style torch data set.
+
+    Attributes:
+        samples: The whole data set.
+        indices: Positions of this client's samples.
+        shift: Its feature shift, if any.
+    """
+
+    samples: Samples
+    indices: Tensor
+    shift: Shift | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x, y = self.take(torch.tensor([index]))
+        return x[0], y[0]
+
+    def take(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return float samples and labels at positions within this client."""
+        x, y = self.samples.take(self.indices[positions])
+        return (x if self.shift is None else self.shift.apply(x, is_image=self.samples.is_image)), y
+
+    def chunks(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield all samples in order, ``size`` at a time."""
+        for positions in torch.arange(len(self)).split(size):
+            yield self.take(positions)
+
+
+class BatchStream:
+    """A window on a client's endless stream of minibatches.
+
+    The stream visits the samples in a fresh random order every epoch; the order of epoch e depends on (seed, stream, e)
+    alone. Step s is therefore the same minibatch whether rounds are long or short, and a resumed run needs no state.
+    An epoch drops its incomplete last minibatch.
+
+    Args:
+        data: The client's samples.
+        batch_size: Samples per minibatch.
+        seed: Root seed.
+        stream: Number of the stream: the client id.
+        first_step: First minibatch of the window.
+        num_steps: Minibatches in the window.
+
+    Raises:
+        DataError: If the client has fewer samples than one minibatch.
+    """
+
+    def __init__(
+        self, data: ClientSamples, *, batch_size: int, seed: int, stream: int, first_step: int, num_steps: int
+    ) -> None:
+        check_batch_size(len(data), batch_size=batch_size, client_id=stream)
+        self.data, self.batch_size, self.seed, self.stream = data, batch_size, seed, stream
+        self.first_step, self.num_steps = first_step, num_steps
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        steps_per_epoch = len(self.data) // self.batch_size
+        epoch, order = -1, torch.empty(0, dtype=torch.int64)
+        for step in range(self.first_step, self.first_step + self.num_steps):
+            if step // steps_per_epoch != epoch:
+                epoch = step // steps_per_epoch
+                generator = make_generator(self.seed, "batches", self.stream, epoch)
+                order = torch.randperm(len(self.data), generator=generator)
+            start = step % steps_per_epoch * self.batch_size
+            yield self.data.take(order[start : start + self.batch_size])
+
+
+def check_batch_size(num_samples: int, *, batch_size: int, client_id: int) -> None:
+    """Refuse a client that cannot fill one minibatch.
+
+    Raises:
+        DataError: If ``num_samples < batch_size``.
+    """
+    if num_samples < batch_size:
+        raise DataError(
+            message(
+                f"every client needs at least one full minibatch of {batch_size} samples",
+                received=f"client {client_id} with {num_samples}",
+                fix="lower data.batch_size, use fewer clients, or raise the partition's min_samples",
+            )
+        )

@@ -1,0 +1,20 @@
+"""Where samples come from, one file per modality."""
+
+from fedgan_lightning.data.sources.base import Source
+from fedgan_lightning.data.sources.bundled import Digits
+from fedgan_lightning.data.sources.images import CelebA, ImageFolder, MedMNISTFile, TorchvisionImages
+from fedgan_lightning.data.sources.toys import GaussianMixture, Grid, Ring, Segments, SwissRoll
+
+__all__ = [
+    "CelebA",
+    "Digits",
+    "GaussianMixture",
+    "Grid",
+    "ImageFolder",
+    "MedMNISTFile",
+    "Ring",
+    "Segments",
+    "Source",
+    "SwissRoll",
+    "TorchvisionImages",
+]

@@ -1,0 +1,73 @@
+"""The interface of a source: where samples come from, and what is known of them before they are read."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedgan_lightning.data.samples import Samples
+from fedgan_lightning.errors import DataError, message
+
+Split = Literal["train", "test"]
+
+
+class Source(ABC):
+    """A data set with a training and a test split.
+
+    Attributes:
+        sample_shape: Shape of one sample, known before anything is read.
+        class_names: Names of the classes; empty without labels.
+    """
+
+    sample_shape: tuple[int, ...]
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; 0 without labels."""
+        return len(self.class_names)
+
+    def prepare(self) -> None:  # noqa: B027 - most sources have nothing to download
+        """Download what is missing; called once per machine."""
+
+    @abstractmethod
+    def load(self, split: Split) -> Samples:
+        """Return all samples of a split.
+
+        Raises:
+            DataError: If files are missing or do not hold what they should.
+        """
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Return (n, c, h, w) uint8 images from (n, h, w) or (n, h, w, c) ones.
+
+    Raises:
+        DataError: If they are not uint8, or of another rank.
+    """
+    if images.dtype != torch.uint8 or images.dim() not in (3, 4):
+        raise DataError(
+            message(
+                "images are uint8 of shape (n, h, w) or (n, h, w, c)",
+                received=f"{images.dtype} of shape {tuple(images.shape)}",
+                fix="convert the file",
+            )
+        )
+    return images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
+
+
+def resize(images: Tensor, image_size: int) -> Tensor:
+    """Resize and centre-crop (n, c, h, w) uint8 images to a square, antialiased bilinear as Pillow does."""
+    if images.shape[-1] == images.shape[-2] == image_size:
+        return images
+    from torchvision.transforms.v2 import functional as transforms
+
+    return torch.cat(
+        [
+            transforms.center_crop(transforms.resize(chunk, [image_size], antialias=True), [image_size, image_size])
+            for chunk in images.split(1000)
+        ]
+    )

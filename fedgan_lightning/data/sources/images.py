@@ -1,0 +1,260 @@
+"""Image sources on disk: torchvision's data sets, folders of pictures, and .npz files in MedMNIST's layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedgan_lightning.data.samples import Samples
+from fedgan_lightning.data.sources.base import Source, Split, resize, to_pixels
+from fedgan_lightning.errors import DataError, message
+from fedgan_lightning.seeding import make_numpy_generator
+
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+_DIGITS = tuple(str(digit) for digit in range(10))
+_FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+class TorchvisionImages(Source):
+    """MNIST, FashionMNIST or CIFAR10 through torchvision.
+
+    Args:
+        name: The data set.
+        root: Folder of the data sets; files lie in ``root/NAME`` as torchvision keeps them.
+        image_size: Side in pixels; default the data set's own (28, 28, 32).
+        download: Whether to download what is missing.
+    """
+
+    def __init__(
+        self,
+        name: Literal["MNIST", "FashionMNIST", "CIFAR10"],
+        root: str = "data",
+        *,
+        image_size: int | None = None,
+        download: bool = True,
+    ) -> None:
+        self.name, self.root, self.download = name, root, download
+        self.image_size = image_size or (32 if name == "CIFAR10" else 28)
+        self.sample_shape = (3 if name == "CIFAR10" else 1, self.image_size, self.image_size)
+        self.class_names = {"MNIST": _DIGITS, "FashionMNIST": _FASHION, "CIFAR10": _CIFAR10}[name]
+
+    def prepare(self) -> None:
+        for train in (True, False):
+            self._open(train=train, download=self.download)
+
+    def load(self, split: Split) -> Samples:
+        dataset = self._open(train=split == "train", download=False)
+        pixels = to_pixels(torch.as_tensor(dataset.data))
+        return Samples(x=resize(pixels, self.image_size), y=torch.as_tensor(dataset.targets, dtype=torch.int64))
+
+    def _open(self, *, train: bool, download: bool) -> Any:
+        from torchvision import datasets
+
+        try:
+            return getattr(datasets, self.name)(self.root, train=train, download=download)
+        except (RuntimeError, OSError) as error:
+            raise DataError(
+                message(
+                    f"{self.name} lies in the folder data.source.root, or can be downloaded",
+                    received=f"root={self.root!r}, download={download} ({str(error).splitlines()[0]})",
+                    fix="set data.source.root to the folder that holds it, or allow the download",
+                )
+            ) from error
+
+
+class CelebA(Source):
+    """CelebA through torchvision, with FedGAN's 16 classes: Eyeglasses x Male x Smiling x Young.
+
+    Column ``identity`` holds the person, for a natural partition. Images are cropped to the central 178x178 pixels.
+
+    Args:
+        root: Folder of the data sets.
+        image_size: Side in pixels, 48 in the paper.
+        max_images: Keep only the first so many of a split; ``None`` keeps all (202 599 images, 1.4 GB at 48 pixels).
+        download: Whether to download what is missing (needs ``gdown``).
+    """
+
+    attributes = ("Eyeglasses", "Male", "Smiling", "Young")
+
+    def __init__(
+        self, root: str = "data", *, image_size: int = 48, max_images: int | None = None, download: bool = True
+    ) -> None:
+        self.root, self.image_size, self.max_images, self.download = root, image_size, max_images, download
+        self.sample_shape = (3, image_size, image_size)
+        self.class_names = tuple(
+            " ".join(name if code >> bit & 1 else f"no {name}" for bit, name in enumerate(self.attributes))
+            for code in range(16)
+        )
+
+    def prepare(self) -> None:
+        self._open("train", download=self.download)
+
+    def load(self, split: Split) -> Samples:
+        from PIL import Image
+        from torchvision.transforms.v2 import functional as transforms
+
+        dataset = self._open(split, download=False)
+        count = len(dataset) if self.max_images is None else min(self.max_images, len(dataset))
+        folder = Path(self.root) / "celeba" / "img_align_celeba"
+        images = torch.empty(count, *self.sample_shape, dtype=torch.uint8)
+        for index in range(count):
+            with Image.open(folder / dataset.filename[index]) as picture:
+                pixels = transforms.pil_to_tensor(picture.convert("RGB"))
+            square = transforms.center_crop(pixels, [178, 178])
+            images[index] = transforms.resize(square, [self.image_size, self.image_size], antialias=True)
+        columns = [dataset.attr_names.index(name) for name in self.attributes]
+        bits = dataset.attr[:count, columns].to(torch.int64)
+        labels = (bits * torch.tensor([1, 2, 4, 8])).sum(1)
+        return Samples(x=images, y=labels, columns={"identity": dataset.identity[:count].flatten().numpy()})
+
+    def _open(self, split: Split, *, download: bool) -> Any:
+        from torchvision import datasets
+
+        try:
+            return datasets.CelebA(self.root, split=split, target_type=["attr", "identity"], download=download)
+        except (RuntimeError, OSError) as error:
+            raise DataError(
+                message(
+                    "CelebA lies in ROOT/celeba, or can be downloaded",
+                    received=f"root={self.root!r}, download={download} ({str(error).splitlines()[0]})",
+                    fix="set data.source.root, or install gdown and allow the download",
+                )
+            ) from error
+
+
+class ImageFolder(Source):
+    """A folder of pictures, with one subfolder per class or without classes.
+
+    Column ``folder`` holds each picture's first folder below the root, for a natural partition by site. Where the
+    folder has subfolders ``train`` and ``test`` these are the splits; otherwise a fixed share is held out.
+
+    Args:
+        root: The folder.
+        image_size: Side in pixels; pictures are resized and centre-cropped.
+        channels: 3 for colour, 1 for grey.
+        classes: Whether the folders are classes.
+        test_fraction: Share held out as the test split where the folder has none of its own, in (0, 1).
+    """
+
+    def __init__(
+        self,
+        root: str,
+        *,
+        image_size: int = 64,
+        channels: Literal[1, 3] = 3,
+        classes: bool = False,
+        test_fraction: float = 0.1,
+    ) -> None:
+        self.root, self.image_size, self.channels = Path(root), image_size, channels
+        self.classes, self.test_fraction = classes, test_fraction
+        self.sample_shape = (channels, image_size, image_size)
+        self.has_splits = (self.root / "train").is_dir() and (self.root / "test").is_dir()
+        if classes and self.root.is_dir():
+            base = self.root / "train" if self.has_splits else self.root
+            self.class_names = tuple(sorted(path.name for path in base.iterdir() if path.is_dir()))
+
+    def load(self, split: Split) -> Samples:
+        base = self.root / split if self.has_splits else self.root
+        files = sorted(path for path in base.rglob("*") if path.suffix.lower() in EXTENSIONS) if base.is_dir() else []
+        if not files:
+            raise DataError(
+                message(
+                    f"an image folder holds pictures ({' '.join(sorted(EXTENSIONS))})",
+                    received=f"{base} with none",
+                    fix="set data.source.root to the folder",
+                )
+            )
+        if not self.has_splits:
+            order = make_numpy_generator(0, "image folder split").permutation(len(files))
+            cut = max(1, round(len(files) * self.test_fraction))
+            files = [files[index] for index in np.sort(order[:cut] if split == "test" else order[cut:])]
+        groups = np.array([path.relative_to(base).parts[0] if path.parent != base else "." for path in files])
+        labels = None
+        if self.classes:
+            unknown = sorted(set(groups) - set(self.class_names))
+            if unknown:
+                raise DataError(
+                    message(
+                        "every picture lies in the folder of its class",
+                        received=f"{unknown} beside classes {list(self.class_names)}",
+                        fix="move the pictures, or set classes: false",
+                    )
+                )
+            labels = torch.tensor([self.class_names.index(group) for group in groups], dtype=torch.int64)
+        return Samples(x=torch.stack([self._read(path) for path in files]), y=labels, columns={"folder": groups})
+
+    def _read(self, path: Path) -> Tensor:
+        from PIL import Image
+        from torchvision.transforms.v2 import functional as transforms
+
+        try:
+            with Image.open(path) as picture:
+                pixels: Tensor = transforms.pil_to_tensor(picture.convert("RGB" if self.channels == 3 else "L"))
+        except OSError as error:
+            raise DataError(
+                message("every picture can be read", received=f"{path} ({error})", fix="remove or repair the file")
+            ) from error
+        return resize(pixels.unsqueeze(0), self.image_size)[0]
+
+
+class MedMNISTFile(Source):
+    """An .npz file in MedMNIST's layout: ``{train,val,test}_images`` and ``{train,val,test}_labels`` of shape (n, 1).
+
+    Further arrays ``train_NAME`` and ``test_NAME`` of length n become columns, for a natural partition.
+
+    Args:
+        path: The file.
+        image_size: Side in pixels; default the file's own.
+        class_names: Names of the classes; default their numbers.
+    """
+
+    def __init__(self, path: str, *, image_size: int | None = None, class_names: tuple[str, ...] | None = None) -> None:
+        self.path = Path(path)
+        with self._open() as arrays:
+            shape, highest = arrays["train_images"].shape, int(arrays["train_labels"].max(initial=0))
+        self.image_size = image_size or int(shape[1])
+        self.sample_shape = (3 if len(shape) == 4 else 1, self.image_size, self.image_size)
+        self.class_names = class_names or tuple(str(label) for label in range(highest + 1))
+
+    def load(self, split: Split) -> Samples:
+        with self._open() as arrays:
+            labels = torch.from_numpy(np.asarray(arrays[f"{split}_labels"], dtype=np.int64))
+            if labels.dim() == 2 and labels.shape[1] > 1:
+                raise DataError(
+                    message(
+                        "labels are single: shape (n,) or (n, 1)",
+                        received=f"multi-label {tuple(labels.shape)}",
+                        fix="choose one column as the label and save the file anew",
+                    )
+                )
+            pixels = to_pixels(torch.from_numpy(np.asarray(arrays[f"{split}_images"])))
+            known = {f"{split}_images", f"{split}_labels"}
+            columns = {
+                name[len(split) + 1 :]: np.asarray(arrays[name])
+                for name in arrays.files
+                if name.startswith(f"{split}_") and name not in known
+            }
+        return Samples(x=resize(pixels, self.image_size), y=labels.flatten(), columns=columns)
+
+    def _open(self) -> Any:
+        try:
+            arrays = np.load(self.path, allow_pickle=False)
+            missing = sorted({"train_images", "train_labels", "test_images", "test_labels"} - set(arrays.files))
+        except (OSError, ValueError, AttributeError) as error:
+            raise DataError(
+                message(
+                    "an .npz file in MedMNIST's layout",
+                    received=f"{self.path} ({type(error).__name__}: {error})",
+                    fix="set data.source.path to the downloaded file",
+                )
+            ) from error
+        if missing:
+            raise DataError(
+                message("an .npz file in MedMNIST's layout", received=f"no arrays {missing} in {self.path}", fix="rename them")
+            )
+        return arrays

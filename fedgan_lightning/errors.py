@@ -1,0 +1,49 @@
+"""The errors a user meets: each names the rule, the value received and the fix, in one line."""
+
+from __future__ import annotations
+
+
+class FedGANError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigurationError(FedGANError, ValueError):
+    """A setting, or a combination of settings, cannot work."""
+
+
+class DataError(FedGANError, ValueError):
+    """Data or a partition of it cannot be used."""
+
+
+class CheckpointError(FedGANError, RuntimeError):
+    """A checkpoint is damaged, unsafe, or belongs to another run."""
+
+
+class UpdateError(FedGANError, ValueError):
+    """A client update must not reach the aggregator."""
+
+
+class ClientError(FedGANError, RuntimeError):
+    """A client failed; the original error is the cause.
+
+    Args:
+        client_id: The client that failed.
+        round: The round in which it failed, counted from 0.
+        stage: What it was doing: ``"load"``, ``"train"`` or ``"update"``.
+        cause: The error that the client's code raised.
+    """
+
+    def __init__(self, *, client_id: int, round: int, stage: str, cause: BaseException) -> None:
+        super().__init__(
+            f"client {client_id} failed in round {round} at stage '{stage}': {type(cause).__name__}: {cause}"
+        )
+        self.client_id, self.round, self.stage = client_id, round, stage
+
+
+def message(rule: str, *, received: object, fix: str) -> str:
+    """Return ``"RULE; received VALUE. Fix: FIX."``, the one form that all user errors take."""
+    return f"{rule}; received {received}. Fix: {fix}."
+
+
+class RoundInterrupted(FedGANError):
+    """The user asked to stop: the round is given up, and the server keeps the state of the last complete one."""

@@ -1,0 +1,112 @@
+"""The evaluation callback: draws samples from the global generator once, hands them to every metric, logs the values.
+
+It works in the Trainer's validation (every ``check_val_every_n_epoch`` rounds) and test, so that ``monitor="fid"`` means
+what it means everywhere in Lightning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from fedgan_lightning.data.datamodule import FederatedDataModule
+from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.evaluation.metrics import Metric, default_metrics
+from fedgan_lightning.federation.server import ServerModule
+from fedgan_lightning.seeding import make_generator
+
+
+class Evaluation(L.Callback):
+    """Evaluates the global generator.
+
+    Args:
+        metrics: What to measure; default what suits the data.
+        num_samples: Generated samples per evaluation.
+        seed: Seed of the latents: the same in every evaluation, so that curves compare.
+        raw: Also evaluate the raw weights where there is a moving average, as ``NAME_raw``.
+
+    Attributes:
+        facts: What is true of the whole run: floors, sample counts, hash of the feature network.
+        history: Values of every evaluation, with the number of completed ``rounds``.
+    """
+
+    def __init__(
+        self, *, metrics: Sequence[Metric] | None = None, num_samples: int = 2500, seed: int = 0, raw: bool = False
+    ) -> None:
+        if num_samples < 2:
+            raise ConfigurationError(
+                message("evaluation.num_samples is at least 2", received=num_samples, fix="set 2500 or more")
+            )
+        self.metrics = None if metrics is None else list(metrics)
+        self.num_samples, self.seed, self.raw = num_samples, seed, raw
+        self.facts: dict[str, Any] = {}
+        self.history: list[dict[str, float]] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "predict" or self.facts:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, FederatedDataModule):
+            raise ConfigurationError(
+                message("Evaluation reads a FederatedDataModule", received=type(data).__name__, fix="pass one as datamodule")
+            )
+        if self.metrics is None:
+            self.metrics = default_metrics(data)
+        self.facts = {"num_samples": self.num_samples}
+        for metric in self.metrics:
+            self.facts |= metric.prepare(data, device=trainer.strategy.root_device)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Score the untrained generator: what training must be compared with."""
+        if trainer.global_step == 0:
+            self._log(trainer, pl_module, self.evaluate(trainer, pl_module), monitor=False)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._log(trainer, pl_module, self.evaluate(trainer, pl_module), monitor=True)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._log(trainer, pl_module, self.evaluate(trainer, pl_module), monitor=True)
+
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, float]:
+        """Return the values of all metrics."""
+        assert isinstance(pl_module, ServerModule)
+        data: FederatedDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        labels = data.labels_like_union(self.num_samples, generator=make_generator(self.seed, "evaluation labels"))
+        requested = labels if getattr(pl_module.model, "num_classes", 0) else None
+        values: dict[str, float] = {}
+        for suffix, options in (("", {}), *([("_raw", {"raw": True})] if self.raw else [])):
+            generator = make_generator(self.seed, "evaluation latents")
+            samples = pl_module.sample(self.num_samples, labels=labels, generator=generator, **options)
+            if data.train_samples.is_image:
+                samples = quantise(samples)
+            for metric in self.metrics or ():
+                values |= {f"{name}{suffix}": value for name, value in metric.compute(samples, requested).items()}
+        return values
+
+    def _log(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, values: dict[str, float], *, monitor: bool
+    ) -> None:
+        rounds = trainer.global_step
+        if trainer.training or trainer.validating or trainer.sanity_checking or not self.history:
+            self.history = [entry for entry in self.history if entry["rounds"] < rounds]
+            self.history.append({"rounds": float(rounds), **values})
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=rounds)
+        if monitor:
+            pl_module.log_dict(values, on_epoch=True, on_step=False, logger=False, batch_size=1, prog_bar=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": [dict(entry) for entry in self.history]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history = [dict(entry) for entry in state_dict["history"]]
+
+
+def quantise(images: Tensor) -> Tensor:
+    """Round images in [-1, 1] to the 256 levels of a byte: what a saved picture, and every real image, consists of."""
+    return torch.round((images.float() + 1) * 127.5).clamp(0, 255) / 127.5 - 1

@@ -1,0 +1,223 @@
+"""Feature networks for Fréchet distances and class counts: frozen, never federated, outside every state dict.
+
+All take samples as the framework has them, float in [-1, 1] for images, and return (N, num_features).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fedgan_lightning.data.samples import ClientSamples, Samples
+from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.seeding import isolated_rng, make_generator
+
+
+class FrozenNet(nn.Module):
+    """A feature network ready for use: evaluation mode whatever happens, no gradients.
+
+    Args:
+        net: Samples -> features (N, num_features), or -> (features, class logits).
+        num_features: Dimension of the features.
+        name: What it is, for reports.
+        digest: Hash of its weights, for reports.
+    """
+
+    def __init__(self, net: nn.Module, *, num_features: int, name: str, digest: str) -> None:
+        super().__init__()
+        self.net = net.eval().requires_grad_(False)
+        self.num_features, self.name, self.digest = num_features, name, digest
+
+    def train(self, mode: bool = True) -> FrozenNet:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map samples to features (N, num_features)."""
+        output = self.net(x)
+        features: Tensor = output[0] if isinstance(output, tuple) else output
+        return features
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Map samples to class logits (N, C), for networks that classify."""
+        output: tuple[Tensor, Tensor] = self.net(x)
+        return output[1]
+
+
+class FeatureNet(ABC):
+    """Makes a feature network for a data set."""
+
+    @abstractmethod
+    def build(self, samples: Samples, *, num_classes: int) -> FrozenNet:
+        """Return the network; ``samples`` is the training split."""
+
+
+class PixelFeatures(FeatureNet):
+    """The samples themselves, flattened: no training, no seed, no weights."""
+
+    def build(self, samples: Samples, *, num_classes: int) -> FrozenNet:
+        size = int(np.prod(samples.x.shape[1:]))
+        return FrozenNet(nn.Flatten(), num_features=size, name="pixels", digest="none")
+
+
+class ClassifierFeatures(FeatureNet):
+    """The 64 hidden features of a small classifier, trained once with a fixed seed and cached by hash.
+
+    Two to three times more sensitive to lost classes, the typical failure of federated GANs, than pixels (measured). It is
+    trained on the source's training split by whoever runs the experiment; it is a ruler, and never part of the federation.
+
+    Args:
+        epochs: Passes over at most 20 000 training samples.
+        seed: Seed of its training.
+        cache: Folder for trained networks; default ``$FEDGAN_CACHE`` or ``~/.cache/fedgan_lightning``.
+    """
+
+    num_features = 64
+
+    def __init__(self, *, epochs: int = 8, seed: int = 0, cache: str | None = None) -> None:
+        self.epochs, self.seed, self.cache = epochs, seed, cache
+
+    def build(self, samples: Samples, *, num_classes: int) -> FrozenNet:
+        if samples.y is None or num_classes < 2:
+            raise ConfigurationError(
+                message(
+                    "ClassifierFeatures needs labelled data of at least two classes",
+                    received=f"{num_classes} classes",
+                    fix="use PixelFeatures or InceptionFeatures",
+                )
+            )
+        with isolated_rng(self.seed):
+            net = _Classifier(tuple(samples.x.shape[1:]), num_classes, is_image=samples.is_image)
+        path = self._path(samples, num_classes)
+        if path.exists():
+            net.load_state_dict(torch.load(path, weights_only=True))
+        else:
+            with isolated_rng(self.seed):
+                self._train(net, samples)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(f".{os.getpid()}.partial")
+            torch.save(net.state_dict(), partial)
+            partial.replace(path)
+        digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in net.state_dict().values()))
+        return FrozenNet(net, num_features=self.num_features, name="classifier", digest=digest.hexdigest()[:12])
+
+    def _path(self, samples: Samples, num_classes: int) -> Path:
+        folder = self.cache or os.environ.get("FEDGAN_CACHE") or str(Path.home() / ".cache" / "fedgan_lightning")
+        digest = hashlib.sha256(f"v1 {samples.x.shape} {num_classes} {self.epochs} {self.seed}".encode())
+        digest.update(np.ascontiguousarray(samples.x.numpy()).tobytes())
+        return Path(folder) / f"classifier-{digest.hexdigest()[:16]}.pt"
+
+    def _train(self, net: nn.Module, samples: Samples) -> None:
+        generator = make_generator(self.seed, "classifier")
+        kept = torch.randperm(len(samples), generator=generator)[:20_000]
+        data = ClientSamples(samples=samples, indices=kept)
+        optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
+        for _ in range(self.epochs):
+            for positions in torch.randperm(len(data), generator=generator).split(64):
+                x, y = data.take(positions)
+                loss = cross_entropy(net(x.float())[1], y)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+
+
+class InceptionFeatures(FeatureNet):
+    """The 2048 pooled features of the FID Inception network, on images made RGB and uint8.
+
+    Args:
+        weights_path: Local file of the torch-fidelity weights; ``None`` lets torch-fidelity download them.
+    """
+
+    def __init__(self, weights_path: str | None = None) -> None:
+        self.weights_path = weights_path
+
+    def build(self, samples: Samples, *, num_classes: int) -> FrozenNet:
+        if not samples.is_image:
+            raise ConfigurationError(
+                message("InceptionFeatures needs images", received=f"{samples.x.dtype} data", fix="use PixelFeatures")
+            )
+        from torchmetrics.image.fid import NoTrainInceptionV3
+
+        try:
+            net = NoTrainInceptionV3("inception-v3-compat", ["2048"], self.weights_path)
+        except (OSError, ModuleNotFoundError, RuntimeError) as error:
+            raise ConfigurationError(
+                message(
+                    "InceptionFeatures needs torch-fidelity and the Inception weights",
+                    received=f"weights_path={self.weights_path} ({type(error).__name__}: {str(error).splitlines()[0]})",
+                    fix="pip install 'fedgan-lightning[inception]', and set weights_path to a local file where offline",
+                )
+            ) from error
+        digest = "torch-fidelity"
+        if self.weights_path is not None:
+            digest = hashlib.sha256(Path(self.weights_path).read_bytes()).hexdigest()[:12]
+        return FrozenNet(_Bytes(net), num_features=2048, name="inception", digest=digest)
+
+
+class ModuleFeatures(FeatureNet):
+    """Any frozen module as a feature network.
+
+    Args:
+        module: Samples -> features (N, num_features).
+        num_features: Dimension of the features.
+        name: What it is, for reports.
+    """
+
+    def __init__(self, module: nn.Module, num_features: int, *, name: str = "module") -> None:
+        self.module, self.num_features, self.name = module, num_features, name
+
+    def build(self, samples: Samples, *, num_classes: int) -> FrozenNet:
+        digest = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in self.module.state_dict().values()))
+        return FrozenNet(self.module, num_features=self.num_features, name=self.name, digest=digest.hexdigest()[:12])
+
+
+class _Classifier(nn.Module):
+    """Two convolutions (images) or one hidden layer (vectors), then 64 features, then class logits."""
+
+    def __init__(self, shape: tuple[int, ...], num_classes: int, *, is_image: bool) -> None:
+        super().__init__()
+        if is_image:
+            side = -(-(-(-shape[1] // 2)) // 2)
+            self.trunk = nn.Sequential(
+                nn.Conv2d(shape[0], 16, 3, 2, 1),
+                nn.ReLU(),
+                nn.Conv2d(16, 32, 3, 2, 1),
+                nn.ReLU(),
+                nn.Flatten(),
+                nn.Linear(32 * side * side, ClassifierFeatures.num_features),
+                nn.ReLU(),
+            )
+        else:
+            self.trunk = nn.Sequential(
+                nn.Flatten(),
+                nn.Linear(int(np.prod(shape)), 128),
+                nn.ReLU(),
+                nn.Linear(128, ClassifierFeatures.num_features),
+                nn.ReLU(),
+            )
+        self.head = nn.Linear(ClassifierFeatures.num_features, num_classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.trunk(x)
+        return features, self.head(features)
+
+
+class _Bytes(nn.Module):
+    """Float images in [-1, 1] -> rounded RGB bytes -> the wrapped network."""
+
+    def __init__(self, net: Any) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        features: Tensor = self.net(pixels.expand(-1, 3, -1, -1))
+        return features

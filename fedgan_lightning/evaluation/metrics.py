@@ -1,0 +1,187 @@
+"""What :class:`~fedgan_lightning.evaluation.callback.Evaluation` measures: a few small objects with one interface."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedgan_lightning.data.datamodule import FederatedDataModule
+from fedgan_lightning.data.samples import ClientSamples, Samples
+from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.evaluation import modes
+from fedgan_lightning.evaluation.features import ClassifierFeatures, FeatureNet, FrozenNet, PixelFeatures
+from fedgan_lightning.evaluation.fid import FeatureSums, feature_sums, frechet_distance
+from fedgan_lightning.seeding import make_generator
+
+CHUNK = 1000
+
+
+class Metric(ABC):
+    """A measure of generated samples against the clients' data."""
+
+    @abstractmethod
+    def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
+        """Look at the real data once; return facts for the report, such as the floor.
+
+        Raises:
+            ConfigurationError: If the data has not what the metric needs.
+        """
+
+    @abstractmethod
+    def compute(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
+        """Return values by name for generated samples (N, ...), and the classes asked for (N,) if there were any."""
+
+
+class FrechetDistance(Metric):
+    """FID of generated samples against the union of all clients' data, from sums that add up over clients.
+
+    Reports ``fid``, and once ``fid_floor``: the distance between the real training and test data, which no generator can
+    be expected to beat at this sample count.
+
+    Args:
+        features: Feature network; default the small classifier for labelled data, else pixels.
+        max_reals: Use at most so many real samples of each client; ``None`` uses all.
+    """
+
+    def __init__(self, features: FeatureNet | None = None, *, max_reals: int | None = None) -> None:
+        self.features, self.max_reals = features, max_reals
+        self.net: FrozenNet | None = None
+        self.real: FeatureSums | None = None
+
+    def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
+        maker = self.features or (ClassifierFeatures() if data.num_classes > 1 else PixelFeatures())
+        self.net = maker.build(data.train_samples, num_classes=data.num_classes).to(device)
+        for client_id in range(data.num_clients):
+            mine = feature_sums(self.net, _chunks(data.client_samples(client_id), self.max_reals))
+            self.real = mine if self.real is None else self.real + mine
+        assert self.real is not None
+        held_out = feature_sums(self.net, _chunks(_everything(data.test_samples), None))
+        return {
+            "fid_floor": frechet_distance(self.real, held_out),
+            "fid_num_reals": self.real.count,
+            "fid_floor_num_samples": held_out.count,
+            "fid_features": f"{self.net.name} (d={self.net.num_features})",
+            "fid_features_hash": self.net.digest,
+        }
+
+    def compute(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
+        assert self.net is not None
+        assert self.real is not None
+        return {"fid": frechet_distance(self.real, feature_sums(self.net, samples.split(CHUNK)))}
+
+
+class ClassCoverage(Metric):
+    """How many classes the generator makes, by a classifier: ``classes`` and ``class_distance``.
+
+    A class counts if its share of the generated samples is at least a tenth of its share of the union. The distance is total
+    variation between the two class histograms, in [0, 1]. With requested classes, ``class_accuracy`` is the share of samples
+    that the classifier puts into the class asked for.
+
+    Args:
+        features: The classifier; its accuracy on the test split is reported as ``classifier_accuracy``.
+    """
+
+    def __init__(self, features: ClassifierFeatures | None = None) -> None:
+        self.features = features if features is not None else ClassifierFeatures()
+        self.net: FrozenNet | None = None
+        self.shares = torch.empty(0)
+
+    def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
+        self.net = self.features.build(data.train_samples, num_classes=data.num_classes).to(device)
+        counts = torch.from_numpy(data.label_counts()).double().sum(0)
+        self.shares = counts / counts.sum()
+        test = data.test_samples
+        guessed = torch.cat([self._classify(x) for x in _chunks(_everything(test), None)])
+        assert test.y is not None
+        return {"classifier_accuracy": float((guessed == test.y).float().mean())}
+
+    def compute(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
+        guessed = torch.cat([self._classify(chunk) for chunk in samples.split(CHUNK)])
+        shares = torch.bincount(guessed, minlength=len(self.shares)).double() / len(guessed)
+        values = {
+            "classes": float(((shares >= 0.1 * self.shares) & (self.shares > 0)).sum()),
+            "class_distance": float(0.5 * (shares - self.shares).abs().sum()),
+        }
+        if labels is not None:
+            values["class_accuracy"] = float((guessed == labels.cpu()).float().mean())
+        return values
+
+    @torch.no_grad()
+    def _classify(self, x: Tensor) -> Tensor:
+        assert self.net is not None
+        device = next(self.net.parameters()).device
+        return self.net.logits(x.to(device, torch.float32)).argmax(1).cpu()
+
+
+class ModeCoverage(Metric):
+    """Modes covered, share of high-quality samples and balance, for data with known Gaussian modes.
+
+    See :func:`fedgan_lightning.evaluation.modes.mode_statistics`.
+    """
+
+    def __init__(self) -> None:
+        self.centres, self.sigma = torch.empty(0), 0.0
+
+    def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
+        source = data.source
+        if not hasattr(source, "centres"):
+            raise ConfigurationError(
+                message(
+                    "ModeCoverage needs a source with known modes",
+                    received=type(source).__name__,
+                    fix="use SlicedWasserstein or FrechetDistance",
+                )
+            )
+        self.centres, self.sigma = source.centres, float(source.sigma)  # type: ignore[attr-defined]
+        real = modes.mode_statistics(data.test_samples.x, centres=self.centres, sigma=self.sigma)
+        return {"num_modes": len(self.centres), "high_quality_of_reals": real["high_quality"]}
+
+    def compute(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
+        return modes.mode_statistics(samples.cpu(), centres=self.centres, sigma=self.sigma)
+
+
+class SlicedWasserstein(Metric):
+    """Sliced 1-Wasserstein distance to the held-out real samples, for low-dimensional data; floor from real against real.
+
+    Args:
+        num_projections: Random directions, drawn once with a fixed seed.
+    """
+
+    def __init__(self, num_projections: int = 100) -> None:
+        self.num_projections = num_projections
+        self.real = self.directions = torch.empty(0)
+
+    def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
+        self.real = data.test_samples.x.double().flatten(1)
+        directions = torch.randn(self.real.shape[1], self.num_projections, generator=make_generator(0, "directions"))
+        self.directions = torch.nn.functional.normalize(directions.double(), dim=0)
+        train = data.train_samples.x.double().flatten(1)
+        subset = train[torch.randperm(len(train), generator=make_generator(0, "floor"))[: len(self.real)]]
+        return {"sliced_wasserstein_floor": modes.sliced_wasserstein(subset, self.real, self.directions)}
+
+    def compute(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
+        fake = samples.cpu().double().flatten(1)
+        return {"sliced_wasserstein": modes.sliced_wasserstein(fake, self.real, self.directions)}
+
+
+def default_metrics(data: FederatedDataModule) -> list[Metric]:
+    """Return the metrics that suit the data: modes where known, FID for images, else sliced Wasserstein."""
+    if hasattr(data.source, "centres"):
+        return [ModeCoverage()]
+    if len(data.sample_shape) == 3:
+        return [FrechetDistance(), *([ClassCoverage()] if data.num_classes > 1 else [])]
+    return [SlicedWasserstein()]
+
+
+def _everything(samples: Samples) -> ClientSamples:
+    return ClientSamples(samples=samples, indices=torch.arange(len(samples)))
+
+
+def _chunks(data: ClientSamples, limit: int | None) -> Iterator[Tensor]:
+    count = len(data) if limit is None else min(limit, len(data))
+    for positions in torch.arange(count).split(CHUNK):
+        yield data.take(positions)[0]

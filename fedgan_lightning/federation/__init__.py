@@ -1,0 +1,1 @@
+"""Rounds: sampling, local training, aggregation, the server."""

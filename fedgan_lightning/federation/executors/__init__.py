@@ -1,0 +1,5 @@
+"""Who runs the clients."""
+
+from fedgan_lightning.federation.executors.sequential import SequentialExecutor
+
+__all__ = ["SequentialExecutor"]

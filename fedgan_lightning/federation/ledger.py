@@ -1,0 +1,85 @@
+"""What a federation costs: bytes by direction and network, client steps, seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fedgan_lightning.federation.optimizer_state import is_optimizer_entry
+from fedgan_lightning.protocol import ClientUpdate, State
+from fedgan_lightning.states import network_of
+
+OPTIMIZER = "optimizer"
+
+
+def bytes_by_network(state: State) -> dict[str, int]:
+    """Return the size of a state in bytes by network; optimizer moments count under ``optimizer``."""
+    sizes: dict[str, int] = {}
+    for name, value in state.items():
+        network = OPTIMIZER if is_optimizer_entry(name) else network_of(name)
+        sizes[network] = sizes.get(network, 0) + value.numel() * value.element_size()
+    return sizes
+
+
+class Ledger:
+    """Totals since the start of the run; they continue over a resume.
+
+    Attributes:
+        bytes_down: Server to clients, by network.
+        bytes_up: Clients to server, by network.
+        client_steps: Local steps over all clients.
+        client_runs: Client updates received.
+        client_seconds: Time spent on clients.
+        round_seconds: Wall time of rounds.
+    """
+
+    def __init__(self) -> None:
+        self.bytes_down: dict[str, int] = {}
+        self.bytes_up: dict[str, int] = {}
+        self.client_steps = 0
+        self.client_runs = 0
+        self.client_seconds = 0.0
+        self.round_seconds = 0.0
+
+    def record(self, sent: Mapping[str, int], update: ClientUpdate) -> None:
+        """Count one client's visit: ``sent`` is :func:`bytes_by_network` of what went down."""
+        received = bytes_by_network({**update.delta, **update.extras})
+        for totals, sizes in ((self.bytes_down, sent), (self.bytes_up, received)):
+            for network, size in sizes.items():
+                totals[network] = totals.get(network, 0) + size
+        self.client_steps += int(update.metrics.get("steps", 0))
+        self.client_runs += 1
+        self.client_seconds += update.metrics.get("seconds", 0.0)
+
+    @property
+    def bytes_per_client_step(self) -> float:
+        """Bytes in both directions per local step of one client: FedGAN's 2 (|G| + |D|) * 4 / K in float32."""
+        total = sum(self.bytes_down.values()) + sum(self.bytes_up.values())
+        return total / self.client_steps if self.client_steps else 0.0
+
+    @property
+    def client_steps_per_second(self) -> float:
+        """Local steps of all clients per second of round time."""
+        return self.client_steps / self.round_seconds if self.round_seconds else 0.0
+
+    def summary(self) -> dict[str, Any]:
+        """Return all totals as plain values."""
+        return {
+            "bytes_down": dict(self.bytes_down),
+            "bytes_up": dict(self.bytes_up),
+            "bytes_per_client_step": self.bytes_per_client_step,
+            "client_steps": self.client_steps,
+            "client_runs": self.client_runs,
+            "client_seconds": self.client_seconds,
+            "round_seconds": self.round_seconds,
+            "client_steps_per_second": self.client_steps_per_second,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the totals."""
+        return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(self).items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from these totals."""
+        for name in vars(self):
+            setattr(self, name, state[name])

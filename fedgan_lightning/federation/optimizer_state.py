@@ -1,0 +1,102 @@
+"""Optimizer moments as flat tensors by parameter name, so that they can be kept, averaged and sent.
+
+Names read ``optimizer/INDEX/PARAMETER/KEY``. Numbers that are not tensors become zero-dimensional ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fedgan_lightning.protocol import State
+
+PREFIX = "optimizer/"
+
+
+def is_optimizer_entry(name: str) -> bool:
+    """Whether a name belongs to optimizer moments rather than to the module."""
+    return name.startswith(PREFIX)
+
+
+def parameter_of(name: str) -> str:
+    """Return the parameter that the moment ``name`` belongs to."""
+    return name.split("/")[2]
+
+
+def collect(module: nn.Module, optimizers: Sequence[Optimizer], wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Return copies of all moments of parameters whose names are ``wanted``."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    found = {}
+    for index, optimizer in enumerate(optimizers):
+        for parameter, state in optimizer.state.items():
+            name = names[id(parameter)]
+            if not wanted(name):
+                continue
+            for key, value in state.items():
+                if value is not None:
+                    tensor = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+                    found[f"{PREFIX}{index}/{name}/{key}"] = tensor.detach().clone()
+    return found
+
+
+def restore(module: nn.Module, optimizers: Sequence[Optimizer], moments: State) -> None:
+    """Load moments into fresh optimizers; parameters without moments start afresh."""
+    if not moments:
+        return
+    by_parameter: dict[tuple[int, str], dict[str, Tensor]] = {}
+    for entry, value in moments.items():
+        _, index, name, key = entry.split("/")
+        by_parameter.setdefault((int(index), name), {})[key] = value
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    for index, optimizer in enumerate(optimizers):
+        ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        packed: dict[str, Any] = optimizer.state_dict()
+        packed["state"] = {
+            position: dict(by_parameter[index, names[id(parameter)]])
+            for position, parameter in enumerate(ordered)
+            if (index, names[id(parameter)]) in by_parameter
+        }
+        optimizer.load_state_dict(packed)
+
+
+class ScheduleClock:
+    """Puts fresh learning-rate schedules where earlier rounds left them.
+
+    Clients are stateless as to schedules: the task says how many steps each schedule has taken. Replaying them is exact for
+    any schedule; the last positions are remembered, so a round replays nothing.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], dict[str, Any]] = {}
+
+    def forward(self, schedulers: Sequence[Any], positions: Sequence[int]) -> None:
+        """Advance ``schedulers``, just constructed, to ``positions``."""
+        for index, (scheduler, position) in enumerate(zip(schedulers, positions)):
+            known = self._known.get((index, position))
+            if known is not None:
+                scheduler.load_state_dict(known["scheduler"])
+                for group, rate in zip(scheduler.optimizer.param_groups, known["rates"]):
+                    group["lr"] = rate
+                continue
+            while scheduler.last_epoch < position:
+                scheduler.optimizer._opt_called = True  # the steps were taken in earlier rounds; torch would warn
+                scheduler.step()
+            self.remember(index, scheduler)
+
+    def remember(self, index: int, scheduler: Any) -> int:
+        """Remember where a schedule is; return its position."""
+        position = int(scheduler.last_epoch)
+        stale = [key for key in self._known if key[0] == index]
+        for key in stale[:-1]:  # two positions suffice: where a round starts and where it ends
+            del self._known[key]
+        rates = [group["lr"] for group in scheduler.optimizer.param_groups]
+        self._known[index, position] = {"scheduler": _plain(scheduler.state_dict()), "rates": rates}
+        return position
+
+
+def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, list) else value for key, value in state.items()}

@@ -1,0 +1,374 @@
+"""The orchestrator: a Lightning callback that owns the round.
+
+One outer epoch is one round; the number of completed rounds is the server Trainer's ``global_step``. Cohorts and seeds are
+pure functions of (seed, round, client), so a resumed run repeats what an uninterrupted one would have done.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from types import FrameType
+from typing import Any
+
+import lightning as L
+
+from fedgan_lightning.errors import CheckpointError, ConfigurationError, RoundInterrupted, message
+from fedgan_lightning.federation.aggregation import WeightedMean
+from fedgan_lightning.federation.executors import SequentialExecutor
+from fedgan_lightning.federation.ledger import Ledger, bytes_by_network
+from fedgan_lightning.federation.local import SCHEDULE, ClientContext
+from fedgan_lightning.federation.policy import Policy, resolve
+from fedgan_lightning.federation.sampling import AllClients
+from fedgan_lightning.federation.server import ServerModule
+from fedgan_lightning.federation.store import ClientStore
+from fedgan_lightning.protocol import (
+    Aggregate,
+    Aggregator,
+    ClientSampler,
+    ClientTask,
+    ClientUpdate,
+    Executor,
+    FederatedData,
+    LocalWork,
+    RoundInfo,
+    listeners,
+)
+from fedgan_lightning.seeding import derive_seed
+from fedgan_lightning.states import network_of, norm
+
+#: Above this many clients per-client curves are replaced by minimum, mean and maximum.
+MAX_CLIENT_CURVES = 50
+
+
+class FederatedOrchestrator(L.Callback):
+    """Runs federated rounds on the server's Trainer.
+
+    Args:
+        rounds: Rounds to complete.
+        local_steps: Local steps K per round: minibatches, each one step of both networks. FedGAN's K.
+        local_epochs: Passes over the client's data per round, instead of ``local_steps``.
+        clients: Which clients take part in a round; default all.
+        aggregator: How updates become one; default the mean weighted by N_k.
+        executor: Who runs the clients; default one after the other.
+        sync: For every network ``average`` (shared), ``local`` (private to each client) or ``server`` (not on
+            clients); default ``average``.
+        optimizer_state: What becomes of optimizer moments at a sync: ``average`` like the weights, ``keep`` on each
+            client, or ``reset``. One word for all averaged networks, or one per network. Local networks keep theirs.
+        buffers: Float buffers of averaged networks: ``merge`` (BatchNorm with pooled variance) or ``local`` (FedBN).
+        seed: Root seed of cohorts and of all randomness on clients.
+
+    Raises:
+        ConfigurationError: If a setting cannot work.
+    """
+
+    def __init__(
+        self,
+        *,
+        rounds: int = 50,
+        local_steps: int | None = None,
+        local_epochs: int | None = None,
+        clients: ClientSampler | None = None,
+        aggregator: Aggregator | None = None,
+        executor: Executor | None = None,
+        sync: dict[str, str] | None = None,
+        optimizer_state: str | dict[str, str] = "average",
+        buffers: str = "merge",
+        seed: int = 0,
+    ) -> None:
+        if rounds <= 0:
+            raise ConfigurationError(
+                message("federation.rounds is at least 1", received=rounds, fix="set the number of rounds to complete")
+            )
+        if local_steps is not None and local_epochs is not None:
+            raise ConfigurationError(
+                message(
+                    "local work is counted in steps or in epochs",
+                    received=f"local_steps={local_steps} and local_epochs={local_epochs}",
+                    fix="set one of them to null",
+                )
+            )
+        if local_steps is None and local_epochs is None:
+            local_steps = 20
+        if (local_steps or local_epochs or 0) < 1:
+            raise ConfigurationError(
+                message("local work is at least 1", received=local_steps or local_epochs or 0, fix="raise it")
+            )
+        self.rounds, self.local_steps, self.local_epochs = rounds, local_steps, local_epochs
+        self.clients = clients if clients is not None else AllClients()
+        self.aggregator = aggregator if aggregator is not None else WeightedMean()
+        self.executor = executor if executor is not None else SequentialExecutor()
+        self.sync, self.optimizer_state, self.buffers, self.seed = sync, optimizer_state, buffers, seed
+        self.ledger, self.store = Ledger(), ClientStore()
+        #: Settings that a resumed run must share, as nested plain values; filled in by the command line.
+        self.settings: dict[str, Any] = {}
+        #: Signal that asked to stop, if any.
+        self.stop_signal: int | None = None
+        self._schedule_positions: tuple[int, ...] = ()
+        self._restored: Mapping[str, Any] | None = None
+        self._handlers: dict[int, Any] = {}
+        self._round: tuple[RoundInfo, dict[str, float], float, float] | None = None
+
+    # ------------------------------------------------------------------ before the first round
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        server, data = self._checked(trainer, pl_module)
+        policy = resolve(server.model, sync=self.sync, optimizer_state=self.optimizer_state, buffers=self.buffers)
+        server.attach(policy)
+        if hasattr(server.model, "check_data") and hasattr(data, "sample_shape"):
+            server.model.check_data(data.sample_shape, getattr(data, "num_classes", 0))
+        if stage == "fit":
+            trainer.fit_loop.max_epochs = -1
+            trainer.fit_loop.epoch_loop.max_steps = self.rounds
+
+    def _checked(self, trainer: L.Trainer, module: L.LightningModule) -> tuple[ServerModule, FederatedData]:
+        data = getattr(trainer, "datamodule", None)
+        if not isinstance(module, ServerModule):
+            raise ConfigurationError(
+                message(
+                    "FederatedOrchestrator trains a ServerModule",
+                    received=type(module).__name__,
+                    fix="fit ServerModule(your_module)",
+                )
+            )
+        if not isinstance(data, FederatedData):
+            raise ConfigurationError(
+                message(
+                    "a federation needs a data module that knows its clients",
+                    received=type(data).__name__,
+                    fix="pass datamodule=FederatedDataModule(...)",
+                )
+            )
+        if trainer.precision == "16-mixed":
+            raise ConfigurationError(
+                message(
+                    "the server's step must not pass through a loss scaler",
+                    received="trainer.precision=16-mixed",
+                    fix="use bf16-mixed",
+                )
+            )
+        return module, data
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        server, data = self._checked(trainer, pl_module)
+        self._restore(server, data)
+        for client_id in range(data.num_clients if self.local_epochs else 0):
+            data.steps_per_epoch(client_id)
+        root = trainer.strategy.root_device
+        options: dict[str, Any] = {"accelerator": root.type, "precision": trainer.precision}
+        options["devices"] = [root.index] if root.type == "cuda" else 1
+        self.executor.setup(
+            ClientContext(
+                model=server.model,
+                data=data,
+                policy=server.policy,
+                store=self.store,
+                trainer_options=options,
+                stop_requested=self._stop_requested,
+            )
+        )
+        self._listen_for_signals()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.executor.teardown()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    # ------------------------------------------------------------------ a round
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        server, data = self._checked(trainer, pl_module)
+        started = time.perf_counter()
+        cohort = self.clients.sample(num_clients=data.num_clients, round=trainer.global_step, seed=self.seed)
+        info = RoundInfo(round=trainer.global_step, cohort=cohort)
+        for hook in listeners(trainer.callbacks, "on_round_start"):  # type: ignore[attr-defined]
+            hook(trainer, server, info)
+        self._round = None
+        try:
+            aggregate, summary = self._run_round(trainer, server, info)
+        except RoundInterrupted:
+            self.store.discard()
+            trainer.should_stop = True
+            return
+        server.receive(aggregate)
+        self._round = (info, summary.metrics(aggregate), summary.mean_images, started)
+
+    def _run_round(self, trainer: L.Trainer, server: ServerModule, info: RoundInfo) -> tuple[Aggregate, _RoundSummary]:
+        state = server.shared_state()
+        sent = bytes_by_network(state)
+        accumulator, summary = self.aggregator.init(), _RoundSummary(server.policy)
+        hooks = listeners(trainer.callbacks, "on_client_end")  # type: ignore[attr-defined]
+        for update in self.executor.run(self._tasks(info, state)):
+            accumulator = self.aggregator.accumulate(accumulator, update)
+            self.ledger.record(sent, update)
+            summary.add(update)
+            for hook in hooks:
+                hook(trainer, server, update)
+            if self._stop_requested():
+                raise RoundInterrupted("the user asked to stop")
+        self._schedule_positions = summary.schedule_positions or self._schedule_positions
+        return self.aggregator.finalize(accumulator), summary
+
+    def _tasks(self, info: RoundInfo, state: dict[str, Any]) -> Iterator[ClientTask]:
+        work = LocalWork(
+            steps=self.local_steps, epochs=self.local_epochs, schedule_positions=self._schedule_positions
+        )
+        for client_id in info.cohort:
+            seed = derive_seed(self.seed, "client", info.round, client_id)
+            yield ClientTask(client_id=client_id, round=info.round, seed=seed, state=state, local=work)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._round is None:
+            return
+        server, _ = self._checked(trainer, pl_module)
+        info, metrics, mean_images, started = self._round
+        self.store.commit()
+        server.end_round(num_images=mean_images)
+        seconds = time.perf_counter() - started
+        self.ledger.round_seconds += seconds
+        metrics |= {"round/seconds": seconds, "round/clients": float(len(info.cohort))}
+        metrics["round/client_steps_per_second"] = self.ledger.client_steps_per_second
+        for direction, totals in (("down", self.ledger.bytes_down), ("up", self.ledger.bytes_up)):
+            metrics |= {f"bytes/{direction}/{network}": float(total) for network, total in totals.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=info.round + 1)
+        shown = {name: metrics[name] for name in metrics if name.startswith("train/loss")}
+        server.log_dict(shown, on_step=False, on_epoch=True, logger=False, batch_size=1)
+        for hook in listeners(trainer.callbacks, "on_round_end"):  # type: ignore[attr-defined]
+            hook(trainer, server, info, metrics)
+
+    # ------------------------------------------------------------------ stopping
+
+    def _stop_requested(self) -> bool:
+        return self.stop_signal is not None
+
+    def _listen_for_signals(self) -> None:
+        """First Ctrl-C or SIGTERM: give the round up and end cleanly. Second Ctrl-C: end at once."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if self.stop_signal is not None and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stop_signal = number
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, handle)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "settings": self.settings,
+            "identity": self._identity,
+            "store": self.store.state_dict(),
+            "ledger": self.ledger.state_dict(),
+            "schedule_positions": list(self._schedule_positions),
+            "moments": self._moments(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
+
+    _identity: Mapping[str, Any] = {}
+    _server: ServerModule | None = None
+
+    def _moments(self) -> dict[str, Any]:
+        return {} if self._server is None else dict(self._server.moments)
+
+    def _restore(self, server: ServerModule, data: FederatedData) -> None:
+        """Take over what a checkpoint holds, after checking that it belongs to this federation.
+
+        Raises:
+            CheckpointError: If it does not.
+        """
+        self._server = server
+        self._identity = {
+            "data": data.fingerprint(),
+            "sync": dict(server.policy.sync),
+            "optimizer_state": dict(server.policy.optimizer_state),
+            "buffers": self.buffers,
+            "local_steps": self.local_steps,
+            "local_epochs": self.local_epochs,
+            "seed": self.seed,
+        }
+        if self._restored is None:
+            return
+        state, self._restored = self._restored, None
+        changed = differences(state["identity"], self._identity) + differences(state["settings"], self.settings)
+        if changed:
+            raise CheckpointError(
+                message(
+                    "a run is resumed with the settings it was started with",
+                    received=f"a checkpoint that differs in {'; '.join(changed[:3])}",
+                    fix="restore the settings, or start a new run in another directory",
+                )
+            )
+        self.store.load_state_dict(state["store"])
+        self.ledger.load_state_dict(state["ledger"])
+        self._schedule_positions = tuple(state["schedule_positions"])
+        server.moments = dict(state["moments"])
+
+
+class _RoundSummary:
+    """Statistics over the updates of a round, streaming."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.networks = [network for network, sync in policy.sync.items() if sync == "average"]
+        self.total_weight = 0.0
+        self.sums: dict[str, float] = {}
+        self.per_client: dict[int, dict[str, float]] = {}
+        self.extremes: dict[str, tuple[float, float]] = {}
+        self.schedule_positions: tuple[int, ...] = ()
+
+    def add(self, update: ClientUpdate) -> None:
+        positions = [int(value) for name, value in update.metrics.items() if name.startswith(SCHEDULE)]
+        if positions:  # clients may differ under local epochs: the longest leads
+            before = self.schedule_positions or (0,) * len(positions)
+            self.schedule_positions = tuple(map(max, before, positions))
+        values = {name: value for name, value in update.metrics.items() if not name.startswith(SCHEDULE)}
+        for network in self.networks:
+            entries = [value for name, value in update.delta.items() if network_of(name) == network]
+            values[f"update_norm/{network}"] = float(norm(entries))
+        self.total_weight += update.num_examples
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + update.num_examples * value
+            low, high = self.extremes.get(name, (value, value))
+            self.extremes[name] = (min(low, value), max(high, value))
+        if len(self.per_client) < MAX_CLIENT_CURVES:
+            self.per_client[update.client_id] = values
+
+    @property
+    def mean_images(self) -> float:
+        """Weighted mean over clients of images seen: the length of one local path."""
+        return self.sums.get("images", 0.0) / self.total_weight if self.total_weight else 0.0
+
+    def metrics(self, aggregate: Aggregate) -> dict[str, float]:
+        """Return means over the cohort, per-client values of small cohorts, extremes of large ones."""
+        hidden = ("images", "steps")
+        means = {name: total / self.total_weight for name, total in self.sums.items() if name not in hidden}
+        values = {(name if name.startswith("update_norm") else f"train/{name}"): mean for name, mean in means.items()}
+        for network in self.networks:
+            entries = [value for name, value in aggregate.delta.items() if network_of(name) == network]
+            values[f"update_norm/{network}/aggregated"] = float(norm(entries))
+        if aggregate.num_clients <= MAX_CLIENT_CURVES:
+            for client_id, own in self.per_client.items():
+                values |= {f"client/{client_id:03d}/{name}": own[name] for name in own if name not in hidden}
+        else:
+            for name, (low, high) in self.extremes.items():
+                values |= {f"clients/{name}/min": low, f"clients/{name}/max": high}
+        return values
+
+
+def differences(before: Any, now: Any, prefix: str = "") -> list[str]:
+    """Return ``"KEY was A, is B"`` for every leaf in which two nested mappings differ."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        keys = sorted({*before, *now}, key=str)
+        found = [differences(before.get(key), now.get(key), f"{prefix}{key}.") for key in keys]
+        return [line for lines in found for line in lines]
+    return [] if before == now else [f"{prefix.rstrip('.')} was {before}, is {now}"]

@@ -1,0 +1,155 @@
+"""The server: the global module, and a torch optimizer that steps on the averaged update.
+
+``SGD(lr=1)`` on the negative update is federated averaging; ``Adam`` is FedAdam, ``SGD(momentum=.9)`` FedAvgM
+(Reddi et al. 2021, algorithm 2). Server state, schedules and checkpoints are therefore Lightning's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from fedgan_lightning import states
+from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.federation.optimizer_state import is_optimizer_entry
+from fedgan_lightning.federation.policy import Policy
+from fedgan_lightning.protocol import Aggregate, SampleSource, ServerHook
+
+
+def federated_averaging(parameters: Iterable[Any]) -> Optimizer:
+    """SGD with learning rate 1: the global parameters become the weighted mean of the clients'."""
+    return torch.optim.SGD(parameters, lr=1.0)
+
+
+class ServerModule(L.LightningModule):
+    """The global module under federation. Fit it with a Trainer that has a ``FederatedOrchestrator`` among its callbacks.
+
+    Args:
+        model: Any LightningModule; every client trains a copy of it.
+        optimizer: Makes the server's optimizer; default federated averaging.
+        scheduler: Makes a schedule of the server's learning rate, stepped once per round.
+    """
+
+    def __init__(
+        self,
+        model: L.LightningModule,
+        *,
+        optimizer: Callable[[Iterable], Optimizer] = federated_averaging,
+        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model = model
+        self.optimizer, self.scheduler = optimizer, scheduler
+        #: Optimizer moments that are averaged over clients, by ``optimizer/...`` name; part of the orchestrator's state.
+        self.moments: dict[str, Tensor] = {}
+        self._policy: Policy | None = None
+        self._pending: Aggregate | None = None
+
+    def attach(self, policy: Policy) -> None:
+        """Say which entries are shared; called by the orchestrator before optimizers are made."""
+        self._policy = policy
+
+    @property
+    def policy(self) -> Policy:
+        """What travels and what stays.
+
+        Raises:
+            ConfigurationError: Without an orchestrator.
+        """
+        if self._policy is None:
+            raise ConfigurationError(
+                message(
+                    "a ServerModule is trained by a FederatedOrchestrator",
+                    received="a Trainer without one",
+                    fix="add FederatedOrchestrator(...) to the Trainer's callbacks, or fit the inner module itself",
+                )
+            )
+        return self._policy
+
+    def shared_state(self) -> dict[str, Tensor]:
+        """Return a copy of what clients receive: shared parameters, buffers and moments."""
+        state = self.model.state_dict()
+        names = (*self.policy.shared_parameters, *self.policy.shared_buffers)
+        return {name: state[name].detach().clone() for name in names} | dict(self.moments)
+
+    def receive(self, aggregate: Aggregate) -> None:
+        """Take the aggregate of a round, for the coming training step."""
+        self._pending = aggregate
+
+    # ------------------------------------------------------------------ Lightning
+
+    def configure_optimizers(self) -> Any:
+        parameters = dict(self.model.named_parameters())
+        optimizer = self.optimizer([parameters[name] for name in self.policy.shared_parameters])
+        return [optimizer], [] if self.scheduler is None else [self.scheduler(optimizer)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        """Step on the pending aggregate with grad = -delta; without one (a round given up) change nothing."""
+        if self._pending is None:
+            return
+        aggregate, self._pending = self._pending, None
+        optimizer: Any = self.optimizers()
+        parameters = dict(self.model.named_parameters())
+        for name in self.policy.shared_parameters:
+            update = aggregate.delta.get(name)
+            # An empty cohort (Poisson sampling) gives no update: the server still takes its step, on zero.
+            gradient = torch.zeros_like(parameters[name]) if update is None else -update.to(parameters[name])
+            parameters[name].grad = gradient
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler: Any = self.lr_schedulers()
+        if scheduler is not None:
+            scheduler.step()
+        self._load_extras(aggregate.extras)
+
+    def _load_extras(self, extras: Mapping[str, Tensor]) -> None:
+        buffers = {name: value for name, value in extras.items() if not is_optimizer_entry(name)}
+        states.load_entries(self.model, states.decode_statistics(buffers, self.policy.entries))
+        self.moments.update({name: value for name, value in extras.items() if is_optimizer_entry(name)})
+        states.refresh_spectral_norm(self.model)
+
+    def end_round(self, *, num_images: float) -> None:
+        """Tell the module that the server has stepped, so that it can move its average."""
+        if isinstance(self.model, ServerHook):
+            self.model.on_server_round_end(num_images=num_images)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing: callbacks evaluate."""
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing: callbacks evaluate."""
+
+    def predict_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing: callbacks write samples."""
+
+    # ------------------------------------------------------------------ sampling
+
+    @property
+    def can_sample(self) -> bool:
+        """Whether the module has ``sample``."""
+        return isinstance(self.model, SampleSource)
+
+    def sample(
+        self, num_samples: int, *, labels: Tensor | None = None, generator: torch.Generator | None = None, **options: Any
+    ) -> Tensor:
+        """Return samples of the global generator; see :meth:`fedgan_lightning.gan.module.GAN.sample`.
+
+        Raises:
+            ConfigurationError: If the module cannot be sampled.
+        """
+        if not isinstance(self.model, SampleSource):
+            raise ConfigurationError(
+                message(
+                    "metrics and pictures call model.sample(num_samples, labels=None, generator=None)",
+                    received=f"{type(self.model).__name__} without it",
+                    fix="add the method, or leave out the evaluation and picture callbacks",
+                )
+            )
+        return self.model.sample(num_samples, labels=labels, generator=generator, **options)

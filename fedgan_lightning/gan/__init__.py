@@ -1,0 +1,1 @@
+"""The client GAN and its parts."""

@@ -1,0 +1,387 @@
+"""The client: a GAN as an ordinary LightningModule. It knows nothing of federation.
+
+``L.Trainer().fit(GAN(...), data)`` is the centralised baseline. In a federation the same class is trained on each
+client by a per-round Trainer.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from fedgan_lightning.errors import ConfigurationError, DataError, message
+from fedgan_lightning.gan.objectives import AdversarialLoss, NonSaturating
+from fedgan_lightning.gan.penalties import Penalty
+from fedgan_lightning.gan.priors import Normal, Prior
+from fedgan_lightning.gan.steps import Stats, discriminator_step, generator_step
+from fedgan_lightning.protocol import RoundInfo
+
+OptimizerCallable = Callable[[Iterable], Optimizer]
+SchedulerCallable = Callable[[Optimizer], LRScheduler]
+
+
+def dcgan_adam(parameters: Iterable[Any]) -> Optimizer:
+    """Adam, learning rate 2e-4, betas (.5, .999): DCGAN's (Radford et al. 2016, section 4)."""
+    return torch.optim.Adam(parameters, lr=2e-4, betas=(0.5, 0.999))
+
+
+class GAN(L.LightningModule):
+    """A generator and a discriminator trained against each other by manual optimization.
+
+    One local step is one call of ``training_step``: ``d_steps`` discriminator updates, then ``g_steps`` generator updates.
+    The minibatch is split into ``d_steps`` parts, so that every discriminator update sees fresh real samples.
+
+    Batches are ``(x, y)``: samples and int64 labels (N,); labels are ignored by unconditional networks.
+
+    Args:
+        generator: (z, y) -> samples; has ``latent_dim``, and ``num_classes`` if conditional.
+        discriminator: (x, y) -> logits of any shape, or (logits, class logits) for an auxiliary classifier (ACGAN).
+        loss: Adversarial loss; default non-saturating.
+        penalties: Terms added to the discriminator's loss.
+        generator_optimizer: Makes the generator's optimizer; default Adam 2e-4 (.5, .999).
+        discriminator_optimizer: Makes the discriminator's; other rates here than above give two time-scales.
+        generator_scheduler: Makes a learning-rate schedule, stepped once per local step.
+        discriminator_scheduler: The same for the discriminator.
+        updates: ``alternating``: the generator's step sees the discriminator's new parameters, as in usual GAN code.
+            ``simultaneous``: both step from the old point, as in FedGAN's algorithm 1; one step of each.
+        d_steps: Discriminator updates per local step.
+        g_steps: Generator updates per local step.
+        prior: Distribution of z; default normal.
+        fake_labels: Labels to generate in training: ``held`` takes those of the real minibatch, hence only classes that
+            this client holds; ``all`` draws uniformly from all classes.
+        auxiliary_weight: Weight of the classification terms of an auxiliary classifier.
+        ema_half_life_images: Half-life, in images, of the moving average of the generator that is used for sampling
+            and metrics; ``None`` keeps no average. In a federation the average lives on the server.
+        clip_gradient_norm: Largest norm of each network's gradient; ``None`` does not clip.
+
+    Raises:
+        ConfigurationError: If the arguments contradict each other.
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        *,
+        loss: AdversarialLoss | None = None,
+        penalties: Sequence[Penalty] = (),
+        generator_optimizer: OptimizerCallable = dcgan_adam,
+        discriminator_optimizer: OptimizerCallable = dcgan_adam,
+        generator_scheduler: SchedulerCallable | None = None,
+        discriminator_scheduler: SchedulerCallable | None = None,
+        updates: Literal["alternating", "simultaneous"] = "alternating",
+        d_steps: int = 1,
+        g_steps: int = 1,
+        prior: Prior | None = None,
+        fake_labels: Literal["held", "all"] = "held",
+        auxiliary_weight: float = 1.0,
+        ema_half_life_images: float | None = None,
+        clip_gradient_norm: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator, self.discriminator = generator, discriminator
+        self.loss = loss if loss is not None else NonSaturating()
+        self.penalties = tuple(penalties)
+        self.generator_optimizer, self.discriminator_optimizer = generator_optimizer, discriminator_optimizer
+        self.generator_scheduler, self.discriminator_scheduler = generator_scheduler, discriminator_scheduler
+        self.updates, self.d_steps, self.g_steps = updates, d_steps, g_steps
+        self.prior = prior if prior is not None else Normal()
+        self.fake_labels, self.auxiliary_weight = fake_labels, auxiliary_weight
+        self.ema_half_life_images = ema_half_life_images
+        self.clip_gradient_norm = clip_gradient_norm
+        self.num_classes = int(getattr(generator, "num_classes", 0))
+        self._validate()
+        self.generator_ema: nn.Module | None = None
+        if ema_half_life_images is not None:
+            self.generator_ema = copy.deepcopy(generator).requires_grad_(False).eval()
+        #: Local steps since the start of training; schedules and lazy penalties count in these.
+        self.local_step = 0
+        self._sums: Stats = {}
+        self._num_summed = 0
+
+    def _validate(self) -> None:
+        other = int(getattr(self.discriminator, "num_classes", 0))
+        if self.num_classes != other:
+            raise ConfigurationError(
+                message(
+                    "generator and discriminator must have the same number of classes",
+                    received=f"{self.num_classes} and {other}",
+                    fix="set num_classes to the same value in both",
+                )
+            )
+        shapes = [getattr(network, "sample_shape", None) for network in (self.generator, self.discriminator)]
+        if None not in shapes and shapes[0] != shapes[1]:
+            raise ConfigurationError(
+                message(
+                    "generator and discriminator must have the same sample shape",
+                    received=f"{list(shapes[0] or ())} and {list(shapes[1] or ())}",
+                    fix="set image_size and channels, or sample_shape, to the same values in both",
+                )
+            )
+        if min(self.d_steps, self.g_steps) < 1:
+            raise ConfigurationError(
+                message("d_steps and g_steps are at least 1", received=f"{self.d_steps} and {self.g_steps}", fix="raise them")
+            )
+        if self.updates == "simultaneous" and (self.d_steps, self.g_steps) != (1, 1):
+            raise ConfigurationError(
+                message(
+                    "simultaneous updates take one step of each network",
+                    received=f"d_steps={self.d_steps}, g_steps={self.g_steps}",
+                    fix="set both to 1, or updates: alternating",
+                )
+            )
+        if self.ema_half_life_images is not None and self.ema_half_life_images <= 0:
+            raise ConfigurationError(
+                message("ema_half_life_images is positive", received=self.ema_half_life_images, fix="set null to switch it off")
+            )
+
+    @property
+    def sample_shape(self) -> tuple[int, ...] | None:
+        """Shape of one sample, where the networks state it."""
+        shape = getattr(self.generator, "sample_shape", None)
+        return None if shape is None else tuple(shape)
+
+    @property
+    def latent_dim(self) -> int:
+        """Dimension of z."""
+        return int(self.generator.latent_dim)  # type: ignore[arg-type]
+
+    def default_sync(self) -> dict[str, str]:
+        """Return where networks live unless the federation's settings say otherwise: the average stays at the server."""
+        return {"generator_ema": "server"}
+
+    # ------------------------------------------------------------------ checks before training
+
+    def setup(self, stage: str) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if hasattr(data, "sample_shape"):
+            self.check_data(data.sample_shape, getattr(data, "num_classes", 0))
+
+    def check_data(self, sample_shape: Sequence[int], num_classes: int) -> None:
+        """Pass two samples through both networks.
+
+        Args:
+            sample_shape: Shape of one sample of the data.
+            num_classes: Its number of classes.
+
+        Raises:
+            ConfigurationError: If networks and data do not fit.
+        """
+        if self.num_classes and self.num_classes != num_classes:
+            raise ConfigurationError(
+                message(
+                    "conditional networks have as many classes as the data",
+                    received=f"num_classes={self.num_classes}, data with {num_classes}",
+                    fix=f"set num_classes of both networks to {num_classes}",
+                )
+            )
+        made = tuple(self.sample(2, latents=torch.zeros(2, self.latent_dim)).shape[1:])
+        wanted = tuple(sample_shape)
+        if made != wanted:
+            raise ConfigurationError(
+                message(
+                    "the generator's samples have the shape of the data's",
+                    received=f"{list(made)} from the generator, {list(wanted)} in the data",
+                    fix="set the networks' image_size and channels (or sample_shape), or the source's image_size",
+                )
+            )
+        parameter = next(self.discriminator.parameters())
+        mode = self.discriminator.training
+        try:
+            with torch.no_grad():
+                labels = torch.zeros(2, dtype=torch.int64, device=parameter.device)
+                self.discriminator.eval()(parameter.new_zeros(2, *wanted), labels)
+        except RuntimeError as error:
+            raise ConfigurationError(
+                message(
+                    f"the discriminator accepts samples of shape {list(wanted)}",
+                    received=str(error).splitlines()[0],
+                    fix="set its image_size and channels (or sample_shape) to the data's",
+                )
+            ) from error
+        finally:
+            self.discriminator.train(mode)
+
+    # ------------------------------------------------------------------ training
+
+    def configure_optimizers(self) -> Any:
+        optimizers = [
+            self.generator_optimizer(self.generator.parameters()),
+            self.discriminator_optimizer(self.discriminator.parameters()),
+        ]
+        makers = (self.generator_scheduler, self.discriminator_scheduler)
+        return optimizers, [maker(optimizer) for maker, optimizer in zip(makers, optimizers) if maker is not None]
+
+    def on_client_round_start(self, info: RoundInfo) -> None:
+        """Continue counting local steps where this round's minibatches start."""
+        self.local_step = info.first_step
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        x, y = batch
+        if len(x) % self.d_steps:
+            raise DataError(
+                message(
+                    f"a minibatch is split into d_steps={self.d_steps} equal parts",
+                    received=f"{len(x)} samples",
+                    fix=f"set batch_size to a multiple of {self.d_steps}",
+                )
+            )
+        opt_g, opt_d = self.optimizers()  # type: ignore[misc]
+        parts = list(zip(x.chunk(self.d_steps), y.chunk(self.d_steps)))
+        if self.updates == "simultaneous":
+            self._backward_discriminator(opt_d, *parts[0])
+            self._backward_generator(opt_g, *parts[0])
+            opt_d.step()
+            opt_g.step()
+        else:
+            for part in parts:
+                self._backward_discriminator(opt_d, *part)
+                opt_d.step()
+            for _ in range(self.g_steps):
+                self._backward_generator(opt_g, *parts[-1])
+                opt_g.step()
+        schedulers = self.lr_schedulers()
+        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+            if scheduler is not None:
+                scheduler.step()  # type: ignore[call-arg]
+        self.local_step += 1
+        self._num_summed += 1
+        self.update_ema(num_images=len(x))
+
+    def _backward_discriminator(self, optimizer: Any, x: Tensor, y: Tensor) -> None:
+        due = [penalty for penalty in self.penalties if penalty.is_due(self.local_step)]
+        mix = torch.rand(len(x), device=x.device, dtype=x.dtype) if any(penalty.needs_mix for penalty in due) else None
+        z, y_fake = self._draw(x, y)
+        with self.toggled_optimizer(optimizer):
+            loss, stats = discriminator_step(
+                self.generator,
+                self.discriminator,
+                loss=self.loss,
+                penalties=due,
+                auxiliary_weight=self.auxiliary_weight,
+                x=x,
+                y=y,
+                z=z,
+                y_fake=y_fake,
+                mix=mix,
+            )
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+        self._collect(stats, scale=1.0 / self.d_steps)
+
+    def _backward_generator(self, optimizer: Any, x: Tensor, y: Tensor) -> None:
+        z, y_fake = self._draw(x, y)
+        with self.toggled_optimizer(optimizer):
+            loss, stats = generator_step(
+                self.generator,
+                self.discriminator,
+                loss=self.loss,
+                auxiliary_weight=self.auxiliary_weight,
+                x=x,
+                y=y,
+                z=z,
+                y_fake=y_fake,
+            )
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+        self._collect(stats, scale=1.0 / self.g_steps)
+
+    def _draw(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw latents and labels for as many samples as there are real ones."""
+        z = self.prior.sample(len(x), self.latent_dim, device=x.device, dtype=x.dtype)
+        if self.fake_labels == "all" and self.num_classes:
+            return z, torch.randint(self.num_classes, (len(x),), device=x.device)
+        return z, y
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if self.clip_gradient_norm is not None:
+            self.clip_gradients(optimizer, gradient_clip_val=self.clip_gradient_norm, gradient_clip_algorithm="norm")
+
+    # ------------------------------------------------------------------ statistics: summed on the device, logged per epoch
+
+    def _collect(self, stats: Stats, *, scale: float) -> None:
+        for name, value in stats.items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + scale * value
+
+    def on_train_epoch_start(self) -> None:
+        self._sums, self._num_summed = {}, 0
+
+    def on_train_epoch_end(self) -> None:
+        for name, value in self._sums.items():
+            self.log(name, value / max(self._num_summed, 1), prog_bar=name.startswith("loss"))
+
+    # ------------------------------------------------------------------ moving average
+
+    def update_ema(self, *, num_images: float) -> None:
+        """Move the average by ``num_images``: w_ema <- b w_ema + (1 - b) w with b = 2^(-num_images / half-life).
+
+        Buffers are copied. Source: Karras et al. 2018, section 4.
+        """
+        if self.generator_ema is None or self.ema_half_life_images is None:
+            return
+        weight = 1 - 0.5 ** (num_images / self.ema_half_life_images)
+        with torch.no_grad():
+            averages, values = list(self.generator_ema.parameters()), list(self.generator.parameters())
+            if averages:
+                torch._foreach_lerp_(averages, values, weight)
+            for average, value in zip(self.generator_ema.buffers(), self.generator.buffers()):
+                average.copy_(value)
+
+    def on_server_round_end(self, *, num_images: float) -> None:
+        """Average over rounds on the server."""
+        self.update_ema(num_images=num_images)
+
+    # ------------------------------------------------------------------ sampling
+
+    @torch.no_grad()
+    def sample(
+        self,
+        num_samples: int,
+        *,
+        labels: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        latents: Tensor | None = None,
+        raw: bool = False,
+        chunk_size: int = 500,
+    ) -> Tensor:
+        """Return ``num_samples`` samples from the averaged generator (from the raw one if there is none, or ``raw``).
+
+        Args:
+            num_samples: How many.
+            labels: Classes to generate (num_samples,); default all classes in turn.
+            generator: Source of the latents; a seeded CPU generator gives the same latents on every device.
+            latents: Latents (num_samples, latent_dim) to use instead.
+            raw: Use the raw weights, those that are federated.
+            chunk_size: Samples per forward pass.
+        """
+        network = self.generator if raw or self.generator_ema is None else self.generator_ema
+        parameter = next(network.parameters())
+        where = {"device": parameter.device, "dtype": parameter.dtype}
+        if latents is None:
+            latents = self.prior.sample(num_samples, self.latent_dim, generator=generator, **where)  # type: ignore[arg-type]
+        if labels is None:
+            labels = torch.arange(num_samples) % max(self.num_classes, 1)
+        latents, labels = latents.to(**where), labels.to(parameter.device)  # type: ignore[call-overload]
+        mode = network.training
+        network.eval()
+        try:
+            chunks = zip(latents.split(chunk_size), labels[: len(latents)].split(chunk_size))
+            return torch.cat([network(z, y) for z, y in chunks])
+        finally:
+            network.train(mode)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["local_step"] = self.local_step
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.local_step = int(checkpoint.get("local_step", 0))

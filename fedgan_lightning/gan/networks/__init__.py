@@ -1,0 +1,17 @@
+"""Network pairs, one file per family. Each states ``latent_dim``, ``sample_shape``, ``num_classes``, ``conditioning``."""
+
+from fedgan_lightning.gan.networks.acgan import ACGANDiscriminator, ACGANGenerator
+from fedgan_lightning.gan.networks.dcgan import DCGANDiscriminator, DCGANGenerator
+from fedgan_lightning.gan.networks.mlp import MLPDiscriminator, MLPGenerator
+from fedgan_lightning.gan.networks.scalar import QuadraticDiscriminator, ScaleGenerator
+
+__all__ = [
+    "ACGANDiscriminator",
+    "ACGANGenerator",
+    "DCGANDiscriminator",
+    "DCGANGenerator",
+    "MLPDiscriminator",
+    "MLPGenerator",
+    "QuadraticDiscriminator",
+    "ScaleGenerator",
+]

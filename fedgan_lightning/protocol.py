@@ -1,0 +1,230 @@
+"""The records that cross every boundary, and the interfaces between the parts.
+
+Executors exchange :class:`ClientTask` and :class:`ClientUpdate` and nothing else. Raw samples have no field to
+travel in. This file knows neither Lightning nor any implementation.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+#: Tensors by name, as in ``Module.state_dict()``.
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LocalWork:
+    """How much a client trains in one round.
+
+    Attributes:
+        steps: Local steps K, minibatches per round; ``None`` where epochs are counted.
+        epochs: Local epochs per round; ``None`` where steps are counted.
+        schedule_positions: Steps already taken by each learning-rate schedule of the client module, by index.
+    """
+
+    steps: int | None = None
+    epochs: int | None = None
+    schedule_positions: tuple[int, ...] = ()
+
+    def span(self, *, round: int, steps_per_epoch: int) -> tuple[int, int]:
+        """Return (first step, number of steps) of this round on the client's endless stream of minibatches."""
+        count = self.steps if self.steps is not None else (self.epochs or 0) * steps_per_epoch
+        return round * count, count
+
+
+@dataclass(frozen=True)
+class ClientTask:
+    """What the server sends to one client for one round.
+
+    Attributes:
+        client_id: The client, in [0, number of clients).
+        round: Rounds completed before this one.
+        seed: Seed of all randomness of this client in this round.
+        state: Shared parameters and buffers by name; shared optimizer moments under ``optimizer/``.
+        local: The work to do.
+    """
+
+    client_id: int
+    round: int
+    seed: int
+    state: State
+    local: LocalWork
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What one client sends back.
+
+    Attributes:
+        client_id: The client.
+        num_examples: Size N_k of its data set.
+        delta: Shared parameters after minus before local training, by name.
+        metrics: Scalars: losses, seconds, number of images seen.
+        extras: Other shared tensors, to be averaged as they are: buffers (variances as second moments), moments.
+    """
+
+    client_id: int
+    num_examples: int
+    delta: State
+    metrics: Mapping[str, float]
+    extras: State = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """The server's view of a round: what all accepted updates amount to.
+
+    Attributes:
+        delta: Aggregated parameter update.
+        extras: Aggregated extras.
+        num_clients: Updates that went in.
+        num_examples: Sum of their N_k.
+    """
+
+    delta: State
+    extras: State
+    num_clients: int
+    num_examples: int
+
+
+@dataclass(frozen=True)
+class RoundInfo:
+    """Frozen facts of a round, for everybody who takes part in it.
+
+    Attributes:
+        round: Rounds completed before this one.
+        cohort: Clients asked, in ascending order.
+        first_step: Position of the round's first minibatch on the client's endless stream; set on clients only.
+        num_steps: Minibatches of this round; set on clients only.
+    """
+
+    round: int
+    cohort: tuple[int, ...]
+    first_step: int = 0
+    num_steps: int = 0
+
+
+class ClientBatches(Protocol):
+    """The minibatches of one client in one round."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def __len__(self) -> int: ...
+
+
+@runtime_checkable
+class FederatedData(Protocol):
+    """What orchestrator and executors ask of a data module."""
+
+    @property
+    def num_clients(self) -> int: ...
+
+    def num_examples(self, client_id: int) -> int: ...
+
+    def steps_per_epoch(self, client_id: int) -> int: ...
+
+    def client_batches(self, client_id: int, *, first_step: int, num_steps: int) -> ClientBatches: ...
+
+    def fingerprint(self) -> str: ...
+
+
+class Executor(ABC):
+    """Runs the clients of a round. Which way it does so must not change the updates."""
+
+    @abstractmethod
+    def setup(self, context: Any) -> None:
+        """Prepare for a run; ``context`` is a :class:`fedgan_lightning.federation.local.ClientContext`."""
+
+    @abstractmethod
+    def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientUpdate]:
+        """Yield one update per task, in any order, as soon as each is ready.
+
+        Raises:
+            ClientError: If a client fails; it names client, round and stage.
+        """
+
+    @abstractmethod
+    def teardown(self) -> None:
+        """Release what :meth:`setup` took."""
+
+
+class Aggregator(ABC):
+    """Turns updates into one. Additive aggregators stream: memory does not grow with the number of clients."""
+
+    #: Whether ``merge(accumulate(a), accumulate(b))`` equals one pass over both, as secure aggregation needs.
+    additive: ClassVar[bool]
+
+    @abstractmethod
+    def init(self) -> Any:
+        """Return an empty accumulator."""
+
+    @abstractmethod
+    def accumulate(self, accumulator: Any, update: ClientUpdate) -> Any:
+        """Return the accumulator with one more update in it.
+
+        Raises:
+            UpdateError: If the update is not finite, or does not fit those before it; names the client.
+        """
+
+    @abstractmethod
+    def merge(self, first: Any, second: Any) -> Any:
+        """Return the accumulator of both sets of updates."""
+
+    @abstractmethod
+    def finalize(self, accumulator: Any) -> Aggregate:
+        """Return the aggregate; with no updates in it, one without entries."""
+
+
+class ClientSampler(ABC):
+    """Chooses the cohort of a round as a pure function of (seed, round)."""
+
+    @abstractmethod
+    def sample(self, *, num_clients: int, round: int, seed: int) -> tuple[int, ...]:
+        """Return distinct client ids in ascending order; an empty cohort is allowed."""
+
+
+@runtime_checkable
+class ClientHook(Protocol):
+    """Optional hook of a client module, called before its per-round ``fit``."""
+
+    def on_client_round_start(self, info: RoundInfo) -> None: ...
+
+
+@runtime_checkable
+class ServerHook(Protocol):
+    """Optional hook of the global module, called after every server step.
+
+    ``num_images`` is the weighted mean over clients of images seen in the round: the length of one local path.
+    """
+
+    def on_server_round_end(self, *, num_images: float) -> None: ...
+
+
+class RoundListener(Protocol):
+    """Optional hooks of any callback on the server's Trainer; the orchestrator calls those that exist."""
+
+    def on_round_start(self, trainer: Any, server: Any, info: RoundInfo) -> None: ...
+
+    def on_client_end(self, trainer: Any, server: Any, update: ClientUpdate) -> None: ...
+
+    def on_round_end(self, trainer: Any, server: Any, info: RoundInfo, metrics: Mapping[str, float]) -> None: ...
+
+
+@runtime_checkable
+class SampleSource(Protocol):
+    """A global module that can be sampled, as pictures and metrics need it."""
+
+    def sample(
+        self, num_samples: int, *, labels: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor: ...
+
+
+def listeners(callbacks: Sequence[Any], hook: str) -> list[Any]:
+    """Return the bound ``hook`` of every callback that has one."""
+    return [getattr(callback, hook) for callback in callbacks if hasattr(callback, hook)]

@@ -1,0 +1,149 @@
+"""The run directory: its settings, its partition, and ``summary.json``."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+
+from fedgan_lightning.data.datamodule import FederatedDataModule
+from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.evaluation.callback import Evaluation
+from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
+from fedgan_lightning.version import __version__
+
+#: Metrics of which larger values are better; of all others smaller ones are.
+LARGER_IS_BETTER = ("modes", "high_quality", "classes", "class_accuracy")
+MARKS = ("config.yaml", "summary.json", "checkpoints")
+
+
+def check_run_directory(path: str | Path, *, resuming: bool) -> None:
+    """Refuse to start a run on top of another.
+
+    Raises:
+        ConfigurationError: If the directory holds a run and this is not its continuation.
+    """
+    found = [mark for mark in MARKS if (Path(path) / mark).exists()]
+    if found and not resuming:
+        raise ConfigurationError(
+            message(
+                "a new run needs a directory without a run in it",
+                received=f"{path} holding {', '.join(found)}",
+                fix="choose another --run_dir, or continue that run with --ckpt_path last",
+            )
+        )
+
+
+class RunRecorder(L.Callback):
+    """Writes ``config.yaml``, ``partition.npz`` and ``summary.json`` into the run directory.
+
+    Args:
+        config: The complete settings as YAML, as the command line knows them; ``None`` writes no ``config.yaml``.
+        seed: Root seed, for the summary.
+        resuming: Whether the run directory may already hold this run.
+    """
+
+    def __init__(self, *, config: str | None = None, seed: int | None = None, resuming: bool = False) -> None:
+        self.config, self.seed, self.resuming = config, seed, resuming
+        self._wall_seconds, self._started = 0.0, time.perf_counter()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            check_run_directory(trainer.default_root_dir, resuming=self.resuming)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Everything has been checked and restored: from here on the directory belongs to this run."""
+        self._started = time.perf_counter()
+        root = Path(trainer.default_root_dir)
+        root.mkdir(parents=True, exist_ok=True)
+        if self.config is not None and not (root / "config.yaml").exists():
+            write_text(root / "config.yaml", self.config)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, FederatedDataModule):
+            partial = root / ".partition.npz"
+            np.savez_compressed(partial, **{f"client_{k:05d}": indices for k, indices in enumerate(data.indices)})
+            partial.replace(root / "partition.npz")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.write(trainer, status="running")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        orchestrator = _find(trainer, FederatedOrchestrator)
+        stopped = orchestrator is not None and orchestrator.stop_signal is not None
+        self.write(trainer, status="stopped" if stopped else "finished")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if trainer.state.fn == "fit" and trainer.training and (Path(trainer.default_root_dir) / "config.yaml").exists():
+            self.write(trainer, status=f"failed: {type(exception).__name__}: {exception}")
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        evaluation = _find(trainer, Evaluation)
+        facts = evaluation.facts if evaluation is not None else {}
+        write_text(Path(trainer.default_root_dir) / "test.json", json.dumps({**facts, **values}, indent=2))
+
+    def write(self, trainer: L.Trainer, *, status: str) -> None:
+        """Write ``summary.json``."""
+        orchestrator, evaluation = _find(trainer, FederatedOrchestrator), _find(trainer, Evaluation)
+        history = evaluation.history if evaluation is not None else []
+        summary: dict[str, Any] = {
+            "status": status,
+            "rounds": trainer.global_step,
+            "seed": self.seed,
+            "wall_seconds": round(self._elapsed(), 3),
+            "final": history[-1] if history else {},
+            "best": best_values(history),
+            "evaluation": evaluation.facts if evaluation is not None else {},
+            **({} if orchestrator is None else orchestrator.ledger.summary()),
+            "versions": versions(),
+            "history": history,
+        }
+        write_text(Path(trainer.default_root_dir) / "summary.json", json.dumps(summary, indent=2))
+
+    def _elapsed(self) -> float:
+        return self._wall_seconds + time.perf_counter() - self._started
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"wall_seconds": self._elapsed()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._wall_seconds = float(state_dict["wall_seconds"])
+
+
+def best_values(history: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Return, for every metric, its best value and the round that gave it."""
+    best: dict[str, dict[str, float]] = {}
+    for entry in history:
+        for name, value in entry.items():
+            if name == "rounds":
+                continue
+            sign = -1 if name.removesuffix("_raw") in LARGER_IS_BETTER else 1
+            if name not in best or sign * value < sign * best[name]["value"]:
+                best[name] = {"value": value, "rounds": entry["rounds"]}
+    return best
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of everything that decides the numbers."""
+    packages = ("torch", "lightning", "torchvision", "torchmetrics", "numpy")
+    found = {name: metadata.version(name) for name in packages}
+    return {"fedgan_lightning": __version__, "python": platform.python_version(), **found}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one piece or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _find(trainer: L.Trainer, kind: type) -> Any:
+    return next((item for item in trainer.callbacks if isinstance(item, kind)), None)  # type: ignore[attr-defined]

@@ -1,0 +1,167 @@
+"""Pure algebra on state dicts: what an entry is, to which network it belongs, how it may be averaged.
+
+Parameters travel as differences. Floating buffers travel as values. BatchNorm variances travel as second moments,
+so that the weighted mean over clients is the variance of the pooled data and not the mean of the variances
+(four clients with means 0, 2, 4, 6 and unit variances: 6.0, not 1.0). Integer counters stay where they are.
+Power-iteration vectors of spectral norm never travel: the mean of unit vectors is not a unit vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fedgan_lightning.protocol import State
+
+ROOT = "(root)"
+#: Below 15 iterations the leading singular value of averaged weights is off by percents (measured).
+SPECTRAL_ITERATIONS = 15
+
+
+class Kind(str, Enum):
+    """What an entry of a state dict is."""
+
+    PARAMETER = "parameter"
+    STATISTIC = "statistic"  # floating buffer: mean, or anything else that can be averaged as it is
+    VARIANCE = "variance"  # running variance, with a running mean beside it
+    COUNTER = "counter"  # integer or boolean buffer
+    SPECTRAL = "spectral"  # power-iteration vector
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of a module's state dict: its network (top-level child) and its kind."""
+
+    network: str
+    kind: Kind
+
+
+def network_of(name: str) -> str:
+    """Return the top-level child that holds the entry ``name``, or ``"(root)"``."""
+    return name.split(".", 1)[0] if "." in name else ROOT
+
+
+def describe(module: nn.Module) -> dict[str, Entry]:
+    """Return an :class:`Entry` for every name in ``module.state_dict()``, in the same order."""
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    spectral = _spectral_names(module)
+    state = module.state_dict()
+    entries = {}
+    for name, value in state.items():
+        if name in parameters:
+            kind = Kind.PARAMETER
+        elif name in spectral:
+            kind = Kind.SPECTRAL
+        elif not torch.is_floating_point(value):
+            kind = Kind.COUNTER
+        elif name.endswith("running_var") and mean_name(name) in state:
+            kind = Kind.VARIANCE
+        else:
+            kind = Kind.STATISTIC
+        entries[name] = Entry(network=network_of(name), kind=kind)
+    return entries
+
+
+def mean_name(variance_name: str) -> str:
+    """Return the name of the running mean that belongs to a running variance."""
+    return variance_name[: -len("running_var")] + "running_mean"
+
+
+def networks(module: nn.Module) -> tuple[str, ...]:
+    """Return the networks of a module: top-level children with state, and ``"(root)"`` if it has state itself."""
+    return tuple(dict.fromkeys(entry.network for entry in describe(module).values()))
+
+
+def encode_statistics(state: State, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
+    """Return buffers in the form that may be averaged: variances as float64 second moments E[x^2] = var + mean^2."""
+    encoded = {}
+    for name, value in state.items():
+        if entries[name].kind is Kind.VARIANCE:
+            value = value.double() + state[mean_name(name)].double().square()
+        encoded[name] = value.detach().clone()
+    return encoded
+
+
+def decode_statistics(state: State, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
+    """Undo :func:`encode_statistics` after averaging: var = E[x^2] - mean^2, never below zero."""
+    decoded = {}
+    for name, value in state.items():
+        if entries[name].kind is Kind.VARIANCE:
+            value = (value.double() - state[mean_name(name)].double().square()).clamp_min(0.0)
+        decoded[name] = value
+    return decoded
+
+
+def load_entries(module: nn.Module, values: State) -> None:
+    """Copy ``values`` into the entries of ``module`` that bear their names, casting to dtype and device.
+
+    Raises:
+        KeyError: If the module has no such entry.
+    """
+    target = module.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for name, value in values.items():
+            target[name].copy_(value)
+
+
+def num_bytes(state: State | Iterable[Tensor]) -> int:
+    """Return the size of all tensors in bytes."""
+    tensors = state.values() if isinstance(state, Mapping) else state
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def norm(values: Iterable[Tensor]) -> Tensor:
+    """Return the Euclidean norm of all tensors taken as one vector."""
+    norms = [torch.linalg.vector_norm(value.detach().float()) for value in values]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+
+
+def refresh_spectral_norm(module: nn.Module, *, iterations: int = SPECTRAL_ITERATIONS) -> None:
+    """Iterate every spectral-norm vector in ``module`` until it fits weights that were just loaded.
+
+    Reading a parametrized weight in training mode runs the layer's power iteration, hence the loop. Modes are restored.
+    Source: Miyato et al. 2018, algorithm 1.
+    """
+    for child in module.modules():
+        for name in _spectral_parametrizations(child):
+            parametrization = child.parametrizations[name]  # type: ignore[union-attr, index]
+            modes = {part: part.training for part in parametrization.modules()}
+            parametrization.train()
+            with torch.no_grad():
+                for _ in range(iterations):
+                    parametrization()
+            for part, mode in modes.items():
+                part.training = mode
+        hooks = [hook for hook in child._forward_pre_hooks.values() if type(hook).__name__ == "SpectralNorm"]
+        for hook in hooks:  # torch.nn.utils.spectral_norm, the older interface
+            with torch.no_grad():
+                for _ in range(iterations):
+                    hook.compute_weight(child, do_power_iteration=True)  # type: ignore[attr-defined]
+
+
+def _spectral_parametrizations(child: nn.Module) -> list[str]:
+    if not parametrize.is_parametrized(child):
+        return []
+    return [
+        name
+        for name, chain in child.parametrizations.items()  # type: ignore[operator, union-attr]
+        if any(type(part).__name__ == "_SpectralNorm" for part in chain)
+    ]
+
+
+def _spectral_names(module: nn.Module) -> set[str]:
+    """Names of the u and v vectors, and of the older interface's derived ``weight``, which is no state at all."""
+    found = set()
+    for prefix, child in module.named_modules():
+        stem = f"{prefix}." if prefix else ""
+        if type(child).__name__ == "_SpectralNorm":
+            found |= {f"{stem}_u", f"{stem}_v"}
+        for hook in child._forward_pre_hooks.values():
+            if type(hook).__name__ == "SpectralNorm":
+                found |= {f"{stem}{hook.name}_u", f"{stem}{hook.name}_v"}  # type: ignore[attr-defined]
+    return found

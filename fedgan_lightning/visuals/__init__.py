@@ -1,0 +1,1 @@
+"""Pictures: sample grids, scatter plots, partitions, TensorBoard's layout, the progress bar."""

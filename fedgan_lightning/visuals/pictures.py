@@ -1,0 +1,96 @@
+"""Pure functions from tensors to pictures, uint8 of shape (h, w, 3)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Picture = NDArray[np.uint8]
+
+#: Small images are enlarged to about this many pixels a side, by whole factors, so that a person can see them.
+CELL_PIXELS = 48
+
+
+def grid(images: Tensor, *, columns: int) -> Picture:
+    """Lay images (n, c, h, w) in [-1, 1] out in rows of ``columns``."""
+    from torchvision.utils import make_grid
+
+    pixels = ((images.detach().cpu().float() + 1) / 2).clamp(0, 1)
+    factor = max(1, round(CELL_PIXELS / pixels.shape[-1]))
+    pixels = pixels.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
+    sheet = make_grid(pixels, nrow=columns, padding=2, pad_value=1.0)
+    return (sheet * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def scatter(fake: Tensor, real: Tensor, *, title: str) -> Picture:
+    """Plot generated points over real ones; one-dimensional samples as two histograms."""
+    figure, axes = _figure(4.2, 4.2)
+    if fake.shape[1] == 1:
+        bins = np.linspace(float(real.min()) - 0.2, float(real.max()) + 0.2, 60)
+        axes.hist(real[:, 0].numpy(), bins=bins, density=True, color="#bbbbbb", label="real")
+        axes.hist(fake[:, 0].numpy(), bins=bins, density=True, color="#c23b22", alpha=0.6, label="generated")
+    else:
+        axes.scatter(real[:, 0], real[:, 1], s=3, c="#bbbbbb", linewidths=0, label="real")
+        axes.scatter(fake[:, 0], fake[:, 1], s=3, c="#c23b22", linewidths=0, alpha=0.6, label="generated")
+        low, high = real.min(0).values - 0.4, real.max(0).values + 0.4
+        axes.set_xlim(float(low[0]), float(high[0]))
+        axes.set_ylim(float(low[1]), float(high[1]))
+        axes.set_aspect("equal")
+    axes.set_title(title, fontsize=10)
+    axes.legend(loc="upper right", fontsize=7, markerscale=3)
+    return _render(figure)
+
+
+def partition(counts: NDArray[np.int64], *, class_names: Sequence[str]) -> Picture:
+    """Plot who holds what: clients across, classes up, area proportional to the number of samples."""
+    clients, classes = counts.shape
+    if classes == 1 or clients > 100:
+        figure, axes = _figure(min(12.0, 3 + 0.25 * clients), 3.2)
+        axes.bar(range(clients), counts.sum(1), color="#33638d")
+        axes.set_ylabel("samples")
+    else:
+        figure, axes = _figure(min(14.0, 2.5 + 0.4 * clients), 1.6 + 0.32 * classes)
+        x, y = np.meshgrid(np.arange(clients), np.arange(classes), indexing="ij")
+        axes.scatter(x, y, s=220 * counts / max(int(counts.max()), 1), c="#33638d", linewidths=0)
+        axes.set_yticks(range(classes), [str(name)[:24] for name in class_names[:classes]], fontsize=8)
+        axes.set_ylim(-0.7, classes - 0.3)
+    if clients <= 40:
+        axes.set_xticks(range(clients))
+    axes.set_xlabel("client")
+    axes.set_title(f"{int(counts.sum())} samples, {clients} clients", fontsize=10)
+    return _render(figure)
+
+
+def save(picture: Picture, path: Path) -> None:
+    """Write a PNG; a picture is complete or not there."""
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    Image.fromarray(picture).save(partial, format="PNG")
+    partial.replace(path)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)  # without pyplot, hence without its process-wide state
+    return figure, figure.subplots()
+
+
+def _render(figure: Any) -> Picture:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    with Image.open(buffer) as picture:
+        return np.asarray(picture.convert("RGB"))

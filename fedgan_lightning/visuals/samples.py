@@ -1,0 +1,135 @@
+"""Pictures of the global generator from one fixed z: as files in the run directory and in TensorBoard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedgan_lightning.data.datamodule import FederatedDataModule
+from fedgan_lightning.evaluation.callback import quantise
+from fedgan_lightning.federation.server import ServerModule
+from fedgan_lightning.seeding import make_generator
+from fedgan_lightning.visuals import pictures
+
+
+class SamplePictures(L.Callback):
+    """Writes ``reals.png``, ``fakes_init.png`` and ``fakes_roundNNNN.png``; in ``predict``, a picture and an .npz file.
+
+    Class-conditional generators and labelled data give one class per row. Two-dimensional data gives scatter plots.
+
+    Args:
+        every_n_rounds: Rounds between pictures; the last round always has one.
+        columns: Images per row.
+        rows: Rows, where there are no classes.
+        num_points: Points of a scatter plot.
+        predict_samples: Samples that ``predict`` writes.
+        seed: Seed of the fixed z. ``predict`` takes the same.
+    """
+
+    def __init__(
+        self,
+        *,
+        every_n_rounds: int = 10,
+        columns: int = 10,
+        rows: int = 8,
+        num_points: int = 2000,
+        predict_samples: int = 100,
+        seed: int = 0,
+    ) -> None:
+        self.every_n_rounds, self.columns, self.rows = every_n_rounds, columns, rows
+        self.num_points, self.predict_samples, self.seed = num_points, predict_samples, seed
+        self._last_round = -1
+
+    # ------------------------------------------------------------------ training
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        data = _data(trainer)
+        drawn = pictures.partition(data.label_counts(), class_names=data.class_names)
+        self._publish(trainer, drawn, name="partition.png", tag="partition", step=0)
+        if len(data.sample_shape) == 3:
+            self._publish(trainer, self._reals(data), name="reals.png", tag="samples/real", step=0)
+        if trainer.global_step == 0:
+            self._draw(trainer, pl_module, name="fakes_init.png")
+
+    def on_round_end(self, trainer: L.Trainer, server: ServerModule, info: Any, metrics: Any) -> None:
+        """Draw a picture every ``every_n_rounds``."""
+        if trainer.global_step % self.every_n_rounds == 0:
+            self._draw(trainer, server, name=f"fakes_round{trainer.global_step:04d}.png")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._last_round != trainer.global_step:
+            self._draw(trainer, pl_module, name=f"fakes_round{trainer.global_step:04d}.png")
+
+    def draw(self, data: FederatedDataModule, server: ServerModule, *, title: str = "") -> pictures.Picture:
+        """Return the picture of the generator from the fixed z."""
+        if len(data.sample_shape) != 3:
+            samples = server.sample(self.num_points, generator=self._generator()).detach().cpu().flatten(1)[:, :2]
+            real = data.train_samples.x.flatten(1)[:, :2]
+            chosen = torch.randperm(len(real), generator=make_generator(self.seed, "scatter"))[: self.num_points]
+            return pictures.scatter(samples.double(), real[chosen].double(), title=title)
+        labels = self._labels(data)
+        count = len(labels) if labels is not None else self.columns * self.rows
+        images = server.sample(count, labels=labels, generator=self._generator())
+        return pictures.grid(images, columns=self.columns)
+
+    def _draw(self, trainer: L.Trainer, module: L.LightningModule, *, name: str) -> None:
+        assert isinstance(module, ServerModule)
+        self._last_round = trainer.global_step
+        drawn = self.draw(_data(trainer), module, title=f"round {trainer.global_step}")
+        self._publish(trainer, drawn, name=name, tag="samples/generated", step=trainer.global_step)
+
+    def _generator(self) -> torch.Generator:
+        return make_generator(self.seed, "fixed z")
+
+    def _labels(self, data: FederatedDataModule) -> Tensor | None:
+        if data.num_classes == 0:
+            return None
+        return torch.arange(data.num_classes).repeat_interleave(self.columns)
+
+    def _reals(self, data: FederatedDataModule) -> pictures.Picture:
+        samples = data.train_samples
+        held = torch.from_numpy(np.sort(np.concatenate(data.indices)))
+        if samples.y is None:
+            chosen = held[torch.randperm(len(held), generator=make_generator(self.seed, "reals"))]
+            return pictures.grid(samples.take(chosen[: self.columns * self.rows])[0], columns=self.columns)
+        rows = []
+        for label in range(data.num_classes):
+            images = samples.take(held[samples.y[held] == label][: self.columns])[0]
+            missing = self.columns - len(images)
+            rows.append(torch.cat([images, -torch.ones(missing, *data.sample_shape)]))
+        return pictures.grid(torch.cat(rows), columns=self.columns)
+
+    def _publish(self, trainer: L.Trainer, picture: pictures.Picture, *, name: str, tag: str, step: int) -> None:
+        pictures.save(picture, Path(trainer.default_root_dir) / name)
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "add_image"):
+                logger.experiment.add_image(tag, picture, step, dataformats="HWC")
+
+    # ------------------------------------------------------------------ predict
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write ``predictions/samples.png`` and ``predictions/samples.npz`` (x, and y for conditional generators)."""
+        assert isinstance(pl_module, ServerModule)
+        data, folder = _data(trainer), Path(trainer.default_root_dir) / "predictions"
+        classes = int(getattr(pl_module.model, "num_classes", 0))
+        labels = torch.arange(self.predict_samples) % classes if classes else None
+        samples = pl_module.sample(self.predict_samples, labels=labels, generator=self._generator()).cpu()
+        folder.mkdir(parents=True, exist_ok=True)
+        if len(data.sample_shape) == 3:
+            pictures.save(pictures.grid(samples, columns=self.columns), folder / "samples.png")
+            samples = ((quantise(samples) + 1) * 127.5).round().to(torch.uint8)
+        else:
+            pictures.save(self.draw(data, pl_module, title="samples"), folder / "samples.png")
+        arrays = {"x": samples.numpy(), **({} if labels is None else {"y": labels.numpy()})}
+        np.savez_compressed(folder / "samples.npz", **arrays)
+        print(f"wrote {folder / 'samples.png'} and {folder / 'samples.npz'}")
+
+
+def _data(trainer: L.Trainer) -> FederatedDataModule:
+    data: FederatedDataModule = trainer.datamodule  # type: ignore[attr-defined]
+    return data

@@ -1,0 +1,54 @@
+"""TensorBoard: a layout that groups the curves, and hyper-parameters beside the final metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+
+from fedgan_lightning.evaluation.callback import Evaluation
+
+LAYOUT = {
+    "Training": {
+        "losses": ["Multiline", ["train/loss_d", "train/loss_g"]],
+        "discriminator": ["Multiline", ["train/d_real", "train/d_fake"]],
+        "update norms": ["Multiline", ["update_norm/.*"]],
+    },
+    "Quality": {
+        "Fréchet distance": ["Multiline", ["^fid$", "^fid_raw$"]],
+        "classes": ["Multiline", ["^classes$", "^class_accuracy$", "^class_distance$"]],
+        "modes": ["Multiline", ["^modes$", "^high_quality$", "^mode_divergence$"]],
+        "distance": ["Multiline", ["^sliced_wasserstein$"]],
+    },
+    "Clients": {
+        "discriminator loss": ["Multiline", ["client/.*/loss_d"]],
+        "generator loss": ["Multiline", ["client/.*/loss_g"]],
+    },
+    "Cost": {
+        "bytes": ["Multiline", ["bytes/.*"]],
+        "client steps per second": ["Multiline", ["round/client_steps_per_second"]],
+    },
+}
+
+
+class TensorBoardLayout(L.Callback):
+    """Writes the layout once, and the hyper-parameters with the best values at the end.
+
+    Attributes:
+        hyperparameters: Settings to show, flat; filled in by the command line.
+    """
+
+    def __init__(self) -> None:
+        self.hyperparameters: dict[str, Any] = {}
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for logger in trainer.loggers:
+            if hasattr(logger.experiment, "add_custom_scalars"):
+                logger.experiment.add_custom_scalars(LAYOUT)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        history = [item.history[-1] for item in trainer.callbacks if isinstance(item, Evaluation) and item.history]  # type: ignore[attr-defined]
+        final = {f"hp/{name}": value for entry in history for name, value in entry.items() if name != "rounds"}
+        for logger in trainer.loggers:
+            if self.hyperparameters and final and hasattr(logger, "log_hyperparams"):
+                logger.log_hyperparams(self.hyperparameters, final)
