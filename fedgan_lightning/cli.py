@@ -133,7 +133,9 @@ class FederatedCLI(LightningCLI):
         layout.hyperparameters = dict(flatten({name: plain[name] for name in ("model", "data", "federation", "server")}))
         text = self._parser(self.subcommand).dump(settings, skip_none=False, skip_link_targets=True)
         recorder = RunRecorder(config=without_command(text), seed=int(settings.seed_everything), resuming=resuming)
-        callbacks = [*(config.get("callbacks") or []), layout, recorder, RoundProgressBar()]
+        callbacks = [*(config.get("callbacks") or []), layout, recorder]
+        if config.get("enable_progress_bar") is not False:
+            callbacks.append(RoundProgressBar())
         plugins = [*(config.get("plugins") or []), AtomicCheckpointIO()]
         logger = config.get("logger")
         if logger in (None, True):

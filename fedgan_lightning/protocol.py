@@ -197,6 +197,16 @@ class ClientHook(Protocol):
 
 
 @runtime_checkable
+class StatisticsHook(Protocol):
+    """Optional hook of a client module: its scalars of the round, beside those it logs.
+
+    One call of ``self.log`` takes about a millisecond at the end of an epoch, which a client's round is; this takes none.
+    """
+
+    def round_statistics(self) -> Mapping[str, Tensor]: ...
+
+
+@runtime_checkable
 class ServerHook(Protocol):
     """Optional hook of the global module, called after every server step.
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from torch import Tensor
 
 from fedgan_lightning import states
@@ -21,7 +23,15 @@ from fedgan_lightning.errors import ClientError, RoundInterrupted
 from fedgan_lightning.federation import optimizer_state
 from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.federation.store import ClientStore
-from fedgan_lightning.protocol import ClientHook, ClientTask, ClientUpdate, FederatedData, RoundInfo, State
+from fedgan_lightning.protocol import (
+    ClientHook,
+    ClientTask,
+    ClientUpdate,
+    FederatedData,
+    RoundInfo,
+    State,
+    StatisticsHook,
+)
 from fedgan_lightning.seeding import isolated_rng
 from fedgan_lightning.states import Kind
 
@@ -66,6 +76,8 @@ class LocalTrainer:
         self.context = context
         self.module = client_copy(context.model, context.policy)
         self.clock = optimizer_state.ScheduleClock()
+        self._trainer: L.Trainer | None = None
+        self._external_callbacks: list[L.Callback] = []
         state = self.module.state_dict()
         policy = context.policy
         stays = [*policy.private, *policy.names(Kind.COUNTER, Kind.SPECTRAL, sync="average")]
@@ -97,12 +109,12 @@ class LocalTrainer:
             with isolated_rng(task.seed), quiet_lightning():
                 if isinstance(self.module, ClientHook):
                     self.module.on_client_round_start(info)
-                trainer = self._make_trainer(visit)
+                trainer = self._trainer_for(visit)
                 trainer.fit(self.module, train_dataloaders=batches)
             if self.context.stop_requested():
                 raise RoundInterrupted("the user asked to stop")
             stage = "update"
-            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            metrics = {name: float(value) for name, value in {**trainer.callback_metrics, **visit.statistics}.items()}
             metrics |= {f"{SCHEDULE}{index}": float(position) for index, position in enumerate(visit.positions)}
             metrics |= {
                 "images": float(visit.num_images),
@@ -118,10 +130,13 @@ class LocalTrainer:
                 extras=visit.extras,
             )
         except RoundInterrupted:
+            self._trainer = None  # it was left in the middle
             raise
         except SystemExit as error:  # Lightning's answer to SIGTERM
+            self._trainer = None
             raise RoundInterrupted("the process was asked to end") from error
         except Exception as error:
+            self._trainer = None
             raise ClientError(client_id=task.client_id, round=task.round, stage=stage, cause=error) from error
 
     def _load(self, task: ClientTask, private: State) -> None:
@@ -131,19 +146,31 @@ class LocalTrainer:
         states.load_entries(self.module, {**self.initial, **shared, **own})
         states.refresh_spectral_norm(self.module)
 
-    def _make_trainer(self, visit: _Visit) -> L.Trainer:
-        return L.Trainer(
-            **self.context.trainer_options,
-            max_epochs=1,
-            callbacks=[visit],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            limit_val_batches=0,
-            use_distributed_sampler=False,
-        )
+    def _trainer_for(self, visit: _Visit) -> L.Trainer:
+        """Return a Trainer that has trained nothing yet.
+
+        Constructing one scans all installed packages for callbacks, which takes longer than ten small GAN steps (measured);
+        so its loops, where all its progress is, are renewed instead.
+        """
+        if self._trainer is None:
+            self._trainer = L.Trainer(
+                **self.context.trainer_options,
+                max_epochs=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                num_sanity_val_steps=0,
+                limit_val_batches=0,
+                use_distributed_sampler=False,
+            )
+            self._external_callbacks = list(self._trainer.callbacks)  # type: ignore[attr-defined]
+        trainer = self._trainer
+        trainer.fit_loop = _FitLoop(trainer, max_epochs=1)
+        trainer.fit_loop.epoch_loop = _TrainingEpochLoop(trainer)
+        trainer.should_stop = False
+        trainer.callbacks = [*self._external_callbacks, visit]  # type: ignore[attr-defined]
+        return trainer
 
 
 class _Visit(L.Callback):
@@ -156,6 +183,7 @@ class _Visit(L.Callback):
         self.delta: dict[str, Tensor] = {}
         self.extras: dict[str, Tensor] = {}
         self.private: dict[str, Tensor] = {}
+        self.statistics: Mapping[str, Tensor] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         moments = {
@@ -184,6 +212,8 @@ class _Visit(L.Callback):
         self.extras |= self._moments(trainer, pl_module, "average")
         self.private = {name: state[name].detach().clone() for name in policy.private}
         self.private |= self._moments(trainer, pl_module, "keep")
+        if isinstance(pl_module, StatisticsHook):
+            self.statistics = pl_module.round_statistics()
         clock = self.owner.clock
         self.positions = tuple(clock.remember(index, item) for index, item in enumerate(schedulers_of(trainer)))
 

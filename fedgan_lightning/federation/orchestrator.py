@@ -235,8 +235,9 @@ class FederatedOrchestrator(L.Callback):
         metrics["round/client_steps_per_second"] = self.ledger.client_steps_per_second
         for direction, totals in (("down", self.ledger.bytes_down), ("up", self.ledger.bytes_up)):
             metrics |= {f"bytes/{direction}/{network}": float(total) for network, total in totals.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=info.round + 1)
+        if (info.round + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=info.round + 1)
         shown = {name: metrics[name] for name in metrics if name.startswith("train/loss")}
         server.log_dict(shown, on_step=False, on_epoch=True, logger=False, batch_size=1)
         for hook in listeners(trainer.callbacks, "on_round_end"):  # type: ignore[attr-defined]

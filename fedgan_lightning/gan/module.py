@@ -106,6 +106,7 @@ class GAN(L.LightningModule):
         self.local_step = 0
         self._sums: Stats = {}
         self._num_summed = 0
+        self._in_federation = False
 
     def _validate(self) -> None:
         other = int(getattr(self.discriminator, "num_classes", 0))
@@ -223,6 +224,7 @@ class GAN(L.LightningModule):
     def on_client_round_start(self, info: RoundInfo) -> None:
         """Continue counting local steps where this round's minibatches start."""
         self.local_step = info.first_step
+        self._in_federation = True
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x, y = batch
@@ -309,14 +311,20 @@ class GAN(L.LightningModule):
 
     def _collect(self, stats: Stats, *, scale: float) -> None:
         for name, value in stats.items():
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + scale * value
+            term = value if scale == 1.0 else scale * value
+            self._sums[name] = self._sums[name] + term if name in self._sums else term
 
     def on_train_epoch_start(self) -> None:
         self._sums, self._num_summed = {}, 0
 
+    def round_statistics(self) -> Stats:
+        """Return the means over the epoch so far: ``loss_d``, ``loss_g``, ``d_real`` = E D(x), ``d_fake`` = E D(G(z)), ``penalty``."""
+        return {name: value / max(self._num_summed, 1) for name, value in self._sums.items()}
+
     def on_train_epoch_end(self) -> None:
-        for name, value in self._sums.items():
-            self.log(name, value / max(self._num_summed, 1), prog_bar=name.startswith("loss"))
+        if not self._in_federation:  # there, the client's Trainer has no logger, and round_statistics is asked for
+            for name, value in self.round_statistics().items():
+                self.log(name, value, prog_bar=name.startswith("loss"))
 
     # ------------------------------------------------------------------ moving average
 
