@@ -1,1 +1,196 @@
-"""Train GANs over data that must not move."""
+"""Train GANs over data that must not move: federated GANs on PyTorch Lightning.
+
+Names are loaded when they are first used, so that ``import fedgan_lightning`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fedgan_lightning.version import __version__
+
+if TYPE_CHECKING:
+    from fedgan_lightning.api import Federation
+    from fedgan_lightning.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
+    from fedgan_lightning.data.datamodule import FederatedDataModule
+    from fedgan_lightning.data.partition import (
+        IID,
+        ClassesPerClient,
+        ClassLists,
+        Dirichlet,
+        FeatureShift,
+        Natural,
+        Partition,
+        QuantitySkew,
+    )
+    from fedgan_lightning.data.samples import Samples
+    from fedgan_lightning.data.sources import (
+        CelebA,
+        Digits,
+        Grid,
+        ImageFolder,
+        MedMNISTFile,
+        Ring,
+        Segments,
+        Source,
+        SwissRoll,
+        TorchvisionImages,
+    )
+    from fedgan_lightning.errors import (
+        CheckpointError,
+        ClientError,
+        ConfigurationError,
+        DataError,
+        FedGANError,
+        UpdateError,
+    )
+    from fedgan_lightning.evaluation.callback import Evaluation
+    from fedgan_lightning.evaluation.features import (
+        ClassifierFeatures,
+        FeatureNet,
+        InceptionFeatures,
+        ModuleFeatures,
+        PixelFeatures,
+    )
+    from fedgan_lightning.evaluation.metrics import (
+        ClassCoverage,
+        FrechetDistance,
+        Metric,
+        ModeCoverage,
+        SlicedWasserstein,
+    )
+    from fedgan_lightning.federation.aggregation import WeightedMean
+    from fedgan_lightning.federation.executors import SequentialExecutor
+    from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
+    from fedgan_lightning.federation.sampling import AllClients, FractionOfClients, PoissonSampling
+    from fedgan_lightning.federation.server import ServerModule
+    from fedgan_lightning.gan.module import GAN
+    from fedgan_lightning.gan.networks import (
+        ACGANDiscriminator,
+        ACGANGenerator,
+        DCGANDiscriminator,
+        DCGANGenerator,
+        MLPDiscriminator,
+        MLPGenerator,
+    )
+    from fedgan_lightning.gan.objectives import (
+        AdversarialLoss,
+        Hinge,
+        LeastSquares,
+        Minimax,
+        NonSaturating,
+        RelativisticPairing,
+        Wasserstein,
+    )
+    from fedgan_lightning.gan.penalties import R1, R2, GradientPenalty, Penalty
+    from fedgan_lightning.protocol import Aggregator, ClientSampler, ClientTask, ClientUpdate, Executor
+    from fedgan_lightning.visuals.samples import SamplePictures
+
+_HOMES = {
+    "fedgan_lightning.api": ["Federation"],
+    "fedgan_lightning.checkpoints": ["AtomicCheckpointIO", "BestCheckpoint", "LastCheckpoint"],
+    "fedgan_lightning.data.datamodule": ["FederatedDataModule"],
+    "fedgan_lightning.data.partition": [
+        "IID",
+        "ClassLists",
+        "ClassesPerClient",
+        "Dirichlet",
+        "FeatureShift",
+        "Natural",
+        "Partition",
+        "QuantitySkew",
+    ],
+    "fedgan_lightning.data.samples": ["Samples"],
+    "fedgan_lightning.data.sources": [
+        "CelebA",
+        "Digits",
+        "Grid",
+        "ImageFolder",
+        "MedMNISTFile",
+        "Ring",
+        "Segments",
+        "Source",
+        "SwissRoll",
+        "TorchvisionImages",
+    ],
+    "fedgan_lightning.errors": [
+        "CheckpointError",
+        "ClientError",
+        "ConfigurationError",
+        "DataError",
+        "FedGANError",
+        "UpdateError",
+    ],
+    "fedgan_lightning.evaluation.callback": ["Evaluation"],
+    "fedgan_lightning.evaluation.features": [
+        "ClassifierFeatures",
+        "FeatureNet",
+        "InceptionFeatures",
+        "ModuleFeatures",
+        "PixelFeatures",
+    ],
+    "fedgan_lightning.evaluation.metrics": [
+        "ClassCoverage",
+        "FrechetDistance",
+        "Metric",
+        "ModeCoverage",
+        "SlicedWasserstein",
+    ],
+    "fedgan_lightning.federation.aggregation": ["WeightedMean"],
+    "fedgan_lightning.federation.executors": ["SequentialExecutor"],
+    "fedgan_lightning.federation.orchestrator": ["FederatedOrchestrator"],
+    "fedgan_lightning.federation.sampling": ["AllClients", "FractionOfClients", "PoissonSampling"],
+    "fedgan_lightning.federation.server": ["ServerModule"],
+    "fedgan_lightning.gan.module": ["GAN"],
+    "fedgan_lightning.gan.networks": [
+        "ACGANDiscriminator",
+        "ACGANGenerator",
+        "DCGANDiscriminator",
+        "DCGANGenerator",
+        "MLPDiscriminator",
+        "MLPGenerator",
+    ],
+    "fedgan_lightning.gan.objectives": [
+        "AdversarialLoss",
+        "Hinge",
+        "LeastSquares",
+        "Minimax",
+        "NonSaturating",
+        "RelativisticPairing",
+        "Wasserstein",
+    ],
+    "fedgan_lightning.gan.penalties": ["R1", "R2", "GradientPenalty", "Penalty"],
+    "fedgan_lightning.protocol": ["Aggregator", "ClientSampler", "ClientTask", "ClientUpdate", "Executor"],
+    "fedgan_lightning.visuals.samples": ["SamplePictures"],
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        return getattr(importlib.import_module(_HOME_OF[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME_OF])
+
+
+__all__ = [
+    "AdversarialLoss", "Minimax", "NonSaturating", "LeastSquares", "Wasserstein", "Hinge", "RelativisticPairing",
+    "Penalty", "R1", "R2", "GradientPenalty",
+    "GAN", "MLPGenerator", "MLPDiscriminator", "DCGANGenerator", "DCGANDiscriminator", "ACGANGenerator",
+    "ACGANDiscriminator",
+    "FederatedDataModule", "Samples", "Source", "Digits", "TorchvisionImages", "CelebA", "ImageFolder", "MedMNISTFile",
+    "Ring", "Grid", "SwissRoll", "Segments",
+    "Partition", "IID", "Dirichlet", "ClassesPerClient", "ClassLists", "QuantitySkew", "Natural", "FeatureShift",
+    "Federation", "FederatedOrchestrator", "ServerModule", "SequentialExecutor", "WeightedMean",
+    "AllClients", "FractionOfClients", "PoissonSampling",
+    "Aggregator", "ClientSampler", "ClientTask", "ClientUpdate", "Executor",
+    "Evaluation", "Metric", "FrechetDistance", "ClassCoverage", "ModeCoverage", "SlicedWasserstein",
+    "FeatureNet", "ClassifierFeatures", "PixelFeatures", "InceptionFeatures", "ModuleFeatures",
+    "SamplePictures", "AtomicCheckpointIO", "BestCheckpoint", "LastCheckpoint",
+    "FedGANError", "ConfigurationError", "DataError", "CheckpointError", "UpdateError", "ClientError",
+    "__version__",
+]  # fmt: skip

@@ -1,7 +1,7 @@
 """The command line: a LightningCLI whose ``fit`` runs a federation.
 
-Groups: ``model`` (any LightningModule), ``data``, ``federation``, ``server``, ``evaluation``, ``pictures``, ``checkpoint``,
-``best`` and Lightning's own ``trainer``.
+Groups: ``model`` (any LightningModule), ``data``, ``federation``, ``server``, ``evaluation``, ``pictures``,
+``checkpoint``, ``best`` and Lightning's own ``trainer``.
 """
 
 from __future__ import annotations
@@ -130,7 +130,9 @@ class FederatedCLI(LightningCLI):
             for group in ("model", "data", "federation", "server")
         }
         layout = TensorBoardLayout()
-        layout.hyperparameters = dict(flatten({name: plain[name] for name in ("model", "data", "federation", "server")}))
+        layout.hyperparameters = dict(
+            flatten({name: plain[name] for name in ("model", "data", "federation", "server")})
+        )
         text = self._parser(self.subcommand).dump(settings, skip_none=False, skip_link_targets=True)
         recorder = RunRecorder(config=without_command(text), seed=int(settings.seed_everything), resuming=resuming)
         callbacks = [*(config.get("callbacks") or []), layout, recorder]

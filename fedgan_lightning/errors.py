@@ -45,5 +45,5 @@ def message(rule: str, *, received: object, fix: str) -> str:
     return f"{rule}; received {received}. Fix: {fix}."
 
 
-class RoundInterrupted(FedGANError):
+class RoundInterrupted(FedGANError):  # noqa: N818 - not an error: the user asked for it
     """The user asked to stop: the round is given up, and the server keeps the state of the last complete one."""

@@ -200,7 +200,8 @@ class ClientHook(Protocol):
 class StatisticsHook(Protocol):
     """Optional hook of a client module: its scalars of the round, beside those it logs.
 
-    One call of ``self.log`` takes about a millisecond at the end of an epoch, which a client's round is; this takes none.
+    One call of ``self.log`` takes about a millisecond at the end of an epoch, which a client's round is; this takes
+    none.
     """
 
     def round_statistics(self) -> Mapping[str, Tensor]: ...

@@ -67,7 +67,8 @@ class RunRecorder(L.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, FederatedDataModule):
             partial = root / ".partition.npz"
-            np.savez_compressed(partial, **{f"client_{k:05d}": indices for k, indices in enumerate(data.indices)})
+            arrays: dict[str, Any] = {f"client_{k:05d}": indices for k, indices in enumerate(data.indices)}
+            np.savez_compressed(partial, **arrays)
             partial.replace(root / "partition.npz")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

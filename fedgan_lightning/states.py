@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +130,7 @@ def refresh_spectral_norm(module: nn.Module, *, iterations: int = SPECTRAL_ITERA
     """
     for child in module.modules():
         for name in _spectral_parametrizations(child):
-            parametrization = child.parametrizations[name]  # type: ignore[union-attr, index]
+            parametrization: Any = child.parametrizations[name]  # type: ignore[union-attr, index]
             modes = {part: part.training for part in parametrization.modules()}
             parametrization.train()
             with torch.no_grad():

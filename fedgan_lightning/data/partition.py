@@ -35,7 +35,9 @@ class Partition(ABC):
             DataError: If the data cannot be split so, or a client stays below ``min_samples``.
         """
         if num_clients < 1:
-            raise DataError(message("a federation has at least one client", received=num_clients, fix="set num_clients"))
+            raise DataError(
+                message("a federation has at least one client", received=num_clients, fix="set num_clients")
+            )
         parts = self.assign(samples, num_clients=num_clients, generator=make_numpy_generator(seed, "partition"))
         for client_id, part in enumerate(parts):
             if len(part) < max(self.min_samples, 1):
@@ -128,7 +130,9 @@ class ClassesPerClient(Partition):
         if self.shuffle:
             classes = generator.permutation(classes)
         count = self.num_classes
-        lists = [[int(classes[(client * count + i) % len(classes)]) for i in range(count)] for client in range(num_clients)]
+        lists = [
+            [int(classes[(client * count + i) % len(classes)]) for i in range(count)] for client in range(num_clients)
+        ]
         return _by_class_lists(labels, lists, generator)
 
 
@@ -159,7 +163,11 @@ class ClassLists(Partition):
         unknown = sorted({label for listed in self.classes for label in listed} - set(np.unique(labels).tolist()))
         if unknown:
             raise DataError(
-                message("ClassLists names classes of the data", received=f"unknown {unknown}", fix="remove them from the lists")
+                message(
+                    "ClassLists names classes of the data",
+                    received=f"unknown {unknown}",
+                    fix="remove them from the lists",
+                )
             )
         return _by_class_lists(labels, self.classes, generator)
 
@@ -252,7 +260,9 @@ class FeatureShift(Partition):
         self.base = base if base is not None else IID()
         super().__init__(min_samples=self.base.min_samples)
         if not 0 <= contrast < 1:
-            raise DataError(message("FeatureShift's contrast lies in [0, 1)", received=contrast, fix="set contrast: 0.3, say"))
+            raise DataError(
+                message("FeatureShift's contrast lies in [0, 1)", received=contrast, fix="set contrast: 0.3, say")
+            )
         self.contrast, self.brightness = contrast, brightness
 
     def assign(self, samples: Samples, *, num_clients: int, generator: np.random.Generator) -> list[Indices]:

@@ -32,7 +32,9 @@ class Samples:
 
     def __post_init__(self) -> None:
         if len(self.x) == 0:
-            raise DataError(message("a data set holds at least one sample", received="none", fix="check the source's path"))
+            raise DataError(
+                message("a data set holds at least one sample", received="none", fix="check the source's path")
+            )
         if self.y is not None and len(self.y) != len(self.x):
             raise DataError(
                 message(

@@ -1,7 +1,7 @@
 """The evaluation callback: draws samples from the global generator once, hands them to every metric, logs the values.
 
-It works in the Trainer's validation (every ``check_val_every_n_epoch`` rounds) and test, so that ``monitor="fid"`` means
-what it means everywhere in Lightning.
+It works in the Trainer's validation (every ``check_val_every_n_epoch`` rounds) and test, so that ``monitor="fid"``
+means what it means everywhere in Lightning.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class Evaluation(L.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, FederatedDataModule):
             raise ConfigurationError(
-                message("Evaluation reads a FederatedDataModule", received=type(data).__name__, fix="pass one as datamodule")
+                message(
+                    "Evaluation reads a FederatedDataModule", received=type(data).__name__, fix="pass one as datamodule"
+                )
             )
         if self.metrics is None:
             self.metrics = default_metrics(data)
@@ -79,6 +81,8 @@ class Evaluation(L.Callback):
         labels = data.labels_like_union(self.num_samples, generator=make_generator(self.seed, "evaluation labels"))
         requested = labels if getattr(pl_module.model, "num_classes", 0) else None
         values: dict[str, float] = {}
+        for metric in self.metrics or ():
+            values |= metric.inspect(pl_module.model)
         for suffix, options in (("", {}), *([("_raw", {"raw": True})] if self.raw else [])):
             generator = make_generator(self.seed, "evaluation latents")
             samples = pl_module.sample(self.num_samples, labels=labels, generator=generator, **options)

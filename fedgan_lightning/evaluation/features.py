@@ -71,8 +71,9 @@ class PixelFeatures(FeatureNet):
 class ClassifierFeatures(FeatureNet):
     """The 64 hidden features of a small classifier, trained once with a fixed seed and cached by hash.
 
-    Two to three times more sensitive to lost classes, the typical failure of federated GANs, than pixels (measured). It is
-    trained on the source's training split by whoever runs the experiment; it is a ruler, and never part of the federation.
+    Two to three times more sensitive to lost classes, the typical failure of federated GANs, than pixels (measured).
+    It is trained on the source's training split by whoever runs the experiment; it is a ruler, and never part of the
+    federation.
 
     Args:
         epochs: Passes over at most 20 000 training samples.
@@ -185,7 +186,7 @@ class _Classifier(nn.Module):
     def __init__(self, shape: tuple[int, ...], num_classes: int, *, is_image: bool) -> None:
         super().__init__()
         if is_image:
-            side = -(-(-(-shape[1] // 2)) // 2)
+            side = (shape[1] + 3) // 4  # two convolutions of stride 2, padded
             self.trunk = nn.Sequential(
                 nn.Conv2d(shape[0], 16, 3, 2, 1),
                 nn.ReLU(),

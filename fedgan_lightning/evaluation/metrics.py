@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.samples import ClientSamples, Samples
@@ -35,12 +35,16 @@ class Metric(ABC):
     def compute(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
         """Return values by name for generated samples (N, ...), and the classes asked for (N,) if there were any."""
 
+    def inspect(self, model: nn.Module) -> dict[str, float]:
+        """Return values by name that are read off the global module itself; none by default."""
+        return {}
+
 
 class FrechetDistance(Metric):
     """FID of generated samples against the union of all clients' data, from sums that add up over clients.
 
-    Reports ``fid``, and once ``fid_floor``: the distance between the real training and test data, which no generator can
-    be expected to beat at this sample count.
+    Reports ``fid``, and once ``fid_floor``: the distance between the real training and test data, which no generator
+    can be expected to beat at this sample count.
 
     Args:
         features: Feature network; default the small classifier for labelled data, else pixels.
@@ -77,9 +81,10 @@ class FrechetDistance(Metric):
 class ClassCoverage(Metric):
     """How many classes the generator makes, by a classifier: ``classes`` and ``class_distance``.
 
-    A class counts if its share of the generated samples is at least a tenth of its share of the union. The distance is total
-    variation between the two class histograms, in [0, 1]. With requested classes, ``class_accuracy`` is the share of samples
-    that the classifier puts into the class asked for.
+    A class counts if its share of the generated samples is at least a tenth of its share of the union. The distance is
+    total
+    variation between the two class histograms, in [0, 1]. With requested classes, ``class_accuracy`` is the share of
+    samples that the classifier puts into the class asked for.
 
     Args:
         features: The classifier; its accuracy on the test split is reported as ``classifier_accuracy``.
@@ -145,7 +150,8 @@ class ModeCoverage(Metric):
 
 
 class SlicedWasserstein(Metric):
-    """Sliced 1-Wasserstein distance to the held-out real samples, for low-dimensional data; floor from real against real.
+    """Sliced 1-Wasserstein distance to the held-out real samples, for low-dimensional data; floor from real against
+    real.
 
     Args:
         num_projections: Random directions, drawn once with a fixed seed.
@@ -166,6 +172,20 @@ class SlicedWasserstein(Metric):
     def compute(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
         fake = samples.cpu().double().flatten(1)
         return {"sliced_wasserstein": modes.sliced_wasserstein(fake, self.real, self.directions)}
+
+
+class ScalarParameters(Metric):
+    """The values of all parameters that are single numbers, as ``parameters/NAME``: for systems small enough to watch."""
+
+    def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
+        return {}
+
+    def compute(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
+        return {}
+
+    def inspect(self, model: nn.Module) -> dict[str, float]:
+        named = {name: parameter for name, parameter in model.named_parameters() if parameter.numel() == 1}
+        return {f"parameters/{name.rsplit('.', 1)[-1]}": float(parameter.detach()) for name, parameter in named.items()}
 
 
 def default_metrics(data: FederatedDataModule) -> list[Metric]:

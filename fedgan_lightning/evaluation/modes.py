@@ -13,8 +13,8 @@ def mode_statistics(samples: Tensor, *, centres: Tensor, sigma: float) -> dict[s
     """Return modes covered, share of high-quality samples, and Jensen-Shannon divergence of the mode histogram.
 
     A sample belongs to its nearest mode; it is of high quality within 3 sigma of it; a mode is covered by one such
-    sample. The divergence, in nats within [0, log 2], compares the high-quality samples' histogram with the uniform one.
-    Source: Lin et al. 2018 (PacGAN), section 4.1.
+    sample. The divergence, in nats within [0, log 2], compares the high-quality samples' histogram with the uniform
+    one. Source: Lin et al. 2018 (PacGAN), section 4.1.
 
     Args:
         samples: (N, d).

@@ -149,8 +149,8 @@ class LocalTrainer:
     def _trainer_for(self, visit: _Visit) -> L.Trainer:
         """Return a Trainer that has trained nothing yet.
 
-        Constructing one scans all installed packages for callbacks, which takes longer than ten small GAN steps (measured);
-        so its loops, where all its progress is, are renewed instead.
+        Constructing one scans all installed packages for callbacks, which takes longer than ten small GAN steps
+        (measured); so its loops, where all its progress is, are renewed instead.
         """
         if self._trainer is None:
             self._trainer = L.Trainer(
@@ -260,7 +260,8 @@ def batch_length(batch: Any) -> int:
 def quiet_lightning() -> Iterator[None]:
     """Silence Lightning's information lines for the body; warnings and errors still show."""
     logger = logging.getLogger("lightning.pytorch")
-    levels = {item: item.level for item in (logger, logging.getLogger("lightning.fabric"), *logger.handlers)}
+    items: list[Any] = [logger, logging.getLogger("lightning.fabric"), *logger.handlers]
+    levels = {item: item.level for item in items}
     for item in levels:
         item.setLevel(logging.WARNING)
     try:
@@ -268,5 +269,3 @@ def quiet_lightning() -> Iterator[None]:
     finally:
         for item, level in levels.items():
             item.setLevel(level)
-
-

@@ -49,8 +49,8 @@ def restore(module: nn.Module, optimizers: Sequence[Optimizer], moments: State) 
         return
     by_parameter: dict[tuple[int, str], dict[str, Tensor]] = {}
     for entry, value in moments.items():
-        _, index, name, key = entry.split("/")
-        by_parameter.setdefault((int(index), name), {})[key] = value
+        _, position, name, key = entry.split("/")
+        by_parameter.setdefault((int(position), name), {})[key] = value
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     for index, optimizer in enumerate(optimizers):
         ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -66,8 +66,8 @@ def restore(module: nn.Module, optimizers: Sequence[Optimizer], moments: State) 
 class ScheduleClock:
     """Puts fresh learning-rate schedules where earlier rounds left them.
 
-    Clients are stateless as to schedules: the task says how many steps each schedule has taken. Replaying them is exact for
-    any schedule; the last positions are remembered, so a round replays nothing.
+    Clients are stateless as to schedules: the task says how many steps each schedule has taken. Replaying them is
+    exact for any schedule; the last positions are remembered, so a round replays nothing.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """The orchestrator: a Lightning callback that owns the round.
 
-One outer epoch is one round; the number of completed rounds is the server Trainer's ``global_step``. Cohorts and seeds are
-pure functions of (seed, round, client), so a resumed run repeats what an uninterrupted one would have done.
+One outer epoch is one round; the number of completed rounds is the server Trainer's ``global_step``. Cohorts and seeds
+are pure functions of (seed, round, client), so a resumed run repeats what an uninterrupted one would have done.
 """
 
 from __future__ import annotations
@@ -117,8 +117,9 @@ class FederatedOrchestrator(L.Callback):
         server, data = self._checked(trainer, pl_module)
         policy = resolve(server.model, sync=self.sync, optimizer_state=self.optimizer_state, buffers=self.buffers)
         server.attach(policy)
-        if hasattr(server.model, "check_data") and hasattr(data, "sample_shape"):
-            server.model.check_data(data.sample_shape, getattr(data, "num_classes", 0))
+        model: Any = server.model
+        if hasattr(model, "check_data") and hasattr(data, "sample_shape"):
+            model.check_data(data.sample_shape, getattr(data, "num_classes", 0))
         if stage == "fit":
             trainer.fit_loop.max_epochs = -1
             trainer.fit_loop.epoch_loop.max_steps = self.rounds
@@ -179,7 +180,9 @@ class FederatedOrchestrator(L.Callback):
 
     # ------------------------------------------------------------------ a round
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         server, data = self._checked(trainer, pl_module)
         started = time.perf_counter()
         cohort = self.clients.sample(num_clients=data.num_clients, round=trainer.global_step, seed=self.seed)
@@ -213,9 +216,7 @@ class FederatedOrchestrator(L.Callback):
         return self.aggregator.finalize(accumulator), summary
 
     def _tasks(self, info: RoundInfo, state: dict[str, Any]) -> Iterator[ClientTask]:
-        work = LocalWork(
-            steps=self.local_steps, epochs=self.local_epochs, schedule_positions=self._schedule_positions
-        )
+        work = LocalWork(steps=self.local_steps, epochs=self.local_epochs, schedule_positions=self._schedule_positions)
         for client_id in info.cohort:
             seed = derive_seed(self.seed, "client", info.round, client_id)
             yield ClientTask(client_id=client_id, round=info.round, seed=seed, state=state, local=work)

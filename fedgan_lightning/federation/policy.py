@@ -34,7 +34,9 @@ class Policy:
 
     def names(self, *kinds: Kind, sync: Sync) -> list[str]:
         """Return entries of these kinds in networks with this policy."""
-        return [name for name, entry in self.entries.items() if entry.kind in kinds and self.sync[entry.network] == sync]
+        return [
+            name for name, entry in self.entries.items() if entry.kind in kinds and self.sync[entry.network] == sync
+        ]
 
     @property
     def shared_parameters(self) -> list[str]:
@@ -69,7 +71,8 @@ def resolve(
 ) -> Policy:
     """Return the policy for ``module``.
 
-    Networks not named in ``sync`` follow the module's ``default_sync()`` if it has one, else they are averaged. A single
+    Networks not named in ``sync`` follow the module's ``default_sync()`` if it has one, else they are averaged. A
+    single
     ``optimizer_state`` applies to averaged networks; local networks keep their moments unless named in a mapping.
 
     Raises:
@@ -128,7 +131,9 @@ def _checked(value: str, allowed: object, option: str) -> str:
     if value not in get_args(allowed):
         raise ConfigurationError(
             message(
-                f"federation.{option} is one of {', '.join(get_args(allowed))}", received=repr(value), fix="choose one of them"
+                f"federation.{option} is one of {', '.join(get_args(allowed))}",
+                received=repr(value),
+                fix="choose one of them",
             )
         )
     return value

@@ -28,7 +28,7 @@ def federated_averaging(parameters: Iterable[Any]) -> Optimizer:
 
 
 class ServerModule(L.LightningModule):
-    """The global module under federation. Fit it with a Trainer that has a ``FederatedOrchestrator`` among its callbacks.
+    """The global module under federation; the Trainer that fits it has a ``FederatedOrchestrator`` among its callbacks.
 
     Args:
         model: Any LightningModule; every client trains a copy of it.
@@ -47,7 +47,7 @@ class ServerModule(L.LightningModule):
         self.automatic_optimization = False
         self.model = model
         self.optimizer, self.scheduler = optimizer, scheduler
-        #: Optimizer moments that are averaged over clients, by ``optimizer/...`` name; part of the orchestrator's state.
+        #: Averaged optimizer moments by ``optimizer/...`` name; they ride in the orchestrator's state.
         self.moments: dict[str, Tensor] = {}
         self._policy: Policy | None = None
         self._pending: Aggregate | None = None
@@ -137,7 +137,12 @@ class ServerModule(L.LightningModule):
         return isinstance(self.model, SampleSource)
 
     def sample(
-        self, num_samples: int, *, labels: Tensor | None = None, generator: torch.Generator | None = None, **options: Any
+        self,
+        num_samples: int,
+        *,
+        labels: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        **options: Any,
     ) -> Tensor:
         """Return samples of the global generator; see :meth:`fedgan_lightning.gan.module.GAN.sample`.
 

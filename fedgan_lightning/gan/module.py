@@ -35,8 +35,8 @@ def dcgan_adam(parameters: Iterable[Any]) -> Optimizer:
 class GAN(L.LightningModule):
     """A generator and a discriminator trained against each other by manual optimization.
 
-    One local step is one call of ``training_step``: ``d_steps`` discriminator updates, then ``g_steps`` generator updates.
-    The minibatch is split into ``d_steps`` parts, so that every discriminator update sees fresh real samples.
+    One local step is one call of ``training_step``: ``d_steps`` discriminator updates, then ``g_steps`` generator
+    updates. The minibatch is split into ``d_steps`` parts, so that every discriminator update sees fresh real samples.
 
     Batches are ``(x, y)``: samples and int64 labels (N,); labels are ignored by unconditional networks.
 
@@ -129,7 +129,11 @@ class GAN(L.LightningModule):
             )
         if min(self.d_steps, self.g_steps) < 1:
             raise ConfigurationError(
-                message("d_steps and g_steps are at least 1", received=f"{self.d_steps} and {self.g_steps}", fix="raise them")
+                message(
+                    "d_steps and g_steps are at least 1",
+                    received=f"{self.d_steps} and {self.g_steps}",
+                    fix="raise them",
+                )
             )
         if self.updates == "simultaneous" and (self.d_steps, self.g_steps) != (1, 1):
             raise ConfigurationError(
@@ -141,7 +145,11 @@ class GAN(L.LightningModule):
             )
         if self.ema_half_life_images is not None and self.ema_half_life_images <= 0:
             raise ConfigurationError(
-                message("ema_half_life_images is positive", received=self.ema_half_life_images, fix="set null to switch it off")
+                message(
+                    "ema_half_life_images is positive",
+                    received=self.ema_half_life_images,
+                    fix="set null to switch it off",
+                )
             )
 
     @property
@@ -156,13 +164,15 @@ class GAN(L.LightningModule):
         return int(self.generator.latent_dim)  # type: ignore[arg-type]
 
     def default_sync(self) -> dict[str, str]:
-        """Return where networks live unless the federation's settings say otherwise: the average stays at the server."""
+        """Return where networks live unless the federation's settings say otherwise: the average stays at the
+        server.
+        """
         return {"generator_ema": "server"}
 
     # ------------------------------------------------------------------ checks before training
 
     def setup(self, stage: str) -> None:
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "sample_shape"):
             self.check_data(data.sample_shape, getattr(data, "num_classes", 0))
 
@@ -236,7 +246,8 @@ class GAN(L.LightningModule):
                     fix=f"set batch_size to a multiple of {self.d_steps}",
                 )
             )
-        opt_g, opt_d = self.optimizers()  # type: ignore[misc]
+        optimizers: Any = self.optimizers()
+        opt_g, opt_d = optimizers
         parts = list(zip(x.chunk(self.d_steps), y.chunk(self.d_steps)))
         if self.updates == "simultaneous":
             self._backward_discriminator(opt_d, *parts[0])
@@ -307,7 +318,8 @@ class GAN(L.LightningModule):
         if self.clip_gradient_norm is not None:
             self.clip_gradients(optimizer, gradient_clip_val=self.clip_gradient_norm, gradient_clip_algorithm="norm")
 
-    # ------------------------------------------------------------------ statistics: summed on the device, logged per epoch
+    # ------------------------------------------------------------------ statistics: summed on the device, logged per
+    # epoch
 
     def _collect(self, stats: Stats, *, scale: float) -> None:
         for name, value in stats.items():
@@ -318,7 +330,9 @@ class GAN(L.LightningModule):
         self._sums, self._num_summed = {}, 0
 
     def round_statistics(self) -> Stats:
-        """Return the means over the epoch so far: ``loss_d``, ``loss_g``, ``d_real`` = E D(x), ``d_fake`` = E D(G(z)), ``penalty``."""
+        """Return the means over the epoch so far: ``loss_d``, ``loss_g``, ``d_real`` = E D(x), ``d_fake`` = E
+        D(G(z)), ``penalty``.
+        """
         return {name: value / max(self._num_summed, 1) for name, value in self._sums.items()}
 
     def on_train_epoch_end(self) -> None:
@@ -337,7 +351,8 @@ class GAN(L.LightningModule):
             return
         weight = 1 - 0.5 ** (num_images / self.ema_half_life_images)
         with torch.no_grad():
-            averages, values = list(self.generator_ema.parameters()), list(self.generator.parameters())
+            averages: list[Tensor] = list(self.generator_ema.parameters())
+            values: list[Tensor] = list(self.generator.parameters())
             if averages:
                 torch._foreach_lerp_(averages, values, weight)
             for average, value in zip(self.generator_ema.buffers(), self.generator.buffers()):

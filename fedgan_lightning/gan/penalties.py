@@ -31,7 +31,7 @@ def zero_centred_penalty(critic: Critic, samples: Tensor, *, gamma: float) -> Te
 
 
 def interpolated_penalty(critic: Critic, real: Tensor, fake: Tensor, mix: Tensor, *, weight: float) -> Tensor:
-    """weight * E (||grad D(x^)|| - 1)^2 at x^ = m x + (1 - m) G(z), m ~ U[0,1] per sample, shape (N,).
+    """Weight * E (||grad D(x^)|| - 1)^2 at x^ = m x + (1 - m) G(z), m ~ U[0,1] per sample, shape (N,).
 
     Gulrajani et al. 2017, equation 3. The small constant keeps the square root's gradient finite at zero.
     """

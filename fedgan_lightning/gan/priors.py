@@ -36,9 +36,9 @@ class Normal(Prior):
         dtype: torch.dtype,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        return torch.randn(num_samples, latent_dim, generator=generator, dtype=dtype, device=_where(generator, device)).to(
-            device
-        )
+        return torch.randn(
+            num_samples, latent_dim, generator=generator, dtype=dtype, device=_where(generator, device)
+        ).to(device)
 
 
 class Uniform(Prior):

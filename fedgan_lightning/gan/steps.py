@@ -93,7 +93,8 @@ def generator_step(
     z: Tensor,
     y_fake: Tensor,
 ) -> tuple[Tensor, Stats]:
-    """Return the generator's loss on one minibatch, and detached statistics; arguments as in :func:`discriminator_step`.
+    """Return the generator's loss on one minibatch, and detached statistics; arguments as in
+    :func:`discriminator_step`.
 
     Real samples enter only where the loss pairs them with generated ones.
     """

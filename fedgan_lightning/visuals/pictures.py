@@ -26,7 +26,8 @@ def grid(images: Tensor, *, columns: int) -> Picture:
     factor = max(1, round(CELL_PIXELS / pixels.shape[-1]))
     pixels = pixels.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
     sheet = make_grid(pixels, nrow=columns, padding=2, pad_value=1.0)
-    return (sheet * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    picture: Picture = (sheet * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return picture
 
 
 def scatter(fake: Tensor, real: Tensor, *, title: str) -> Picture:

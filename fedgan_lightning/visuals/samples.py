@@ -15,6 +15,7 @@ from fedgan_lightning.evaluation.callback import quantise
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.seeding import make_generator
 from fedgan_lightning.visuals import pictures
+from fedgan_lightning.visuals.tensorboard import writers
 
 
 class SamplePictures(L.Callback):
@@ -106,9 +107,8 @@ class SamplePictures(L.Callback):
 
     def _publish(self, trainer: L.Trainer, picture: pictures.Picture, *, name: str, tag: str, step: int) -> None:
         pictures.save(picture, Path(trainer.default_root_dir) / name)
-        for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_image"):
-                logger.experiment.add_image(tag, picture, step, dataformats="HWC")
+        for writer in writers(trainer):
+            writer.add_image(tag, picture, step, dataformats="HWC")
 
     # ------------------------------------------------------------------ predict
 
@@ -125,7 +125,7 @@ class SamplePictures(L.Callback):
             samples = ((quantise(samples) + 1) * 127.5).round().to(torch.uint8)
         else:
             pictures.save(self.draw(data, pl_module, title="samples"), folder / "samples.png")
-        arrays = {"x": samples.numpy(), **({} if labels is None else {"y": labels.numpy()})}
+        arrays: dict[str, Any] = {"x": samples.numpy(), **({} if labels is None else {"y": labels.numpy()})}
         np.savez_compressed(folder / "samples.npz", **arrays)
         print(f"wrote {folder / 'samples.png'} and {folder / 'samples.npz'}")
 

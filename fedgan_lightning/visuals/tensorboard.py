@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from fedgan_lightning.evaluation.callback import Evaluation
 
@@ -31,6 +32,11 @@ LAYOUT = {
 }
 
 
+def writers(trainer: L.Trainer) -> list[Any]:
+    """Return the SummaryWriters of the Trainer's TensorBoard loggers."""
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
 class TensorBoardLayout(L.Callback):
     """Writes the layout once, and the hyper-parameters with the best values at the end.
 
@@ -42,9 +48,8 @@ class TensorBoardLayout(L.Callback):
         self.hyperparameters: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        for logger in trainer.loggers:
-            if hasattr(logger.experiment, "add_custom_scalars"):
-                logger.experiment.add_custom_scalars(LAYOUT)
+        for writer in writers(trainer):
+            writer.add_custom_scalars(LAYOUT)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         history = [item.history[-1] for item in trainer.callbacks if isinstance(item, Evaluation) and item.history]  # type: ignore[attr-defined]

@@ -255,6 +255,10 @@ class MedMNISTFile(Source):
             ) from error
         if missing:
             raise DataError(
-                message("an .npz file in MedMNIST's layout", received=f"no arrays {missing} in {self.path}", fix="rename them")
+                message(
+                    "an .npz file in MedMNIST's layout",
+                    received=f"no arrays {missing} in {self.path}",
+                    fix="rename them",
+                )
             )
         return arrays

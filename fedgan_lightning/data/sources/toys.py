@@ -51,7 +51,13 @@ class Ring(GaussianMixture):
     """
 
     def __init__(
-        self, modes: int = 8, *, sigma: float = 0.02, scale: float = math.sqrt(2), num_samples: int = 40_000, seed: int = 0
+        self,
+        modes: int = 8,
+        *,
+        sigma: float = 0.02,
+        scale: float = math.sqrt(2),
+        num_samples: int = 40_000,
+        seed: int = 0,
     ) -> None:
         angles = 2 * math.pi * torch.arange(modes) / modes
         centres = torch.stack([angles.cos(), angles.sin()], dim=1)

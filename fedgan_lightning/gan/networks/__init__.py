@@ -1,4 +1,6 @@
-"""Network pairs, one file per family. Each states ``latent_dim``, ``sample_shape``, ``num_classes``, ``conditioning``."""
+"""Network pairs, one file per family. Each states ``latent_dim``, ``sample_shape``, ``num_classes``,
+``conditioning``.
+"""
 
 from fedgan_lightning.gan.networks.acgan import ACGANDiscriminator, ACGANGenerator
 from fedgan_lightning.gan.networks.dcgan import DCGANDiscriminator, DCGANGenerator

@@ -87,7 +87,8 @@ class ACGANDiscriminator(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Map images to logits (N, 1) and class logits (N, C)."""
-        return self.head(self.features(x), y)
+        output: Tensor | tuple[Tensor, Tensor] = self.head(self.features(x), y)
+        return output
 
 
 def quarter(image_size: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Literal
 
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class DCGANGenerator(nn.Module):
             normalisation(norm, widths[0]),
             nn.ReLU(),
         ]
-        for fan_in, fan_out in zip(widths[:-1], widths[1:]):
+        for fan_in, fan_out in itertools.pairwise(widths):
             layers += [nn.ConvTranspose2d(fan_in, fan_out, 4, 2, 1), normalisation(norm, fan_out), nn.ReLU()]
         layers += [nn.ConvTranspose2d(widths[-1], channels, 4, 2, 1), nn.Tanh()]
         self.layers = nn.Sequential(*layers)
@@ -107,7 +108,7 @@ class DCGANDiscriminator(nn.Module):
         self.sample_shape = (channels, image_size, image_size)
         widths = [channels, *(width * 2**level for level in range(doublings))]
         layers: list[nn.Module] = []
-        for level, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:])):
+        for level, (fan_in, fan_out) in enumerate(itertools.pairwise(widths)):
             convolution: nn.Module = nn.Conv2d(fan_in, fan_out, 4, 2, 1)
             if norm == "spectral":
                 convolution = spectral_norm(convolution)
@@ -121,7 +122,8 @@ class DCGANDiscriminator(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Map images (N, channels, image_size, image_size) to logits (N, 1), with ``auxiliary`` also to (N, C)."""
-        return self.head(self.features(x), y)
+        output: Tensor | tuple[Tensor, Tensor] = self.head(self.features(x), y)
+        return output
 
 
 def normalisation(norm: str, channels: int) -> nn.Module:
@@ -134,7 +136,9 @@ def normalisation(norm: str, channels: int) -> nn.Module:
 
 
 def initialise(module: nn.Module) -> None:
-    """Draw convolution weights from N(0, .02^2) and BatchNorm scales from N(1, .02^2) (Radford et al. 2016, section 4)."""
+    """Draw convolution weights from N(0, .02^2) and BatchNorm scales from N(1, .02^2) (Radford et al. 2016, section
+    4).
+    """
     for child in module.modules():
         if isinstance(child, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             nn.init.normal_(child.weight, 0.0, 0.02)

@@ -6,6 +6,7 @@ to the logit (projection, Miyato and Koyama 2018) or have a second head of class
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -43,7 +44,7 @@ class MLPGenerator(nn.Module):
         self.latent_dim, self.sample_shape, self.num_classes = latent_dim, tuple(sample_shape), num_classes
         widths = [latent_dim + num_classes, *hidden]
         layers: list[nn.Module] = []
-        for fan_in, fan_out in zip(widths[:-1], widths[1:]):
+        for fan_in, fan_out in itertools.pairwise(widths):
             layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
         layers.append(nn.Linear(widths[-1], math.prod(self.sample_shape)))
         if output == "tanh":
@@ -52,7 +53,8 @@ class MLPGenerator(nn.Module):
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """Map latents (N, latent_dim) and labels (N,) to samples (N, *sample_shape)."""
-        return self.layers(join_label(z, y, self.num_classes)).view(-1, *self.sample_shape)
+        samples: Tensor = self.layers(join_label(z, y, self.num_classes))
+        return samples.view(-1, *self.sample_shape)
 
 
 class MLPDiscriminator(nn.Module):
@@ -77,14 +79,15 @@ class MLPDiscriminator(nn.Module):
         self.sample_shape, self.num_classes, self.conditioning = tuple(sample_shape), num_classes, conditioning
         widths = [math.prod(self.sample_shape), *hidden]
         layers: list[nn.Module] = [nn.Flatten()]
-        for fan_in, fan_out in zip(widths[:-1], widths[1:]):
+        for fan_in, fan_out in itertools.pairwise(widths):
             layers += [nn.Linear(fan_in, fan_out), nn.LeakyReLU(0.2)]
         self.features = nn.Sequential(*layers)
         self.head = DiscriminatorHead(widths[-1], num_classes=num_classes, conditioning=conditioning)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Map samples (N, *sample_shape) to logits (N, 1); with ``auxiliary`` also to class logits (N, C)."""
-        return self.head(self.features(x), y)
+        output: Tensor | tuple[Tensor, Tensor] = self.head(self.features(x), y)
+        return output
 
 
 class DiscriminatorHead(nn.Module):
@@ -125,5 +128,7 @@ def join_label(z: Tensor, y: Tensor | None, num_classes: int) -> Tensor:
     if num_classes == 0:
         return z
     if y is None:
-        raise ValueError(f"a generator of {num_classes} classes needs labels; received None. Fix: pass y of shape (N,).")
+        raise ValueError(
+            f"a generator of {num_classes} classes needs labels; received None. Fix: pass y of shape (N,)."
+        )
     return torch.cat([z, one_hot(y, num_classes).to(z.dtype)], dim=1)

@@ -1,0 +1,109 @@
+"""The short way in from Python: one object that builds server, orchestrator, callbacks and Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from fedgan_lightning.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
+from fedgan_lightning.data.datamodule import FederatedDataModule
+from fedgan_lightning.evaluation.callback import Evaluation
+from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
+from fedgan_lightning.federation.server import ServerModule
+from fedgan_lightning.recorder import RunRecorder
+from fedgan_lightning.visuals.progress import RoundProgressBar
+from fedgan_lightning.visuals.samples import SamplePictures
+from fedgan_lightning.visuals.tensorboard import TensorBoardLayout
+
+
+class Federation:
+    """A federation ready to run, with evaluation, pictures, checkpoints, TensorBoard and a run directory.
+
+    Args:
+        model: Any LightningModule; metrics and pictures need a ``sample`` method on it.
+        data: The clients' data.
+        rounds: Rounds to complete.
+        run_dir: Directory of the run; it must not hold another.
+        evaluate_every_n_rounds: Rounds between evaluations.
+        server_optimizer: Makes the server's optimizer; default federated averaging.
+        evaluation: What to measure; default what suits the data.
+        pictures: What to draw; default a picture every 10 rounds.
+        best: Which checkpoint is the best; default none.
+        trainer: Further arguments of the server's ``L.Trainer``: accelerator, callbacks, ...
+        **federation: Further arguments of :class:`FederatedOrchestrator`: local_steps, sync, optimizer_state, seed, ...
+    """
+
+    def __init__(
+        self,
+        model: L.LightningModule,
+        data: FederatedDataModule,
+        *,
+        rounds: int = 50,
+        run_dir: str = "runs/run",
+        evaluate_every_n_rounds: int = 10,
+        server_optimizer: Any = None,
+        evaluation: Evaluation | None = None,
+        pictures: SamplePictures | None = None,
+        best: BestCheckpoint | None = None,
+        trainer: dict[str, Any] | None = None,
+        **federation: Any,
+    ) -> None:
+        self.data, self.run_dir = data, run_dir
+        self.server = (
+            ServerModule(model) if server_optimizer is None else ServerModule(model, optimizer=server_optimizer)
+        )
+        self.orchestrator = FederatedOrchestrator(rounds=rounds, **federation)
+        self.evaluation = evaluation if evaluation is not None else Evaluation()
+        self.pictures = pictures if pictures is not None else SamplePictures()
+        self.recorder = RunRecorder(seed=self.orchestrator.seed)
+        self._checkpoints = [LastCheckpoint(), *([best] if best is not None else [])]
+        self._options = {"check_val_every_n_epoch": evaluate_every_n_rounds, **(trainer or {})}
+
+    def fit(self, *, ckpt_path: str | None = None) -> dict[str, float]:
+        """Run the rounds; return the last values of all metrics.
+
+        Args:
+            ckpt_path: Checkpoint of this run to continue from.
+        """
+        self.recorder.resuming = ckpt_path is not None
+        trainer = self._make_trainer(
+            logger=TensorBoardLogger(self.run_dir, name="", version="", default_hp_metric=False)
+        )
+        trainer.fit(self.server, datamodule=self.data, ckpt_path=ckpt_path)
+        return dict(self.evaluation.history[-1]) if self.evaluation.history else {}
+
+    def test(self, *, ckpt_path: str | None = None) -> dict[str, float]:
+        """Evaluate the global generator; return the values of all metrics."""
+        return dict(
+            self._make_trainer(logger=False).test(self.server, self.data, ckpt_path=ckpt_path, verbose=False)[0]
+        )
+
+    @property
+    def summary_path(self) -> Path:
+        """Where ``fit`` writes its summary."""
+        return Path(self.run_dir) / "summary.json"
+
+    def _make_trainer(self, *, logger: Any) -> L.Trainer:
+        options = dict(self._options)
+        callbacks = [
+            *options.pop("callbacks", []),
+            self.orchestrator,
+            self.evaluation,
+            self.pictures,
+            self.recorder,
+            TensorBoardLayout(),
+            *self._checkpoints,
+        ]
+        if options.get("enable_progress_bar", True):
+            callbacks.append(RoundProgressBar())
+        defaults = {"max_epochs": -1, "num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_model_summary": False}
+        return L.Trainer(
+            **{**defaults, **options},
+            default_root_dir=self.run_dir,
+            logger=logger,
+            callbacks=callbacks,
+            plugins=[AtomicCheckpointIO()],
+        )
