@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import signal
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -210,8 +211,14 @@ def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.rstrip("."): settings if isinstance(settings, (int, float, str, bool)) else str(settings)}
 
 
+#: Warnings about Lightning's own code, or about an outer loop of one step per epoch, which is what a round is.
+NOISE = (".*isinstance\\(treespec, LeafSpec\\).*", ".*is smaller than the logging interval.*")
+
+
 def run(arguments: list[str] | None = None) -> None:
     """Run the command line."""
+    for pattern in NOISE:
+        warnings.filterwarnings("ignore", message=pattern)
     FederatedCLI(
         model_class=L.LightningModule,
         datamodule_class=FederatedDataModule,

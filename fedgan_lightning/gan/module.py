@@ -101,7 +101,7 @@ class GAN(L.LightningModule):
         self._validate()
         self.generator_ema: nn.Module | None = None
         if ema_half_life_images is not None:
-            self.generator_ema = copy.deepcopy(generator).requires_grad_(False).eval()
+            self.generator_ema = copy.deepcopy(generator).requires_grad_(False)
         #: Local steps since the start of training; schedules and lazy penalties count in these.
         self.local_step = 0
         self._sums: Stats = {}

@@ -1,0 +1,112 @@
+"""Shared fixtures: a tiny federation, the real data where it is at hand, and no traces outside the test's folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+
+from fedgan_lightning import (
+    GAN,
+    R1,
+    ClassesPerClient,
+    Digits,
+    FederatedDataModule,
+    FederatedOrchestrator,
+    MLPDiscriminator,
+    MLPGenerator,
+    Ring,
+    ServerModule,
+)
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Small operations are faster on one thread; trained feature networks stay in the session's folder."""
+    os.environ["FEDGAN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    torch.set_num_threads(1)
+    yield
+    del os.environ["FEDGAN_CACHE"]
+
+
+@pytest.fixture(autouse=True)
+def _in_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of real data beside the project."""
+    if not SHARED.is_dir():
+        pytest.skip("needs the real data in ../shared/data, which is not part of the project")
+    return SHARED
+
+
+def adam(parameters):
+    return torch.optim.Adam(parameters, lr=1e-3, betas=(0.5, 0.999))
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.05)
+
+
+def ring_gan(*, optimizer=adam, seed: int = 0, **options) -> GAN:
+    torch.manual_seed(seed)
+    generator = MLPGenerator(4, (2,), hidden=(16,), output="linear")
+    discriminator = MLPDiscriminator((2,), hidden=(16,))
+    options = {
+        "generator_optimizer": optimizer,
+        "discriminator_optimizer": optimizer,
+        "penalties": [R1(0.01)],
+        **options,
+    }
+    return GAN(generator, discriminator, **options)
+
+
+def ring_data(*, num_clients: int = 4, batch_size: int = 16, num_samples: int = 640, **options) -> FederatedDataModule:
+    options.setdefault("partition", ClassesPerClient(2))
+    return FederatedDataModule(Ring(num_samples=num_samples), num_clients=num_clients, batch_size=batch_size, **options)
+
+
+def digits_data(**options) -> FederatedDataModule:
+    options = {"partition": ClassesPerClient(2), "num_clients": 5, "batch_size": 16, **options}
+    return FederatedDataModule(Digits(), **options)
+
+
+def quiet_trainer(*callbacks: L.Callback, **options) -> L.Trainer:
+    defaults = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "limit_val_batches": 0,
+        "max_epochs": -1,
+        "log_every_n_steps": 1,
+    }
+    return L.Trainer(callbacks=list(callbacks), **{**defaults, **options})
+
+
+def federate(model: L.LightningModule, data: FederatedDataModule, *callbacks: L.Callback, server=None, **federation):
+    """Run a federation without any frills; return (server module, orchestrator, trainer)."""
+    orchestrator = FederatedOrchestrator(**federation)
+    module = server if server is not None else ServerModule(model)
+    trainer = quiet_trainer(orchestrator, *callbacks)
+    trainer.fit(module, datamodule=data)
+    return module, orchestrator, trainer
+
+
+def assert_states_equal(first, second, *, atol: float = 0.0, rtol: float = 0.0) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(
+            first[name], second[name], atol=atol, rtol=rtol, msg=lambda text, n=name: f"{n}: {text}"
+        )

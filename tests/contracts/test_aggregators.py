@@ -1,0 +1,117 @@
+"""What every aggregator promises, and what a weighted mean is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedgan_lightning.errors import UpdateError
+from fedgan_lightning.federation.aggregation import WeightedMean, finish
+from fedgan_lightning.protocol import Aggregator, ClientUpdate
+
+AGGREGATORS = {"examples": WeightedMean(), "uniform": WeightedMean("uniform")}
+
+
+def update(client_id: int, *, num_examples: int = 10, scale: float = 1.0, dtype=torch.float32) -> ClientUpdate:
+    generator = torch.Generator().manual_seed(client_id)
+    delta = {
+        "generator.w": scale * torch.randn(3, 2, generator=generator).to(dtype),
+        "discriminator.b": scale * torch.randn(4, generator=generator).to(torch.float64),
+    }
+    extras = {"generator.bn.running_mean": torch.randn(2, generator=generator)}
+    return ClientUpdate(client_id=client_id, num_examples=num_examples, delta=delta, metrics={}, extras=extras)
+
+
+def close(first, second, atol=1e-6):
+    for name in first.delta:
+        torch.testing.assert_close(first.delta[name], second.delta[name], atol=atol, rtol=1e-6)
+    for name in first.extras:
+        torch.testing.assert_close(first.extras[name], second.extras[name], atol=atol, rtol=1e-6)
+
+
+def test_every_aggregator_is_covered():
+    assert {type(aggregator) for aggregator in AGGREGATORS.values()} == set(Aggregator.__subclasses__())
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+class TestContract:
+    def test_order_does_not_matter(self, name):
+        updates = [update(k, num_examples=k + 1) for k in range(6)]
+        close(finish(AGGREGATORS[name], updates), finish(AGGREGATORS[name], updates[::-1]))
+
+    def test_scaling_all_weights_changes_nothing(self, name):
+        few = [update(k, num_examples=k + 1) for k in range(5)]
+        many = [update(k, num_examples=7 * (k + 1)) for k in range(5)]
+        close(finish(AGGREGATORS[name], few), finish(AGGREGATORS[name], many))
+
+    def test_equal_updates_return_themselves_with_keys_and_dtypes(self, name):
+        one = update(3)
+        same = [ClientUpdate(k, k + 1, one.delta, {}, one.extras) for k in range(4)]
+        result = finish(AGGREGATORS[name], same)
+        close(result, one)
+        assert result.delta["generator.w"].dtype == torch.float32
+        assert result.delta["discriminator.b"].dtype == torch.float64
+        assert (result.num_clients, result.num_examples) == (4, 10)
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    @pytest.mark.parametrize("field", ["delta", "extras"])
+    def test_what_is_not_finite_is_refused_with_the_client(self, name, bad, field):
+        poisoned = update(7)
+        next(iter(getattr(poisoned, field).values())).view(-1)[0] = bad
+        with pytest.raises(UpdateError, match="NaN or infinity in .* from client 7"):
+            finish(AGGREGATORS[name], [update(1), poisoned])
+
+    def test_updates_that_do_not_fit_are_refused_with_the_client(self, name):
+        other = ClientUpdate(5, 10, {"generator.w": torch.zeros(3, 2)}, {}, {})
+        with pytest.raises(UpdateError, match="client 5 differing in"):
+            finish(AGGREGATORS[name], [update(1), other])
+        first, second = (ClientUpdate(k, 10, {"w": torch.zeros(k)}, {}, {}) for k in (2, 3))
+        with pytest.raises(UpdateError, match="shape .2,.*from client 3"):
+            finish(AGGREGATORS[name], [first, second])
+        with pytest.raises(UpdateError, match="at least one example; received 0 from client 2"):
+            finish(AGGREGATORS[name], [ClientUpdate(2, 0, {}, {}, {})])
+
+    def test_merge_equals_one_pass(self, name):
+        aggregator = AGGREGATORS[name]
+        if not aggregator.additive:
+            pytest.skip("only additive aggregators merge")
+        updates = [update(k, num_examples=k + 1) for k in range(6)]
+        halves = []
+        for part in (updates[:2], updates[2:]):
+            accumulator = aggregator.init()
+            for item in part:
+                accumulator = aggregator.accumulate(accumulator, item)
+            halves.append(accumulator)
+        merged = aggregator.finalize(aggregator.merge(*halves))
+        close(merged, finish(aggregator, updates))
+        empty = aggregator.merge(aggregator.init(), aggregator.init())
+        assert aggregator.finalize(empty).delta == {}
+
+    def test_updates_are_left_as_they_were(self, name):
+        updates = [update(k) for k in range(3)]
+        copies = [update(k) for k in range(3)]
+        finish(AGGREGATORS[name], updates)
+        assert all(torch.equal(a.delta[n], b.delta[n]) for a, b in zip(updates, copies) for n in a.delta)
+
+
+@settings(max_examples=50, deadline=None)
+@given(sizes=st.lists(st.integers(1, 10**6), min_size=1, max_size=8))
+def test_weighted_mean_is_the_formula(sizes):
+    updates = [update(k, num_examples=size) for k, size in enumerate(sizes)]
+    result = finish(WeightedMean(), updates)
+    for name in ("generator.w", "discriminator.b"):
+        expected = sum(size * item.delta[name].double() for size, item in zip(sizes, updates)) / sum(sizes)
+        torch.testing.assert_close(result.delta[name].double(), expected, atol=1e-6, rtol=1e-6)
+    uniform = finish(WeightedMean("uniform"), updates)
+    expected = sum(item.delta["generator.w"].double() for item in updates) / len(sizes)
+    torch.testing.assert_close(uniform.delta["generator.w"].double(), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_memory_does_not_grow_with_the_number_of_clients():
+    accumulator, sizes = WeightedMean().init(), []
+    for client_id in range(50):
+        accumulator = WeightedMean().accumulate(accumulator, update(client_id))
+        sizes.append(sum(value.numel() for value in (*accumulator.delta.values(), *accumulator.extras.values())))
+    assert set(sizes) == {3 * 2 + 4 + 2}

@@ -1,0 +1,52 @@
+"""What every client sampler promises."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedgan_lightning.errors import ConfigurationError
+from fedgan_lightning.federation import sampling
+from fedgan_lightning.protocol import ClientSampler
+
+SAMPLERS = [sampling.AllClients(), sampling.FractionOfClients(0.3), sampling.PoissonSampling(0.3)]
+
+
+def test_every_sampler_is_covered():
+    assert {type(sampler) for sampler in SAMPLERS} == set(ClientSampler.__subclasses__())
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda value: type(value).__name__)
+def test_pure_in_seed_and_round_distinct_and_sorted(sampler):
+    seen = set()
+    for number in range(20):
+        cohort = sampler.sample(num_clients=10, round=number, seed=3)
+        assert cohort == sampler.sample(num_clients=10, round=number, seed=3)
+        assert list(cohort) == sorted(set(cohort))
+        assert set(cohort) <= set(range(10))
+        seen.add(cohort)
+    assert len(seen) == (1 if isinstance(sampler, sampling.AllClients) else len(seen))
+    assert len(seen) > 5 or isinstance(sampler, sampling.AllClients)
+
+
+def test_fraction_takes_its_share_of_everybody_in_the_long_run():
+    counts = [0] * 10
+    for number in range(500):
+        cohort = sampling.FractionOfClients(0.3).sample(num_clients=10, round=number, seed=0)
+        assert len(cohort) == 3
+        for client_id in cohort:
+            counts[client_id] += 1
+    assert max(abs(count / 500 - 0.3) for count in counts) < 0.08
+    assert len(sampling.FractionOfClients(0.01).sample(num_clients=10, round=0, seed=0)) == 1
+
+
+def test_poisson_has_its_inclusion_probability_and_empty_cohorts():
+    sizes = [len(sampling.PoissonSampling(0.1).sample(num_clients=10, round=r, seed=0)) for r in range(1000)]
+    assert sum(sizes) / 10_000 == pytest.approx(0.1, abs=0.012)
+    assert 0 in sizes
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.5])
+def test_shares_outside_the_unit_interval_are_refused(share):
+    for make in (sampling.FractionOfClients, sampling.PoissonSampling):
+        with pytest.raises(ConfigurationError, match=rf"lies in \(0, 1\]; received {share}"):
+            make(share)

@@ -1,0 +1,201 @@
+"""The client GAN as an ordinary LightningModule."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from fedgan_lightning import GAN, R1, GradientPenalty, RelativisticPairing
+from fedgan_lightning.errors import ConfigurationError, DataError
+from fedgan_lightning.gan import networks as nets
+from fedgan_lightning.gan.priors import MidpointNodes, Uniform
+from fedgan_lightning.protocol import RoundInfo
+from tests.conftest import adam, quiet_trainer, ring_data, ring_gan, sgd
+
+
+def fit(model: GAN, *, num_steps: int = 6, data=None):
+    data = data or ring_data()
+    trainer = quiet_trainer(max_epochs=1)
+    torch.manual_seed(1)
+    trainer.fit(model, datamodule=data.pooled(num_steps=num_steps))
+    return trainer
+
+
+def test_trains_alone_under_a_plain_trainer_and_logs():
+    model = ring_gan()
+    before = copy.deepcopy(model.state_dict())
+    trainer = fit(model)
+    assert trainer.global_step == 12, "two optimizer steps per local step"
+    assert model.local_step == 6
+    assert {"loss_d", "loss_g", "d_real", "d_fake", "penalty"} <= set(trainer.callback_metrics)
+    for name, value in model.state_dict().items():
+        assert not torch.equal(value, before[name]), name
+
+
+def test_simultaneous_updates_step_from_the_old_point():
+    """With SGD both gradients are taken at the old parameters; alternating takes the generator's at the new ones."""
+    results = {}
+    for updates in ("alternating", "simultaneous"):
+        model = ring_gan(optimizer=sgd, updates=updates, prior=MidpointNodes(16), penalties=[])
+        fit(model, num_steps=1)
+        results[updates] = model.state_dict()
+    for name in results["simultaneous"]:
+        same = torch.equal(results["simultaneous"][name], results["alternating"][name])
+        assert same == name.startswith("discriminator"), name
+
+    model = ring_gan(optimizer=sgd, updates="simultaneous", prior=MidpointNodes(16), penalties=[])
+    x, y = next(iter(ring_data().pooled(num_steps=1).train_dataloader()))
+    z = model.prior.sample(16, 4, device=x.device, dtype=x.dtype)
+    loss = model.loss.generator(model.discriminator(model.generator(z, y), y))
+    gradients = torch.autograd.grad(loss, list(model.generator.parameters()))
+    for parameter, gradient, name in zip(
+        model.generator.parameters(), gradients, [n for n, _ in model.generator.named_parameters()]
+    ):
+        expected = parameter - 0.05 * gradient
+        torch.testing.assert_close(results["simultaneous"][f"generator.{name}"], expected, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("d_steps, g_steps", [(2, 1), (1, 3), (4, 2)])
+def test_step_counts_per_local_step(d_steps, g_steps):
+    model = ring_gan(d_steps=d_steps, g_steps=g_steps)
+    trainer = fit(model, num_steps=5)
+    assert trainer.global_step == 5 * (d_steps + g_steps)
+
+
+def test_a_minibatch_that_cannot_be_split_is_refused():
+    with pytest.raises(DataError, match="split into d_steps=3 equal parts; received 16 samples"):
+        fit(ring_gan(d_steps=3))
+
+
+def test_schedules_step_once_per_local_step():
+    schedule = lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, total_iters=10)  # noqa: E731
+    model = ring_gan(optimizer=adam, generator_scheduler=schedule)
+    trainer = fit(model, num_steps=10)
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers]
+    assert rates == pytest.approx([0.5e-3, 1e-3])
+
+
+def test_lazy_penalties_count_local_steps_across_rounds():
+    model = ring_gan(penalties=[R1(1.0, interval=4)])
+    model.on_client_round_start(RoundInfo(round=1, cohort=(0,), first_step=6, num_steps=2))
+    assert [model.penalties[0].is_due(model.local_step + step) for step in range(4)] == [False, False, True, False]
+
+
+def test_clipping_bounds_the_gradient_that_is_applied():
+    free, clipped = (ring_gan(optimizer=sgd, clip_gradient_norm=bound, penalties=[]) for bound in (None, 1e-3))
+    start = copy.deepcopy(clipped.state_dict())
+    fit(free, num_steps=1)
+    fit(clipped, num_steps=1)
+    moved = torch.cat([(clipped.state_dict()[n] - start[n]).flatten() for n in start if n.startswith("disc")])
+    assert float(moved.norm()) == pytest.approx(0.05 * 1e-3, rel=1e-3)
+    moved = torch.cat([(free.state_dict()[n] - start[n]).flatten() for n in start if n.startswith("disc")])
+    assert float(moved.norm()) > 0.05 * 1e-2
+
+
+def test_wgan_gp_relativistic_and_uniform_prior_train():
+    for options in (
+        {"penalties": [GradientPenalty(1.0)]},
+        {"loss": RelativisticPairing()},
+        {"prior": Uniform()},
+    ):
+        model = ring_gan(**options)
+        fit(model)
+        assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+
+
+class TestMovingAverage:
+    def test_half_life_is_counted_in_images(self):
+        model = ring_gan(ema_half_life_images=100.0)
+        for average in model.generator_ema.parameters():
+            average.data.zero_()
+        for value in model.generator.parameters():
+            value.data.fill_(1.0)
+        for _ in range(4):
+            model.update_ema(num_images=25)
+        for average in model.generator_ema.parameters():
+            torch.testing.assert_close(average, torch.full_like(average, 0.5))
+
+    def test_does_not_depend_on_how_images_are_divided(self):
+        averages = []
+        for parts in (1, 5):
+            model = ring_gan(ema_half_life_images=64.0)
+            for value in model.generator.parameters():
+                value.data.add_(1.0)
+            for _ in range(parts):
+                model.update_ema(num_images=80 / parts)
+            averages.append(torch.cat([value.flatten() for value in model.generator_ema.parameters()]))
+        torch.testing.assert_close(*averages)
+
+    def test_is_used_for_sampling_and_is_not_trained(self):
+        model = ring_gan(ema_half_life_images=1e9)
+        fit(model)
+        z = torch.randn(5, 4)
+        assert not torch.allclose(model.sample(5, latents=z), model.sample(5, latents=z, raw=True))
+        assert all(not parameter.requires_grad for parameter in model.generator_ema.parameters())
+
+
+def test_sampling_is_repeatable_and_leaves_the_mode_and_the_global_generator_alone():
+    model = ring_gan()
+    model.generator.train()
+    state = torch.random.get_rng_state()
+    draws = [model.sample(1200, generator=torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert torch.equal(*draws)
+    assert draws[0].shape == (1200, 2)
+    assert model.generator.training
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_fake_labels_are_held_or_all():
+    generator = nets.MLPGenerator(4, (2,), num_classes=8, hidden=(8,))
+    discriminator = nets.MLPDiscriminator((2,), num_classes=8, conditioning="projection", hidden=(8,))
+    x, y = torch.zeros(400, 2), torch.full((400,), 3)
+    held = GAN(generator, discriminator)._draw(x, y)[1]
+    everything = GAN(generator, discriminator, fake_labels="all")._draw(x, y)[1]
+    assert set(held.tolist()) == {3}
+    assert set(everything.tolist()) == set(range(8))
+
+
+@pytest.mark.parametrize(
+    "build, words",
+    [
+        (lambda: GAN(nets.MLPGenerator(4, (2,), num_classes=2), nets.MLPDiscriminator((2,))), "received 2 and 0"),
+        (lambda: GAN(nets.MLPGenerator(4, (3,)), nets.MLPDiscriminator((2,))), r"received \[3\] and \[2\]"),
+        (lambda: ring_gan(updates="simultaneous", d_steps=2), "d_steps=2, g_steps=1"),
+        (lambda: ring_gan(d_steps=0), "received 0 and 1"),
+        (lambda: ring_gan(ema_half_life_images=0), "received 0"),
+    ],
+)
+def test_contradictions_are_refused_in_the_constructor(build, words):
+    with pytest.raises(ConfigurationError, match=words):
+        build()
+
+
+def test_networks_and_data_that_do_not_fit_are_refused_before_training():
+    with pytest.raises(ConfigurationError, match=r"received \[2\] from the generator, \[1, 8, 8\] in the data"):
+        ring_gan().check_data((1, 8, 8), 10)
+    conditional = GAN(
+        nets.MLPGenerator(4, (2,), num_classes=2),
+        nets.MLPDiscriminator((2,), num_classes=2, conditioning="projection"),
+    )
+    with pytest.raises(ConfigurationError, match="received num_classes=2, data with 8"):
+        conditional.check_data((2,), 8)
+
+
+def test_bf16_runs_and_keeps_float32_weights():
+    model = ring_gan()
+    quiet_trainer(max_epochs=1, precision="bf16-mixed").fit(model, datamodule=ring_data().pooled(num_steps=3))
+    assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in model.state_dict().values())
+
+
+def test_resume_under_a_plain_trainer_is_exact(tmp_path):
+    data = ring_data()
+    whole = ring_gan()
+    trainer = quiet_trainer(max_epochs=1)
+    trainer.fit(whole, datamodule=data.pooled(num_steps=4))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = ring_gan(seed=9)
+    quiet_trainer(max_epochs=1).fit(again, datamodule=data.pooled(num_steps=4), ckpt_path=tmp_path / "a.ckpt")
+    assert again.local_step == 4
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in whole.state_dict().items())

@@ -1,0 +1,111 @@
+"""Every network family: shapes, ranges, conditioning, gradients to every parameter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedgan_lightning.errors import ConfigurationError
+from fedgan_lightning.gan import networks as nets
+from fedgan_lightning.gan.networks.dcgan import plan
+from fedgan_lightning.gan.objectives import auxiliary_classifier, non_saturating_generator
+from fedgan_lightning.gan.steps import split_heads
+
+PAIRS = {
+    "mlp": lambda c, how: (
+        nets.MLPGenerator(8, (1, 8, 8), num_classes=c),
+        nets.MLPDiscriminator((1, 8, 8), num_classes=c, conditioning=how),
+    ),
+    "dcgan28": lambda c, how: (
+        nets.DCGANGenerator(28, 1, latent_dim=8, width=8, num_classes=c),
+        nets.DCGANDiscriminator(28, 1, width=8, num_classes=c, conditioning=how),
+    ),
+    "dcgan64": lambda c, how: (
+        nets.DCGANGenerator(64, 3, latent_dim=8, width=4, num_classes=c, norm="group"),
+        nets.DCGANDiscriminator(64, 3, width=4, num_classes=c, conditioning=how, norm="spectral"),
+    ),
+    "dcgan48": lambda c, how: (
+        nets.DCGANGenerator(48, 3, latent_dim=8, width=4, num_classes=c, norm="none"),
+        nets.DCGANDiscriminator(48, 3, width=4, num_classes=c, conditioning=how, norm="batch"),
+    ),
+    "acgan": lambda c, how: (
+        nets.ACGANGenerator(28, 1, latent_dim=8, num_classes=c, width=4),
+        nets.ACGANDiscriminator(28, 1, num_classes=c, width=4),
+    ),
+}
+CASES = [(name, 0, "none") for name in PAIRS if name != "acgan"]
+CASES += [
+    (name, 3, how) for name in PAIRS for how in ("projection", "auxiliary") if (name, how) != ("acgan", "projection")
+]
+
+
+@pytest.mark.parametrize("name, classes, conditioning", CASES)
+def test_shapes_ranges_and_gradients(name, classes, conditioning):
+    generator, discriminator = PAIRS[name](classes, conditioning)
+    z, y = torch.randn(4, 8), torch.tensor([0, 1, 2, 0]) if classes else torch.zeros(4, dtype=torch.int64)
+    samples = generator(z, y)
+    assert tuple(samples.shape[1:]) == tuple(generator.sample_shape) == tuple(discriminator.sample_shape)
+    assert samples.abs().max() <= 1
+    logits, class_logits = split_heads(discriminator(samples, y))
+    assert logits.shape == (4, 1)
+    assert (class_logits is not None) == (conditioning == "auxiliary")
+    loss = non_saturating_generator(logits)
+    if class_logits is not None:
+        assert class_logits.shape == (4, classes)
+        loss = loss + auxiliary_classifier(class_logits, y)
+    loss.backward()
+    for network in (generator, discriminator):
+        for parameter_name, parameter in network.named_parameters():
+            assert parameter.grad is not None, parameter_name
+            assert torch.isfinite(parameter.grad).all(), parameter_name
+    assert sum(float(p.grad.abs().sum()) for p in generator.parameters()) > 0
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_labels_matter_to_conditional_networks(name):
+    generator, discriminator = PAIRS[name](3, "auxiliary" if name == "acgan" else "projection")
+    generator.eval()
+    discriminator.eval()
+    z = torch.randn(2, 8)
+    first, second = (generator(z, torch.full((2,), label)) for label in (0, 1))
+    assert not torch.equal(first, second)
+    if name != "acgan":
+        logits = [discriminator(first, torch.full((2,), label)) for label in (0, 1)]
+        assert not torch.equal(*logits)
+    with pytest.raises(ValueError, match="needs labels; received None"):
+        generator(z)
+
+
+def test_the_orders_mlp_pair_has_its_layers():
+    shapes = [tuple(p.shape) for p in nets.MLPGenerator(100).parameters() if p.dim() == 2]
+    assert shapes == [(256, 100), (512, 256), (784, 512)]
+    shapes = [tuple(p.shape) for p in nets.MLPDiscriminator().parameters() if p.dim() == 2]
+    assert shapes == [(512, 784), (256, 512), (1, 256)]
+
+
+def test_fedgans_table_of_layers():
+    generator, discriminator = nets.ACGANGenerator(32, 3), nets.ACGANDiscriminator(32, 3)
+    shapes = [tuple(p.shape) for p in generator.parameters() if p.dim() > 1]
+    assert shapes == [(1024, 72), (8192, 1024), (128, 64, 4, 4), (64, 3, 4, 4)]
+    shapes = [tuple(p.shape) for p in discriminator.parameters() if p.dim() > 1]
+    assert shapes == [(64, 3, 4, 4), (128, 64, 4, 4), (1024, 8192), (1, 1024), (10, 1024)]
+
+
+@pytest.mark.parametrize("size, expected", [(8, (4, 1)), (28, (7, 2)), (32, (4, 3)), (48, (6, 3)), (64, (4, 4))])
+def test_resolution_plans(size, expected):
+    assert plan(size) == expected
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: nets.DCGANGenerator(27), "image_size=27"),
+        (lambda: nets.DCGANDiscriminator(128), "image_size=128"),
+        (lambda: nets.ACGANGenerator(48), "image_size=48"),
+        (lambda: nets.MLPDiscriminator((2,), num_classes=3), "num_classes=3, conditioning=none"),
+        (lambda: nets.MLPDiscriminator((2,), conditioning="projection"), "num_classes=0, conditioning=projection"),
+    ],
+)
+def test_what_cannot_be_built_says_why(make, words):
+    with pytest.raises(ConfigurationError, match=words):
+        make()
