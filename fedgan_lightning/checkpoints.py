@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any, Literal
@@ -63,7 +64,17 @@ def read_checkpoint(path: str | Path, *, map_location: Any = "cpu") -> Any:
         ) from error
 
 
-class LastCheckpoint(ModelCheckpoint):
+class _InRunDirectory(ModelCheckpoint):
+    """Keeps its file in ``checkpoints`` of the run directory."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.dirpath = self.dirpath or str(Path(trainer.default_root_dir) / "checkpoints")
+        with warnings.catch_warnings():  # a directory that is not empty belongs to the run that is resumed
+            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+            super().setup(trainer, pl_module, stage)
+
+
+class LastCheckpoint(_InRunDirectory):
     """Keeps ``checkpoints/last.ckpt``, to resume from with ``--ckpt_path last``.
 
     Args:
@@ -80,17 +91,13 @@ class LastCheckpoint(ModelCheckpoint):
             auto_insert_metric_name=False,
         )
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.dirpath = self.dirpath or str(Path(trainer.default_root_dir) / "checkpoints")
-        super().setup(trainer, pl_module, stage)
-
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         if self._last_global_step_saved != trainer.global_step and trainer.global_step > 0:
             trainer.save_checkpoint(Path(self.dirpath or ".") / "last.ckpt")
 
 
-class BestCheckpoint(ModelCheckpoint):
+class BestCheckpoint(_InRunDirectory):
     """Keeps ``checkpoints/best.ckpt``: generators degrade late in training.
 
     Args:
@@ -108,10 +115,6 @@ class BestCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
             auto_insert_metric_name=False,
         )
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.dirpath = self.dirpath or str(Path(trainer.default_root_dir) / "checkpoints")
-        super().setup(trainer, pl_module, stage)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:  # the metric is fresh

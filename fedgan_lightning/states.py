@@ -3,7 +3,8 @@
 Parameters travel as differences. Floating buffers travel as values. BatchNorm variances travel as second moments,
 so that the weighted mean over clients is the variance of the pooled data and not the mean of the variances
 (four clients with means 0, 2, 4, 6 and unit variances: 6.0, not 1.0). Integer counters stay where they are.
-Power-iteration vectors of spectral norm never travel: the mean of unit vectors is not a unit vector.
+Power-iteration vectors of spectral norm are never averaged, since the mean of unit vectors is not a unit vector: the
+server iterates its own after every step, and sends them down with the weights they fit.
 """
 
 from __future__ import annotations

@@ -80,9 +80,7 @@ class LocalTrainer:
         self._external_callbacks: list[L.Callback] = []
         state = self.module.state_dict()
         policy = context.policy
-        stays = [*policy.private, *policy.names(Kind.COUNTER, Kind.SPECTRAL, sync="average")]
-        if policy.buffers == "merge":
-            stays = [name for name in stays if name not in policy.shared_buffers]
+        stays = {*policy.private, *policy.names(Kind.COUNTER, sync="average")}
         #: What a client starts from where neither the server nor its own past says otherwise.
         self.initial = {name: state[name].detach().clone() for name in stays}
 
@@ -144,7 +142,6 @@ class LocalTrainer:
         shared = {name: value for name, value in task.state.items() if not optimizer_state.is_optimizer_entry(name)}
         own = {name: value for name, value in private.items() if not optimizer_state.is_optimizer_entry(name)}
         states.load_entries(self.module, {**self.initial, **shared, **own})
-        states.refresh_spectral_norm(self.module)
 
     def _trainer_for(self, visit: _Visit) -> L.Trainer:
         """Return a Trainer that has trained nothing yet.

@@ -49,6 +49,11 @@ class Policy:
         return self.names(Kind.STATISTIC, Kind.VARIANCE, sync="average") if self.buffers == "merge" else []
 
     @property
+    def spectral_vectors(self) -> list[str]:
+        """Power-iteration vectors that go down with the weights they fit, and never come up."""
+        return self.names(Kind.SPECTRAL, sync="average")
+
+    @property
     def private(self) -> list[str]:
         """Entries that each client keeps for itself from round to round."""
         kept = self.names(*Kind, sync="local")

@@ -74,9 +74,10 @@ class ServerModule(L.LightningModule):
         return self._policy
 
     def shared_state(self) -> dict[str, Tensor]:
-        """Return a copy of what clients receive: shared parameters, buffers and moments."""
+        """Return a copy of what clients receive: shared parameters, buffers, moments, and vectors of spectral norm."""
         state = self.model.state_dict()
-        names = (*self.policy.shared_parameters, *self.policy.shared_buffers)
+        policy = self.policy
+        names = (*policy.shared_parameters, *policy.shared_buffers, *policy.spectral_vectors)
         return {name: state[name].detach().clone() for name in names} | dict(self.moments)
 
     def receive(self, aggregate: Aggregate) -> None:

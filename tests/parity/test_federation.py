@@ -1,0 +1,441 @@
+"""The federation against the plain thing: one Trainer, one mean, one uninterrupted run."""
+
+from __future__ import annotations
+
+import copy
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.toy2d import federated, reference
+from fedgan_lightning import FederatedOrchestrator, Federation, PoissonSampling, SequentialExecutor, ServerModule
+from fedgan_lightning.errors import CheckpointError, ClientError, ConfigurationError, UpdateError
+from fedgan_lightning.federation.local import ClientContext, LocalTrainer
+from fedgan_lightning.federation.policy import resolve
+from fedgan_lightning.federation.store import ClientStore
+from fedgan_lightning.gan import networks as nets
+from fedgan_lightning.gan.module import GAN
+from fedgan_lightning.gan.priors import MidpointNodes
+from fedgan_lightning.protocol import ClientTask, LocalWork
+from fedgan_lightning.seeding import derive_seed, isolated_rng
+from tests.conftest import (
+    adam,
+    assert_states_equal,
+    federate,
+    quiet_trainer,
+    ring_data,
+    ring_gan,
+    sgd,
+)
+from tests.foreign import SomebodysGAN
+
+#: SGD(lr=1) on the difference rounds once per round in float32.
+ROUNDING = {"atol": 2e-6, "rtol": 1e-5}
+
+
+class TestOneClientIsAPlainTrainer:
+    @pytest.mark.parametrize("optimizer, policy", [(sgd, "reset"), (adam, "keep"), (adam, "average")])
+    def test_many_rounds_equal_one_fit(self, optimizer, policy):
+        """Without noise: 6 rounds of 5 steps on one client are 30 steps of L.Trainer.fit."""
+        options = {"optimizer": optimizer, "prior": MidpointNodes(16)}
+        data = ring_data(num_clients=1, partition=None)
+        server, _, trainer = federate(ring_gan(**options), data, rounds=6, local_steps=5, optimizer_state=policy)
+        plain = ring_gan(**options)
+        quiet_trainer(max_epochs=1).fit(plain, datamodule=data.pooled(num_steps=30))
+        assert trainer.global_step == 6
+        assert_states_equal(server.model.state_dict(), plain.state_dict(), **ROUNDING)
+
+    def test_one_round_equals_one_fit_with_noise(self):
+        data = ring_data(num_clients=1, partition=None)
+        server, _, _ = federate(ring_gan(), data, rounds=1, local_steps=20, seed=5)
+        plain = ring_gan()
+        with isolated_rng(derive_seed(5, "client", 0, 0)):
+            quiet_trainer(max_epochs=1).fit(plain, datamodule=data.pooled(num_steps=20))
+        assert_states_equal(server.model.state_dict(), plain.state_dict(), **ROUNDING)
+
+    def test_schedules_continue_over_rounds(self):
+        schedule = lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.05, total_iters=12)  # noqa: E731
+        options = {"optimizer": sgd, "prior": MidpointNodes(16), "generator_scheduler": schedule}
+        data = ring_data(num_clients=1, partition=None)
+        server, _, _ = federate(ring_gan(**options), data, rounds=4, local_steps=3)
+        plain = ring_gan(**options)
+        quiet_trainer(max_epochs=1).fit(plain, datamodule=data.pooled(num_steps=12))
+        assert_states_equal(server.model.state_dict(), plain.state_dict(), **ROUNDING)
+        constant, _, _ = federate(ring_gan(**{**options, "generator_scheduler": None}), data, rounds=4, local_steps=3)
+        assert not torch.allclose(
+            constant.model.generator.layers[0].weight, server.model.generator.layers[0].weight, atol=1e-4
+        )
+
+
+class Reversed(SequentialExecutor):
+    """Runs the cohort backwards."""
+
+    def run(self, tasks):
+        yield from super().run(list(tasks)[::-1])
+
+
+def test_the_order_of_the_cohort_changes_nothing():
+    states = []
+    for executor in (SequentialExecutor(), Reversed()):
+        options = {"sync": {"discriminator": "local"}, "optimizer_state": "keep", "executor": executor}
+        server, _, _ = federate(ring_gan(), ring_data(), rounds=3, local_steps=4, **options)
+        states.append(server.model.state_dict())
+    assert_states_equal(*states, atol=1e-7, rtol=1e-6)
+
+
+def test_renaming_clients_changes_nothing_where_randomness_is_in_the_data_order_only():
+    """Four clients that hold everything, in full batches and without noise, are interchangeable."""
+    states = []
+    for lists in ([[0, 1], [2, 3], [4, 5], [6, 7]], [[6, 7], [2, 3], [0, 1], [4, 5]]):
+        from fedgan_lightning import ClassLists
+
+        data = ring_data(partition=ClassLists(lists), batch_size=160, num_samples=640)
+        server, _, _ = federate(ring_gan(optimizer=sgd, prior=MidpointNodes(16)), data, rounds=3, local_steps=2)
+        states.append(server.model.state_dict())
+    assert_states_equal(*states, atol=1e-6, rtol=1e-5)
+
+
+class TestToy2D:
+    @pytest.mark.parametrize("local_steps", [1, 5, 20, 50])
+    @pytest.mark.parametrize("rate", [0.1, 0.02])
+    def test_the_path_equals_numpy(self, local_steps, rate):
+        found, exact = federated(local_steps, rate, 100), reference(local_steps, rate, 100)
+        assert found == pytest.approx(exact, abs=1e-10)
+
+    def test_the_reference_settles_where_the_table_says(self):
+        assert reference(20, 0.1, 5000) == pytest.approx((0.98310, -0.01214), abs=1e-5)
+        assert reference(1, 0.1, 50) == pytest.approx((2.14543, 0.07784), abs=1e-5)
+
+    @pytest.mark.slow
+    def test_the_federation_settles_there_too(self):
+        assert federated(50, 0.1, 3000) == pytest.approx((0.96582, -0.09344), abs=1e-4)
+
+
+class TestAnyModule:
+    def test_somebodys_gan_federates_for_three_rounds_by_hand(self):
+        """Each round: run every client alone from the server's state, and average with N_k / N by hand."""
+        from fedgan_lightning import QuantitySkew
+
+        torch.manual_seed(0)
+        module = SomebodysGAN()
+        data = ring_data(num_clients=3, partition=QuantitySkew(2.0, min_samples=32))
+        expected = copy.deepcopy(module)
+        policy = resolve(expected, sync=None, optimizer_state="reset", buffers="merge")
+        assert set(policy.sync) == {"decoder", "critic", "(root)"}
+        sizes = torch.tensor([float(data.num_examples(k)) for k in range(3)], dtype=torch.float64)
+        assert len(set(sizes.tolist())) == 3
+        for number in range(3):
+            runner = LocalTrainer(
+                ClientContext(expected, data, policy, ClientStore(), {"accelerator": "cpu", "devices": 1})
+            )
+            start = {n: v.clone() for n, v in expected.state_dict().items()}
+            names = [*policy.shared_parameters, *policy.shared_buffers]
+            states = []
+            for k in range(3):
+                seed = derive_seed(0, "client", number, k)
+                runner.run(ClientTask(k, number, seed, {n: start[n] for n in names}, LocalWork(steps=4)))
+                states.append({n: v.clone() for n, v in runner.module.state_dict().items()})
+            new = {}
+            for name in names:
+                stacked = torch.stack([state[name].double() for state in states])
+                weights = (sizes / sizes.sum()).view(-1, *([1] * (stacked.dim() - 1)))
+                if name.endswith("running_var"):
+                    means = torch.stack([s[name.replace("running_var", "running_mean")].double() for s in states])
+                    pooled = (weights * means).sum(0)
+                    new[name] = (weights * (stacked + means**2)).sum(0) - pooled**2
+                else:
+                    new[name] = (weights * stacked).sum(0)
+            expected.load_state_dict({**start, **{n: v.to(start[n].dtype) for n, v in new.items()}})
+        server, _, _ = federate(module, data, rounds=3, local_steps=4, optimizer_state="reset")
+        assert_states_equal(server.model.state_dict(), expected.state_dict(), **ROUNDING)
+        assert int(server.model.decoder[2].num_batches_tracked) == 0, "integer buffers stay as they are"
+
+    def test_its_logged_metrics_arrive(self):
+        seen = []
+
+        class Listener(L.Callback):
+            def on_client_end(self, trainer, server, update):
+                seen.append(update)
+
+            def on_round_end(self, trainer, server, info, metrics):
+                seen.append(metrics)
+
+        federate(SomebodysGAN(), ring_data(), Listener(), rounds=1, local_steps=2)
+        assert [update.client_id for update in seen[:4]] == [0, 1, 2, 3]
+        mean = np.mean([update.metrics["critic_loss"] for update in seen[:4]])
+        assert seen[4]["train/critic_loss"] == pytest.approx(mean, rel=1e-5)
+        assert {"update_norm/decoder", "update_norm/critic", "client/003/critic_loss"} <= set(seen[4])
+
+
+class TestOptimizerState:
+    def test_the_three_policies_differ_and_average_is_shared(self):
+        results = {}
+        for policy in ("reset", "keep", "average"):
+            server, orchestrator, _ = federate(ring_gan(), ring_data(), rounds=3, local_steps=3, optimizer_state=policy)
+            results[policy] = server.model.generator.layers[0].weight.detach().clone()
+            assert len(orchestrator.store) == (4 if policy == "keep" else 0)
+            assert bool(server.moments) == (policy == "average")
+        values = list(results.values())
+        assert not any(torch.equal(values[i], values[j]) for i in range(3) for j in range(i))
+
+    def test_sgd_without_momentum_does_not_care(self):
+        states = [
+            federate(ring_gan(optimizer=sgd), ring_data(), rounds=2, local_steps=3, optimizer_state=policy)[0]
+            for policy in ("reset", "keep", "average")
+        ]
+        for other in states[1:]:
+            assert_states_equal(states[0].model.state_dict(), other.model.state_dict())
+
+    def test_averaged_moments_are_the_weighted_mean_of_the_clients(self):
+        updates = []
+
+        class Listener(L.Callback):
+            def on_client_end(self, trainer, server, update):
+                updates.append(update)
+
+        server, _, _ = federate(ring_gan(), ring_data(), Listener(), rounds=1, local_steps=3)
+        name = next(name for name in server.moments if name.endswith("exp_avg_sq"))
+        weights = torch.tensor([float(update.num_examples) for update in updates])
+        stacked = torch.stack([update.extras[name] for update in updates])
+        mean = (weights.view(-1, *([1] * (stacked.dim() - 1))) * stacked).sum(0) / weights.sum()
+        torch.testing.assert_close(server.moments[name], mean)
+
+
+class TestSync:
+    def test_a_local_network_stays_on_its_client(self):
+        updates = []
+
+        class Listener(L.Callback):
+            def on_client_end(self, trainer, server, update):
+                updates.append(update)
+
+        start = ring_gan().state_dict()
+        server, orchestrator, _ = federate(
+            ring_gan(), ring_data(), Listener(), rounds=2, local_steps=3, sync={"discriminator": "local"}
+        )
+        assert all(name.startswith("generator") for update in updates for name in update.delta)
+        for name, value in server.model.discriminator.state_dict().items():
+            assert torch.equal(value, start[f"discriminator.{name}"])
+        private = [orchestrator.store.read(k) for k in range(4)]
+        weights = [state["discriminator.features.1.weight"] for state in private]
+        assert not torch.equal(weights[0], weights[1])
+        assert any(name.startswith("optimizer/1/discriminator") for name in private[0]), "its moments stay too"
+
+    def test_private_networks_continue_where_they_were(self):
+        """Two rounds with a local discriminator and a frozen generator equal one long round."""
+        frozen = lambda p: torch.optim.SGD(p, lr=0.0)  # noqa: E731
+        stores = []
+        for rounds, steps in ((4, 3), (1, 12)):
+            model = ring_gan(prior=MidpointNodes(16), generator_optimizer=frozen)
+            _, orchestrator, _ = federate(
+                model, ring_data(), rounds=rounds, local_steps=steps, sync={"discriminator": "local"}
+            )
+            stores.append([orchestrator.store.read(k) for k in range(4)])
+        for first, second in zip(*stores):
+            assert_states_equal(first, second, atol=1e-7, rtol=1e-6)
+
+    def test_the_moving_average_lives_on_the_server_only(self):
+        model = ring_gan(ema_half_life_images=200.0)
+        server, orchestrator, _ = federate(model, ring_data(), rounds=3, local_steps=5)
+        assert "generator_ema" not in orchestrator.ledger.bytes_up
+        average, raw = (net.layers[0].weight for net in (server.model.generator_ema, server.model.generator))
+        assert not torch.equal(average, raw)
+        assert not torch.equal(average, ring_gan().generator.layers[0].weight)
+
+
+class TestCost:
+    def test_bytes_per_client_step_follow_fedgans_law(self):
+        """2 (|G| + |D|) * 4 / K bytes in float32; K = 20 moves exactly 1/20 of K = 1."""
+        ledgers = {}
+        for local_steps, rounds in ((1, 40), (20, 2)):
+            _, orchestrator, _ = federate(
+                ring_gan(), ring_data(), rounds=rounds, local_steps=local_steps, optimizer_state="reset"
+            )
+            ledgers[local_steps] = orchestrator.ledger
+        size = sum(p.numel() for p in ring_gan().parameters()) * 4
+        assert ledgers[1].bytes_per_client_step == 2 * size
+        assert ledgers[20].bytes_per_client_step == 2 * size / 20
+        assert ledgers[1].bytes_per_client_step == 20 * ledgers[20].bytes_per_client_step
+        assert ledgers[20].bytes_up == ledgers[20].bytes_down
+        assert ledgers[20].client_steps == 2 * 4 * 20
+
+    def test_averaged_moments_are_counted_apart(self):
+        _, orchestrator, _ = federate(ring_gan(), ring_data(), rounds=1, local_steps=1, optimizer_state="average")
+        assert orchestrator.ledger.bytes_up["optimizer"] > 2 * orchestrator.ledger.bytes_up["generator"]
+        assert "optimizer" not in orchestrator.ledger.bytes_down, "there are none before the first round"
+
+
+class TestServerOptimizer:
+    def test_half_a_step_and_fedadam(self):
+        data = ring_data()
+        start = ring_gan().state_dict()
+        full = federate(ring_gan(), data, rounds=1, local_steps=3)[0].model.state_dict()
+        half_server = ServerModule(ring_gan(), optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
+        half = federate(half_server.model, data, server=half_server, rounds=1, local_steps=3)[0].model.state_dict()
+        for name in start:
+            torch.testing.assert_close(half[name], (start[name] + full[name]) / 2, atol=1e-6, rtol=1e-5)
+        adam_server = ServerModule(ring_gan(), optimizer=lambda p: torch.optim.Adam(p, lr=0.01))
+        moved = federate(adam_server.model, data, server=adam_server, rounds=1, local_steps=3)[0].model.state_dict()
+        step = torch.cat([(moved[name] - start[name]).flatten().abs() for name in start])
+        assert float(step.median()) == pytest.approx(0.01, rel=1e-3), "Adam's first step is its learning rate"
+
+    def test_its_schedule_steps_once_per_round(self):
+        server = ServerModule(
+            ring_gan(),
+            optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
+            scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1, 0.5),
+        )
+        _, _, trainer = federate(server.model, ring_data(), server=server, rounds=3, local_steps=1)
+        assert trainer.optimizers[0].param_groups[0]["lr"] == 0.125
+
+
+class TestRounds:
+    def test_empty_cohorts_pass(self):
+        server, orchestrator, trainer = federate(
+            ring_gan(), ring_data(), rounds=12, local_steps=1, clients=PoissonSampling(0.05)
+        )
+        assert trainer.global_step == 12
+        assert orchestrator.ledger.client_runs < 12
+        assert all(torch.isfinite(value).all() for value in server.model.state_dict().values())
+
+    def test_local_epochs_follow_each_clients_size(self):
+        from fedgan_lightning import QuantitySkew
+
+        updates = []
+
+        class Listener(L.Callback):
+            def on_client_end(self, trainer, server, update):
+                updates.append(update)
+
+        data = ring_data(partition=QuantitySkew(1.0, min_samples=32))
+        federate(ring_gan(), data, Listener(), rounds=1, local_steps=None, local_epochs=2)
+        assert [u.metrics["steps"] for u in updates] == [2.0 * (data.num_examples(k) // 16) for k in range(4)]
+
+    def test_the_global_generators_are_left_alone(self):
+        state = torch.random.get_rng_state(), np.random.get_state()[1].tolist()
+        model, data = ring_gan(), ring_data()
+        torch.random.set_rng_state(state[0])
+        federate(model, data, rounds=2, local_steps=2)
+        assert torch.equal(state[0], torch.random.get_rng_state())
+        assert state[1] == np.random.get_state()[1].tolist()
+
+    def test_two_runs_are_bit_identical(self):
+        states = [federate(ring_gan(), ring_data(), rounds=3, local_steps=3)[0].model.state_dict() for _ in range(2)]
+        assert_states_equal(*states)
+
+    def test_another_seed_gives_another_run(self):
+        states = [federate(ring_gan(), ring_data(), rounds=1, local_steps=3, seed=s)[0].model.state_dict() for s in (0, 1)]
+        assert not torch.equal(states[0]["generator.layers.0.weight"], states[1]["generator.layers.0.weight"])
+
+    def test_a_failing_client_is_named_with_its_round_and_stage(self):
+        class Fails(SomebodysGAN):
+            def on_train_epoch_start(self):
+                raise ZeroDivisionError("no luck")
+
+        with pytest.raises(ClientError, match="client 0 failed in round 0 at stage 'train': ZeroDivisionError: no luck"):
+            federate(Fails(), ring_data(), rounds=1, local_steps=1)
+
+    def test_a_client_that_diverges_is_named_before_it_poisons_the_model(self):
+        class Diverges(SomebodysGAN):
+            def on_train_epoch_end(self):
+                self.bias.data.fill_(float("nan"))
+
+        module = Diverges()
+        with pytest.raises(UpdateError, match="NaN or infinity in 'bias' from client 0"):
+            federate(module, ring_data(), rounds=1, local_steps=1)
+        assert torch.isfinite(module.bias).all()
+
+    @pytest.mark.parametrize(
+        "options, words",
+        [
+            ({"rounds": 0}, "rounds is at least 1; received 0"),
+            ({"local_steps": 1, "local_epochs": 1}, "in steps or in epochs"),
+            ({"local_steps": 0}, "local work is at least 1; received 0"),
+        ],
+    )
+    def test_impossible_settings_are_refused_in_the_constructor(self, options, words):
+        with pytest.raises(ConfigurationError, match=words):
+            FederatedOrchestrator(**options)
+
+    def test_what_cannot_be_federated_says_why(self):
+        with pytest.raises(ConfigurationError, match="trains a ServerModule; received GAN"):
+            pooled = ring_data().pooled(num_steps=1)
+            quiet_trainer(FederatedOrchestrator(rounds=1)).fit(ring_gan(), datamodule=pooled)
+        with pytest.raises(ConfigurationError, match="trained by a FederatedOrchestrator; received a Trainer without one"):
+            quiet_trainer().fit(ServerModule(ring_gan()), datamodule=ring_data())
+        with pytest.raises(ConfigurationError, match=r"received trainer.precision=16-mixed. Fix: use bf16-mixed"):
+            orchestrator = FederatedOrchestrator(rounds=1)
+            orchestrator._checked(
+                type("T", (), {"datamodule": ring_data(), "precision": "16-mixed"})(), ServerModule(ring_gan())
+            )
+
+
+def batchnorm_gan() -> GAN:
+    torch.manual_seed(0)
+    return GAN(
+        nets.DCGANGenerator(8, 1, latent_dim=4, width=4, num_classes=10),
+        nets.DCGANDiscriminator(8, 1, width=4, num_classes=10, conditioning="projection", norm="spectral"),
+        generator_optimizer=adam,
+        discriminator_optimizer=adam,
+        generator_scheduler=lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.1, total_iters=20),
+        ema_half_life_images=100.0,
+    )
+
+
+class TestResume:
+    @pytest.mark.parametrize(
+        "policy",
+        [
+            {"optimizer_state": "average"},
+            {"optimizer_state": "keep", "sync": {"discriminator": "local"}},
+            {"optimizer_state": "keep", "buffers": "local"},
+        ],
+    )
+    def test_a_resumed_run_is_bit_identical(self, tmp_path, policy):
+        from tests.conftest import digits_data
+
+        def start(name: str, rounds: int) -> Federation:
+            options = {"accelerator": "cpu", "enable_progress_bar": False}
+            return Federation(
+                batchnorm_gan(),
+                digits_data(max_samples=400),
+                rounds=rounds,
+                local_steps=2,
+                run_dir=str(tmp_path / name),
+                evaluate_every_n_rounds=2,
+                trainer=options,
+                **policy,
+            )
+
+        whole = start("whole", 4)
+        values = whole.fit()
+        start("parts", 2).fit()
+        resumed = start("parts", 4)
+        again = resumed.fit(ckpt_path=str(tmp_path / "parts" / "checkpoints" / "last.ckpt"))
+        assert_states_equal(whole.server.model.state_dict(), resumed.server.model.state_dict())
+        assert values == again
+        assert whole.evaluation.history == resumed.evaluation.history
+        for k in range(5):
+            assert_states_equal(dict(whole.orchestrator.store.read(k)), dict(resumed.orchestrator.store.read(k)))
+        assert_states_equal(whole.server.moments, resumed.server.moments)
+        assert whole.orchestrator.ledger.bytes_up == resumed.orchestrator.ledger.bytes_up
+
+    def test_a_checkpoint_of_other_settings_is_refused(self, tmp_path):
+        from tests.conftest import ring_data as data
+
+        def fit(ckpt_path=None, **options):
+            orchestrator = FederatedOrchestrator(rounds=2, **{"local_steps": 1, **options})
+            trainer = quiet_trainer(orchestrator)
+            trainer.fit(ServerModule(ring_gan()), datamodule=data(), ckpt_path=ckpt_path)
+            return trainer
+
+        fit().save_checkpoint(tmp_path / "a.ckpt")
+        for options, words in (
+            ({"local_steps": 2}, "local_steps was 1, is 2"),
+            ({"seed": 3}, "seed was 0, is 3"),
+            ({"optimizer_state": "keep"}, "optimizer_state.discriminator was average, is keep"),
+        ):
+            with pytest.raises(CheckpointError, match=words):
+                fit(tmp_path / "a.ckpt", **options)
