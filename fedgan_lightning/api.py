@@ -77,9 +77,8 @@ class Federation:
 
     def test(self, *, ckpt_path: str | None = None) -> dict[str, float]:
         """Evaluate the global generator; return the values of all metrics."""
-        return dict(
-            self._make_trainer(logger=False).test(self.server, self.data, ckpt_path=ckpt_path, verbose=False)[0]
-        )
+        self._make_trainer(logger=False).test(self.server, self.data, ckpt_path=ckpt_path, verbose=False)
+        return dict(self.evaluation.latest)
 
     @property
     def summary_path(self) -> Path:

@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from fedgan_lightning.errors import CheckpointError, message
+from fedgan_lightning.errors import CheckpointError, ConfigurationError, message
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -73,6 +73,11 @@ class _InRunDirectory(ModelCheckpoint):
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
             super().setup(trainer, pl_module, stage)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        with warnings.catch_warnings():  # a checkpoint may be evaluated from another run directory
+            warnings.filterwarnings("ignore", message="The dirpath has changed")
+            super().load_state_dict(state_dict)
+
 
 class LastCheckpoint(_InRunDirectory):
     """Keeps ``checkpoints/last.ckpt``, to resume from with ``--ckpt_path last``.
@@ -116,6 +121,21 @@ class BestCheckpoint(_InRunDirectory):
             auto_insert_metric_name=False,
         )
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse a metric that nobody measures, now that the untrained generator has been scored."""
+        histories = [item.history for item in trainer.callbacks if getattr(item, "history", None)]  # type: ignore[attr-defined]
+        known = sorted({name for history in histories for name in history[-1]} - {"rounds"})
+        if self.monitor is not None and self.monitor not in known:
+            raise ConfigurationError(
+                message(
+                    "best.monitor names a metric of the evaluation",
+                    received=self.monitor,
+                    fix=f"choose from {', '.join(known)}, or set null to keep no best checkpoint",
+                )
+            )
+        super().on_train_start(trainer, pl_module)
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:  # the metric is fresh
+        fresh = (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
+        if fresh and self.monitor in trainer.callback_metrics:  # a resumed Trainer repeats this hook without the metric
             super().on_train_epoch_end(trainer, pl_module)

@@ -7,6 +7,7 @@ Groups: ``model`` (any LightningModule), ``data``, ``federation``, ``server``, `
 from __future__ import annotations
 
 import json
+import re
 import signal
 import warnings
 from pathlib import Path
@@ -52,13 +53,29 @@ SHORT_NAMES = (
 MAY_CHANGE = ("rounds",)
 
 
+HELP = "Fix: see --help, or --print_config for all settings."
+#: Lines in which jsonargparse recounts every alternative it tried.
+RECOUNTED = re.compile(
+    r"Does not validate against|^Subtypes:|^Errors:?$|<class 'NoneType'>|^Given value type:|NestedArg|not accessible"
+)
+
+
 class OneLineParser(LightningArgumentParser):
-    """Reports a bad argument in one line and without the usage text."""
+    """Reports a bad argument in one line and without the usage text; takes no abbreviations."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise instead of printing the usage and leaving."""
-        lines = [line.strip(" -") for line in str(message).splitlines() if line.strip(" -")]
-        raise ConfigurationError(f"{' | '.join(lines)} Fix: see --help, or --print_config for all settings.") from ex
+        raise ConfigurationError(f"{one_line(str(message))}. {HELP}") from ex
+
+
+def one_line(text: str) -> str:
+    """Return what matters of a parser's report in one line."""
+    lines = [line.replace(HELP, "").strip(" -.:\t") for line in text.splitlines()]
+    kept = [line for line in lines if line and not RECOUNTED.search(line)]
+    return "; ".join(dict.fromkeys(kept))
 
 
 class FederatedTrainer(L.Trainer):
@@ -212,7 +229,11 @@ def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 
 #: Warnings about Lightning's own code, or about an outer loop of one step per epoch, which is what a round is.
-NOISE = (".*isinstance\\(treespec, LeafSpec\\).*", ".*is smaller than the logging interval.*")
+NOISE = (
+    ".*isinstance\\(treespec, LeafSpec\\).*",
+    ".*is smaller than the logging interval.*",
+    ".*args parameter is intended to run from within Python.*",
+)
 
 
 def run(arguments: list[str] | None = None) -> None:

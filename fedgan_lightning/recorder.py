@@ -85,10 +85,10 @@ class RunRecorder(L.Callback):
             self.write(trainer, status=f"failed: {type(exception).__name__}: {exception}")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
         evaluation = _find(trainer, Evaluation)
-        facts = evaluation.facts if evaluation is not None else {}
-        write_text(Path(trainer.default_root_dir) / "test.json", json.dumps({**facts, **values}, indent=2))
+        if evaluation is not None:
+            found = json.dumps({**evaluation.facts, **evaluation.latest}, indent=2)
+            write_text(Path(trainer.default_root_dir) / "test.json", found)
 
     def write(self, trainer: L.Trainer, *, status: str) -> None:
         """Write ``summary.json``."""

@@ -32,6 +32,7 @@ class Evaluation(L.Callback):
     Attributes:
         facts: What is true of the whole run: floors, sample counts, hash of the feature network.
         history: Values of every evaluation, with the number of completed ``rounds``.
+        latest: Values of the last evaluation, in whichever command.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Evaluation(L.Callback):
         self.num_samples, self.seed, self.raw = num_samples, seed, raw
         self.facts: dict[str, Any] = {}
         self.history: list[dict[str, float]] = []
+        self.latest: dict[str, float] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "predict" or self.facts:
@@ -103,6 +105,10 @@ class Evaluation(L.Callback):
             logger.log_metrics(values, step=rounds)
         if monitor:
             pl_module.log_dict(values, on_epoch=True, on_step=False, logger=False, batch_size=1, prog_bar=True)
+        self.latest = values
+        if trainer.state.fn != "fit":
+            for name, value in values.items():
+                print(f"{name:>24}  {value:.6g}")
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": [dict(entry) for entry in self.history]}

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fedgan_lightning import states
-from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.errors import CheckpointError, ConfigurationError, message
 from fedgan_lightning.federation.optimizer_state import is_optimizer_entry
 from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.protocol import Aggregate, SampleSource, ServerHook
@@ -127,8 +127,28 @@ class ServerModule(L.LightningModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Nothing: callbacks evaluate."""
 
-    def predict_step(self, batch: Any, batch_idx: int) -> None:
-        """Nothing: callbacks write samples."""
+    def predict_step(self, batch: Any, batch_idx: int) -> int:
+        """Nothing: callbacks write samples. Lightning wants a value."""
+        return batch_idx
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the state of other networks.
+
+        Raises:
+            CheckpointError: If entries or shapes differ.
+        """
+        mine, theirs = self.state_dict(), checkpoint["state_dict"]
+        differing = [
+            n for n in {*mine, *theirs} if n not in mine or n not in theirs or mine[n].shape != theirs[n].shape
+        ]
+        if differing:
+            raise CheckpointError(
+                message(
+                    "a checkpoint is loaded into the networks it came from",
+                    received=f"one that differs in {', '.join(sorted(differing)[:3])}",
+                    fix="restore the model's settings, or use another checkpoint",
+                )
+            )
 
     # ------------------------------------------------------------------ sampling
 

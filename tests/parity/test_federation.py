@@ -326,7 +326,9 @@ class TestRounds:
         assert_states_equal(*states)
 
     def test_another_seed_gives_another_run(self):
-        states = [federate(ring_gan(), ring_data(), rounds=1, local_steps=3, seed=s)[0].model.state_dict() for s in (0, 1)]
+        states = [
+            federate(ring_gan(), ring_data(), rounds=1, local_steps=3, seed=s)[0].model.state_dict() for s in (0, 1)
+        ]
         assert not torch.equal(states[0]["generator.layers.0.weight"], states[1]["generator.layers.0.weight"])
 
     def test_a_failing_client_is_named_with_its_round_and_stage(self):
@@ -334,7 +336,9 @@ class TestRounds:
             def on_train_epoch_start(self):
                 raise ZeroDivisionError("no luck")
 
-        with pytest.raises(ClientError, match="client 0 failed in round 0 at stage 'train': ZeroDivisionError: no luck"):
+        with pytest.raises(
+            ClientError, match="client 0 failed in round 0 at stage 'train': ZeroDivisionError: no luck"
+        ):
             federate(Fails(), ring_data(), rounds=1, local_steps=1)
 
     def test_a_client_that_diverges_is_named_before_it_poisons_the_model(self):
@@ -363,7 +367,9 @@ class TestRounds:
         with pytest.raises(ConfigurationError, match="trains a ServerModule; received GAN"):
             pooled = ring_data().pooled(num_steps=1)
             quiet_trainer(FederatedOrchestrator(rounds=1)).fit(ring_gan(), datamodule=pooled)
-        with pytest.raises(ConfigurationError, match="trained by a FederatedOrchestrator; received a Trainer without one"):
+        with pytest.raises(
+            ConfigurationError, match="trained by a FederatedOrchestrator; received a Trainer without one"
+        ):
             quiet_trainer().fit(ServerModule(ring_gan()), datamodule=ring_data())
         with pytest.raises(ConfigurationError, match=r"received trainer.precision=16-mixed. Fix: use bf16-mixed"):
             orchestrator = FederatedOrchestrator(rounds=1)

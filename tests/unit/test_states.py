@@ -56,7 +56,7 @@ def test_merged_variance_is_that_of_the_pooled_data():
     merged = states.decode_statistics(finish(WeightedMean(), updates).extras, entries)
     assert float(merged["m.running_mean"]) == pytest.approx(3.0)
     assert float(merged["m.running_var"]) == pytest.approx(6.0)
-    wrong = np.mean([float(1.0) for _ in updates])
+    wrong = np.mean([1.0 for _ in updates])
     assert abs(float(merged["m.running_var"]) - wrong) > 4, "the naive mean would have been caught"
 
 

@@ -1,0 +1,28 @@
+"""A source for tests: images of any shape, so that configurations for data that is not at hand can run."""
+
+from __future__ import annotations
+
+import torch
+
+from fedgan_lightning.data.samples import Samples
+from fedgan_lightning.data.sources import Source
+
+
+class RandomImages(Source):
+    """Uniform noise.
+
+    Args:
+        shape: Shape of one image.
+        classes: Number of classes; 0 for none.
+        num_samples: Size of both splits.
+    """
+
+    def __init__(self, shape: list[int], classes: int = 0, num_samples: int = 700) -> None:
+        self.sample_shape, self.num_samples = tuple(shape), num_samples
+        self.class_names = tuple(str(label) for label in range(classes))
+
+    def load(self, split):
+        generator = torch.Generator().manual_seed(len(split))
+        x = torch.randint(0, 256, (self.num_samples, *self.sample_shape), generator=generator, dtype=torch.uint8)
+        labels = torch.arange(self.num_samples) % self.num_classes if self.num_classes else None
+        return Samples(x=x, y=labels, columns={"folder": (torch.arange(self.num_samples) % 3).numpy()})

@@ -1,0 +1,280 @@
+"""The command line as a user meets it: every configuration, every command, every bad input."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from fedgan_lightning.__main__ import main
+from tests.conftest import ROOT
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+DIGITS = str(ROOT / "configs" / "digits.yaml")
+TINY = ["--federation.rounds", "2", "--federation.local_steps", "2", "--evaluation.num_samples", "60"]
+TINY += [
+    "--trainer.enable_progress_bar",
+    "false",
+    "--trainer.check_val_every_n_epoch",
+    "1",
+    "--checkpoint.every_n_rounds",
+    "1",
+]
+TINY += ["--trainer.accelerator", "cpu"]
+#: What stands in for data that is not at hand.
+STAND_INS = {
+    "fashion_mnist": ("[1, 28, 28]", 10),
+    "mnist": ("[1, 28, 28]", 10),
+    "cifar10": ("[3, 32, 32]", 10),
+    "celeba": ("[3, 48, 48]", 16),
+    "medmnist": ("[1, 28, 28]", 2),
+    "image_folder": ("[3, 32, 32]", 0),
+}
+
+
+def run(*arguments: str, capsys=None) -> tuple[int, str, str]:
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as left:
+        code = left.code or 0
+    out, err = capsys.readouterr() if capsys is not None else ("", "")
+    return code, out, err
+
+
+def small(name: str) -> list[str]:
+    """Arguments that make a shipped configuration small, with its own data where at hand."""
+    arguments = ["--config", str(ROOT / "configs" / f"{name}.yaml"), *TINY]
+    if name in STAND_INS:
+        shape, classes = STAND_INS[name]
+        arguments += ["--data.source", "tests.fakes.RandomImages", f"--data.source.shape={shape}"]
+        arguments += [f"--data.source.classes={classes}", "--data.batch_size", "8"]
+        if name in ("cifar10", "celeba"):
+            width = "8"
+            arguments += [f"--model.generator.width={width}", f"--model.discriminator.width={width}"]
+    return arguments
+
+
+def test_the_promised_configurations_are_there():
+    promised = "digits mnist fashion_mnist cifar10 celeba medmnist image_folder ring8 grid25 swiss_roll toy2d"
+    assert {path.stem for path in CONFIGS} >= set(promised.split())
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_runs_two_rounds_and_fills_its_directory(path, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    code, _, err = run("fit", *small(path.stem), "--run_dir", tmp_path / "run", capsys=capsys)
+    assert code == 0, err
+    names = {item.name for item in (tmp_path / "run").iterdir()}
+    wanted = {"config.yaml", "summary.json", "partition.png", "partition.npz", "fakes_init.png", "fakes_round0002.png"}
+    assert wanted <= names
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["rounds"]) == ("finished", 2)
+    assert summary["bytes_up"]
+    assert summary["client_steps_per_second"] > 0
+    assert [entry["rounds"] for entry in summary["history"]] == [0, 1, 2]
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    code, out, err = run("fit", "--config", tmp_path / "run" / "config.yaml", "--print_config", capsys=capsys)
+    assert code == 0, err
+    again = yaml.safe_load(out)
+    again.pop("ckpt_path", None)
+    assert again == saved, "what was saved loads as it is"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A small finished run."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert run("fit", *small("digits"), "--run_dir", folder)[0] == 0
+    return folder
+
+
+class TestCommands:
+    def test_summary_says_what_the_numbers_rest_on(self, finished):
+        summary = json.loads((finished / "summary.json").read_text())
+        assert {"fid", "classes", "class_distance", "class_accuracy"} <= set(summary["final"])
+        assert {"fid_floor", "fid_num_reals", "fid_features_hash", "num_samples"} <= set(summary["evaluation"])
+        assert summary["best"]["fid"]["value"] == min(entry["fid"] for entry in summary["history"])
+        assert {"torch", "lightning", "fedgan_lightning"} <= set(summary["versions"])
+
+    def test_validate_and_test_give_the_values_of_training(self, finished, capsys):
+        last = json.loads((finished / "summary.json").read_text())["final"]["fid"]
+        for command in ("validate", "test"):
+            arguments = ["--config", finished / "config.yaml", "--ckpt_path", finished / "checkpoints" / "last.ckpt"]
+            code, out, err = run(command, *arguments, capsys=capsys)
+            assert code == 0, err
+            assert "fid" in out
+        tested = json.loads((finished / "test.json").read_text())
+        assert tested["fid"] == pytest.approx(last, rel=1e-5)
+
+    def test_predict_writes_samples(self, finished, tmp_path, capsys):
+        arguments = ["--config", finished / "config.yaml", "--ckpt_path", finished / "checkpoints" / "last.ckpt"]
+        arguments += ["--run_dir", tmp_path / "out", "--pictures.predict_samples", "30"]
+        code, _, err = run("predict", *arguments, capsys=capsys)
+        assert code == 0, err
+        arrays = np.load(tmp_path / "out" / "predictions" / "samples.npz")
+        assert arrays["x"].shape == (30, 1, 8, 8)
+        assert arrays["x"].dtype == np.uint8
+        assert arrays["y"].tolist() == [index % 10 for index in range(30)]
+        assert (tmp_path / "out" / "predictions" / "samples.png").exists()
+
+    def test_partition_prints_who_holds_what(self, tmp_path, capsys):
+        code, out, _ = run("partition", "--config", DIGITS, "--run_dir", tmp_path / "p", capsys=capsys)
+        assert code == 0
+        assert len(re.findall(r"^ +\d+ +\d+ ", out, re.MULTILINE)) == 10
+        assert (tmp_path / "p" / "partition.png").exists()
+        assert run("fit", *small("digits"), "--run_dir", tmp_path / "p", capsys=capsys)[0] == 0, "it was no run yet"
+
+    def test_resume_continues(self, tmp_path, capsys):
+        folder = tmp_path / "run"
+        assert run("fit", *small("digits"), "--run_dir", folder, capsys=capsys)[0] == 0
+        arguments = [*small("digits"), "--run_dir", folder, "--ckpt_path", "last", "--federation.rounds", "3"]
+        code, _, err = run("fit", *arguments, capsys=capsys)
+        assert code == 0, err
+        summary = json.loads((folder / "summary.json").read_text())
+        assert [entry["rounds"] for entry in summary["history"]] == [0, 1, 2, 3]
+
+    def test_the_nice_short_ways_of_the_design_work(self, capsys):
+        code, out, err = run("fit", "--config", DIGITS, "--model.loss", "Hinge", "--federation.rounds", "7",
+                             "--server.optimizer", "torch.optim.Adam", "--server.optimizer.lr", "0.1",
+                             "--federation.clients", "FractionOfClients", "--federation.clients.fraction", "0.5",
+                             "--print_config", capsys=capsys)  # fmt: skip
+        assert code == 0, err
+        config = yaml.safe_load(out)
+        assert config["model"]["init_args"]["loss"]["class_path"].endswith("Hinge")
+        assert config["server"]["optimizer"]["init_args"]["lr"] == 0.1
+        assert config["federation"]["clients"]["init_args"]["fraction"] == 0.5
+
+
+class TestServerOptions:
+    def test_the_server_optimizer_of_the_configuration_is_the_one_that_steps(self, tmp_path, capsys):
+        states = {}
+        for name, extra in (
+            ("avg", []),
+            ("adam", ["--server.optimizer", "torch.optim.Adam", "--server.optimizer.lr=0.1"]),
+        ):
+            assert run("fit", *small("ring8"), *extra, "--run_dir", tmp_path / name, capsys=capsys)[0] == 0
+            states[name] = torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
+        assert states["avg"]["optimizer_states"][0]["param_groups"][0]["lr"] == 1.0
+        assert states["adam"]["optimizer_states"][0]["param_groups"][0]["lr"] == 0.1
+        assert states["adam"]["optimizer_states"][0]["state"], "Adam's moments ride in the checkpoint"
+
+
+def one_line(err: str) -> str:
+    """Return the error; there must be exactly one, in one line."""
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    assert "Fix: " in lines[0]
+    return lines[0]
+
+
+BAD = {
+    "unknown key": (["--federation.round", "3"], "unrecognized arguments: --federation.round 3"),
+    "unknown nested key": (["--model.init_args.los", "Hinge"], "Option 'los' is not accepted"),
+    "wrong type": (["--federation.rounds", "many"], "federation.rounds.*many"),
+    "wrong class": (["--model.loss", "Hing"], "loss.*Hing"),
+    "shapes that do not fit": (
+        ["--data.source.image_size", "16"],
+        r"received \[1, 8, 8\] from the generator, \[1, 16, 16\]",
+    ),
+    "classes that do not fit": (
+        ["--model.generator.num_classes", "5", "--model.discriminator.num_classes", "5"],
+        "received num_classes=5, data with 10",
+    ),
+    "too few samples": (["--data.batch_size", "500"], "full minibatch of 500 samples; received client 0 with 146"),
+    "empty client": (
+        ["--data.num_clients", "2000", "--data.partition", "IID"],
+        "received client 1438 with 0 under IID",
+    ),
+    "labels missing": (
+        ["--data.source", "SwissRoll", "--data.partition", "Dirichlet"],
+        "Dirichlet splits by label; received a source without labels",
+    ),
+    "sync of no network": (["--federation.sync", "{encoder: local}"], "received encoder. Fix: choose from generator"),
+    "no rounds": (["--federation.rounds", "0"], "rounds is at least 1; received 0"),
+    "negative rounds": (["--federation.rounds=-3"], "rounds is at least 1; received -3"),
+    "monitor of no metric": (["--best.monitor", "fidd"], "names a metric of the evaluation; received fidd"),
+}
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("name", BAD)
+    def test_one_line_before_training_and_no_run(self, name, tmp_path, capsys):
+        extra, words = BAD[name]
+        arguments = [argument for argument in TINY if name not in ("no rounds", "negative rounds", "wrong type")]
+        code, _, err = run("fit", "--config", DIGITS, *arguments, *extra, "--run_dir", tmp_path / "run", capsys=capsys)
+        assert code == 2
+        assert re.search(words, one_line(err)), err
+        assert not (tmp_path / "run" / "checkpoints").exists()
+
+    @pytest.mark.parametrize("bad", ["nan", "inf"])
+    def test_data_that_is_not_finite(self, bad, tmp_path, capsys, monkeypatch):
+        from fedgan_lightning.data.sources import toys
+
+        monkeypatch.setattr(toys.math, "pi", float(bad))
+        code, _, err = run("fit", *small("swiss_roll"), "--run_dir", tmp_path / "run", capsys=capsys)
+        assert code == 2
+        assert "finite numbers; received NaN or infinity in 40000 of 40000" in one_line(err)
+
+    def test_an_occupied_directory_is_left_as_it_is(self, finished, capsys):
+        before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+        code, _, err = run("fit", *small("digits"), "--run_dir", finished, capsys=capsys)
+        assert code == 2
+        assert "a new run needs a directory without a run in it" in one_line(err)
+        assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+
+    @pytest.mark.parametrize(
+        "damage, words",
+        [
+            ("truncate", "a checkpoint can be read"),
+            ("pickle", "holds tensors and plain values only"),
+            ("plain", "without an orchestrator's state"),
+            ("missing", "a checkpoint can be read; received .*FileNotFoundError"),
+        ],
+    )
+    def test_checkpoints_that_cannot_be_trusted(self, damage, words, finished, tmp_path, capsys):
+        bad, good = tmp_path / "bad.ckpt", (finished / "checkpoints" / "last.ckpt").read_bytes()
+        if damage == "truncate":
+            bad.write_bytes(good[: len(good) // 2])
+        elif damage == "pickle":
+            bad.write_bytes(
+                pickle.dumps({"callbacks": {"FederatedOrchestrator": Bomb(str(tmp_path / "exploded"))}}, protocol=2)
+            )
+        elif damage == "plain":
+            torch.save({"state_dict": {}}, bad)
+        arguments = [*small("digits"), "--run_dir", tmp_path / "new", "--ckpt_path", bad]
+        code, _, err = run("fit", *arguments, capsys=capsys)
+        assert code == 2
+        assert re.search(words, one_line(err))
+        assert not (tmp_path / "exploded").exists(), "nothing in it was executed"
+        assert not (tmp_path / "new").exists()
+
+    def test_a_checkpoint_of_another_configuration(self, finished, tmp_path, capsys):
+        path = finished / "checkpoints" / "last.ckpt"
+        for extra, words in (
+            (["--data.num_clients", "5"], "differs in .*data"),
+            (["--model.loss", "Hinge"], r"model.init_args.loss.class_path was .*NonSaturating, is .*Hinge"),
+            (["--model.generator.hidden", "[64, 64]"], "differs in"),
+        ):
+            arguments = [*small("digits"), *extra, "--run_dir", tmp_path / "new", "--ckpt_path", path]
+            code, _, err = run("fit", *arguments, capsys=capsys)
+            assert code == 2, err
+            assert re.search(words, one_line(err)), err
+
+
+class Bomb:
+    """What a hostile checkpoint would do."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
