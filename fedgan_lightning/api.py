@@ -27,7 +27,6 @@ class Federation:
         data: The clients' data.
         rounds: Rounds to complete.
         run_dir: Directory of the run; it must not hold another.
-        evaluate_every_n_rounds: Rounds between evaluations.
         server_optimizer: Makes the server's optimizer; default federated averaging.
         evaluation: What to measure; default what suits the data.
         pictures: What to draw; default a picture every 10 rounds.
@@ -43,7 +42,6 @@ class Federation:
         *,
         rounds: int = 50,
         run_dir: str = "runs/run",
-        evaluate_every_n_rounds: int = 10,
         server_optimizer: Any = None,
         evaluation: Evaluation | None = None,
         pictures: SamplePictures | None = None,
@@ -60,7 +58,7 @@ class Federation:
         self.pictures = pictures if pictures is not None else SamplePictures()
         self.recorder = RunRecorder(seed=self.orchestrator.seed)
         self._checkpoints = [LastCheckpoint(), *([best] if best is not None else [])]
-        self._options = {"check_val_every_n_epoch": evaluate_every_n_rounds, **(trainer or {})}
+        self._options = dict(trainer or {})
 
     def fit(self, *, ckpt_path: str | None = None) -> dict[str, float]:
         """Run the rounds; return the last values of all metrics.

@@ -123,7 +123,7 @@ class BestCheckpoint(_InRunDirectory):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse a metric that nobody measures, now that the untrained generator has been scored."""
-        histories = [item.history for item in trainer.callbacks if getattr(item, "history", None)]  # type: ignore[attr-defined]
+        histories = histories_of(trainer)
         known = sorted({name for history in histories for name in history[-1]} - {"rounds"})
         if self.monitor is not None and self.monitor not in known:
             raise ConfigurationError(
@@ -136,6 +136,11 @@ class BestCheckpoint(_InRunDirectory):
         super().on_train_start(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        fresh = (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
-        if fresh and self.monitor in trainer.callback_metrics:  # a resumed Trainer repeats this hook without the metric
+        scored = any(history[-1]["rounds"] == trainer.global_step for history in histories_of(trainer))
+        if scored and self.monitor in trainer.callback_metrics:  # a value of an earlier round is none of this one
             super().on_train_epoch_end(trainer, pl_module)
+
+
+def histories_of(trainer: L.Trainer) -> list[list[dict[str, float]]]:
+    """Return the histories of all callbacks that keep one."""
+    return [item.history for item in trainer.callbacks if getattr(item, "history", None)]  # type: ignore[attr-defined]

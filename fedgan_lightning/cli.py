@@ -248,7 +248,6 @@ def run(arguments: list[str] | None = None) -> None:
         trainer_defaults={
             "max_epochs": -1,
             "num_sanity_val_steps": 0,
-            "check_val_every_n_epoch": 10,
             "log_every_n_steps": 1,
             "enable_model_summary": False,
         },

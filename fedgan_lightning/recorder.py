@@ -71,8 +71,9 @@ class RunRecorder(L.Callback):
             np.savez_compressed(partial, **arrays)
             partial.replace(root / "partition.npz")
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        evaluation = _find(trainer, Evaluation)
+        if evaluation is not None and evaluation.history and evaluation.history[-1]["rounds"] == trainer.global_step:
             self.write(trainer, status="running")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -21,7 +21,7 @@ TINY = ["--federation.rounds", "2", "--federation.local_steps", "2", "--evaluati
 TINY += [
     "--trainer.enable_progress_bar",
     "false",
-    "--trainer.check_val_every_n_epoch",
+    "--evaluation.every_n_rounds",
     "1",
     "--checkpoint.every_n_rounds",
     "1",

@@ -1,7 +1,7 @@
 """The evaluation callback: draws samples from the global generator once, hands them to every metric, logs the values.
 
-It works in the Trainer's validation (every ``check_val_every_n_epoch`` rounds) and test, so that ``monitor="fid"``
-means what it means everywhere in Lightning.
+In training it works at the end of a round, and not in Lightning's validation loop: a Trainer that is resumed from a
+checkpoint skips that loop in its first epoch (measured), and with it a value. ``validate`` and ``test`` work as usual.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class Evaluation(L.Callback):
 
     Args:
         metrics: What to measure; default what suits the data.
+        every_n_rounds: Rounds between evaluations; the untrained generator and the last round are always scored.
         num_samples: Generated samples per evaluation.
         seed: Seed of the latents: the same in every evaluation, so that curves compare.
         raw: Also evaluate the raw weights where there is a moving average, as ``NAME_raw``.
@@ -36,14 +37,24 @@ class Evaluation(L.Callback):
     """
 
     def __init__(
-        self, *, metrics: Sequence[Metric] | None = None, num_samples: int = 2500, seed: int = 0, raw: bool = False
+        self,
+        *,
+        metrics: Sequence[Metric] | None = None,
+        every_n_rounds: int = 10,
+        num_samples: int = 2500,
+        seed: int = 0,
+        raw: bool = False,
     ) -> None:
         if num_samples < 2:
             raise ConfigurationError(
                 message("evaluation.num_samples is at least 2", received=num_samples, fix="set 2500 or more")
             )
         self.metrics = None if metrics is None else list(metrics)
-        self.num_samples, self.seed, self.raw = num_samples, seed, raw
+        if every_n_rounds < 1:
+            raise ConfigurationError(
+                message("evaluation.every_n_rounds is at least 1", received=every_n_rounds, fix="raise it")
+            )
+        self.every_n_rounds, self.num_samples, self.seed, self.raw = every_n_rounds, num_samples, seed, raw
         self.facts: dict[str, Any] = {}
         self.history: list[dict[str, float]] = []
         self.latest: dict[str, float] = {}
@@ -69,9 +80,14 @@ class Evaluation(L.Callback):
         if trainer.global_step == 0:
             self._log(trainer, pl_module, self.evaluate(trainer, pl_module), monitor=False)
 
+    def on_round_end(self, trainer: L.Trainer, server: ServerModule, info: Any, metrics: Any) -> None:
+        """Score the generator every ``every_n_rounds``, and at the end."""
+        rounds = trainer.global_step
+        if rounds % self.every_n_rounds == 0 or rounds == trainer.max_steps:
+            self._log(trainer, server, self.evaluate(trainer, server), monitor=True)
+
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._log(trainer, pl_module, self.evaluate(trainer, pl_module), monitor=True)
+        self._log(trainer, pl_module, self.evaluate(trainer, pl_module), monitor=True)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._log(trainer, pl_module, self.evaluate(trainer, pl_module), monitor=True)
@@ -98,7 +114,7 @@ class Evaluation(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, values: dict[str, float], *, monitor: bool
     ) -> None:
         rounds = trainer.global_step
-        if trainer.training or trainer.validating or trainer.sanity_checking or not self.history:
+        if trainer.state.fn == "fit":
             self.history = [entry for entry in self.history if entry["rounds"] < rounds]
             self.history.append({"rounds": float(rounds), **values})
         for logger in trainer.loggers:

@@ -175,7 +175,7 @@ class SlicedWasserstein(Metric):
 
 
 class ScalarParameters(Metric):
-    """The values of all parameters that are single numbers, as ``parameters/NAME``: for systems small enough to watch."""
+    """The values of all single-number parameters, as ``parameters/NAME``: for systems small enough to watch."""
 
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
         return {}

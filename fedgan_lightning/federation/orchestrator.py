@@ -121,6 +121,7 @@ class FederatedOrchestrator(L.Callback):
         if hasattr(model, "check_data") and hasattr(data, "sample_shape"):
             model.check_data(data.sample_shape, getattr(data, "num_classes", 0))
         if stage == "fit":
+            trainer.limit_val_batches = 0  # rounds are evaluated where they end, by callbacks
             trainer.fit_loop.max_epochs = -1
             trainer.fit_loop.epoch_loop.max_steps = self.rounds
 
@@ -170,13 +171,23 @@ class FederatedOrchestrator(L.Callback):
                 stop_requested=self._stop_requested,
             )
         )
-        self._listen_for_signals()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """An epoch is a round. A resumed Trainer that counts in steps leaves its epochs one behind, and with them
+        validation.
+        """
+        progress: Any = trainer.fit_loop.epoch_progress.current
+        progress.ready = progress.started = progress.processed = progress.completed = trainer.global_step
+        self._listen_for_signals()  # after the Trainer has set its own handlers, which end the process at once
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stop_listening()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._stop_listening()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.executor.teardown()
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers = {}
 
     # ------------------------------------------------------------------ a round
 
@@ -261,6 +272,11 @@ class FederatedOrchestrator(L.Callback):
 
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, handle)
+
+    def _stop_listening(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
 
     # ------------------------------------------------------------------ checkpoints
 

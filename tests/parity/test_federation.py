@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 
 import lightning as L
 import numpy as np
@@ -10,7 +12,14 @@ import pytest
 import torch
 
 from benchmarks.toy2d import federated, reference
-from fedgan_lightning import FederatedOrchestrator, Federation, PoissonSampling, SequentialExecutor, ServerModule
+from fedgan_lightning import (
+    Evaluation,
+    FederatedOrchestrator,
+    Federation,
+    PoissonSampling,
+    SequentialExecutor,
+    ServerModule,
+)
 from fedgan_lightning.errors import CheckpointError, ClientError, ConfigurationError, UpdateError
 from fedgan_lightning.federation.local import ClientContext, LocalTrainer
 from fedgan_lightning.federation.policy import resolve
@@ -410,14 +419,14 @@ class TestResume:
                 rounds=rounds,
                 local_steps=2,
                 run_dir=str(tmp_path / name),
-                evaluate_every_n_rounds=2,
+                evaluation=Evaluation(every_n_rounds=1),
                 trainer=options,
                 **policy,
             )
 
         whole = start("whole", 4)
         values = whole.fit()
-        start("parts", 2).fit()
+        start("parts", 3).fit()
         resumed = start("parts", 4)
         again = resumed.fit(ckpt_path=str(tmp_path / "parts" / "checkpoints" / "last.ckpt"))
         assert_states_equal(whole.server.model.state_dict(), resumed.server.model.state_dict())
@@ -445,3 +454,34 @@ class TestResume:
         ):
             with pytest.raises(CheckpointError, match=words):
                 fit(tmp_path / "a.ckpt", **options)
+
+
+class TestStopping:
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.parametrize("where", ["between clients", "inside a client"])
+    def test_a_signal_gives_the_round_up_and_leaves_the_last_complete_state(self, number, where):
+        class Between(L.Callback):
+            def on_client_end(self, trainer, server, update):
+                if where == "between clients" and trainer.global_step == 2 and update.client_id == 1:
+                    os.kill(os.getpid(), number)
+
+        class Inside(SomebodysGAN):
+            batches = 0
+
+            def on_train_batch_start(self, batch, batch_idx):
+                self.batches += 1
+                if where == "inside a client" and self.batches == 30:  # round 2: 4 clients of 3 steps make 12 a round
+                    os.kill(os.getpid(), number)
+
+        before = signal.getsignal(number)
+        torch.manual_seed(0)
+        options = {"local_steps": 3, "optimizer_state": "keep", "sync": {"critic": "local"}}
+        server, orchestrator, trainer = federate(Inside(), ring_data(), Between(), rounds=5, **options)
+        assert trainer.global_step == 2
+        assert orchestrator.stop_signal == number
+        assert signal.getsignal(number) == before
+        torch.manual_seed(0)
+        two, other, _ = federate(SomebodysGAN(), ring_data(), rounds=2, **options)
+        assert_states_equal(server.model.state_dict(), two.model.state_dict())
+        for k in range(4):
+            assert_states_equal(dict(orchestrator.store.read(k)), dict(other.store.read(k)))
