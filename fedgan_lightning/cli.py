@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
+import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -111,6 +112,12 @@ class FederatedCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, default="runs/run", help="Directory of the run.")
+        parser.add_argument(
+            "--num_threads",
+            type=int | None,
+            default=1,
+            help="CPU threads; null leaves torch's choice. The small operations of a GAN are slower on many.",
+        )
         parser.add_lightning_class_args(FederatedOrchestrator, "federation")
         parser.add_class_arguments(ServerModule, "server", skip={"model"}, instantiate=False)
         parser.add_lightning_class_args(Evaluation, "evaluation")
@@ -128,6 +135,8 @@ class FederatedCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse an occupied run directory before anything is read or built."""
         settings = self.config[self.subcommand]
+        if settings.num_threads is not None:
+            torch.set_num_threads(settings.num_threads)
         if self.subcommand == "fit":
             settings.ckpt_path = resolve_checkpoint(settings.ckpt_path, settings.run_dir)
             check_run_directory(settings.run_dir, resuming=settings.ckpt_path is not None)

@@ -1,0 +1,20 @@
+"""Notebooks are executed, on a small setting, and define nothing of their own."""
+
+from __future__ import annotations
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from tests.conftest import ROOT
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_the_notebook_runs(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("NOTEBOOK_ROUNDS", "6")
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    source = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    assert "class " not in source
