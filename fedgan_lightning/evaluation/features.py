@@ -61,11 +61,25 @@ class FeatureNet(ABC):
 
 
 class PixelFeatures(FeatureNet):
-    """The samples themselves, flattened: no training, no seed, no weights."""
+    """The samples themselves, flattened: no training, no seed, no weights.
+
+    Args:
+        side: Images larger than this are averaged down to ``side`` pixels a side first. A Fréchet distance in d
+        dimensions
+            needs many times d samples, and its matrix root takes d^3 operations.
+    """
+
+    def __init__(self, side: int = 8) -> None:
+        self.side = side
 
     def build(self, samples: Samples, *, num_classes: int) -> FrozenNet:
-        size = int(np.prod(samples.x.shape[1:]))
-        return FrozenNet(nn.Flatten(), num_features=size, name="pixels", digest="none")
+        shape = tuple(samples.x.shape[1:])
+        if samples.is_image and max(shape[1:]) > self.side:
+            net = nn.Sequential(nn.AdaptiveAvgPool2d(self.side), nn.Flatten())
+            size, name = shape[0] * self.side**2, f"pixels averaged to {self.side}x{self.side}"
+        else:
+            net, size, name = nn.Sequential(nn.Flatten()), int(np.prod(shape)), "pixels"
+        return FrozenNet(net, num_features=size, name=name, digest="none")
 
 
 class ClassifierFeatures(FeatureNet):

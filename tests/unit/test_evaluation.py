@@ -130,6 +130,7 @@ class TestFeatures:
         data = digits_data(max_samples=200)
         for features, width in (
             (PixelFeatures(), 64),
+            (PixelFeatures(4), 16),
             (ModuleFeatures(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5)), 5), 5),
         ):
             metric = FrechetDistance(features)
