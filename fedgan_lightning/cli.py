@@ -7,6 +7,7 @@ Groups: ``model`` (any LightningModule), ``data``, ``federation``, ``server``, `
 from __future__ import annotations
 
 import json
+import logging
 import re
 import signal
 import warnings
@@ -183,7 +184,10 @@ class FederatedCLI(LightningCLI):
         return plain
 
     def after_fit(self) -> None:
-        """Leave with the customary code where a signal ended the run."""
+        """Say what came out; leave with the customary code where a signal ended the run."""
+        history = self._get(self.config_init, "evaluation").history
+        values = ", ".join(f"{name} {value:.4g}" for name, value in (history[-1] if history else {}).items())
+        print(f"{self.trainer.default_root_dir}: {values}")
         number = self._get(self.config_init, "federation").stop_signal
         if number is not None:
             rounds = self.trainer.global_step
@@ -247,6 +251,8 @@ NOISE = (
 
 def run(arguments: list[str] | None = None) -> None:
     """Run the command line."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for pattern in NOISE:
         warnings.filterwarnings("ignore", message=pattern)
     FederatedCLI(

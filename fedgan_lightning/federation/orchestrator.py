@@ -151,13 +151,19 @@ class FederatedOrchestrator(L.Callback):
                     fix="use bf16-mixed",
                 )
             )
+        if trainer.world_size > 1:
+            raise ConfigurationError(
+                message(
+                    "the clients of a round run in one process",
+                    received=f"{trainer.world_size} devices",
+                    fix="set trainer.devices to 1",
+                )
+            )
         return module, data
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         server, data = self._checked(trainer, pl_module)
         self._restore(server, data)
-        for client_id in range(data.num_clients if self.local_epochs else 0):
-            data.steps_per_epoch(client_id)
         root = trainer.strategy.root_device
         options: dict[str, Any] = {"accelerator": root.type, "precision": trainer.precision}
         options["devices"] = [root.index] if root.type == "cuda" else 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,6 @@ from torch import Tensor
 class Prior(ABC):
     """A distribution over latent vectors."""
 
-    @abstractmethod
     def sample(
         self,
         num_samples: int,
@@ -21,46 +21,36 @@ class Prior(ABC):
         dtype: torch.dtype,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Return (num_samples, latent_dim) latents; ``generator=None`` draws from the global generator."""
+        """Return (num_samples, latent_dim) latents; ``generator=None`` draws from the device's global generator.
+
+        A CPU generator draws on the CPU, so that one seed gives the same picture on every machine.
+        """
+        where = device if generator is None else generator.device
+        return self.draw(num_samples, latent_dim, dtype=dtype, device=where, generator=generator).to(device)
+
+    @abstractmethod
+    def draw(self, num_samples: int, latent_dim: int, **where: Any) -> Tensor:
+        """Return the latents; ``where`` holds dtype, device and generator as torch's functions take them."""
 
 
 class Normal(Prior):
     """z ~ N(0, I)."""
 
-    def sample(
-        self,
-        num_samples: int,
-        latent_dim: int,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        return torch.randn(
-            num_samples, latent_dim, generator=generator, dtype=dtype, device=_where(generator, device)
-        ).to(device)
+    def draw(self, num_samples: int, latent_dim: int, **where: Any) -> Tensor:
+        return torch.randn(num_samples, latent_dim, **where)
 
 
 class Uniform(Prior):
     """z ~ U[-1, 1], independently in every dimension."""
 
-    def sample(
-        self,
-        num_samples: int,
-        latent_dim: int,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        noise = torch.rand(num_samples, latent_dim, generator=generator, dtype=dtype, device=_where(generator, device))
-        return (2 * noise - 1).to(device)
+    def draw(self, num_samples: int, latent_dim: int, **where: Any) -> Tensor:
+        return 2 * torch.rand(num_samples, latent_dim, **where) - 1
 
 
 class MidpointNodes(Prior):
     """The quadrature nodes of U[-1, 1] under the midpoint rule: expectations over z become exact, without noise.
 
-    Always returns all nodes, in order, whatever number is asked for in training. For one-dimensional latents.
+    Always returns all nodes, in order, whatever number is asked for. For one-dimensional latents.
 
     Args:
         num_nodes: Cells of [-1, 1]; node k is -1 + (2k + 1) / num_nodes.
@@ -69,19 +59,6 @@ class MidpointNodes(Prior):
     def __init__(self, num_nodes: int = 200) -> None:
         self.num_nodes = num_nodes
 
-    def sample(
-        self,
-        num_samples: int,
-        latent_dim: int,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
+    def draw(self, num_samples: int, latent_dim: int, **where: Any) -> Tensor:
         nodes = -1 + (2 * torch.arange(self.num_nodes, dtype=torch.float64) + 1) / self.num_nodes
-        return nodes.to(device=device, dtype=dtype).unsqueeze(1).expand(-1, latent_dim)
-
-
-def _where(generator: torch.Generator | None, device: torch.device) -> torch.device:
-    """Where to draw: a generator's own device, so that a CPU seed gives the same picture on every machine."""
-    return device if generator is None else generator.device
+        return nodes.to(device=where["device"], dtype=where["dtype"]).unsqueeze(1).expand(-1, latent_dim)

@@ -382,9 +382,11 @@ class TestRounds:
             quiet_trainer().fit(ServerModule(ring_gan()), datamodule=ring_data())
         with pytest.raises(ConfigurationError, match=r"received trainer.precision=16-mixed. Fix: use bf16-mixed"):
             orchestrator = FederatedOrchestrator(rounds=1)
-            orchestrator._checked(
-                type("T", (), {"datamodule": ring_data(), "precision": "16-mixed"})(), ServerModule(ring_gan())
-            )
+            facts = {"datamodule": ring_data(), "precision": "16-mixed", "world_size": 1}
+            orchestrator._checked(type("T", (), facts)(), ServerModule(ring_gan()))
+        with pytest.raises(ConfigurationError, match="run in one process; received 2 devices"):
+            facts = {"datamodule": ring_data(), "precision": "32-true", "world_size": 2}
+            orchestrator._checked(type("T", (), facts)(), ServerModule(ring_gan()))
 
 
 def batchnorm_gan() -> GAN:
@@ -485,3 +487,15 @@ class TestStopping:
         assert_states_equal(server.model.state_dict(), two.model.state_dict())
         for k in range(4):
             assert_states_equal(dict(orchestrator.store.read(k)), dict(other.store.read(k)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none")
+def test_a_gpu_gives_the_results_of_the_cpu_where_no_noise_is_drawn():
+    states = []
+    for accelerator in ("cpu", "cuda"):
+        orchestrator = FederatedOrchestrator(rounds=3, local_steps=4)
+        server = ServerModule(ring_gan(optimizer=sgd, prior=MidpointNodes(16)))
+        quiet_trainer(orchestrator, accelerator=accelerator, devices=1).fit(server, datamodule=ring_data())
+        states.append({name: value.cpu() for name, value in server.model.state_dict().items()})
+    assert_states_equal(*states, atol=1e-5, rtol=1e-4)
