@@ -101,6 +101,9 @@ class FederatedTrainer(L.Trainer):
 class FederatedCLI(LightningCLI):
     """Builds everything from the settings, and hands the model to the server."""
 
+    #: Whether the user asked to continue a run, whatever there is of it.
+    resuming = False
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return {
@@ -139,8 +142,9 @@ class FederatedCLI(LightningCLI):
         if settings.num_threads is not None:
             torch.set_num_threads(settings.num_threads)
         if self.subcommand == "fit":
+            self.resuming = settings.ckpt_path is not None
+            check_run_directory(settings.run_dir, resuming=self.resuming)
             settings.ckpt_path = resolve_checkpoint(settings.ckpt_path, settings.run_dir)
-            check_run_directory(settings.run_dir, resuming=settings.ckpt_path is not None)
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
@@ -151,7 +155,6 @@ class FederatedCLI(LightningCLI):
         settings = self.config[self.subcommand]
         config = self._get(self.config_init, "trainer")
         run_dir, plain = settings.run_dir, self._plain_settings()
-        resuming = self.subcommand == "fit" and settings.ckpt_path is not None
         orchestrator = self._get(self.config_init, "federation")
         orchestrator.settings = {
             group: {name: value for name, value in plain[group].items() if name not in MAY_CHANGE}
@@ -162,14 +165,15 @@ class FederatedCLI(LightningCLI):
             flatten({name: plain[name] for name in ("model", "data", "federation", "server")})
         )
         text = self._parser(self.subcommand).dump(settings, skip_none=False, skip_link_targets=True)
-        recorder = RunRecorder(config=without_command(text), seed=int(settings.seed_everything), resuming=resuming)
+        recorder = RunRecorder(config=without_command(text), seed=int(settings.seed_everything), resuming=self.resuming)
         callbacks = [*(config.get("callbacks") or []), layout, recorder]
         if config.get("enable_progress_bar") is not False:
             callbacks.append(RoundProgressBar())
         plugins = [*(config.get("plugins") or []), AtomicCheckpointIO()]
         logger = config.get("logger")
         if logger in (None, True):
-            purge = read_checkpoint(settings.ckpt_path)["global_step"] + 1 if resuming else None
+            found = self.subcommand == "fit" and settings.ckpt_path is not None
+            purge = read_checkpoint(settings.ckpt_path)["global_step"] + 1 if found else None
             logger = TensorBoardLogger(run_dir, name="", version="", default_hp_metric=False, purge_step=purge)
         return super().instantiate_trainer(
             **kwargs, callbacks=callbacks, plugins=plugins, logger=False if self.subcommand != "fit" else logger
@@ -208,8 +212,9 @@ def resolve_checkpoint(ckpt_path: str | None, run_dir: str) -> str | None:
         return None
     if ckpt_path in ("last", "best"):
         path = Path(run_dir) / "checkpoints" / f"{ckpt_path}.ckpt"
-        if ckpt_path == "last" and not path.exists() and not (Path(run_dir) / "checkpoints").exists():
-            return None  # killed before its first round was complete: begin again
+        if ckpt_path == "last" and not path.exists():
+            print(f"{path} does not exist yet: the run begins anew")  # killed before its first round was complete
+            return None
         ckpt_path = str(path)
     contents = read_checkpoint(ckpt_path)
     if not isinstance(contents, dict) or "FederatedOrchestrator" not in contents.get("callbacks", {}):

@@ -58,9 +58,13 @@ class RunRecorder(L.Callback):
             check_run_directory(trainer.default_root_dir, resuming=self.resuming)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Everything has been checked and restored: from here on the directory belongs to this run."""
         self._started = time.perf_counter()
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Every callback has checked what it checks: from the first round on the directory belongs to this run."""
         root = Path(trainer.default_root_dir)
+        if (root / "partition.npz").exists():
+            return
         root.mkdir(parents=True, exist_ok=True)
         if self.config is not None and not (root / "config.yaml").exists():
             write_text(root / "config.yaml", self.config)

@@ -141,6 +141,17 @@ class TestCommands:
         summary = json.loads((folder / "summary.json").read_text())
         assert [entry["rounds"] for entry in summary["history"]] == [0, 1, 2, 3]
 
+    def test_a_run_killed_before_its_first_checkpoint_begins_anew(self, tmp_path, capsys):
+        folder = tmp_path / "run"
+        (folder / "checkpoints").mkdir(parents=True)
+        (folder / "config.yaml").write_text("run_dir: somewhere\n")
+        (folder / "checkpoints" / ".last.ckpt.1.partial").write_bytes(b"half")
+        assert run("fit", *small("ring8"), "--run_dir", folder, capsys=capsys)[0] == 2
+        code, out, err = run("fit", *small("ring8"), "--run_dir", folder, "--ckpt_path", "last", capsys=capsys)
+        assert code == 0, err
+        assert "begins anew" in out
+        assert json.loads((folder / "summary.json").read_text())["rounds"] == 2
+
     def test_the_nice_short_ways_of_the_design_work(self, capsys):
         code, out, err = run("fit", "--config", DIGITS, "--model.loss", "Hinge", "--federation.rounds", "7",
                              "--server.optimizer", "torch.optim.Adam", "--server.optimizer.lr", "0.1",
@@ -214,6 +225,7 @@ class TestBadInput:
         assert code == 2
         assert re.search(words, one_line(err)), err
         assert not (tmp_path / "run" / "checkpoints").exists()
+        assert not (tmp_path / "run" / "config.yaml").exists(), "the corrected command can use the directory"
 
     @pytest.mark.parametrize("bad", ["nan", "inf"])
     def test_data_that_is_not_finite(self, bad, tmp_path, capsys, monkeypatch):
