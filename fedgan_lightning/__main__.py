@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from fedgan_lightning.errors import ClientError, FedGANError
+from fedgan_lightning.errors import ClientError, FedGANError, UpdateError
 from fedgan_lightning.version import __version__
 
 
@@ -15,13 +15,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments == ["--version"]:  # answered before torch is imported
         print(f"fedgan_lightning {__version__}")
         return 0
-    from fedgan_lightning.cli import run
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from fedgan_lightning.cli import HELP, run
 
     try:
         run(arguments)
+    except MisconfigurationException as error:  # Lightning's own: a setting of the Trainer
+        print(f"error: {' '.join(str(error).split())} {HELP}", file=sys.stderr)
+        return 2
     except FedGANError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, ClientError) else 2
+        return 1 if isinstance(error, (ClientError, UpdateError)) else 2
     return 0
 
 

@@ -85,6 +85,7 @@ class Federation:
 
     def _make_trainer(self, *, logger: Any) -> L.Trainer:
         options = dict(self._options)
+        plugins = options.pop("plugins", [])
         callbacks = [
             *options.pop("callbacks", []),
             self.orchestrator,
@@ -98,9 +99,7 @@ class Federation:
             callbacks.append(RoundProgressBar())
         defaults = {"max_epochs": -1, "num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_model_summary": False}
         return L.Trainer(
-            **{**defaults, **options},
-            default_root_dir=self.run_dir,
-            logger=logger,
+            **{**defaults, "logger": logger, "default_root_dir": self.run_dir, **options},
             callbacks=callbacks,
-            plugins=[AtomicCheckpointIO()],
+            plugins=[*plugins, AtomicCheckpointIO()],
         )

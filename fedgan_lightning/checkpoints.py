@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from fedgan_lightning.errors import CheckpointError, ConfigurationError, message
+from fedgan_lightning.errors import CheckpointError, ClientError, ConfigurationError, UpdateError, message
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -83,10 +83,15 @@ class LastCheckpoint(_InRunDirectory):
     """Keeps ``checkpoints/last.ckpt``, to resume from with ``--ckpt_path last``.
 
     Args:
-        every_n_rounds: Rounds between saves. However a run ends, short of being killed, its last state is saved.
+        every_n_rounds: Rounds between saves. A run that finishes, is stopped, or loses a client saves its last round
+        too.
     """
 
     def __init__(self, *, every_n_rounds: int = 1) -> None:
+        if every_n_rounds < 1:
+            raise ConfigurationError(
+                message("checkpoint.every_n_rounds is at least 1", received=every_n_rounds, fix="raise it")
+            )
         super().__init__(
             filename="last",
             save_top_k=1,
@@ -96,8 +101,16 @@ class LastCheckpoint(_InRunDirectory):
             auto_insert_metric_name=False,
         )
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        if isinstance(exception, (ClientError, UpdateError)):  # raised before the server steps: its state is whole
+            self._save_last_round(trainer)
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
+        self._save_last_round(trainer)
+
+    def _save_last_round(self, trainer: L.Trainer) -> None:
         if self._last_global_step_saved != trainer.global_step and trainer.global_step > 0:
             trainer.save_checkpoint(Path(self.dirpath or ".") / "last.ckpt")
 

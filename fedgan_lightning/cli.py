@@ -144,6 +144,15 @@ class FederatedCLI(LightningCLI):
         if self.subcommand == "fit":
             self.resuming = settings.ckpt_path is not None
             check_run_directory(settings.run_dir, resuming=self.resuming)
+            if settings.trainer.max_epochs not in (-1, None):
+                raise ConfigurationError(
+                    message(
+                        "an epoch is a round, and federation.rounds counts them",
+                        received=f"trainer.max_epochs={settings.trainer.max_epochs}",
+                        fix="set federation.rounds",
+                    )
+                )
+        if "ckpt_path" in settings:
             settings.ckpt_path = resolve_checkpoint(settings.ckpt_path, settings.run_dir)
 
     def instantiate_classes(self) -> None:

@@ -49,12 +49,15 @@ def network_of(name: str) -> str:
 
 
 def describe(module: nn.Module) -> dict[str, Entry]:
-    """Return an :class:`Entry` for every name in ``module.state_dict()``, in the same order."""
+    """Return an :class:`Entry` for every name in ``module.state_dict()``, in the same order, tied parameters once."""
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    first_names = {name for name, _ in module.named_parameters()}
     spectral = _spectral_names(module)
     state = module.state_dict()
     entries = {}
     for name, value in state.items():
+        if name in parameters - first_names:
+            continue  # a tied parameter travels once, under its first name
         if name in parameters:
             kind = Kind.PARAMETER
         elif name in spectral:

@@ -6,6 +6,7 @@ checkpoint skips that loop in its first epoch (measured), and with it a value. `
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,6 +72,11 @@ class Evaluation(L.Callback):
             )
         if self.metrics is None:
             self.metrics = default_metrics(data)
+        if isinstance(pl_module, ServerModule) and not pl_module.can_sample:
+            name = type(pl_module.model).__name__
+            warnings.warn(
+                f"{name} has no sample method: there are no sample metrics and no pictures of it", stacklevel=2
+            )
         self.facts = {"num_samples": self.num_samples}
         for metric in self.metrics:
             self.facts |= metric.prepare(data, device=trainer.strategy.root_device)
@@ -101,7 +107,10 @@ class Evaluation(L.Callback):
         values: dict[str, float] = {}
         for metric in self.metrics or ():
             values |= metric.inspect(pl_module.model)
-        for suffix, options in (("", {}), *([("_raw", {"raw": True})] if self.raw else [])):
+        if not pl_module.can_sample:
+            return values
+        averaged = getattr(pl_module.model, "generator_ema", None) is not None
+        for suffix, options in (("", {}), *([("_raw", {"raw": True})] if self.raw and averaged else [])):
             generator = make_generator(self.seed, "evaluation latents")
             samples = pl_module.sample(self.num_samples, labels=labels, generator=generator, **options)
             if data.train_samples.is_image:

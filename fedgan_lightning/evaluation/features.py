@@ -128,6 +128,8 @@ class ClassifierFeatures(FeatureNet):
         folder = self.cache or os.environ.get("FEDGAN_CACHE") or str(Path.home() / ".cache" / "fedgan_lightning")
         digest = hashlib.sha256(f"v1 {samples.x.shape} {num_classes} {self.epochs} {self.seed}".encode())
         digest.update(np.ascontiguousarray(samples.x.numpy()).tobytes())
+        assert samples.y is not None
+        digest.update(samples.y.numpy().tobytes())
         return Path(folder) / f"classifier-{digest.hexdigest()[:16]}.pt"
 
     def _train(self, net: nn.Module, samples: Samples) -> None:

@@ -43,8 +43,10 @@ class Metric(ABC):
 class FrechetDistance(Metric):
     """FID of generated samples against the union of all clients' data, from sums that add up over clients.
 
-    Reports ``fid``, and once ``fid_floor``: the distance between the real training and test data, which no generator
-    can be expected to beat at this sample count.
+    Reports ``fid`` against the clients' data as they see it, ``fid_test`` against the test split that no client holds,
+    and
+    once ``fid_floor``, the distance between these two: real against real, at the sample counts that are reported with
+    it.
 
     Args:
         features: Feature network; default the small classifier for labelled data, else pixels.
@@ -55,6 +57,7 @@ class FrechetDistance(Metric):
         self.features, self.max_reals = features, max_reals
         self.net: FrozenNet | None = None
         self.real: FeatureSums | None = None
+        self.held_out: FeatureSums | None = None
 
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
         maker = self.features or (ClassifierFeatures() if data.num_classes > 1 else PixelFeatures())
@@ -63,7 +66,7 @@ class FrechetDistance(Metric):
             mine = feature_sums(self.net, _chunks(data.client_samples(client_id), self.max_reals))
             self.real = mine if self.real is None else self.real + mine
         assert self.real is not None
-        held_out = feature_sums(self.net, _chunks(_everything(data.test_samples), None))
+        self.held_out = held_out = feature_sums(self.net, _chunks(_everything(data.test_samples), None))
         return {
             "fid_floor": frechet_distance(self.real, held_out),
             "fid_num_reals": self.real.count,
@@ -75,7 +78,9 @@ class FrechetDistance(Metric):
     def compute(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
         assert self.net is not None
         assert self.real is not None
-        return {"fid": frechet_distance(self.real, feature_sums(self.net, samples.split(CHUNK)))}
+        assert self.held_out is not None
+        fake = feature_sums(self.net, samples.split(CHUNK))
+        return {"fid": frechet_distance(self.real, fake), "fid_test": frechet_distance(self.held_out, fake)}
 
 
 class ClassCoverage(Metric):

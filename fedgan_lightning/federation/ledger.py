@@ -51,9 +51,21 @@ class Ledger:
         self.client_runs += 1
         self.client_seconds += update.metrics.get("seconds", 0.0)
 
+    def add(self, other: Ledger) -> None:
+        """Add the totals of another ledger: those of a round that is complete."""
+        for name, value in vars(other).items():
+            mine = getattr(self, name)
+            if isinstance(value, dict):
+                setattr(self, name, {key: mine.get(key, 0) + value.get(key, 0) for key in {**mine, **value}})
+            else:
+                setattr(self, name, mine + value)
+
     @property
     def bytes_per_client_step(self) -> float:
-        """Bytes in both directions per local step of one client: FedGAN's 2 (|G| + |D|) * 4 / K in float32."""
+        """Bytes in both directions per local step of one client.
+
+        FedGAN's law: 2 (|G| + |D|) * 4 / K in float32; averaged moments, where chosen, and BatchNorm come on top.
+        """
         total = sum(self.bytes_down.values()) + sum(self.bytes_up.values())
         return total / self.client_steps if self.client_steps else 0.0
 

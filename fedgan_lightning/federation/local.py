@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from torch import Tensor
@@ -68,6 +69,9 @@ class ClientContext:
 class LocalTrainer:
     """Trains one client at a time on one resident copy of the module.
 
+    Parameters, buffers, gradients and optimizer state never pass from one client to the next. Plain Python attributes
+    that a foreign module changes while training do: keep such state in buffers.
+
     Args:
         context: Module, data, policy and store.
     """
@@ -83,6 +87,8 @@ class LocalTrainer:
         stays = {*policy.private, *policy.names(Kind.COUNTER, sync="average")}
         #: What a client starts from where neither the server nor its own past says otherwise.
         self.initial = {name: state[name].detach().clone() for name in stays}
+        #: Buffers outside the state dict, so that none passes from one client to the next.
+        self.passing = {n: b.detach().clone() for n, b in self.module.named_buffers() if n not in state}
 
     def run(self, task: ClientTask) -> ClientUpdate:
         """Return the client's update.
@@ -142,6 +148,11 @@ class LocalTrainer:
         shared = {name: value for name, value in task.state.items() if not optimizer_state.is_optimizer_entry(name)}
         own = {name: value for name, value in private.items() if not optimizer_state.is_optimizer_entry(name)}
         states.load_entries(self.module, {**self.initial, **shared, **own})
+        with torch.no_grad():
+            for name, buffer in self.module.named_buffers():
+                if name in self.passing:
+                    buffer.copy_(self.passing[name])
+        self.module.zero_grad(set_to_none=True)
 
     def _trainer_for(self, visit: _Visit) -> L.Trainer:
         """Return a Trainer that has trained nothing yet.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.protocol import State
 
 PREFIX = "optimizer/"
@@ -79,23 +80,42 @@ class ScheduleClock:
             known = self._known.get((index, position))
             if known is not None:
                 scheduler.load_state_dict(known["scheduler"])
-                for group, rate in zip(scheduler.optimizer.param_groups, known["rates"]):
-                    group["lr"] = rate
+                for group, settings in zip(scheduler.optimizer.param_groups, known["groups"]):
+                    group.update(settings)
                 continue
-            while scheduler.last_epoch < position:
+            while position_of(scheduler) < position:
                 scheduler.optimizer._opt_called = True  # the steps were taken in earlier rounds; torch would warn
                 scheduler.step()
             self.remember(index, scheduler)
 
     def remember(self, index: int, scheduler: Any) -> int:
         """Remember where a schedule is; return its position."""
-        position = int(scheduler.last_epoch)
+        position = position_of(scheduler)
+        if (index, position) in self._known:
+            return position
         stale = [key for key in self._known if key[0] == index]
         for key in stale[:-1]:  # two positions suffice: where a round starts and where it ends
             del self._known[key]
-        rates = [group["lr"] for group in scheduler.optimizer.param_groups]
-        self._known[index, position] = {"scheduler": _plain(scheduler.state_dict()), "rates": rates}
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in scheduler.optimizer.param_groups]
+        self._known[index, position] = {"scheduler": _plain(scheduler.state_dict()), "groups": groups}
         return position
+
+
+def position_of(scheduler: Any) -> int:
+    """Return the steps that a schedule has taken.
+
+    Raises:
+        ConfigurationError: If it does not count them.
+    """
+    if not hasattr(scheduler, "last_epoch"):
+        raise ConfigurationError(
+            message(
+                "a federation continues schedules that count their steps",
+                received=type(scheduler).__name__,
+                fix="use SequentialLR, or one schedule",
+            )
+        )
+    return int(scheduler.last_epoch)
 
 
 def _plain(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import Any
@@ -110,6 +111,7 @@ class FederatedOrchestrator(L.Callback):
         self._restored: Mapping[str, Any] | None = None
         self._handlers: dict[int, Any] = {}
         self._round: tuple[RoundInfo, dict[str, float], float, float] | None = None
+        self._round_ledger = Ledger()
 
     # ------------------------------------------------------------------ before the first round
 
@@ -117,6 +119,8 @@ class FederatedOrchestrator(L.Callback):
         server, data = self._checked(trainer, pl_module)
         policy = resolve(server.model, sync=self.sync, optimizer_state=self.optimizer_state, buffers=self.buffers)
         server.attach(policy)
+        for line in policy.blind_spots():
+            warnings.warn(line, stacklevel=2)
         model: Any = server.model
         if hasattr(model, "check_data") and hasattr(data, "sample_shape"):
             model.check_data(data.sample_shape, getattr(data, "num_classes", 0))
@@ -163,8 +167,14 @@ class FederatedOrchestrator(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         server, data = self._checked(trainer, pl_module)
+        self.stop_signal = None
+        self.store.discard()
         self._restore(server, data)
         root = trainer.strategy.root_device
+        if root.type == "mps":
+            raise ConfigurationError(
+                message("sums over clients are float64", received="an mps device", fix="set trainer.accelerator: cpu")
+            )
         options: dict[str, Any] = {"accelerator": root.type, "precision": trainer.precision}
         options["devices"] = [root.index] if root.type == "cuda" else 1
         self.executor.setup(
@@ -206,7 +216,7 @@ class FederatedOrchestrator(L.Callback):
         info = RoundInfo(round=trainer.global_step, cohort=cohort)
         for hook in listeners(trainer.callbacks, "on_round_start"):  # type: ignore[attr-defined]
             hook(trainer, server, info)
-        self._round = None
+        self._round, self._round_ledger = None, Ledger()
         try:
             aggregate, summary = self._run_round(trainer, server, info)
         except RoundInterrupted:
@@ -223,7 +233,7 @@ class FederatedOrchestrator(L.Callback):
         hooks = listeners(trainer.callbacks, "on_client_end")  # type: ignore[attr-defined]
         for update in self.executor.run(self._tasks(info, state)):
             accumulator = self.aggregator.accumulate(accumulator, update)
-            self.ledger.record(sent, update)
+            self._round_ledger.record(sent, update)
             summary.add(update)
             for hook in hooks:
                 hook(trainer, server, update)
@@ -246,6 +256,7 @@ class FederatedOrchestrator(L.Callback):
         server, _ = self._checked(trainer, pl_module)
         info, metrics, mean_images, started = self._round
         self.store.commit()
+        self.ledger.add(self._round_ledger)
         server.end_round(num_images=mean_images)
         seconds = time.perf_counter() - started
         self.ledger.round_seconds += seconds
@@ -253,7 +264,8 @@ class FederatedOrchestrator(L.Callback):
         metrics["round/client_steps_per_second"] = self.ledger.client_steps_per_second
         for direction, totals in (("down", self.ledger.bytes_down), ("up", self.ledger.bytes_up)):
             metrics |= {f"bytes/{direction}/{network}": float(total) for network, total in totals.items()}
-        if (info.round + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (info.round + 1) % every == 0:  # type: ignore[attr-defined]
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=info.round + 1)
         shown = {name: metrics[name] for name in metrics if name.startswith("train/loss")}
@@ -322,6 +334,9 @@ class FederatedOrchestrator(L.Callback):
             "seed": self.seed,
         }
         if self._restored is None:
+            self.ledger, self._schedule_positions = Ledger(), ()
+            self.store.load_state_dict({})
+            server.moments = {}
             return
         state, self._restored = self._restored, None
         changed = differences(state["identity"], self._identity) + differences(state["settings"], self.settings)

@@ -61,6 +61,16 @@ class Policy:
             kept += self.names(Kind.STATISTIC, Kind.VARIANCE, Kind.COUNTER, sync="average")
         return kept
 
+    def blind_spots(self) -> list[str]:
+        """Return warnings about what the server cannot know, and evaluates all the same."""
+        found = []
+        if self.sync.get("generator") == "local":
+            found.append("sync.generator is local: metrics and pictures show the server's, which nobody trains")
+        kinds = [entry.kind for entry in self.entries.values() if entry.network == "generator"]
+        if self.buffers == "local" and Kind.VARIANCE in kinds:
+            found.append("buffers are local: the server's generator is evaluated with BatchNorm's initial statistics")
+        return found
+
     @property
     def server_networks(self) -> list[str]:
         """Networks that exist on the server only."""
@@ -78,7 +88,8 @@ def resolve(
 
     Networks not named in ``sync`` follow the module's ``default_sync()`` if it has one, else they are averaged. A
     single
-    ``optimizer_state`` applies to averaged networks; local networks keep their moments unless named in a mapping.
+    ``optimizer_state`` applies to averaged networks, and ``average`` to those that a mapping does not name; local
+    networks keep their moments unless named in a mapping.
 
     Raises:
         ConfigurationError: If a name is not a network of the module, or a value not a policy.
@@ -100,7 +111,7 @@ def resolve(
     _check_names(named, known, "optimizer_state")
     moments: dict[str, OptimizerState] = {}
     for network in known:
-        general = optimizer_state if isinstance(optimizer_state, str) else "reset"
+        general = optimizer_state if isinstance(optimizer_state, str) else "average"
         default = general if resolved[network] == "average" else "keep"
         value = _checked(named.get(network, default), OptimizerState, f"optimizer_state.{network}")
         if value == "average" and resolved[network] != "average":

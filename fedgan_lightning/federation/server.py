@@ -114,7 +114,9 @@ class ServerModule(L.LightningModule):
         buffers = {name: value for name, value in extras.items() if not is_optimizer_entry(name)}
         states.load_entries(self.model, states.decode_statistics(buffers, self.policy.entries))
         self.moments.update({name: value for name, value in extras.items() if is_optimizer_entry(name)})
-        states.refresh_spectral_norm(self.model)
+        for network, child in self.model.named_children():
+            if self.policy.sync.get(network) == "average":
+                states.refresh_spectral_norm(child)
 
     def end_round(self, *, num_images: float) -> None:
         """Tell the module that the server has stepped, so that it can move its average."""

@@ -238,6 +238,7 @@ class GAN(L.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x, y = batch
+        x = x.to(next(self.discriminator.parameters()).dtype)
         if len(x) % self.d_steps:
             raise DataError(
                 message(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
+from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.callback import quantise
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.seeding import make_generator
@@ -42,6 +43,14 @@ class SamplePictures(L.Callback):
         predict_samples: int = 100,
         seed: int = 0,
     ) -> None:
+        if min(every_n_rounds, columns, rows, num_points, predict_samples) < 1:
+            raise ConfigurationError(
+                message(
+                    "the numbers of the picture settings are at least 1",
+                    received=min(every_n_rounds, columns, rows, num_points, predict_samples),
+                    fix="raise it",
+                )
+            )
         self.every_n_rounds, self.columns, self.rows = every_n_rounds, columns, rows
         self.num_points, self.predict_samples, self.seed = num_points, predict_samples, seed
         self._last_round = -1
@@ -80,6 +89,8 @@ class SamplePictures(L.Callback):
 
     def _draw(self, trainer: L.Trainer, module: L.LightningModule, *, name: str) -> None:
         assert isinstance(module, ServerModule)
+        if not module.can_sample:
+            return
         self._last_round = trainer.global_step
         drawn = self.draw(_data(trainer), module, title=f"round {trainer.global_step}")
         self._publish(trainer, drawn, name=name, tag="samples/generated", step=trainer.global_step)

@@ -275,6 +275,16 @@ class TestCost:
         assert orchestrator.ledger.bytes_up["optimizer"] > 2 * orchestrator.ledger.bytes_up["generator"]
         assert "optimizer" not in orchestrator.ledger.bytes_down, "there are none before the first round"
 
+    def test_a_round_given_up_costs_nothing_in_the_ledger(self):
+        class Stop(L.Callback):
+            def on_client_end(self, trainer, server, update):
+                if trainer.global_step == 2 and update.client_id == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        _, orchestrator, _ = federate(ring_gan(), ring_data(), Stop(), rounds=5, local_steps=2)
+        assert orchestrator.ledger.client_runs == 8
+        assert orchestrator.ledger.client_steps == 16
+
 
 class TestServerOptimizer:
     def test_half_a_step_and_fedadam(self):
@@ -410,6 +420,7 @@ class TestResume:
             {"optimizer_state": "keep", "buffers": "local"},
         ],
     )
+    @pytest.mark.filterwarnings("ignore:buffers are local")
     def test_a_resumed_run_is_bit_identical(self, tmp_path, policy):
         from tests.conftest import digits_data
 
@@ -499,3 +510,57 @@ def test_a_gpu_gives_the_results_of_the_cpu_where_no_noise_is_drawn():
         quiet_trainer(orchestrator, accelerator=accelerator, devices=1).fit(server, datamodule=ring_data())
         states.append({name: value.cpu() for name, value in server.model.state_dict().items()})
     assert_states_equal(*states, atol=1e-5, rtol=1e-4)
+
+
+def test_what_the_server_cannot_know_is_said():
+    with pytest.warns(UserWarning, match="sync.generator is local"):
+        federate(ring_gan(), ring_data(), rounds=1, local_steps=1, sync={"generator": "local"})
+
+
+def test_a_mapping_leaves_the_other_networks_at_the_default():
+    policy = resolve(ring_gan(), sync=None, optimizer_state={"generator": "keep"}, buffers="merge")
+    assert policy.optimizer_state == {"generator": "keep", "discriminator": "average"}
+
+
+def test_a_foreign_module_without_sample_runs_with_all_callbacks(tmp_path):
+    federation = Federation(
+        SomebodysGAN(),
+        ring_data(),
+        rounds=2,
+        local_steps=1,
+        run_dir=str(tmp_path / "run"),
+        trainer={"accelerator": "cpu", "enable_progress_bar": False},
+    )
+    with pytest.warns(UserWarning, match="SomebodysGAN has no sample method"):
+        federation.fit()
+    assert federation.summary_path.exists()
+
+
+def test_buffers_outside_the_state_dict_and_gradients_stay_with_their_client():
+    class Leaky(SomebodysGAN):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("pool", torch.zeros(2), persistent=False)
+            self.seen = []
+
+        def on_train_epoch_start(self):
+            self.seen.append((self.pool.sum().item(), all(p.grad is None for p in self.parameters())))
+
+        def on_train_epoch_end(self):
+            self.pool.add_(1.0)
+
+    torch.manual_seed(0)
+    module, data = Leaky(), ring_data()
+    runner = LocalTrainer(
+        ClientContext(
+            module,
+            data,
+            resolve(module, sync=None, optimizer_state="reset", buffers="merge"),
+            ClientStore(),
+            {"accelerator": "cpu", "devices": 1},
+        )
+    )
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    for k in range(3):
+        runner.run(ClientTask(k, 0, k, state, LocalWork(steps=1)))
+    assert runner.module.seen == [(0.0, True)] * 3

@@ -238,3 +238,45 @@ def test_isolated_rng_restores_all_generators_even_after_an_error():
 def test_local_work_spans():
     assert LocalWork(steps=5).span(round=3, steps_per_epoch=100) == (15, 5)
     assert LocalWork(epochs=2).span(round=3, steps_per_epoch=10) == (60, 20)
+
+
+def test_a_tied_parameter_travels_once():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.generator, self.critic = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.critic.weight = self.generator.weight
+
+    assert "critic.weight" not in states.describe(Tied())
+    assert {"generator.weight", "critic.bias"} <= set(states.describe(Tied()))
+
+
+def test_the_clock_keeps_the_start_of_the_round_for_every_client():
+    """Remembering one end twice used to evict the start, and the third client replayed the whole schedule."""
+
+    class Counting(torch.optim.lr_scheduler.StepLR):
+        steps = 0
+
+        def step(self, *args):
+            Counting.steps += 1
+            super().step(*args)
+
+    clock = optimizer_state.ScheduleClock()
+    for start in range(0, 40, 5):
+        for _ in range(4):
+            optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+            schedule = Counting(optimizer, 7, 0.5)
+            before = Counting.steps
+            clock.forward([schedule], [start])
+            assert Counting.steps == before, "nothing is replayed"
+            for _ in range(5):
+                optimizer.step()
+                schedule.step()
+            clock.remember(0, schedule)
+
+
+def test_a_schedule_that_does_not_count_is_refused():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    chained = torch.optim.lr_scheduler.ChainedScheduler([torch.optim.lr_scheduler.StepLR(optimizer, 2)])
+    with pytest.raises(ConfigurationError, match="count their steps; received ChainedScheduler"):
+        optimizer_state.ScheduleClock().remember(0, chained)

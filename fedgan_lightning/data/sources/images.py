@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -172,6 +173,14 @@ class ImageFolder(Source):
         if not self.has_splits:
             order = make_numpy_generator(0, "image folder split").permutation(len(files))
             cut = max(1, round(len(files) * self.test_fraction))
+            if cut >= len(files):
+                raise DataError(
+                    message(
+                        "a folder without splits holds pictures for both",
+                        received=f"{len(files)} in {base} with test_fraction={self.test_fraction}",
+                        fix="add pictures or lower test_fraction",
+                    )
+                )
             files = [files[index] for index in np.sort(order[:cut] if split == "test" else order[cut:])]
         groups = np.array([path.relative_to(base).parts[0] if path.parent != base else "." for path in files])
         labels = None
@@ -245,7 +254,7 @@ class MedMNISTFile(Source):
         try:
             arrays = np.load(self.path, allow_pickle=False)
             missing = sorted({"train_images", "train_labels", "test_images", "test_labels"} - set(arrays.files))
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
             raise DataError(
                 message(
                     "an .npz file in MedMNIST's layout",
