@@ -103,6 +103,15 @@ def resolve(
         network: cast(Sync, _checked(chosen.get(network, defaults.get(network, "average")), Sync, f"sync.{network}"))
         for network in known
     }
+    undeclared = [network for network in known if resolved[network] == "server" and defaults.get(network) != "server"]
+    if undeclared:
+        raise ConfigurationError(
+            message(
+                "a network lives on the server only if the module's default_sync() says that clients can do without it",
+                received=f"sync.{undeclared[0]}: server",
+                fix="set it to average or local",
+            )
+        )
     if "average" not in resolved.values():
         raise ConfigurationError(
             message("a federation averages at least one network", received=dict(resolved), fix="set one to average")

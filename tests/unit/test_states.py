@@ -118,6 +118,7 @@ class TestPolicy:
             ({"sync": {"encoder": "average"}}, "sync names networks of the module; received encoder. Fix: choose from"),
             ({"sync": {"generator": "sometimes"}}, "one of average, local, server; received 'sometimes'"),
             ({"sync": {"generator": "local", "discriminator": "local"}}, "averages at least one network"),
+            ({"sync": {"generator": "server"}}, "clients can do without it; received sync.generator: server"),
             ({"optimizer_state": "forget"}, "one of reset, keep, average; received 'forget'"),
             ({"optimizer_state": {"critic": "keep"}}, "optimizer_state names networks"),
             (
