@@ -114,12 +114,6 @@ def load_entries(module: nn.Module, values: State) -> None:
             target[name].copy_(value)
 
 
-def num_bytes(state: State | Iterable[Tensor]) -> int:
-    """Return the size of all tensors in bytes."""
-    tensors = state.values() if isinstance(state, Mapping) else state
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 def norm(values: Iterable[Tensor]) -> Tensor:
     """Return the Euclidean norm of all tensors taken as one vector."""
     norms = [torch.linalg.vector_norm(value.detach().float()) for value in values]

@@ -110,3 +110,11 @@ def assert_states_equal(first, second, *, atol: float = 0.0, rtol: float = 0.0) 
         torch.testing.assert_close(
             first[name], second[name], atol=atol, rtol=rtol, msg=lambda text, n=name: f"{n}: {text}"
         )
+
+
+def finish(aggregator, updates):
+    """Return the aggregate of all updates in one pass."""
+    accumulator = aggregator.init()
+    for update in updates:
+        accumulator = aggregator.accumulate(accumulator, update)
+    return aggregator.finalize(accumulator)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -117,11 +117,3 @@ def check_update(update: ClientUpdate) -> None:
                     fix="lower the client's learning rate, add a penalty such as R1, or clip gradients",
                 )
             )
-
-
-def finish(aggregator: Aggregator, updates: Any) -> Aggregate:
-    """Return the aggregate of an iterable of updates in one pass."""
-    accumulator = aggregator.init()
-    for update in updates:
-        accumulator = aggregator.accumulate(accumulator, update)
-    return aggregator.finalize(accumulator)

@@ -23,11 +23,6 @@ def is_optimizer_entry(name: str) -> bool:
     return name.startswith(PREFIX)
 
 
-def parameter_of(name: str) -> str:
-    """Return the parameter that the moment ``name`` belongs to."""
-    return name.split("/")[2]
-
-
 def collect(module: nn.Module, optimizers: Sequence[Optimizer], wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     """Return copies of all moments of parameters whose names are ``wanted``."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}

@@ -9,7 +9,7 @@ from typing import Literal, cast, get_args
 from torch import nn
 
 from fedgan_lightning.errors import ConfigurationError, message
-from fedgan_lightning.states import Entry, Kind, describe
+from fedgan_lightning.states import Entry, Kind, describe, networks
 
 Sync = Literal["average", "local", "server"]
 OptimizerState = Literal["reset", "keep", "average"]
@@ -95,7 +95,7 @@ def resolve(
         ConfigurationError: If a name is not a network of the module, or a value not a policy.
     """
     entries = describe(module)
-    known = tuple(dict.fromkeys(entry.network for entry in entries.values()))
+    known = networks(module)
     defaults = module.default_sync() if hasattr(module, "default_sync") else {}  # type: ignore[operator]
     chosen = dict(sync or {})
     _check_names(chosen, known, "sync")

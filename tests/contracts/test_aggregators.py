@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedgan_lightning.errors import UpdateError
-from fedgan_lightning.federation.aggregation import WeightedMean, finish
+from fedgan_lightning.federation.aggregation import WeightedMean
 from fedgan_lightning.protocol import Aggregator, ClientUpdate
+from tests.conftest import finish
 
 AGGREGATORS = {"examples": WeightedMean(), "uniform": WeightedMean("uniform")}
 

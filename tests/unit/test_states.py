@@ -14,13 +14,13 @@ from torch.nn.utils.parametrizations import spectral_norm
 from fedgan_lightning import states
 from fedgan_lightning.errors import ConfigurationError
 from fedgan_lightning.federation import optimizer_state
-from fedgan_lightning.federation.aggregation import WeightedMean, finish
+from fedgan_lightning.federation.aggregation import WeightedMean
 from fedgan_lightning.federation.policy import resolve
 from fedgan_lightning.federation.store import ClientStore
 from fedgan_lightning.protocol import ClientUpdate, LocalWork
 from fedgan_lightning.seeding import derive_seed, isolated_rng
 from fedgan_lightning.states import Kind
-from tests.conftest import ring_gan
+from tests.conftest import finish, ring_gan
 
 
 class Pair(nn.Module):
@@ -164,7 +164,7 @@ def test_moments_survive_the_round_trip_and_the_next_step_is_the_same(make):
     step(second, fresh)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
     only = optimizer_state.collect(first, [optimizer], lambda name: name.startswith("1."))
-    assert {optimizer_state.parameter_of(name) for name in only} == {"1.weight", "1.bias"}
+    assert {name.split("/")[2] for name in only} == {"1.weight", "1.bias"}
 
 
 @pytest.mark.parametrize(
