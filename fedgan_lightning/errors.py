@@ -31,12 +31,12 @@ class ClientError(FedGANError, RuntimeError):
         round: The round in which it failed, counted from 0.
         stage: What it was doing: ``"load"``, ``"train"`` or ``"update"``.
         cause: The error that the client's code raised.
+        stacked_with: Clients that were trained in one stack with it: the error may be any of theirs.
     """
 
-    def __init__(self, *, client_id: int, round: int, stage: str, cause: BaseException) -> None:
-        super().__init__(
-            f"client {client_id} failed in round {round} at stage '{stage}': {type(cause).__name__}: {cause}"
-        )
+    def __init__(self, *, client_id: int, round: int, stage: str, cause: BaseException, stacked_with: int = 0) -> None:
+        who = f"client {client_id}" + (f" or one of {stacked_with} stacked with it" if stacked_with else "")
+        super().__init__(f"{who} failed in round {round} at stage '{stage}': {type(cause).__name__}: {cause}")
         self.client_id, self.round, self.stage = client_id, round, stage
 
 

@@ -134,6 +134,19 @@ class FederatedData(Protocol):
     def fingerprint(self) -> str: ...
 
 
+@runtime_checkable
+class CohortData(Protocol):
+    """Optional ability of a data module: minibatches of several clients in one tensor.
+
+    ``num_steps`` must not increase along ``client_ids``. Step s yields (x, y) with a leading dimension of those clients
+    that have more than s steps.
+    """
+
+    def cohort_batches(
+        self, client_ids: Sequence[int], *, first_steps: Sequence[int], num_steps: Sequence[int]
+    ) -> ClientBatches: ...
+
+
 class Executor(ABC):
     """Runs the clients of a round. Which way it does so must not change the updates."""
 
@@ -194,6 +207,33 @@ class ClientHook(Protocol):
     """Optional hook of a client module, called before its per-round ``fit``."""
 
     def on_client_round_start(self, info: RoundInfo) -> None: ...
+
+
+@runtime_checkable
+class StackHook(Protocol):
+    """Optional hook of a client module: itself for several clients at once, as the vectorized executor trains them.
+
+    The result is a LightningModule with manual optimization whose ``state_dict`` has the names of the client's; the
+    executor gives every tensor a leading dimension of clients, and passes batches with the same.
+
+    Raises:
+        ConfigurationError: If the module cannot be stacked; the message says why.
+    """
+
+    def stacked(self) -> Any: ...
+
+
+class StackedModule(Protocol):
+    """What the vectorized executor asks of a stacked module, beside being a LightningModule."""
+
+    def on_cohort_round_start(self, infos: Sequence[RoundInfo], generators: Sequence[torch.Generator]) -> None:
+        """Begin a round of these clients, each with its own source of randomness."""
+
+    def keep_clients(self, count: int) -> None:
+        """Go on with the first ``count`` clients; the others have done their steps."""
+
+    def round_statistics(self) -> Mapping[str, Tensor]:
+        """Return scalars of the round, (clients,) each."""
 
 
 @runtime_checkable

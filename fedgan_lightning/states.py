@@ -23,6 +23,8 @@ from fedgan_lightning.protocol import State
 ROOT = "(root)"
 #: Below 15 iterations the leading singular value of averaged weights is off by percents (measured).
 SPECTRAL_ITERATIONS = 15
+#: Parametrizations with vectors ``_u`` and ``_v``: torch's, and ours that can be mapped over clients.
+SPECTRAL_NORMS = ("_SpectralNorm", "SpectralNorm")
 
 
 class Kind(str, Enum):
@@ -149,7 +151,7 @@ def _spectral_parametrizations(child: nn.Module) -> list[str]:
     return [
         name
         for name, chain in child.parametrizations.items()  # type: ignore[operator, union-attr]
-        if any(type(part).__name__ == "_SpectralNorm" for part in chain)
+        if any(type(part).__name__ in SPECTRAL_NORMS for part in chain)
     ]
 
 
@@ -158,7 +160,7 @@ def _spectral_names(module: nn.Module) -> set[str]:
     found = set()
     for prefix, child in module.named_modules():
         stem = f"{prefix}." if prefix else ""
-        if type(child).__name__ == "_SpectralNorm":
+        if type(child).__name__ in SPECTRAL_NORMS:
             found |= {f"{stem}_u", f"{stem}_v"}
         for hook in child._forward_pre_hooks.values():
             if type(hook).__name__ == "SpectralNorm":

@@ -7,7 +7,7 @@ Lightning data modules: :meth:`FederatedDataModule.pooled` (centralised) and :me
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedgan_lightning.data.partition import IID, Partition
-from fedgan_lightning.data.samples import BatchStream, ClientSamples, Samples, Shift, check_batch_size
+from fedgan_lightning.data.samples import BatchStream, ClientSamples, CohortStream, Samples, Shift, check_batch_size
 from fedgan_lightning.data.sources import Source
 from fedgan_lightning.errors import ConfigurationError, DataError, message
 from fedgan_lightning.seeding import derive_seed
@@ -162,6 +162,16 @@ class FederatedDataModule(L.LightningDataModule):
             first_step=first_step,
             num_steps=num_steps,
         )
+
+    def cohort_batches(
+        self, client_ids: Sequence[int], *, first_steps: Sequence[int], num_steps: Sequence[int]
+    ) -> CohortStream:
+        """Return the minibatches of several clients in one tensor, the client with most steps first."""
+        streams = [
+            self.client_batches(client_id, first_step=first, num_steps=count)
+            for client_id, first, count in zip(client_ids, first_steps, num_steps)
+        ]
+        return CohortStream(streams)
 
     def label_counts(self) -> np.ndarray:
         """Return (clients, classes) label counts; (clients, 1) sizes without labels."""

@@ -5,7 +5,7 @@ Inside the framework images are float32 in [-1, 1]; in memory they stay uint8 an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -150,6 +150,11 @@ class BatchStream:
         return self.num_steps
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for positions in self.positions():
+            yield self.data.take(positions)
+
+    def positions(self) -> Iterator[Tensor]:
+        """Yield the positions (batch_size,) within the client of every minibatch."""
         steps_per_epoch = len(self.data) // self.batch_size
         epoch, order = -1, torch.empty(0, dtype=torch.int64)
         for step in range(self.first_step, self.first_step + self.num_steps):
@@ -158,7 +163,46 @@ class BatchStream:
                 generator = make_generator(self.seed, "batches", self.stream, epoch)
                 order = torch.randperm(len(self.data), generator=generator)
             start = step % steps_per_epoch * self.batch_size
-            yield self.data.take(order[start : start + self.batch_size])
+            yield order[start : start + self.batch_size]
+
+
+class CohortStream:
+    """The minibatches of several clients in one tensor: step s holds those of all clients with more than s steps.
+
+    Args:
+        streams: The clients' own streams over one data set, the longest first.
+    """
+
+    def __init__(self, streams: Sequence[BatchStream]) -> None:
+        self.streams = streams
+
+    def __len__(self) -> int:
+        return len(self.streams[0])
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        samples = self.streams[0].data.samples
+        batch_size = self.streams[0].batch_size
+        indices = [stream.data.indices[torch.stack(list(stream.positions()))] for stream in self.streams]
+        scales, offsets = self._shifts(samples)
+        active = len(indices)
+        for step in range(len(self)):
+            while len(indices[active - 1]) <= step:
+                active -= 1
+            x, y = samples.take(torch.cat([own[step] for own in indices[:active]]))
+            x = x.view(active, batch_size, *x.shape[1:])
+            if scales is not None and offsets is not None:
+                x = x * scales[:active] + offsets[:active]
+                x = x.clamp(-1.0, 1.0) if samples.is_image else x
+            yield x, y.view(active, batch_size)
+
+    def _shifts(self, samples: Samples) -> tuple[Tensor | None, Tensor | None]:
+        shifts = [stream.data.shift for stream in self.streams]
+        if all(shift is None for shift in shifts):
+            return None, None
+        known = [shift if shift is not None else Shift() for shift in shifts]
+        shape = (-1, *([1] * samples.x.dim()))
+        scales = torch.tensor([shift.scale for shift in known]).view(shape)
+        return scales, torch.tensor([shift.offset for shift in known]).view(shape)
 
 
 def check_batch_size(num_samples: int, *, batch_size: int, client_id: int) -> None:

@@ -9,16 +9,38 @@ import torch
 from torch import Tensor
 
 from fedgan_lightning.errors import UpdateError, message
-from fedgan_lightning.protocol import Aggregate, Aggregator, ClientUpdate, State
+from fedgan_lightning.packing import Layout, Packed
+from fedgan_lightning.protocol import Aggregate, Aggregator, ClientUpdate
+
+
+@dataclass
+class Sums:
+    """Weighted sums of packed states, in float64; ``layout`` is that of the states."""
+
+    layout: Layout | None = None
+    vectors: dict[torch.dtype, Tensor] = field(default_factory=dict)
+
+    def add(self, state: Packed, *, weight: float) -> None:
+        """Add ``weight`` times a state of the same layout."""
+        self.layout = state.layout
+        for dtype, vector in state.vectors.items():
+            if dtype in self.vectors:
+                self.vectors[dtype].add_(vector, alpha=weight)  # a float64 sum of float32 terms, in one pass
+            else:
+                self.vectors[dtype] = vector.to(torch.float64) * weight
+
+    def mean(self, weight: float) -> Packed:
+        """Return the sums over ``weight``, in the dtypes of the states."""
+        layout = self.layout if self.layout is not None else Layout((), (), ())
+        return Packed(layout, {dtype: (vector / weight).to(dtype) for dtype, vector in self.vectors.items()})
 
 
 @dataclass
 class WeightedSums:
     """Running sums of a weighted mean; its size does not depend on the number of updates."""
 
-    delta: dict[str, Tensor] = field(default_factory=dict)
-    extras: dict[str, Tensor] = field(default_factory=dict)
-    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    delta: Sums = field(default_factory=Sums)
+    extras: Sums = field(default_factory=Sums)
     weight: float = 0.0
     num_clients: int = 0
     num_examples: int = 0
@@ -42,30 +64,12 @@ class WeightedMean(Aggregator):
         return WeightedSums()
 
     def accumulate(self, accumulator: WeightedSums, update: ClientUpdate) -> WeightedSums:
-        check_update(update)
+        delta, extras = Packed.of(update.delta), Packed.of(update.extras)
+        check_update(update.client_id, num_examples=update.num_examples, states=(delta, extras))
         weight = float(update.num_examples) if self.weighting == "examples" else 1.0
-        for sums, values in ((accumulator.delta, update.delta), (accumulator.extras, update.extras)):
-            if accumulator.num_clients and sums.keys() != values.keys():
-                names = sorted(sums.keys() ^ values.keys())[:3]
-                raise UpdateError(
-                    message(
-                        "all updates of a round have the same entries",
-                        received=f"client {update.client_id} differing in {names}",
-                        fix="train the same module on every client",
-                    )
-                )
-            for name, value in values.items():
-                term = value.detach().to(torch.float64) * weight
-                if name in sums and sums[name].shape != term.shape:
-                    raise UpdateError(
-                        message(
-                            f"entry {name!r} has shape {tuple(sums[name].shape)}",
-                            received=f"{tuple(term.shape)} from client {update.client_id}",
-                            fix="train the same module on every client",
-                        )
-                    )
-                sums[name] = sums[name].add_(term) if name in sums else term
-                accumulator.dtypes[name] = value.dtype
+        for sums, state in ((accumulator.delta, delta), (accumulator.extras, extras)):
+            check_layout(update.client_id, expected=sums.layout, received=state.layout)
+            sums.add(state, weight=weight)
         accumulator.weight += weight
         accumulator.num_clients += 1
         accumulator.num_examples += update.num_examples
@@ -74,46 +78,72 @@ class WeightedMean(Aggregator):
     def merge(self, first: WeightedSums, second: WeightedSums) -> WeightedSums:
         if not first.num_clients:
             return second
+        if not second.num_clients:
+            return first
         for sums, others in ((first.delta, second.delta), (first.extras, second.extras)):
-            for name, value in others.items():
-                sums[name] = sums[name] + value
+            for dtype, vector in others.vectors.items():
+                sums.vectors[dtype] = sums.vectors[dtype] + vector
         first.weight += second.weight
         first.num_clients += second.num_clients
         first.num_examples += second.num_examples
         return first
 
     def finalize(self, accumulator: WeightedSums) -> Aggregate:
-        def mean(sums: State) -> dict[str, Tensor]:
-            return {name: (value / accumulator.weight).to(accumulator.dtypes[name]) for name, value in sums.items()}
-
         return Aggregate(
-            delta=mean(accumulator.delta),
-            extras=mean(accumulator.extras),
+            delta=accumulator.delta.mean(accumulator.weight),
+            extras=accumulator.extras.mean(accumulator.weight),
             num_clients=accumulator.num_clients,
             num_examples=accumulator.num_examples,
         )
 
 
-def check_update(update: ClientUpdate) -> None:
+def check_layout(client_id: int, *, expected: Layout | None, received: Layout) -> None:
+    """Refuse an update that does not fit those before it.
+
+    Raises:
+        UpdateError: If entries, shapes or dtypes differ; names the client.
+    """
+    if expected is None or expected is received or expected == received:
+        return
+    mine, theirs = expected.by_name, received.by_name
+    if mine.keys() != theirs.keys():
+        raise UpdateError(
+            message(
+                "all updates of a round have the same entries",
+                received=f"client {client_id} differing in {sorted(mine.keys() ^ theirs.keys())[:3]}",
+                fix="train the same module on every client",
+            )
+        )
+    wrong = [name for name in mine if mine[name] != theirs[name]]
+    rule = f"entry {wrong[0]!r} has shape {mine[wrong[0]]}" if wrong else "updates have equal dtypes and order"
+    value = f"{theirs[wrong[0]]}" if wrong else "others"
+    raise UpdateError(
+        message(rule, received=f"{value} from client {client_id}", fix="train the same module on every client")
+    )
+
+
+def check_update(client_id: int, *, num_examples: int, states: tuple[Packed, ...]) -> None:
     """Refuse an update that would poison the model for good.
 
     Raises:
         UpdateError: If an entry is not finite, or the client claims no examples; names the client.
     """
-    if update.num_examples < 1:
+    if num_examples < 1:
         raise UpdateError(
             message(
                 "an update counts at least one example",
-                received=f"{update.num_examples} from client {update.client_id}",
+                received=f"{num_examples} from client {client_id}",
                 fix="remove the client from the cohort",
             )
         )
-    for name, value in (*update.delta.items(), *update.extras.items()):
-        if not bool(torch.isfinite(value).all()):
-            raise UpdateError(
-                message(
-                    "updates are finite numbers",
-                    received=f"NaN or infinity in {name!r} from client {update.client_id}",
-                    fix="lower the client's learning rate, add a penalty such as R1, or clip gradients",
-                )
+    for state in states:
+        if all(bool(torch.isfinite(vector).all()) for vector in state.vectors.values()):
+            continue
+        name = next(name for name, value in state.items() if not bool(torch.isfinite(value).all()))
+        raise UpdateError(
+            message(
+                "updates are finite numbers",
+                received=f"NaN or infinity in {name!r} from client {client_id}",
+                fix="lower the client's learning rate, add a penalty such as R1, or clip gradients",
             )
+        )

@@ -6,24 +6,22 @@ Whoever runs clients in this way, in one process or on a machine of their own, u
 from __future__ import annotations
 
 import copy
-import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loops.fit_loop import _FitLoop
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from torch import Tensor
 
 from fedgan_lightning import states
 from fedgan_lightning.errors import ClientError, RoundInterrupted
 from fedgan_lightning.federation import optimizer_state
 from fedgan_lightning.federation.policy import Policy
+from fedgan_lightning.federation.round_trainer import RoundTrainer, batch_length, schedulers_of
 from fedgan_lightning.federation.store import ClientStore
+from fedgan_lightning.packing import Packed
 from fedgan_lightning.protocol import (
     ClientHook,
     ClientTask,
@@ -66,6 +64,28 @@ class ClientContext:
     stop_requested: Callable[[], bool] = never
 
 
+@dataclass(frozen=True)
+class StartingPoint:
+    """Where a client starts as far as neither the server nor its own past says otherwise.
+
+    Attributes:
+        initial: Entries of the state dict.
+        passing: Buffers outside the state dict, so that none passes from one client to the next.
+    """
+
+    initial: Mapping[str, Tensor]
+    passing: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, client: L.LightningModule, policy: Policy) -> StartingPoint:
+        """Return the starting point of clients that are copies of ``client``."""
+        state = client.state_dict()
+        stays = {*policy.private, *policy.names(Kind.COUNTER, sync="average")}
+        initial = {name: state[name].detach().clone() for name in stays}
+        passing = {n: b.detach().clone() for n, b in client.named_buffers() if n not in state}
+        return cls(initial=initial, passing=passing)
+
+
 class LocalTrainer:
     """Trains one client at a time on one resident copy of the module.
 
@@ -80,15 +100,8 @@ class LocalTrainer:
         self.context = context
         self.module = client_copy(context.model, context.policy)
         self.clock = optimizer_state.ScheduleClock()
-        self._trainer: L.Trainer | None = None
-        self._external_callbacks: list[L.Callback] = []
-        state = self.module.state_dict()
-        policy = context.policy
-        stays = {*policy.private, *policy.names(Kind.COUNTER, sync="average")}
-        #: What a client starts from where neither the server nor its own past says otherwise.
-        self.initial = {name: state[name].detach().clone() for name in stays}
-        #: Buffers outside the state dict, so that none passes from one client to the next.
-        self.passing = {n: b.detach().clone() for n, b in self.module.named_buffers() if n not in state}
+        self.trainer = RoundTrainer(context.trainer_options)
+        self.start = StartingPoint.of(self.module, context.policy)
 
     def run(self, task: ClientTask) -> ClientUpdate:
         """Return the client's update.
@@ -110,11 +123,10 @@ class LocalTrainer:
             info = RoundInfo(round=task.round, cohort=(task.client_id,), first_step=first_step, num_steps=num_steps)
             visit = _Visit(self, task, private)
             stage = "train"
-            with isolated_rng(task.seed), quiet_lightning():
+            with isolated_rng(task.seed):
                 if isinstance(self.module, ClientHook):
                     self.module.on_client_round_start(info)
-                trainer = self._trainer_for(visit)
-                trainer.fit(self.module, train_dataloaders=batches)
+                trainer = self.trainer.fit(self.module, batches, callback=visit)
             if self.context.stop_requested():
                 raise RoundInterrupted("the user asked to stop")
             stage = "update"
@@ -129,56 +141,26 @@ class LocalTrainer:
             return ClientUpdate(
                 client_id=task.client_id,
                 num_examples=data.num_examples(task.client_id),
-                delta=visit.delta,
+                delta=Packed.of(visit.delta),
                 metrics=metrics,
-                extras=visit.extras,
+                extras=Packed.of(visit.extras),
             )
         except RoundInterrupted:
-            self._trainer = None  # it was left in the middle
             raise
         except SystemExit as error:  # Lightning's answer to SIGTERM
-            self._trainer = None
             raise RoundInterrupted("the process was asked to end") from error
         except Exception as error:
-            self._trainer = None
             raise ClientError(client_id=task.client_id, round=task.round, stage=stage, cause=error) from error
 
     def _load(self, task: ClientTask, private: State) -> None:
         """Put the module where this client starts: server's state, its own, and initial values for the rest."""
-        shared = {name: value for name, value in task.state.items() if not optimizer_state.is_optimizer_entry(name)}
-        own = {name: value for name, value in private.items() if not optimizer_state.is_optimizer_entry(name)}
-        states.load_entries(self.module, {**self.initial, **shared, **own})
+        shared, own = optimizer_state.without_moments(task.state), optimizer_state.without_moments(private)
+        states.load_entries(self.module, {**self.start.initial, **shared, **own})
         with torch.no_grad():
             for name, buffer in self.module.named_buffers():
-                if name in self.passing:
-                    buffer.copy_(self.passing[name])
+                if name in self.start.passing:
+                    buffer.copy_(self.start.passing[name])
         self.module.zero_grad(set_to_none=True)
-
-    def _trainer_for(self, visit: _Visit) -> L.Trainer:
-        """Return a Trainer that has trained nothing yet.
-
-        Constructing one scans all installed packages for callbacks, which takes longer than ten small GAN steps
-        (measured); so its loops, where all its progress is, are renewed instead.
-        """
-        if self._trainer is None:
-            self._trainer = L.Trainer(
-                **self.context.trainer_options,
-                max_epochs=1,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                num_sanity_val_steps=0,
-                limit_val_batches=0,
-                use_distributed_sampler=False,
-            )
-            self._external_callbacks = list(self._trainer.callbacks)  # type: ignore[attr-defined]
-        trainer = self._trainer
-        trainer.fit_loop = _FitLoop(trainer, max_epochs=1)
-        trainer.fit_loop.epoch_loop = _TrainingEpochLoop(trainer)
-        trainer.should_stop = False
-        trainer.callbacks = [*self._external_callbacks, visit]  # type: ignore[attr-defined]
-        return trainer
 
 
 class _Visit(L.Callback):
@@ -194,12 +176,7 @@ class _Visit(L.Callback):
         self.statistics: Mapping[str, Tensor] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        moments = {
-            name: value
-            for source in (self.task.state, self.start_private)
-            for name, value in source.items()
-            if optimizer_state.is_optimizer_entry(name)
-        }
+        moments = optimizer_state.only_moments({**self.task.state, **self.start_private})
         optimizer_state.restore(pl_module, trainer.optimizers, moments)
         self.owner.clock.forward(schedulers_of(trainer), self.task.local.schedule_positions)
 
@@ -246,34 +223,3 @@ def client_copy(model: L.LightningModule, policy: Policy) -> L.LightningModule:
     for network in policy.server_networks:
         setattr(copied, network, None)
     return copied
-
-
-def schedulers_of(trainer: L.Trainer) -> list[Any]:
-    """Return the learning-rate schedulers of a Trainer."""
-    return [config.scheduler for config in trainer.lr_scheduler_configs]
-
-
-def batch_length(batch: Any) -> int:
-    """Return the number of samples in a batch of any nesting."""
-    if isinstance(batch, Tensor):
-        return len(batch)
-    if isinstance(batch, Mapping):
-        return batch_length(next(iter(batch.values())))
-    if isinstance(batch, Sequence) and batch:
-        return batch_length(batch[0])
-    return 1
-
-
-@contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Silence Lightning's information lines for the body; warnings and errors still show."""
-    logger = logging.getLogger("lightning.pytorch")
-    items: list[Any] = [logger, logging.getLogger("lightning.fabric"), *logger.handlers]
-    levels = {item: item.level for item in items}
-    for item in levels:
-        item.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        for item, level in levels.items():
-            item.setLevel(level)

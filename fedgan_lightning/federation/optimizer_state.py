@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.protocol import State
+from fedgan_lightning.states import network_of
 
 PREFIX = "optimizer/"
 
@@ -21,6 +22,33 @@ PREFIX = "optimizer/"
 def is_optimizer_entry(name: str) -> bool:
     """Whether a name belongs to optimizer moments rather than to the module."""
     return name.startswith(PREFIX)
+
+
+def only_moments(state: State) -> dict[str, Tensor]:
+    """Return the entries that are optimizer moments."""
+    return {name: value for name, value in state.items() if is_optimizer_entry(name)}
+
+
+def without_moments(state: State) -> dict[str, Tensor]:
+    """Return the entries that belong to the module."""
+    return {name: value for name, value in state.items() if not is_optimizer_entry(name)}
+
+
+def network_of_entry(name: str) -> str:
+    """Return the network whose moment an entry is."""
+    return network_of(name.split("/")[2])
+
+
+def is_shared_number(name: str, value: Tensor) -> bool:
+    """Whether an entry is one number for all clients of a stack: the step count of an optimizer."""
+    return is_optimizer_entry(name) and value.dim() == 0 and name.endswith("/step")
+
+
+def signature(moments: State) -> tuple[tuple[str, float | None], ...]:
+    """Return what clients must have in common to be stacked: which moments they have, and their step counts."""
+    return tuple(
+        (name, float(value) if is_shared_number(name, value) else None) for name, value in sorted(moments.items())
+    )
 
 
 def collect(module: nn.Module, optimizers: Sequence[Optimizer], wanted: Callable[[str], bool]) -> dict[str, Tensor]:
@@ -37,6 +65,23 @@ def collect(module: nn.Module, optimizers: Sequence[Optimizer], wanted: Callable
                     tensor = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
                     found[f"{PREFIX}{index}/{name}/{key}"] = tensor.detach().clone()
     return found
+
+
+def collect_stacked(module: nn.Module, optimizers: Sequence[Optimizer], *, first: int) -> dict[str, Tensor]:
+    """Return all moments of clients ``first`` and later of a stacked module, with a leading dimension of clients."""
+    count = len(next(module.parameters())) - first
+    found = {}
+    for name, value in collect(module, optimizers, lambda _: True).items():
+        found[name] = value.expand(count).clone() if is_shared_number(name, value) else value[first:]
+    return found
+
+
+def keep_first(optimizer: Optimizer, count: int) -> None:
+    """Cut the moments of stacked parameters down to the first ``count`` clients."""
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.dim():
+                state[key] = value[:count].clone()
 
 
 def restore(module: nn.Module, optimizers: Sequence[Optimizer], moments: State) -> None:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fedgan_lightning.errors import ConfigurationError, DataError, message
+from fedgan_lightning.errors import DataError, message
+from fedgan_lightning.gan.checks import check_networks, check_settings
 from fedgan_lightning.gan.objectives import AdversarialLoss, NonSaturating
 from fedgan_lightning.gan.penalties import Penalty
 from fedgan_lightning.gan.priors import Normal, Prior
-from fedgan_lightning.gan.steps import Stats, discriminator_step, generator_step
+from fedgan_lightning.gan.steps import DuePenalty, Stats, discriminator_step, generator_step
 from fedgan_lightning.protocol import RoundInfo
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
@@ -98,7 +99,7 @@ class GAN(L.LightningModule):
         self.ema_half_life_images = ema_half_life_images
         self.clip_gradient_norm = clip_gradient_norm
         self.num_classes = int(getattr(generator, "num_classes", 0))
-        self._validate()
+        check_settings(self)
         self.generator_ema: nn.Module | None = None
         if ema_half_life_images is not None:
             self.generator_ema = copy.deepcopy(generator).requires_grad_(False)
@@ -107,50 +108,6 @@ class GAN(L.LightningModule):
         self._sums: Stats = {}
         self._num_summed = 0
         self._in_federation = False
-
-    def _validate(self) -> None:
-        other = int(getattr(self.discriminator, "num_classes", 0))
-        if self.num_classes != other:
-            raise ConfigurationError(
-                message(
-                    "generator and discriminator must have the same number of classes",
-                    received=f"{self.num_classes} and {other}",
-                    fix="set num_classes to the same value in both",
-                )
-            )
-        shapes = [getattr(network, "sample_shape", None) for network in (self.generator, self.discriminator)]
-        if None not in shapes and shapes[0] != shapes[1]:
-            raise ConfigurationError(
-                message(
-                    "generator and discriminator must have the same sample shape",
-                    received=f"{list(shapes[0] or ())} and {list(shapes[1] or ())}",
-                    fix="set image_size and channels, or sample_shape, to the same values in both",
-                )
-            )
-        if min(self.d_steps, self.g_steps) < 1:
-            raise ConfigurationError(
-                message(
-                    "d_steps and g_steps are at least 1",
-                    received=f"{self.d_steps} and {self.g_steps}",
-                    fix="raise them",
-                )
-            )
-        if self.updates == "simultaneous" and (self.d_steps, self.g_steps) != (1, 1):
-            raise ConfigurationError(
-                message(
-                    "simultaneous updates take one step of each network",
-                    received=f"d_steps={self.d_steps}, g_steps={self.g_steps}",
-                    fix="set both to 1, or updates: alternating",
-                )
-            )
-        if self.ema_half_life_images is not None and self.ema_half_life_images <= 0:
-            raise ConfigurationError(
-                message(
-                    "ema_half_life_images is positive",
-                    received=self.ema_half_life_images,
-                    fix="set null to switch it off",
-                )
-            )
 
     @property
     def sample_shape(self) -> tuple[int, ...] | None:
@@ -169,6 +126,16 @@ class GAN(L.LightningModule):
         """
         return {"generator_ema": "server"}
 
+    def stacked(self) -> L.LightningModule:
+        """Return this module for several clients at once: :class:`~fedgan_lightning.gan.stacked.StackedGAN`.
+
+        Raises:
+            ConfigurationError: If a subclass trains in a way of its own.
+        """
+        from fedgan_lightning.gan.stacked import StackedGAN  # it is built on this class
+
+        return StackedGAN(self)
+
     # ------------------------------------------------------------------ checks before training
 
     def setup(self, stage: str) -> None:
@@ -186,40 +153,7 @@ class GAN(L.LightningModule):
         Raises:
             ConfigurationError: If networks and data do not fit.
         """
-        if self.num_classes and self.num_classes != num_classes:
-            raise ConfigurationError(
-                message(
-                    "conditional networks have as many classes as the data",
-                    received=f"num_classes={self.num_classes}, data with {num_classes}",
-                    fix=f"set num_classes of both networks to {num_classes}",
-                )
-            )
-        made = tuple(self.sample(2, latents=torch.zeros(2, self.latent_dim)).shape[1:])
-        wanted = tuple(sample_shape)
-        if made != wanted:
-            raise ConfigurationError(
-                message(
-                    "the generator's samples have the shape of the data's",
-                    received=f"{list(made)} from the generator, {list(wanted)} in the data",
-                    fix="set the networks' image_size and channels (or sample_shape), or the source's image_size",
-                )
-            )
-        parameter = next(self.discriminator.parameters())
-        mode = self.discriminator.training
-        try:
-            with torch.no_grad():
-                labels = torch.zeros(2, dtype=torch.int64, device=parameter.device)
-                self.discriminator.eval()(parameter.new_zeros(2, *wanted), labels)
-        except RuntimeError as error:
-            raise ConfigurationError(
-                message(
-                    f"the discriminator accepts samples of shape {list(wanted)}",
-                    received=str(error).splitlines()[0],
-                    fix="set its image_size and channels (or sample_shape) to the data's",
-                )
-            ) from error
-        finally:
-            self.discriminator.train(mode)
+        check_networks(self, sample_shape=tuple(sample_shape), num_classes=num_classes)
 
     # ------------------------------------------------------------------ training
 
@@ -239,17 +173,19 @@ class GAN(L.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x, y = batch
         x = x.to(next(self.discriminator.parameters()).dtype)
-        if len(x) % self.d_steps:
+        num_images = y.shape[-1]
+        if num_images % self.d_steps:
             raise DataError(
                 message(
                     f"a minibatch is split into d_steps={self.d_steps} equal parts",
-                    received=f"{len(x)} samples",
+                    received=f"{num_images} samples",
                     fix=f"set batch_size to a multiple of {self.d_steps}",
                 )
             )
         optimizers: Any = self.optimizers()
         opt_g, opt_d = optimizers
-        parts = list(zip(x.chunk(self.d_steps), y.chunk(self.d_steps)))
+        samples_dim = y.dim() - 1
+        parts = list(zip(x.chunk(self.d_steps, dim=samples_dim), y.chunk(self.d_steps, dim=samples_dim)))
         if self.updates == "simultaneous":
             self._backward_discriminator(opt_d, *parts[0])
             self._backward_generator(opt_g, *parts[0])
@@ -268,16 +204,15 @@ class GAN(L.LightningModule):
                 scheduler.step()  # type: ignore[call-arg]
         self.local_step += 1
         self._num_summed += 1
-        self.update_ema(num_images=len(x))
+        self.update_ema(num_images=num_images)
 
     def _backward_discriminator(self, optimizer: Any, x: Tensor, y: Tensor) -> None:
-        due = [penalty for penalty in self.penalties if penalty.is_due(self.local_step)]
-        mix = torch.rand(len(x), device=x.device, dtype=x.dtype) if any(penalty.needs_mix for penalty in due) else None
-        z, y_fake = self._draw(x, y)
+        due = self.due_penalties()
+        z, y_fake, mix = self.draw(x, y, mix=any(penalty.needs_mix for penalty, _ in due))
         with self.toggled_optimizer(optimizer):
             loss, stats = discriminator_step(
-                self.generator,
-                self.discriminator,
+                self.generate,
+                self.discriminate,
                 loss=self.loss,
                 penalties=due,
                 auxiliary_weight=self.auxiliary_weight,
@@ -286,34 +221,67 @@ class GAN(L.LightningModule):
                 z=z,
                 y_fake=y_fake,
                 mix=mix,
+                lift=self.lift,
             )
             optimizer.zero_grad()
-            self.manual_backward(loss)
+            self.manual_backward(loss.sum())
         self._collect(stats, scale=1.0 / self.d_steps)
 
     def _backward_generator(self, optimizer: Any, x: Tensor, y: Tensor) -> None:
-        z, y_fake = self._draw(x, y)
+        z, y_fake, _ = self.draw(x, y)
         with self.toggled_optimizer(optimizer):
             loss, stats = generator_step(
-                self.generator,
-                self.discriminator,
+                self.generate,
+                self.discriminate,
                 loss=self.loss,
                 auxiliary_weight=self.auxiliary_weight,
                 x=x,
                 y=y,
                 z=z,
                 y_fake=y_fake,
+                lift=self.lift,
             )
             optimizer.zero_grad()
-            self.manual_backward(loss)
+            self.manual_backward(loss.sum())
         self._collect(stats, scale=1.0 / self.g_steps)
 
-    def _draw(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw latents and labels for as many samples as there are real ones."""
-        z = self.prior.sample(len(x), self.latent_dim, device=x.device, dtype=x.dtype)
+    # ------------------------------------------------------------------ what differs when several clients are stacked
+
+    def generate(self, z: Tensor, y: Tensor) -> Tensor:
+        """Return G(z, y)."""
+        samples: Tensor = self.generator(z, y)
+        return samples
+
+    def discriminate(self, x: Tensor, y: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Return D(x, y): logits, or (logits, class logits)."""
+        output: Tensor | tuple[Tensor, Tensor] = self.discriminator(x, y)
+        return output
+
+    def lift(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``function`` for the clients that this module trains: here one, so the function itself."""
+        return function
+
+    def due_penalties(self) -> list[DuePenalty]:
+        """Return the penalties of the coming step."""
+        return [(penalty, None) for penalty in self.penalties if penalty.is_due(self.local_step)]
+
+    def draw(
+        self, x: Tensor, y: Tensor, *, mix: bool = False, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Draw (latents, labels to generate, mixing weights or None) for as many samples as there are real ones.
+
+        Args:
+            x: Real samples (N, ...).
+            y: Their labels (N,).
+            mix: Whether a penalty needs mixing weights (N,).
+            generator: Source of randomness on the device of ``x``; default the device's global generator.
+        """
+        where: Any = {"device": x.device, "dtype": x.dtype}
+        weights = torch.rand(len(x), generator=generator, **where) if mix else None
+        z = self.prior.sample(len(x), self.latent_dim, generator=generator, **where)
         if self.fake_labels == "all" and self.num_classes:
-            return z, torch.randint(self.num_classes, (len(x),), device=x.device)
-        return z, y
+            y = torch.randint(self.num_classes, (len(x),), device=x.device, generator=generator)
+        return z, y, weights
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.clip_gradient_norm is not None:
@@ -328,7 +296,8 @@ class GAN(L.LightningModule):
             self._sums[name] = self._sums[name] + term if name in self._sums else term
 
     def on_train_epoch_start(self) -> None:
-        self._sums, self._num_summed = {}, 0
+        zeros = torch.zeros((), device=self.device)
+        self._sums, self._num_summed = ({"penalty": zeros} if self.penalties else {}), 0
 
     def round_statistics(self) -> Stats:
         """Return the means over the epoch so far: ``loss_d``, ``loss_g``, ``d_real`` = E D(x), ``d_fake`` = E

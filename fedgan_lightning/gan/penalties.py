@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,28 +16,47 @@ from torch import Tensor
 from fedgan_lightning.errors import ConfigurationError, message
 
 Critic = Callable[[Tensor], Tensor]
+#: Turns a function for one client into one for those that are trained together: the identity, or ``torch.vmap``.
+Lift = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def squared_gradient_norm(critic: Critic, samples: Tensor) -> Tensor:
-    """Return ||d critic(x_i) / d x_i||^2 as (N,), differentiable in the critic's parameters."""
+def once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function as it is: the lift of a client on its own."""
+    return function
+
+
+def input_gradient(critic: Critic, samples: Tensor) -> Tensor:
+    """Return d critic(x_i) / d x_i in the shape of ``samples``, differentiable in the critic's parameters."""
     samples = samples.detach().requires_grad_(True)
     (gradient,) = torch.autograd.grad(critic(samples).sum(), samples, create_graph=True)
+    return gradient
+
+
+def squared_norms(gradient: Tensor) -> Tensor:
+    """Return ||g_i||^2 as (N,)."""
     return gradient.square().flatten(1).sum(1)
 
 
-def zero_centred_penalty(critic: Critic, samples: Tensor, *, gamma: float) -> Tensor:
-    """gamma/2 E ||grad D(x)||^2: R1 on real, R2 on generated samples. Mescheder et al. 2018, equations 9 and 10."""
-    return 0.5 * gamma * squared_gradient_norm(critic, samples).mean()
+def zero_centred(norms: Tensor, *, gamma: float) -> Tensor:
+    """gamma/2 E ||grad D(x)||^2 from squared norms: R1 on real, R2 on generated samples.
+
+    Mescheder et al. 2018, equations 9 and 10.
+    """
+    return 0.5 * gamma * norms.mean()
 
 
-def interpolated_penalty(critic: Critic, real: Tensor, fake: Tensor, mix: Tensor, *, weight: float) -> Tensor:
-    """Weight * E (||grad D(x^)|| - 1)^2 at x^ = m x + (1 - m) G(z), m ~ U[0,1] per sample, shape (N,).
+def one_centred(norms: Tensor, *, weight: float) -> Tensor:
+    """Weight * E (||grad D(x^)|| - 1)^2 from squared norms at x^ = m x + (1 - m) G(z), m ~ U[0,1].
 
     Gulrajani et al. 2017, equation 3. The small constant keeps the square root's gradient finite at zero.
     """
+    return weight * ((norms + 1e-12).sqrt() - 1).square().mean()
+
+
+def interpolate(real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
+    """Return m x + (1 - m) G(z) with one m per sample, (N,)."""
     mix = mix.view(-1, *([1] * (real.dim() - 1)))
-    norms = (squared_gradient_norm(critic, mix * real + (1 - mix) * fake) + 1e-12).sqrt()
-    return weight * (norms - 1).square().mean()
+    return mix * real + (1 - mix) * fake
 
 
 class Penalty(ABC):
@@ -64,8 +83,21 @@ class Penalty(ABC):
         return step % self.interval == 0
 
     @abstractmethod
-    def __call__(self, critic: Critic, real: Tensor, fake: Tensor, mix: Tensor | None) -> Tensor:
-        """Return the penalty, a scalar, already multiplied by the interval."""
+    def points(self, real: Tensor, fake: Tensor, mix: Tensor | None) -> Tensor:
+        """Return the samples (N, ...) at which the critic's gradient is penalised."""
+
+    @abstractmethod
+    def value(self, norms: Tensor) -> Tensor:
+        """Return the penalty, a scalar, from squared gradient norms (N,), without the interval's factor."""
+
+    def __call__(self, critic: Critic, real: Tensor, fake: Tensor, mix: Tensor | None, *, lift: Lift = once) -> Tensor:
+        """Return the penalty already multiplied by the interval: a scalar, or one per client where ``lift`` maps over
+        clients.
+        """
+        inputs = (real, fake) if mix is None else (real, fake, mix)
+        points = lift(lambda x, g, m=None: self.points(x, g, m))(*inputs)
+        norms = lift(squared_norms)(input_gradient(critic, points))
+        return self.interval * lift(self.value)(norms)
 
 
 class R1(Penalty):
@@ -80,8 +112,11 @@ class R1(Penalty):
         super().__init__(interval=interval)
         self.gamma = gamma
 
-    def __call__(self, critic: Critic, real: Tensor, fake: Tensor, mix: Tensor | None) -> Tensor:
-        return self.interval * zero_centred_penalty(critic, real, gamma=self.gamma)
+    def points(self, real: Tensor, fake: Tensor, mix: Tensor | None) -> Tensor:
+        return real
+
+    def value(self, norms: Tensor) -> Tensor:
+        return zero_centred(norms, gamma=self.gamma)
 
 
 class R2(Penalty):
@@ -98,8 +133,11 @@ class R2(Penalty):
         super().__init__(interval=interval)
         self.gamma = gamma
 
-    def __call__(self, critic: Critic, real: Tensor, fake: Tensor, mix: Tensor | None) -> Tensor:
-        return self.interval * zero_centred_penalty(critic, fake, gamma=self.gamma)
+    def points(self, real: Tensor, fake: Tensor, mix: Tensor | None) -> Tensor:
+        return fake
+
+    def value(self, norms: Tensor) -> Tensor:
+        return zero_centred(norms, gamma=self.gamma)
 
 
 class GradientPenalty(Penalty):
@@ -116,7 +154,10 @@ class GradientPenalty(Penalty):
         super().__init__(interval=interval)
         self.weight = weight
 
-    def __call__(self, critic: Critic, real: Tensor, fake: Tensor, mix: Tensor | None) -> Tensor:
+    def points(self, real: Tensor, fake: Tensor, mix: Tensor | None) -> Tensor:
         if mix is None:
             raise ValueError("GradientPenalty needs mix, one uniform number per sample; received None. Fix: draw it.")
-        return self.interval * interpolated_penalty(critic, real, fake.detach(), mix, weight=self.weight)
+        return interpolate(real, fake, mix)
+
+    def value(self, norms: Tensor) -> Tensor:
+        return one_centred(norms, weight=self.weight)

@@ -114,5 +114,7 @@ def test_memory_does_not_grow_with_the_number_of_clients():
     accumulator, sizes = WeightedMean().init(), []
     for client_id in range(50):
         accumulator = WeightedMean().accumulate(accumulator, update(client_id))
-        sizes.append(sum(value.numel() for value in (*accumulator.delta.values(), *accumulator.extras.values())))
+        sizes.append(
+            sum(value.numel() for value in (*accumulator.delta.vectors.values(), *accumulator.extras.vectors.values()))
+        )
     assert set(sizes) == {3 * 2 + 4 + 2}

@@ -151,8 +151,8 @@ def test_fake_labels_are_held_or_all():
     generator = nets.MLPGenerator(4, (2,), num_classes=8, hidden=(8,))
     discriminator = nets.MLPDiscriminator((2,), num_classes=8, conditioning="projection", hidden=(8,))
     x, y = torch.zeros(400, 2), torch.full((400,), 3)
-    held = GAN(generator, discriminator)._draw(x, y)[1]
-    everything = GAN(generator, discriminator, fake_labels="all")._draw(x, y)[1]
+    held = GAN(generator, discriminator).draw(x, y)[1]
+    everything = GAN(generator, discriminator, fake_labels="all").draw(x, y)[1]
     assert set(held.tolist()) == {3}
     assert set(everything.tolist()) == set(range(8))
 

@@ -6,10 +6,10 @@ import itertools
 from typing import Literal
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
 
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.gan.networks.mlp import Conditioning, DiscriminatorHead, join_label
+from fedgan_lightning.gan.networks.spectral import spectral_norm
 
 GeneratorNorm = Literal["batch", "group", "none"]
 DiscriminatorNorm = Literal["batch", "group", "spectral", "none"]

@@ -1,0 +1,95 @@
+"""The quiet Trainer that trains clients: one for the whole run, with fresh loops every round."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from torch import Tensor
+
+
+class RoundTrainer:
+    """Fits a module on one round's minibatches: no logger, no checkpoint, no progress bar, no validation.
+
+    Constructing a Trainer scans all installed packages for callbacks, which takes longer than ten small GAN steps
+    (measured); so one is kept, and its loops, where all its progress is, are renewed.
+
+    Args:
+        options: Accelerator, devices and precision.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.options = options
+        self._trainer: L.Trainer | None = None
+        self._external_callbacks: list[L.Callback] = []
+
+    def fit(self, module: L.LightningModule, batches: Any, *, callback: L.Callback) -> L.Trainer:
+        """Train for one epoch of ``batches``; return the Trainer, for its metrics.
+
+        An error leaves the Trainer in the middle, so the next call makes a new one.
+        """
+        try:
+            with quiet_lightning():
+                trainer = self._renewed(callback)
+                trainer.fit(module, train_dataloaders=batches)
+        except BaseException:
+            self._trainer = None
+            raise
+        return trainer
+
+    def _renewed(self, callback: L.Callback) -> L.Trainer:
+        if self._trainer is None:
+            self._trainer = L.Trainer(
+                **self.options,
+                max_epochs=1,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                num_sanity_val_steps=0,
+                limit_val_batches=0,
+                use_distributed_sampler=False,
+            )
+            self._external_callbacks = list(self._trainer.callbacks)  # type: ignore[attr-defined]
+        trainer = self._trainer
+        trainer.fit_loop = _FitLoop(trainer, max_epochs=1)
+        trainer.fit_loop.epoch_loop = _TrainingEpochLoop(trainer)
+        trainer.should_stop = False
+        trainer.callbacks = [*self._external_callbacks, callback]  # type: ignore[attr-defined]
+        return trainer
+
+
+def schedulers_of(trainer: L.Trainer) -> list[Any]:
+    """Return the learning-rate schedulers of a Trainer."""
+    return [config.scheduler for config in trainer.lr_scheduler_configs]
+
+
+def batch_length(batch: Any) -> int:
+    """Return the number of samples in a batch of any nesting."""
+    if isinstance(batch, Tensor):
+        return len(batch)
+    if isinstance(batch, Mapping):
+        return batch_length(next(iter(batch.values())))
+    if isinstance(batch, Sequence) and batch:
+        return batch_length(batch[0])
+    return 1
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Silence Lightning's information lines for the body; warnings and errors still show."""
+    logger = logging.getLogger("lightning.pytorch")
+    items: list[Any] = [logger, logging.getLogger("lightning.fabric"), *logger.handlers]
+    levels = {item: item.level for item in items}
+    for item in levels:
+        item.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for item, level in levels.items():
+            item.setLevel(level)

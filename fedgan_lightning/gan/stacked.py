@@ -1,0 +1,153 @@
+"""Several clients' GANs as one LightningModule, trained in the time of a few."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim import Optimizer
+
+from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.gan.module import GAN
+from fedgan_lightning.gan.steps import DuePenalty, Stats
+from fedgan_lightning.protocol import RoundInfo
+
+#: What this class replaces or relies on: a subclass of GAN that overrides one of these trains in a way of its own.
+TRAINING = (
+    "training_step",
+    "configure_optimizers",
+    "generate",
+    "discriminate",
+    "draw",
+    "due_penalties",
+    "update_ema",
+    "forward",
+    "on_before_optimizer_step",
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "on_train_epoch_start",
+    "on_fit_start",
+    "on_train_start",
+    "on_train_end",
+    "on_client_round_start",
+    "round_statistics",
+)
+
+
+class StackedGAN(GAN):
+    """A GAN whose parameters and buffers have a leading dimension of clients.
+
+    Batches are ``(x, y)`` of shapes (clients, N, ...) and (clients, N). The networks are mapped over clients by
+    ``torch.vmap``; the loss is the sum of the clients' losses, so that each client's gradient is its own. Every client
+    draws from a generator of its own, in the order in which it would draw alone.
+
+    Args:
+        gan: The module of one client; its tensors get their leading dimension when a cohort is loaded.
+
+    Raises:
+        ConfigurationError: If a subclass trains in a way of its own.
+    """
+
+    def __init__(self, gan: GAN) -> None:
+        own = [name for name in TRAINING if getattr(type(gan), name) is not getattr(GAN, name)]
+        if own:
+            raise ConfigurationError(
+                message(
+                    "stacked clients train as GAN does",
+                    received=f"{type(gan).__name__} with {', '.join(own)} of its own",
+                    fix="give it a method stacked() as well, or use the sequential executor",
+                )
+            )
+        names = [name for name in inspect.signature(GAN.__init__).parameters if name != "self"]
+        settings = {name: getattr(gan, name) for name in names}
+        settings["ema_half_life_images"] = None
+        networks = {name: copy.deepcopy(settings.pop(name)) for name in ("generator", "discriminator")}
+        super().__init__(networks["generator"], networks["discriminator"], **settings)
+        self.ema_half_life_images = gan.ema_half_life_images
+        self.generator_ema = copy.deepcopy(gan.generator_ema)
+        self._generators: list[torch.Generator] = []
+        self._first_steps: list[int] = []
+        self._values: dict[nn.Module, dict[str, Tensor]] = {}
+
+    # ------------------------------------------------------------------ the cohort
+
+    def on_cohort_round_start(self, infos: Sequence[RoundInfo], generators: Sequence[torch.Generator]) -> None:
+        """Begin a round of these clients, in the order of the stacked tensors."""
+        self.local_step = 0
+        self._first_steps, self._generators = [info.first_step for info in infos], list(generators)
+        self._in_federation = True
+        self._values = {}
+
+    def keep_clients(self, count: int) -> None:
+        """Go on with the first ``count`` clients; the others have done their steps."""
+        self._first_steps, self._generators = self._first_steps[:count], self._generators[:count]
+        self._sums = {name: value[:count] if value.dim() else value for name, value in self._sums.items()}
+        self._values = {}
+
+    def round_statistics(self) -> Stats:
+        """Return the means over the round so far, (clients,) each."""
+        count = len(self._generators)
+        return {name: value.expand(count) for name, value in super().round_statistics().items()}
+
+    # ------------------------------------------------------------------ what differs from one client
+
+    def generate(self, z: Tensor, y: Tensor) -> Tensor:
+        samples: Tensor = self._map(self.generator, z, y)
+        return samples
+
+    def discriminate(self, x: Tensor, y: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        output: Tensor | tuple[Tensor, Tensor] = self._map(self.discriminator, x, y)
+        return output
+
+    def _map(self, network: nn.Module, *inputs: Tensor) -> Any:
+        if network not in self._values:
+            self._values[network] = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+
+        def call(values: dict[str, Tensor], *own: Tensor) -> Any:
+            return functional_call(network, values, own)
+
+        return torch.vmap(call)(self._values[network], *inputs)
+
+    def lift(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        lifted: Callable[..., Any] = torch.vmap(function)
+        return lifted
+
+    def due_penalties(self) -> list[DuePenalty]:
+        found: list[DuePenalty] = []
+        for penalty in self.penalties:
+            due = [penalty.is_due(first + self.local_step) for first in self._first_steps]
+            if any(due):
+                factor = None if all(due) else torch.tensor(due, device=self.device, dtype=torch.get_default_dtype())
+                found.append((penalty, factor))
+        return found
+
+    def draw(
+        self, x: Tensor, y: Tensor, *, mix: bool = False, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        one, mixers = super().draw, [penalty for penalty in self.penalties if penalty.needs_mix]
+        drawn = []
+        for index, (own, first) in enumerate(zip(self._generators, self._first_steps)):
+            wanted = mix and any(penalty.is_due(first + self.local_step) for penalty in mixers)
+            drawn.append(one(x[index], y[index], mix=wanted, generator=own))
+        latents, labels, weights = zip(*drawn)
+        if not mix:
+            return torch.stack(latents), torch.stack(labels), None
+        unused = x.new_zeros(x.shape[1])  # of clients whose penalty is not due on this step
+        mixed = torch.stack([unused if own is None else own for own in weights])
+        return torch.stack(latents), torch.stack(labels), mixed
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip each client's gradient by its own norm."""
+        if self.clip_gradient_norm is None:
+            return
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norms = torch.stack([gradient.view(len(gradient), -1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+        factors = (self.clip_gradient_norm / (norms + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            gradient.mul_(factors.view(-1, *([1] * (gradient.dim() - 1))))

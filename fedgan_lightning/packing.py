@@ -1,0 +1,109 @@
+"""Named tensors in one flat vector per dtype.
+
+An update has dozens of small entries. Sums, norms and checks over a few flat vectors cost a tenth of what they cost
+entry by entry (measured on the ring MLP), which decides how many clients a server can handle per second.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fedgan_lightning.protocol import State
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where every entry lies.
+
+    Attributes:
+        names: Entries in order.
+        shapes: Their shapes.
+        dtypes: Their dtypes; entries of one dtype follow each other in one vector.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+
+    @classmethod
+    def of(cls, state: State, *, leading: int = 0) -> Layout:
+        """Return the layout of ``state``, whose tensors have ``leading`` dimensions in front that do not count."""
+        values = list(state.values())
+        shapes = tuple(tuple(value.shape[leading:]) for value in values)
+        return cls(names=tuple(state), shapes=shapes, dtypes=tuple(value.dtype for value in values))
+
+    @cached_property
+    def spans(self) -> dict[str, tuple[torch.dtype, int, int]]:
+        """(dtype, start, stop) of every entry in the vector of its dtype."""
+        ends: dict[torch.dtype, int] = {}
+        found = {}
+        for name, shape, dtype in zip(self.names, self.shapes, self.dtypes):
+            start = ends.get(dtype, 0)
+            ends[dtype] = start + math.prod(shape)
+            found[name] = (dtype, start, ends[dtype])
+        return found
+
+    @cached_property
+    def by_name(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every entry."""
+        return dict(zip(self.names, self.shapes))
+
+    def flatten(self, state: State, *, leading: int = 0) -> dict[torch.dtype, Tensor]:
+        """Return the vectors of ``state``; with ``leading`` dimensions, tensors of shape (*leading, length)."""
+        parts: dict[torch.dtype, list[Tensor]] = {}
+        for name, dtype in zip(self.names, self.dtypes):
+            value = state[name].detach()
+            parts.setdefault(dtype, []).append(value.reshape(*value.shape[:leading], -1))
+        return {dtype: torch.cat(values, dim=leading) for dtype, values in parts.items()}
+
+
+class Packed(Mapping[str, Tensor]):
+    """A read-only state in flat vectors; its entries are views.
+
+    Args:
+        layout: Where the entries lie.
+        vectors: One vector per dtype.
+    """
+
+    def __init__(self, layout: Layout, vectors: Mapping[torch.dtype, Tensor]) -> None:
+        self.layout, self.vectors = layout, vectors
+
+    @classmethod
+    def of(cls, state: State) -> Packed:
+        """Return ``state`` packed; one that is packed already, as it is."""
+        if isinstance(state, Packed):
+            return state
+        layout = Layout.of(state)
+        return cls(layout, layout.flatten(state))
+
+    def __getitem__(self, name: str) -> Tensor:
+        dtype, start, stop = self.layout.spans[name]
+        return self.vectors[dtype][start:stop].view(self.layout.by_name[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout.names)
+
+    def __len__(self) -> int:
+        return len(self.layout.names)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in bytes."""
+        return sum(vector.numel() * vector.element_size() for vector in self.vectors.values())
+
+
+def unstack(state: State) -> list[Packed]:
+    """Return one packed state per client from tensors whose first dimension counts clients."""
+    layout = Layout.of(state, leading=1)
+    matrices = layout.flatten(state, leading=1)
+    if not matrices:
+        return []
+    rows = {dtype: matrix.unbind(0) for dtype, matrix in matrices.items()}
+    count = len(next(iter(rows.values())))
+    return [Packed(layout, {dtype: own[index] for dtype, own in rows.items()}) for index in range(count)]
