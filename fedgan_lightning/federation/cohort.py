@@ -18,6 +18,8 @@ from fedgan_lightning.errors import ClientError, ConfigurationError, RoundInterr
 from fedgan_lightning.federation import optimizer_state
 from fedgan_lightning.federation.local import SCHEDULE, ClientContext, StartingPoint, client_copy
 from fedgan_lightning.federation.round_trainer import RoundTrainer, schedulers_of
+from fedgan_lightning.gan.module import GAN
+from fedgan_lightning.gan.stacked import StackedGAN
 from fedgan_lightning.packing import unstack
 from fedgan_lightning.protocol import (
     ClientBatches,
@@ -46,15 +48,7 @@ class CohortTrainer:
     def __init__(self, context: ClientContext) -> None:
         self.context = context
         client = client_copy(context.model, context.policy)
-        if not isinstance(client, StackHook):
-            raise ConfigurationError(
-                message(
-                    "clients are stacked where their module has a method stacked()",
-                    received=f"{type(client).__name__} without it",
-                    fix="use the sequential executor",
-                )
-            )
-        self.module: Any = client.stacked()
+        self.module: Any = stacked_module(client)
         self.start = StartingPoint.of(client, context.policy)
         self.clock = optimizer_state.ScheduleClock()
         self.trainer = RoundTrainer(context.trainer_options)
@@ -127,6 +121,25 @@ class CohortTrainer:
                 if buffer is not None:
                     child._buffers[key] = buffer[:count].clone()
         self.module.keep_clients(count)
+
+
+def stacked_module(client: L.LightningModule) -> Any:
+    """Return a client's module for several clients at once: from its own ``stacked()``, or for any :class:`GAN`.
+
+    Raises:
+        ConfigurationError: If the module cannot be stacked.
+    """
+    if isinstance(client, StackHook):
+        return client.stacked()
+    if isinstance(client, GAN):
+        return StackedGAN(client)
+    raise ConfigurationError(
+        message(
+            "clients are stacked if their module is a GAN, or has a method stacked()",
+            received=f"{type(client).__name__} without it",
+            fix="use the sequential executor",
+        )
+    )
 
 
 class _Client:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,9 @@ import lightning as L
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from torch import Tensor
+
+#: Trainer, loops and module form reference cycles; without a collection now and then memory grows.
+FITS_PER_COLLECTION = 16
 
 
 class RoundTrainer:
@@ -27,6 +31,7 @@ class RoundTrainer:
         self.options = options
         self._trainer: L.Trainer | None = None
         self._external_callbacks: list[L.Callback] = []
+        self._fits = 0
 
     def fit(self, module: L.LightningModule, batches: Any, *, callback: L.Callback) -> L.Trainer:
         """Train for one epoch of ``batches``; return the Trainer, for its metrics.
@@ -40,6 +45,9 @@ class RoundTrainer:
         except BaseException:
             self._trainer = None
             raise
+        self._fits += 1
+        if self._fits % FITS_PER_COLLECTION == 0:
+            gc.collect(1)  # the young generations only: a full collection takes as long as dozens of steps
         return trainer
 
     def _renewed(self, callback: L.Callback) -> L.Trainer:

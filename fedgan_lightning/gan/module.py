@@ -98,6 +98,8 @@ class GAN(L.LightningModule):
         self.fake_labels, self.auxiliary_weight = fake_labels, auxiliary_weight
         self.ema_half_life_images = ema_half_life_images
         self.clip_gradient_norm = clip_gradient_norm
+        #: Dimension of z.
+        self.latent_dim = int(generator.latent_dim)  # type: ignore[arg-type]
         self.num_classes = int(getattr(generator, "num_classes", 0))
         check_settings(self)
         self.generator_ema: nn.Module | None = None
@@ -115,26 +117,11 @@ class GAN(L.LightningModule):
         shape = getattr(self.generator, "sample_shape", None)
         return None if shape is None else tuple(shape)
 
-    @property
-    def latent_dim(self) -> int:
-        """Dimension of z."""
-        return int(self.generator.latent_dim)  # type: ignore[arg-type]
-
     def default_sync(self) -> dict[str, str]:
         """Return where networks live unless the federation's settings say otherwise: the average stays at the
         server.
         """
         return {"generator_ema": "server"}
-
-    def stacked(self) -> L.LightningModule:
-        """Return this module for several clients at once: :class:`~fedgan_lightning.gan.stacked.StackedGAN`.
-
-        Raises:
-            ConfigurationError: If a subclass trains in a way of its own.
-        """
-        from fedgan_lightning.gan.stacked import StackedGAN  # it is built on this class
-
-        return StackedGAN(self)
 
     # ------------------------------------------------------------------ checks before training
 
@@ -208,7 +195,7 @@ class GAN(L.LightningModule):
 
     def _backward_discriminator(self, optimizer: Any, x: Tensor, y: Tensor) -> None:
         due = self.due_penalties()
-        z, y_fake, mix = self.draw(x, y, mix=any(penalty.needs_mix for penalty, _ in due))
+        z, y_fake, mix = self.draw(y, dtype=x.dtype, mix=any(penalty.needs_mix for penalty, _ in due))
         with self.toggled_optimizer(optimizer):
             loss, stats = discriminator_step(
                 self.generate,
@@ -228,7 +215,7 @@ class GAN(L.LightningModule):
         self._collect(stats, scale=1.0 / self.d_steps)
 
     def _backward_generator(self, optimizer: Any, x: Tensor, y: Tensor) -> None:
-        z, y_fake, _ = self.draw(x, y)
+        z, y_fake, _ = self.draw(y, dtype=x.dtype)
         with self.toggled_optimizer(optimizer):
             loss, stats = generator_step(
                 self.generate,
@@ -266,21 +253,21 @@ class GAN(L.LightningModule):
         return [(penalty, None) for penalty in self.penalties if penalty.is_due(self.local_step)]
 
     def draw(
-        self, x: Tensor, y: Tensor, *, mix: bool = False, generator: torch.Generator | None = None
+        self, y: Tensor, *, dtype: torch.dtype, mix: bool = False, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Draw (latents, labels to generate, mixing weights or None) for as many samples as there are real ones.
 
         Args:
-            x: Real samples (N, ...).
-            y: Their labels (N,).
+            y: Labels (N,) of the real samples.
+            dtype: Floating type of latents and weights.
             mix: Whether a penalty needs mixing weights (N,).
-            generator: Source of randomness on the device of ``x``; default the device's global generator.
+            generator: Source of randomness on the device of ``y``; default the device's global generator.
         """
-        where: Any = {"device": x.device, "dtype": x.dtype}
-        weights = torch.rand(len(x), generator=generator, **where) if mix else None
-        z = self.prior.sample(len(x), self.latent_dim, generator=generator, **where)
+        count, device = len(y), y.device
+        weights = torch.rand(count, generator=generator, device=device, dtype=dtype) if mix else None
+        z = self.prior.draw(count, self.latent_dim, generator=generator, device=device, dtype=dtype)
         if self.fake_labels == "all" and self.num_classes:
-            y = torch.randint(self.num_classes, (len(x),), device=x.device, generator=generator)
+            y = torch.randint(self.num_classes, (count,), device=device, generator=generator)
         return z, y, weights
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

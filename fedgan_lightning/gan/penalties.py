@@ -83,7 +83,7 @@ class Penalty(ABC):
         return step % self.interval == 0
 
     @abstractmethod
-    def points(self, real: Tensor, fake: Tensor, mix: Tensor | None) -> Tensor:
+    def points(self, real: Tensor, fake: Tensor, mix: Tensor | None = None) -> Tensor:
         """Return the samples (N, ...) at which the critic's gradient is penalised."""
 
     @abstractmethod
@@ -95,7 +95,7 @@ class Penalty(ABC):
         clients.
         """
         inputs = (real, fake) if mix is None else (real, fake, mix)
-        points = lift(lambda x, g, m=None: self.points(x, g, m))(*inputs)
+        points = lift(self.points)(*inputs)
         norms = lift(squared_norms)(input_gradient(critic, points))
         return self.interval * lift(self.value)(norms)
 
@@ -112,7 +112,7 @@ class R1(Penalty):
         super().__init__(interval=interval)
         self.gamma = gamma
 
-    def points(self, real: Tensor, fake: Tensor, mix: Tensor | None) -> Tensor:
+    def points(self, real: Tensor, fake: Tensor, mix: Tensor | None = None) -> Tensor:
         return real
 
     def value(self, norms: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class R2(Penalty):
         super().__init__(interval=interval)
         self.gamma = gamma
 
-    def points(self, real: Tensor, fake: Tensor, mix: Tensor | None) -> Tensor:
+    def points(self, real: Tensor, fake: Tensor, mix: Tensor | None = None) -> Tensor:
         return fake
 
     def value(self, norms: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class GradientPenalty(Penalty):
         super().__init__(interval=interval)
         self.weight = weight
 
-    def points(self, real: Tensor, fake: Tensor, mix: Tensor | None) -> Tensor:
+    def points(self, real: Tensor, fake: Tensor, mix: Tensor | None = None) -> Tensor:
         if mix is None:
             raise ValueError("GradientPenalty needs mix, one uniform number per sample; received None. Fix: draw it.")
         return interpolate(real, fake, mix)

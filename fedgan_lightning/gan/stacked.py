@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.gan.module import GAN
 from fedgan_lightning.gan.steps import DuePenalty, Stats
+from fedgan_lightning.gan.tracing import MappedFunctions
 from fedgan_lightning.protocol import RoundInfo
 
 #: What this class replaces or relies on: a subclass of GAN that overrides one of these trains in a way of its own.
@@ -48,12 +49,13 @@ class StackedGAN(GAN):
 
     Args:
         gan: The module of one client; its tensors get their leading dimension when a cohort is loaded.
+        record: Record the mapped networks once they have been called a few times, instead of interpreting them.
 
     Raises:
         ConfigurationError: If a subclass trains in a way of its own.
     """
 
-    def __init__(self, gan: GAN) -> None:
+    def __init__(self, gan: GAN, *, record: bool = True) -> None:
         own = [name for name in TRAINING if getattr(type(gan), name) is not getattr(GAN, name)]
         if own:
             raise ConfigurationError(
@@ -73,6 +75,7 @@ class StackedGAN(GAN):
         self._generators: list[torch.Generator] = []
         self._first_steps: list[int] = []
         self._values: dict[nn.Module, dict[str, Tensor]] = {}
+        self._mapped = MappedFunctions(record=record)
 
     # ------------------------------------------------------------------ the cohort
 
@@ -111,11 +114,10 @@ class StackedGAN(GAN):
         def call(values: dict[str, Tensor], *own: Tensor) -> Any:
             return functional_call(network, values, own)
 
-        return torch.vmap(call)(self._values[network], *inputs)
+        return self._mapped.call(call, (self._values[network], *inputs), name=network)
 
     def lift(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        lifted: Callable[..., Any] = torch.vmap(function)
-        return lifted
+        return lambda *arguments: self._mapped.call(function, arguments, name=function)
 
     def due_penalties(self) -> list[DuePenalty]:
         found: list[DuePenalty] = []
@@ -127,19 +129,19 @@ class StackedGAN(GAN):
         return found
 
     def draw(
-        self, x: Tensor, y: Tensor, *, mix: bool = False, generator: torch.Generator | None = None
+        self, y: Tensor, *, dtype: torch.dtype, mix: bool = False, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         one, mixers = super().draw, [penalty for penalty in self.penalties if penalty.needs_mix]
         drawn = []
-        for index, (own, first) in enumerate(zip(self._generators, self._first_steps)):
+        for labels, own, first in zip(y.unbind(0), self._generators, self._first_steps):
             wanted = mix and any(penalty.is_due(first + self.local_step) for penalty in mixers)
-            drawn.append(one(x[index], y[index], mix=wanted, generator=own))
-        latents, labels, weights = zip(*drawn)
+            drawn.append(one(labels, dtype=dtype, mix=wanted, generator=own))
+        latents, chosen, weights = zip(*drawn)
+        y = torch.stack(chosen) if self.fake_labels == "all" else y
         if not mix:
-            return torch.stack(latents), torch.stack(labels), None
-        unused = x.new_zeros(x.shape[1])  # of clients whose penalty is not due on this step
-        mixed = torch.stack([unused if own is None else own for own in weights])
-        return torch.stack(latents), torch.stack(labels), mixed
+            return torch.stack(latents), y, None
+        unused = torch.zeros(y.shape[1], device=y.device, dtype=dtype)  # of clients whose penalty is not due
+        return torch.stack(latents), y, torch.stack([unused if own is None else own for own in weights])
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip each client's gradient by its own norm."""

@@ -112,12 +112,12 @@ def updates(executor: Executor, gan, data, *, rounds=1, work=None, cohorts=None,
             found[round, update.client_id] = update
         store.commit()
     executor.teardown()
-    return found, store
+    return found, store, state
 
 
 def assert_same(first, second, *, rtol):
-    """Relative error in the norm of every entry, and of every metric but time."""
-    (updates_a, store_a), (updates_b, store_b) = first, second
+    """Relative error in the norm of every entry as the round leaves it, and of every metric but time."""
+    (updates_a, store_a, start), (updates_b, store_b, _) = first, second
     assert updates_a.keys() == updates_b.keys()
     pairs = [
         (f"{key} {part}", getattr(update, part), getattr(updates_b[key], part))
@@ -131,7 +131,8 @@ def assert_same(first, second, *, rtol):
             a, b = ours[name].double(), theirs[name].double()
             assert ours[name].dtype == theirs[name].dtype, (where, name)
             assert a.shape == b.shape, (where, name)
-            assert (a - b).norm() <= rtol * b.norm() + 1e-2 * rtol, f"{where} {name}: {(a - b).norm() / b.norm():.1e}"
+            size = b.norm() + (start[name].double().norm() if where.endswith("delta") else 0.0)
+            assert (a - b).norm() <= rtol * size + 1e-2 * rtol, f"{where} {name}: {(a - b).norm() / size:.1e}"
     for key, update in updates_a.items():
         other = updates_b[key]
         assert update.num_examples == other.num_examples

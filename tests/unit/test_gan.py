@@ -150,9 +150,9 @@ def test_sampling_is_repeatable_and_leaves_the_mode_and_the_global_generator_alo
 def test_fake_labels_are_held_or_all():
     generator = nets.MLPGenerator(4, (2,), num_classes=8, hidden=(8,))
     discriminator = nets.MLPDiscriminator((2,), num_classes=8, conditioning="projection", hidden=(8,))
-    x, y = torch.zeros(400, 2), torch.full((400,), 3)
-    held = GAN(generator, discriminator).draw(x, y)[1]
-    everything = GAN(generator, discriminator, fake_labels="all").draw(x, y)[1]
+    y = torch.full((400,), 3)
+    held = GAN(generator, discriminator).draw(y, dtype=torch.float32)[1]
+    everything = GAN(generator, discriminator, fake_labels="all").draw(y, dtype=torch.float32)[1]
     assert set(held.tolist()) == {3}
     assert set(everything.tolist()) == set(range(8))
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable, Iterator
 
 from fedgan_lightning.federation.local import ClientContext, LocalTrainer
 from fedgan_lightning.protocol import ClientTask, ClientUpdate, Executor
-
-#: Trainer, loops and module form reference cycles: without a collection every few client runs memory grows.
-RUNS_PER_COLLECTION = 64
 
 
 class SequentialExecutor(Executor):
@@ -17,7 +13,6 @@ class SequentialExecutor(Executor):
 
     def __init__(self) -> None:
         self._local: LocalTrainer | None = None
-        self._runs = 0
 
     def setup(self, context: ClientContext) -> None:
         self._local = LocalTrainer(context)
@@ -27,9 +22,6 @@ class SequentialExecutor(Executor):
             raise RuntimeError("SequentialExecutor.run before setup; fix: call setup first.")
         for task in tasks:
             yield self._local.run(task)
-            self._runs += 1
-            if self._runs % RUNS_PER_COLLECTION == 0:
-                gc.collect()
 
     def teardown(self) -> None:
         self._local = None

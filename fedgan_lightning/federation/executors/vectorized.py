@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable, Iterator
 
 from fedgan_lightning.errors import ConfigurationError, message
@@ -51,7 +50,6 @@ class VectorizedExecutor(Executor):
                 yield from self._cohort.run(groups.pop(key))
         for group in groups.values():
             yield from self._cohort.run(group)
-        gc.collect()  # Trainer, loops and module form reference cycles
 
     def teardown(self) -> None:
         self._cohort = None
