@@ -61,7 +61,7 @@ if TYPE_CHECKING:
         SlicedWasserstein,
     )
     from fedgan_lightning.federation.aggregation import WeightedMean
-    from fedgan_lightning.federation.executors import SequentialExecutor, VectorizedExecutor
+    from fedgan_lightning.federation.executors import AutoExecutor, SequentialExecutor, VectorizedExecutor
     from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
     from fedgan_lightning.federation.sampling import AllClients, FractionOfClients, PoissonSampling
     from fedgan_lightning.federation.server import ServerModule
@@ -138,7 +138,7 @@ _HOMES = {
         "SlicedWasserstein",
     ],
     "fedgan_lightning.federation.aggregation": ["WeightedMean"],
-    "fedgan_lightning.federation.executors": ["SequentialExecutor", "VectorizedExecutor"],
+    "fedgan_lightning.federation.executors": ["AutoExecutor", "SequentialExecutor", "VectorizedExecutor"],
     "fedgan_lightning.federation.orchestrator": ["FederatedOrchestrator"],
     "fedgan_lightning.federation.sampling": ["AllClients", "FractionOfClients", "PoissonSampling"],
     "fedgan_lightning.federation.server": ["ServerModule"],
@@ -185,7 +185,8 @@ __all__ = [
     "FederatedDataModule", "Samples", "Source", "Digits", "TorchvisionImages", "CelebA", "ImageFolder", "MedMNISTFile",
     "Ring", "Grid", "SwissRoll", "Segments",
     "Partition", "IID", "Dirichlet", "ClassesPerClient", "ClassLists", "QuantitySkew", "Natural", "FeatureShift",
-    "Federation", "FederatedOrchestrator", "ServerModule", "SequentialExecutor", "VectorizedExecutor", "WeightedMean",
+    "Federation", "FederatedOrchestrator", "ServerModule", "AutoExecutor", "SequentialExecutor", "VectorizedExecutor",
+    "WeightedMean",
     "AllClients", "FractionOfClients", "PoissonSampling",
     "Aggregator", "ClientSampler", "ClientTask", "ClientUpdate", "Executor",
     "Evaluation", "Metric", "FrechetDistance", "ClassCoverage", "ModeCoverage", "SlicedWasserstein",

@@ -119,8 +119,8 @@ class FederatedCLI(LightningCLI):
         parser.add_argument(
             "--num_threads",
             type=int | None,
-            default=1,
-            help="CPU threads; null leaves torch's choice. The small operations of a GAN are slower on many.",
+            default=None,
+            help="CPU threads; null measures how many train the clients fastest, and takes one for everything else.",
         )
         parser.add_lightning_class_args(FederatedOrchestrator, "federation")
         parser.add_class_arguments(ServerModule, "server", skip={"model"}, instantiate=False)
@@ -139,8 +139,7 @@ class FederatedCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse an occupied run directory before anything is read or built."""
         settings = self.config[self.subcommand]
-        if settings.num_threads is not None:
-            torch.set_num_threads(settings.num_threads)
+        torch.set_num_threads(settings.num_threads or 1)
         if self.subcommand == "fit":
             self.resuming = settings.ckpt_path is not None
             check_run_directory(settings.run_dir, resuming=self.resuming)
@@ -165,6 +164,8 @@ class FederatedCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         run_dir, plain = settings.run_dir, self._plain_settings()
         orchestrator = self._get(self.config_init, "federation")
+        if isinstance(orchestrator.executor, executors.AutoExecutor) and orchestrator.executor.num_threads is None:
+            orchestrator.executor.num_threads = settings.num_threads
         orchestrator.settings = {
             group: {name: value for name, value in plain[group].items() if name not in MAY_CHANGE}
             for group in ("model", "data", "federation", "server")
@@ -267,6 +268,10 @@ def run(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    own = logging.getLogger("fedgan_lightning")
+    own.setLevel(logging.INFO)
+    if not own.handlers:
+        own.addHandler(logging.StreamHandler())
     for pattern in NOISE:
         warnings.filterwarnings("ignore", message=pattern)
     FederatedCLI(

@@ -166,6 +166,13 @@ class Executor(ABC):
     def teardown(self) -> None:
         """Release what :meth:`setup` took."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run must know to compute the same; nothing unless overridden."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most executors know nothing
+        """Take over what an earlier run knew; nothing unless overridden."""
+
 
 class Aggregator(ABC):
     """Turns updates into one. Additive aggregators stream: memory does not grow with the number of clients."""

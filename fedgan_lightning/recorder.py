@@ -16,6 +16,7 @@ from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.callback import Evaluation
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
+from fedgan_lightning.protocol import Executor
 from fedgan_lightning.version import __version__
 
 #: Metrics of which larger values are better; of all others smaller ones are.
@@ -108,6 +109,7 @@ class RunRecorder(L.Callback):
             "best": best_values(history),
             "evaluation": evaluation.facts if evaluation is not None else {},
             **({} if orchestrator is None else orchestrator.ledger.summary()),
+            "executor": {} if orchestrator is None else _executor(orchestrator.executor),
             "versions": versions(),
             "history": history,
         }
@@ -153,3 +155,8 @@ def write_text(path: Path, text: str) -> None:
 
 def _find(trainer: L.Trainer, kind: type) -> Any:
     return next((item for item in trainer.callbacks if isinstance(item, kind)), None)  # type: ignore[attr-defined]
+
+
+def _executor(executor: Executor) -> dict[str, Any]:
+    """Return which executor ran, and what it chose."""
+    return {"name": type(executor).__name__, **executor.state_dict()}

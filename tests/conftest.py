@@ -20,6 +20,7 @@ from fedgan_lightning import (
     MLPDiscriminator,
     MLPGenerator,
     Ring,
+    SequentialExecutor,
     ServerModule,
 )
 
@@ -97,6 +98,7 @@ def quiet_trainer(*callbacks: L.Callback, **options) -> L.Trainer:
 
 def federate(model: L.LightningModule, data: FederatedDataModule, *callbacks: L.Callback, server=None, **federation):
     """Run a federation without any frills; return (server module, orchestrator, trainer)."""
+    federation.setdefault("executor", SequentialExecutor())  # the reference; others are compared with it
     orchestrator = FederatedOrchestrator(**federation)
     module = server if server is not None else ServerModule(model)
     trainer = quiet_trainer(orchestrator, *callbacks)

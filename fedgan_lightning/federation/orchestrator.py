@@ -12,13 +12,13 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 
 from fedgan_lightning.errors import CheckpointError, ConfigurationError, RoundInterrupted, message
 from fedgan_lightning.federation.aggregation import WeightedMean
-from fedgan_lightning.federation.executors import SequentialExecutor
+from fedgan_lightning.federation.executors import AutoExecutor
 from fedgan_lightning.federation.ledger import Ledger, bytes_by_network
 from fedgan_lightning.federation.local import SCHEDULE, ClientContext
 from fedgan_lightning.federation.policy import Policy, resolve
@@ -53,7 +53,7 @@ class FederatedOrchestrator(L.Callback):
         local_epochs: Passes over the client's data per round, instead of ``local_steps``.
         clients: Which clients take part in a round; default all.
         aggregator: How updates become one; default the mean weighted by N_k.
-        executor: Who runs the clients; default one after the other.
+        executor: Who runs the clients; ``auto`` measures whether one after the other or stacked, and the threads.
         sync: For every network ``average`` (shared), ``local`` (private to each client) or ``server`` (not on
             clients); default ``average``.
         optimizer_state: What becomes of optimizer moments at a sync: ``average`` like the weights, ``keep`` on each
@@ -73,7 +73,7 @@ class FederatedOrchestrator(L.Callback):
         local_epochs: int | None = None,
         clients: ClientSampler | None = None,
         aggregator: Aggregator | None = None,
-        executor: Executor | None = None,
+        executor: Executor | Literal["auto"] = "auto",
         sync: dict[str, str] | None = None,
         optimizer_state: str | dict[str, str] = "average",
         buffers: str = "merge",
@@ -100,7 +100,7 @@ class FederatedOrchestrator(L.Callback):
         self.rounds, self.local_steps, self.local_epochs = rounds, local_steps, local_epochs
         self.clients = clients if clients is not None else AllClients()
         self.aggregator = aggregator if aggregator is not None else WeightedMean()
-        self.executor = executor if executor is not None else SequentialExecutor()
+        self.executor: Executor = AutoExecutor() if executor == "auto" else executor
         self.sync, self.optimizer_state, self.buffers, self.seed = sync, optimizer_state, buffers, seed
         self.ledger, self.store = Ledger(), ClientStore()
         #: Settings that a resumed run must share, as nested plain values; filled in by the command line.
@@ -306,6 +306,7 @@ class FederatedOrchestrator(L.Callback):
             "ledger": self.ledger.state_dict(),
             "schedule_positions": list(self._schedule_positions),
             "moments": self._moments(),
+            "executor": self.executor.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -352,6 +353,7 @@ class FederatedOrchestrator(L.Callback):
         self.ledger.load_state_dict(state["ledger"])
         self._schedule_positions = tuple(state["schedule_positions"])
         server.moments = dict(state["moments"])
+        self.executor.load_state_dict(state["executor"])
 
 
 class _RoundSummary:

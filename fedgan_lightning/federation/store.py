@@ -50,3 +50,21 @@ class ClientStore:
         """Replace all states."""
         self._committed = {int(client_id): dict(values) for client_id, values in state.items()}
         self._pending.clear()
+
+
+class ReadOnlyStore(ClientStore):
+    """A view of a store for trials: what is written is forgotten.
+
+    Args:
+        store: The store to read.
+    """
+
+    def __init__(self, store: ClientStore) -> None:
+        super().__init__()
+        self._store = store
+
+    def read(self, client_id: int) -> State:
+        return self._store.read(client_id)
+
+    def write(self, client_id: int, state: State) -> None:
+        """Forget it."""

@@ -97,7 +97,8 @@ class Penalty(ABC):
         inputs = (real, fake) if mix is None else (real, fake, mix)
         points = lift(self.points)(*inputs)
         norms = lift(squared_norms)(input_gradient(critic, points))
-        return self.interval * lift(self.value)(norms)
+        value: Tensor = self.interval * lift(self.value)(norms)
+        return value
 
 
 class R1(Penalty):

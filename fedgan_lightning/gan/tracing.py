@@ -98,7 +98,7 @@ def _hides_gradients(node: fx.Node) -> bool:
         return True
     schema = getattr(node.target, "_schema", None)
     writes = schema is not None and schema.is_mutable and "batch_norm" not in schema.name
-    return writes and node.meta["val"].is_floating_point()
+    return bool(writes and node.meta["val"].is_floating_point())
 
 
 def _simplify(graph: fx.GraphModule) -> None:
@@ -125,15 +125,15 @@ def _simplify(graph: fx.GraphModule) -> None:
 
 def _changes_nothing(node: fx.Node) -> bool:
     if node.target is aten.mul.Scalar:
-        return node.args[1] == 1
+        return bool(node.args[1] == 1)
     if node.target in (aten.expand.default, aten.view.default, aten._unsafe_view.default, aten.reshape.default):
         source: Any = node.args[0]
-        return source.meta["val"].shape == node.meta["val"].shape
+        return bool(source.meta["val"].shape == node.meta["val"].shape)
     return False
 
 
 def _is_product_for(product: Any, term: Any, node: fx.Node) -> bool:
-    return (
+    return bool(
         isinstance(product, fx.Node)
         and isinstance(term, fx.Node)
         and product.target is aten.bmm.default

@@ -22,6 +22,9 @@ class SpectralNorm(nn.Module):
         eps: Smallest norm that is divided by.
     """
 
+    _u: Tensor
+    _v: Tensor
+
     def __init__(self, weight: Tensor, *, eps: float = 1e-12) -> None:
         super().__init__()
         self.eps = eps

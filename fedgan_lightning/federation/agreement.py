@@ -1,0 +1,66 @@
+"""Whether stacked training is what sequential training is, tried on the first clients before anything depends on it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from fedgan_lightning.federation import optimizer_state
+from fedgan_lightning.federation.cohort import CohortTrainer
+from fedgan_lightning.federation.local import ClientContext, LocalTrainer
+from fedgan_lightning.federation.store import ReadOnlyStore
+from fedgan_lightning.protocol import ClientTask, LocalWork, State
+from fedgan_lightning.states import network_of
+
+#: Steps of the trial: enough for mapped networks to be recorded, and for the record to be used.
+TRIAL_STEPS = 6
+#: Rounding alone moves single entries by whole steps where Adam divides noise by noise (biases before a BatchNorm), so
+#: updates are compared by network; what couples clients, or leaves out a term, moves them by a multiple of this.
+TOLERANCE = 0.2
+
+
+def trial_context(context: ClientContext) -> ClientContext:
+    """Return a context whose store cannot be written."""
+    return dataclasses.replace(context, store=ReadOnlyStore(context.store))
+
+
+def shortened(tasks: Iterable[ClientTask], *, steps: int) -> list[ClientTask]:
+    """Return the same tasks with ``steps`` local steps."""
+    return [
+        dataclasses.replace(task, local=LocalWork(steps=steps, schedule_positions=task.local.schedule_positions))
+        for task in tasks
+    ]
+
+
+def stack_key(task: ClientTask, private: State) -> object:
+    """Return what tasks must have in common to be trained in one stack: state, schedules, and step counts."""
+    moments = optimizer_state.only_moments({**task.state, **private})
+    return id(task.state), task.local.schedule_positions, optimizer_state.signature(moments)
+
+
+def disagreement(context: ClientContext, tasks: Sequence[ClientTask]) -> str | None:
+    """Train two of the clients for a few steps stacked and one by one; say how the updates differ, or ``None``.
+
+    It is what an optimizer does that looks at whole tensors (Adafactor, LBFGS), or a network that draws random numbers
+    of its own.
+    """
+    context = trial_context(context)
+    wanted = stack_key(tasks[0], context.store.read(tasks[0].client_id))
+    alike = [task for task in tasks if stack_key(task, context.store.read(task.client_id)) == wanted][:2]
+    trial = shortened(alike, steps=TRIAL_STEPS)
+    try:
+        stacked = CohortTrainer(context).run(trial)
+    except Exception as error:
+        return " ".join(str(error).split())[:200]
+    alone = LocalTrainer(context)
+    for update, task in zip(stacked, trial):
+        reference = alone.run(task).delta
+        for network in dict.fromkeys(map(network_of, reference)):
+            names = [name for name in reference if network_of(name) == network]
+            ours, theirs = (torch.cat([state[name].flatten() for name in names]) for state in (update.delta, reference))
+            if not float((ours - theirs).norm()) <= TOLERANCE * float(theirs.norm()) + 1e-6:
+                share = float((ours - theirs).norm() / theirs.norm())
+                return f"after {TRIAL_STEPS} steps a stacked client's {network} differs by {share:.0%} of its update"
+    return None

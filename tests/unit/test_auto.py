@@ -1,0 +1,130 @@
+"""``executor: auto``: what it may choose, what it says, and that a choice is kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+
+from fedgan_lightning import AutoExecutor, SequentialExecutor, VectorizedExecutor
+from fedgan_lightning.errors import ConfigurationError
+from fedgan_lightning.federation.executors.auto import Plan, available_threads
+from tests.conftest import adam, federate, ring_data, ring_gan
+from tests.contracts.test_executors import assert_same, updates
+from tests.foreign import SomebodysGAN
+
+
+class Normalised(torch.optim.SGD):
+    """Steps of unit length: it looks at whole tensors, so clients of a stack would share one."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad /= parameter.grad.norm() + 1e-12
+        return super().step(closure)
+
+
+def normalised(parameters):
+    return Normalised(parameters, lr=0.1)
+
+
+def planned(executor, model=None, data=None, **options):
+    found = updates(executor, ring_gan() if model is None else model, ring_data() if data is None else data, **options)
+    return executor.plan, found
+
+
+def test_many_small_clients_are_stacked_and_the_reason_is_said(tmp_path, caplog):
+    executor = AutoExecutor(cache=str(tmp_path))
+    with caplog.at_level(logging.INFO, logger="fedgan_lightning"):
+        plan, _ = planned(executor, data=ring_data(num_clients=32, num_samples=4096))
+    assert plan.chunk_size > 1
+    assert 1 <= plan.num_threads <= available_threads()
+    assert "clients stacked at a time" in caplog.text
+    assert "ms per client step, one by one" in caplog.text
+
+
+def test_updates_do_not_depend_on_the_choice(tmp_path):
+    results = [
+        updates(executor, ring_gan().double(), ring_data(), rounds=2)
+        for executor in (AutoExecutor(cache=str(tmp_path)), SequentialExecutor())
+    ]
+    assert_same(*results, rtol=1e-11)
+
+
+@pytest.mark.parametrize("model, said", [(SomebodysGAN, "SomebodysGAN without it"), (None, "differs by")])
+def test_what_cannot_be_stacked_runs_one_by_one_for_a_reason(tmp_path, model, said):
+    if model is None:
+        gan = ring_gan(optimizer=normalised)
+    else:
+        gan = model()
+    plan, _ = planned(AutoExecutor(cache=str(tmp_path)), gan)
+    assert plan.chunk_size == 1
+    assert said in plan.reason
+
+
+def test_an_optimizer_that_looks_at_whole_tensors_is_refused_by_the_vectorized_executor():
+    gan = ring_gan(optimizer=normalised)
+    with pytest.raises(
+        ConfigurationError, match=r"stacked training equals sequential training; received after 6 steps"
+    ):
+        updates(VectorizedExecutor(), gan, ring_data())
+
+
+def test_a_network_with_randomness_of_its_own_is_not_stacked(tmp_path):
+    gan = ring_gan()
+    gan.discriminator.features.append(torch.nn.Dropout(0.5))
+    plan, _ = planned(AutoExecutor(cache=str(tmp_path)), gan)
+    assert plan.chunk_size == 1
+    assert "random" in plan.reason
+
+
+def test_the_choice_is_kept_for_the_machine_and_for_a_resumed_run(tmp_path):
+    first = AutoExecutor(cache=str(tmp_path))
+    plan, _ = planned(first)
+    (kept,) = tmp_path.glob("executor-*.json")
+    kept.write_text(json.dumps({**json.loads(kept.read_text()), "chunk_size": 3, "reason": "kept"}))
+    again, _ = planned(AutoExecutor(cache=str(tmp_path)))
+    assert (again.chunk_size, again.reason) == (3, "kept")
+    resumed = AutoExecutor(cache=str(tmp_path))
+    resumed.load_state_dict(first.state_dict())
+    assert planned(resumed)[0] == plan
+    kept.write_text("{not json")
+    assert planned(AutoExecutor(cache=str(tmp_path)))[0].reason != "kept"
+
+
+def test_another_workload_is_measured_anew(tmp_path):
+    planned(AutoExecutor(cache=str(tmp_path)))
+    planned(AutoExecutor(cache=str(tmp_path)), ring_gan(optimizer=adam), ring_data(batch_size=8))
+    assert len(list(tmp_path.glob("executor-*.json"))) == 2
+
+
+def test_threads_can_be_set_and_are_restored(tmp_path):
+    before = torch.get_num_threads()
+    plan, _ = planned(AutoExecutor(num_threads=2, cache=str(tmp_path)))
+    assert plan.num_threads == 2
+    assert torch.get_num_threads() == before
+
+
+def test_a_trial_leaves_no_trace_in_the_clients_state(tmp_path):
+    results = [
+        updates(executor, ring_gan(optimizer=adam).double(), ring_data(), rounds=2, optimizer_state="keep")
+        for executor in (AutoExecutor(cache=str(tmp_path)), SequentialExecutor())
+    ]
+    assert_same(*results, rtol=1e-11)
+
+
+def test_auto_is_the_default_and_its_choice_rides_in_the_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDGAN_CACHE", str(tmp_path / "cache"))
+    _, orchestrator, _ = federate(ring_gan(), ring_data(), rounds=1, local_steps=2, executor="auto")
+    assert isinstance(orchestrator.executor, AutoExecutor)
+    state = orchestrator.state_dict()["executor"]
+    assert Plan(**state) == orchestrator.executor.plan
+
+
+def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(tmp_path):
+    (tmp_path / "file").write_text("")
+    plan, _ = planned(AutoExecutor(cache=str(tmp_path / "file")))
+    assert isinstance(plan, Plan)
