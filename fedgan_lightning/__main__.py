@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from fedgan_lightning.errors import ClientError, FedGANError, UpdateError
+from fedgan_lightning.errors import ClientError, FedGANError, RankError, UpdateError
 from fedgan_lightning.version import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return the exit code: 0 done, 1 a client failed, 2 bad input, 128 + n ended by signal n."""
+    """Run a command; return the exit code: 0 done, 1 a client or process failed, 2 bad input, 128 + n signal n."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments == ["--version"]:  # answered before torch is imported
         print(f"fedgan_lightning {__version__}")
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except FedGANError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, (ClientError, UpdateError)) else 2
+        return 1 if isinstance(error, (ClientError, RankError, UpdateError)) else 2
     return 0
 
 

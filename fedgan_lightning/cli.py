@@ -201,7 +201,8 @@ class FederatedCLI(LightningCLI):
         """Say what came out; leave with the customary code where a signal ended the run."""
         history = self._get(self.config_init, "evaluation").history
         values = ", ".join(f"{name} {value:.4g}" for name, value in (history[-1] if history else {}).items())
-        print(f"{self.trainer.default_root_dir}: {values}")
+        if self.trainer.is_global_zero:
+            print(f"{self.trainer.default_root_dir}: {values}")
         number = self._get(self.config_init, "federation").stop_signal
         if number is not None:
             rounds = self.trainer.global_step

@@ -23,6 +23,10 @@ class UpdateError(FedGANError, ValueError):
     """A client update must not reach the aggregator."""
 
 
+class RankError(FedGANError, RuntimeError):
+    """A process that shares the run failed, or is gone."""
+
+
 class ClientError(FedGANError, RuntimeError):
     """A client failed; the original error is the cause.
 

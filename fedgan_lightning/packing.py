@@ -7,9 +7,10 @@ entry by entry (measured on the ring MLP), which decides how many clients a serv
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,28 @@ class Layout:
             ends[dtype] = start + math.prod(shape)
             found[name] = (dtype, start, ends[dtype])
         return found
+
+    @cached_property
+    def lengths(self) -> dict[torch.dtype, int]:
+        """Length of every vector."""
+        found: dict[torch.dtype, int] = {}
+        for dtype, _, stop in self.spans.values():
+            found[dtype] = stop
+        return found
+
+    def plain(self) -> dict[str, Any]:
+        """Return the layout as plain values."""
+        dtypes = [str(dtype).removeprefix("torch.") for dtype in self.dtypes]
+        return {"names": list(self.names), "shapes": [list(shape) for shape in self.shapes], "dtypes": dtypes}
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> Layout:
+        """Undo :meth:`plain`."""
+        return cls(
+            names=tuple(values["names"]),
+            shapes=tuple(tuple(shape) for shape in values["shapes"]),
+            dtypes=tuple(getattr(torch, dtype) for dtype in values["dtypes"]),
+        )
 
     @cached_property
     def by_name(self) -> dict[str, tuple[int, ...]]:
@@ -92,10 +115,18 @@ class Packed(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.layout.names)
 
-    @property
-    def num_bytes(self) -> int:
-        """Size in bytes."""
-        return sum(vector.numel() * vector.element_size() for vector in self.vectors.values())
+    def runs(self, group: Callable[[str], str]) -> Iterator[tuple[Tensor, list[tuple[str, int, int]]]]:
+        """Yield every vector with its runs (group, start, stop) of entries of one group."""
+        for dtype, vector in self.vectors.items():
+            found: list[tuple[str, int, int]] = []
+            for name, (own, start, stop) in self.layout.spans.items():
+                if own != dtype:
+                    continue
+                if found and found[-1][0] == group(name) and found[-1][2] == start:
+                    found[-1] = (found[-1][0], found[-1][1], stop)
+                else:
+                    found.append((group(name), start, stop))
+            yield vector, found
 
 
 def unstack(state: State) -> list[Packed]:

@@ -196,6 +196,15 @@ class Aggregator(ABC):
     def merge(self, first: Any, second: Any) -> Any:
         """Return the accumulator of both sets of updates."""
 
+    def reduce(self, accumulator: Any, ranks: Any) -> Any:
+        """Return the accumulator over all ranks; ``ranks`` is a :class:`fedgan_lightning.federation.ranks.Ranks`.
+
+        Additive aggregators override it; with a single rank it is the accumulator itself.
+        """
+        if ranks.world_size > 1:
+            raise NotImplementedError(f"{type(self).__name__}.reduce over several ranks. Fix: implement it.")
+        return accumulator
+
     @abstractmethod
     def finalize(self, accumulator: Any) -> Aggregate:
         """Return the aggregate; with no updates in it, one without entries."""

@@ -64,7 +64,7 @@ class RunRecorder(L.Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Every callback has checked what it checks: from the first round on the directory belongs to this run."""
         root = Path(trainer.default_root_dir)
-        if (root / "partition.npz").exists():
+        if (root / "partition.npz").exists() or not trainer.is_global_zero:
             return
         root.mkdir(parents=True, exist_ok=True)
         if self.config is not None and not (root / "config.yaml").exists():
@@ -92,12 +92,14 @@ class RunRecorder(L.Callback):
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         evaluation = _find(trainer, Evaluation)
-        if evaluation is not None:
+        if evaluation is not None and trainer.is_global_zero:
             found = json.dumps({**evaluation.facts, **evaluation.latest}, indent=2)
             write_text(Path(trainer.default_root_dir) / "test.json", found)
 
     def write(self, trainer: L.Trainer, *, status: str) -> None:
         """Write ``summary.json``."""
+        if not trainer.is_global_zero:
+            return
         orchestrator, evaluation = _find(trainer, FederatedOrchestrator), _find(trainer, Evaluation)
         history = evaluation.history if evaluation is not None else []
         summary: dict[str, Any] = {

@@ -117,7 +117,8 @@ class Evaluation(L.Callback):
                 samples = quantise(samples)
             for metric in self.metrics or ():
                 values |= {f"{name}{suffix}": value for name, value in metric.compute(samples, requested).items()}
-        return values
+        agreed: dict[str, float] = trainer.strategy.broadcast(values)  # hosts may round differently
+        return agreed
 
     def _log(
         self, trainer: L.Trainer, pl_module: L.LightningModule, values: dict[str, float], *, monitor: bool
@@ -129,9 +130,10 @@ class Evaluation(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(values, step=rounds)
         if monitor:
-            pl_module.log_dict(values, on_epoch=True, on_step=False, logger=False, batch_size=1, prog_bar=True)
+            options: dict[str, Any] = {"on_epoch": True, "on_step": False, "logger": False, "batch_size": 1}
+            pl_module.log_dict(values, prog_bar=True, sync_dist=trainer.world_size > 1, **options)
         self.latest = values
-        if trainer.state.fn != "fit":
+        if trainer.state.fn != "fit" and trainer.is_global_zero:
             for name, value in values.items():
                 print(f"{name:>24}  {value:.6g}")
 

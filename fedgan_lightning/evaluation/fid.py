@@ -40,7 +40,7 @@ class FeatureSums:
 @torch.no_grad()
 def feature_sums(net: FrozenNet, batches: Iterable[Tensor]) -> FeatureSums:
     """Return the sums of the features of all samples in ``batches``; runs where the samples live."""
-    metric = FrechetInceptionDistance(feature=net)
+    metric = FrechetInceptionDistance(feature=net, sync_on_compute=False)
     device = next((parameter.device for parameter in net.parameters()), torch.device("cpu"))
     metric = metric.to(device)
     for batch in batches:
@@ -66,7 +66,7 @@ def frechet_distance(real: FeatureSums, fake: FeatureSums) -> float:
                 fix="raise evaluation.num_samples",
             )
         )
-    metric = FrechetInceptionDistance(feature=_Width(len(real.total)))
+    metric = FrechetInceptionDistance(feature=_Width(len(real.total)), sync_on_compute=False)
     for side, sums in (("real", real), ("fake", fake)):
         setattr(metric, f"{side}_features_sum", sums.total)
         setattr(metric, f"{side}_features_cov_sum", sums.outer)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fedgan_lightning.errors import UpdateError, message
+from fedgan_lightning.federation.ranks import Ranks, first_known
 from fedgan_lightning.packing import Layout, Packed
 from fedgan_lightning.protocol import Aggregate, Aggregator, ClientUpdate
 
@@ -44,6 +45,11 @@ class WeightedSums:
     weight: float = 0.0
     num_clients: int = 0
     num_examples: int = 0
+
+    @property
+    def parts(self) -> tuple[Sums, Sums]:
+        """Parameter updates and extras."""
+        return self.delta, self.extras
 
 
 class WeightedMean(Aggregator):
@@ -87,6 +93,30 @@ class WeightedMean(Aggregator):
         first.num_clients += second.num_clients
         first.num_examples += second.num_examples
         return first
+
+    def reduce(self, accumulator: WeightedSums, ranks: Ranks) -> WeightedSums:
+        facts = ranks.exchange(
+            {
+                "weight": accumulator.weight,
+                "num_clients": accumulator.num_clients,
+                "num_examples": accumulator.num_examples,
+                "layouts": [None if sums.layout is None else sums.layout.plain() for sums in accumulator.parts],
+            }
+        )
+        if ranks.world_size == 1:
+            return accumulator
+        for index, sums in enumerate(accumulator.parts):
+            known = first_known([own["layouts"][index] for own in facts])
+            if known is None:  # nobody has trained a client
+                continue
+            if sums.layout is None:
+                sums.layout = Layout.from_plain(known)
+                sums.vectors = {n: torch.zeros(s, dtype=torch.float64) for n, s in sums.layout.lengths.items()}
+            sums.vectors = {dtype: ranks.sum_(sums.vectors[dtype]) for dtype in sums.layout.lengths}
+        accumulator.weight = sum(own["weight"] for own in facts)
+        accumulator.num_clients = sum(own["num_clients"] for own in facts)
+        accumulator.num_examples = sum(own["num_examples"] for own in facts)
+        return accumulator
 
     def finalize(self, accumulator: WeightedSums) -> Aggregate:
         return Aggregate(

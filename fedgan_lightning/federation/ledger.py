@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedgan_lightning.federation.optimizer_state import is_optimizer_entry
-from fedgan_lightning.protocol import ClientUpdate, State
+from fedgan_lightning.protocol import State
 from fedgan_lightning.states import network_of
 
 OPTIMIZER = "optimizer"
@@ -41,15 +41,20 @@ class Ledger:
         self.client_seconds = 0.0
         self.round_seconds = 0.0
 
-    def record(self, sent: Mapping[str, int], update: ClientUpdate) -> None:
-        """Count one client's visit: ``sent`` is :func:`bytes_by_network` of what went down."""
-        received = bytes_by_network({**update.delta, **update.extras})
+    def record(self, sent: Mapping[str, int], received: Mapping[str, int], metrics: Mapping[str, float]) -> None:
+        """Count one client's visit.
+
+        Args:
+            sent: :func:`bytes_by_network` of what went down.
+            received: The same of what came up.
+            metrics: The client's ``steps`` and ``seconds``.
+        """
         for totals, sizes in ((self.bytes_down, sent), (self.bytes_up, received)):
             for network, size in sizes.items():
                 totals[network] = totals.get(network, 0) + size
-        self.client_steps += int(update.metrics.get("steps", 0))
+        self.client_steps += int(metrics.get("steps", 0))
         self.client_runs += 1
-        self.client_seconds += update.metrics.get("seconds", 0.0)
+        self.client_seconds += metrics.get("seconds", 0.0)
 
     def add(self, other: Ledger) -> None:
         """Add the totals of another ledger: those of a round that is complete."""

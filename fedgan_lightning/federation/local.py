@@ -19,6 +19,7 @@ from fedgan_lightning import states
 from fedgan_lightning.errors import ClientError, RoundInterrupted
 from fedgan_lightning.federation import optimizer_state
 from fedgan_lightning.federation.policy import Policy
+from fedgan_lightning.federation.ranks import Ranks
 from fedgan_lightning.federation.round_trainer import RoundTrainer, batch_length, schedulers_of
 from fedgan_lightning.federation.store import ClientStore
 from fedgan_lightning.packing import Packed
@@ -54,6 +55,7 @@ class ClientContext:
         store: Private state by client.
         trainer_options: Accelerator, devices and precision of per-round Trainers.
         stop_requested: Asked between minibatches; when true, the round is given up.
+        ranks: The processes that share the run.
     """
 
     model: L.LightningModule
@@ -62,6 +64,7 @@ class ClientContext:
     store: ClientStore
     trainer_options: Mapping[str, Any] = field(default_factory=dict)
     stop_requested: Callable[[], bool] = never
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 @dataclass(frozen=True)

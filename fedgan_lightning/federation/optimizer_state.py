@@ -91,7 +91,8 @@ def restore(module: nn.Module, optimizers: Sequence[Optimizer], moments: State) 
     by_parameter: dict[tuple[int, str], dict[str, Tensor]] = {}
     for entry, value in moments.items():
         _, position, name, key = entry.split("/")
-        by_parameter.setdefault((int(position), name), {})[key] = value
+        # Copied: optimizers load tensors as they are, and would train on moments that belong to all clients.
+        by_parameter.setdefault((int(position), name), {})[key] = value.clone()
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     for index, optimizer in enumerate(optimizers):
         ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]

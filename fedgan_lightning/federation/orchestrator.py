@@ -20,8 +20,10 @@ from fedgan_lightning.errors import CheckpointError, ConfigurationError, RoundIn
 from fedgan_lightning.federation.aggregation import WeightedMean
 from fedgan_lightning.federation.executors import AutoExecutor
 from fedgan_lightning.federation.ledger import Ledger, bytes_by_network
-from fedgan_lightning.federation.local import SCHEDULE, ClientContext
-from fedgan_lightning.federation.policy import Policy, resolve
+from fedgan_lightning.federation.local import ClientContext
+from fedgan_lightning.federation.policy import resolve
+from fedgan_lightning.federation.ranks import Ranks, flattened
+from fedgan_lightning.federation.rounds import ClientRecord, RoundSummary, differences
 from fedgan_lightning.federation.sampling import AllClients
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.federation.store import ClientStore
@@ -30,7 +32,6 @@ from fedgan_lightning.protocol import (
     Aggregator,
     ClientSampler,
     ClientTask,
-    ClientUpdate,
     Executor,
     FederatedData,
     LocalWork,
@@ -38,10 +39,6 @@ from fedgan_lightning.protocol import (
     listeners,
 )
 from fedgan_lightning.seeding import derive_seed
-from fedgan_lightning.states import network_of, norm
-
-#: Above this many clients per-client curves are replaced by minimum, mean and maximum.
-MAX_CLIENT_CURVES = 50
 
 
 class FederatedOrchestrator(L.Callback):
@@ -112,6 +109,7 @@ class FederatedOrchestrator(L.Callback):
         self._handlers: dict[int, Any] = {}
         self._round: tuple[RoundInfo, dict[str, float], float, float] | None = None
         self._round_ledger = Ledger()
+        self._ranks = Ranks()
 
     # ------------------------------------------------------------------ before the first round
 
@@ -155,12 +153,12 @@ class FederatedOrchestrator(L.Callback):
                     fix="use bf16-mixed",
                 )
             )
-        if trainer.world_size > 1:
+        if trainer.world_size > 1 and not self.aggregator.additive:
             raise ConfigurationError(
                 message(
-                    "the clients of a round run in one process",
-                    received=f"{trainer.world_size} devices",
-                    fix="set trainer.devices to 1",
+                    "several devices sum their clients' updates, so the aggregator must be additive",
+                    received=f"{type(self.aggregator).__name__} on {trainer.world_size} devices",
+                    fix="set trainer.devices to 1, or use WeightedMean",
                 )
             )
         return module, data
@@ -175,6 +173,10 @@ class FederatedOrchestrator(L.Callback):
             raise ConfigurationError(
                 message("sums over clients are float64", received="an mps device", fix="set trainer.accelerator: cpu")
             )
+        local = getattr(trainer, "num_devices", 1)
+        self._ranks = Ranks(
+            rank=trainer.global_rank, world_size=trainer.world_size, local_world_size=local, device=root
+        )
         options: dict[str, Any] = {"accelerator": root.type, "precision": trainer.precision}
         options["devices"] = [root.index] if root.type == "cuda" else 1
         self.executor.setup(
@@ -185,6 +187,7 @@ class FederatedOrchestrator(L.Callback):
                 store=self.store,
                 trainer_options=options,
                 stop_requested=self._stop_requested,
+                ranks=self._ranks,
             )
         )
 
@@ -218,7 +221,7 @@ class FederatedOrchestrator(L.Callback):
             hook(trainer, server, info)
         self._round, self._round_ledger = None, Ledger()
         try:
-            aggregate, summary = self._run_round(trainer, server, info)
+            aggregate, summary = self._run_round(trainer, server, data, info)
         except RoundInterrupted:
             self.store.discard()
             trainer.should_stop = True
@@ -226,25 +229,38 @@ class FederatedOrchestrator(L.Callback):
         server.receive(aggregate)
         self._round = (info, summary.metrics(aggregate), summary.mean_images, started)
 
-    def _run_round(self, trainer: L.Trainer, server: ServerModule, info: RoundInfo) -> tuple[Aggregate, _RoundSummary]:
+    def _run_round(
+        self, trainer: L.Trainer, server: ServerModule, data: FederatedData, info: RoundInfo
+    ) -> tuple[Aggregate, RoundSummary]:
+        """Train this rank's share of the cohort, then bring the shares of all ranks together."""
         state = server.shared_state()
-        sent = bytes_by_network(state)
-        accumulator, summary = self.aggregator.init(), _RoundSummary(server.policy)
+        networks = [network for network, sync in server.policy.sync.items() if sync == "average"]
+        accumulator, records, failure = self.aggregator.init(), [], None
         hooks = listeners(trainer.callbacks, "on_client_end")  # type: ignore[attr-defined]
-        for update in self.executor.run(self._tasks(info, state)):
-            accumulator = self.aggregator.accumulate(accumulator, update)
-            self._round_ledger.record(sent, update)
-            summary.add(update)
-            for hook in hooks:
-                hook(trainer, server, update)
-            if self._stop_requested():
-                raise RoundInterrupted("the user asked to stop")
+        try:
+            for update in self.executor.run(self._tasks(info, state, data)):
+                accumulator = self.aggregator.accumulate(accumulator, update)
+                records.append(ClientRecord.of(update, networks=networks))
+                for hook in hooks:
+                    hook(trainer, server, update)
+                if self._stop_requested():
+                    raise RoundInterrupted("the user asked to stop")
+        except Exception as error:
+            failure = error
+        self._ranks.agree(failure)
+        plain = flattened(self._ranks.exchange([record.plain() for record in records]))
+        summary = RoundSummary((ClientRecord(**fields) for fields in plain), networks=networks)
+        self.store.exchange(self._ranks.exchange_states)
+        sent = bytes_by_network(state)
+        for record in summary.records:
+            self._round_ledger.record(sent, record.bytes_up, record.metrics)
         self._schedule_positions = summary.schedule_positions or self._schedule_positions
-        return self.aggregator.finalize(accumulator), summary
+        return self.aggregator.finalize(self.aggregator.reduce(accumulator, self._ranks)), summary
 
-    def _tasks(self, info: RoundInfo, state: dict[str, Any]) -> Iterator[ClientTask]:
+    def _tasks(self, info: RoundInfo, state: dict[str, Any], data: FederatedData) -> Iterator[ClientTask]:
         work = LocalWork(steps=self.local_steps, epochs=self.local_epochs, schedule_positions=self._schedule_positions)
-        for client_id in info.cohort:
+        costs = {k: work.span(round=info.round, steps_per_epoch=data.steps_per_epoch(k))[1] for k in info.cohort}
+        for client_id in self._ranks.share(costs):
             seed = derive_seed(self.seed, "client", info.round, client_id)
             yield ClientTask(client_id=client_id, round=info.round, seed=seed, state=state, local=work)
 
@@ -269,7 +285,9 @@ class FederatedOrchestrator(L.Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=info.round + 1)
         shown = {name: metrics[name] for name in metrics if name.startswith("train/loss")}
-        server.log_dict(shown, on_step=False, on_epoch=True, logger=False, batch_size=1)
+        server.log_dict(
+            shown, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=trainer.world_size > 1
+        )
         for hook in listeners(trainer.callbacks, "on_round_end"):  # type: ignore[attr-defined]
             hook(trainer, server, info, metrics)
 
@@ -354,62 +372,3 @@ class FederatedOrchestrator(L.Callback):
         self._schedule_positions = tuple(state["schedule_positions"])
         server.moments = dict(state["moments"])
         self.executor.load_state_dict(state["executor"])
-
-
-class _RoundSummary:
-    """Statistics over the updates of a round, streaming."""
-
-    def __init__(self, policy: Policy) -> None:
-        self.networks = [network for network, sync in policy.sync.items() if sync == "average"]
-        self.total_weight = 0.0
-        self.sums: dict[str, float] = {}
-        self.per_client: dict[int, dict[str, float]] = {}
-        self.extremes: dict[str, tuple[float, float]] = {}
-        self.schedule_positions: tuple[int, ...] = ()
-
-    def add(self, update: ClientUpdate) -> None:
-        positions = [int(value) for name, value in update.metrics.items() if name.startswith(SCHEDULE)]
-        if positions:  # clients may differ under local epochs: the longest leads
-            before = self.schedule_positions or (0,) * len(positions)
-            self.schedule_positions = tuple(map(max, before, positions))
-        values = {name: value for name, value in update.metrics.items() if not name.startswith(SCHEDULE)}
-        for network in self.networks:
-            entries = [value for name, value in update.delta.items() if network_of(name) == network]
-            values[f"update_norm/{network}"] = float(norm(entries))
-        self.total_weight += update.num_examples
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + update.num_examples * value
-            low, high = self.extremes.get(name, (value, value))
-            self.extremes[name] = (min(low, value), max(high, value))
-        if len(self.per_client) < MAX_CLIENT_CURVES:
-            self.per_client[update.client_id] = values
-
-    @property
-    def mean_images(self) -> float:
-        """Weighted mean over clients of images seen: the length of one local path."""
-        return self.sums.get("images", 0.0) / self.total_weight if self.total_weight else 0.0
-
-    def metrics(self, aggregate: Aggregate) -> dict[str, float]:
-        """Return means over the cohort, per-client values of small cohorts, extremes of large ones."""
-        hidden = ("images", "steps")
-        means = {name: total / self.total_weight for name, total in self.sums.items() if name not in hidden}
-        values = {(name if name.startswith("update_norm") else f"train/{name}"): mean for name, mean in means.items()}
-        for network in self.networks:
-            entries = [value for name, value in aggregate.delta.items() if network_of(name) == network]
-            values[f"update_norm/{network}/aggregated"] = float(norm(entries))
-        if aggregate.num_clients <= MAX_CLIENT_CURVES:
-            for client_id, own in self.per_client.items():
-                values |= {f"client/{client_id:03d}/{name}": own[name] for name in own if name not in hidden}
-        else:
-            for name, (low, high) in self.extremes.items():
-                values |= {f"clients/{name}/min": low, f"clients/{name}/max": high}
-        return values
-
-
-def differences(before: Any, now: Any, prefix: str = "") -> list[str]:
-    """Return ``"KEY was A, is B"`` for every leaf in which two nested mappings differ."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        keys = sorted({*before, *now}, key=str)
-        found = [differences(before.get(key), now.get(key), f"{prefix}{key}.") for key in keys]
-        return [line for lines in found for line in lines]
-    return [] if before == now else [f"{prefix.rstrip('.')} was {before}, is {now}"]

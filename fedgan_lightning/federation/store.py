@@ -6,7 +6,7 @@ checkpoint taken at any time holds the state after the last complete round.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +29,10 @@ class ClientStore:
         """Keep ``state`` for the client, once :meth:`commit` is called; an empty one is not stored."""
         if state:
             self._pending[client_id] = {name: value.detach().cpu().clone() for name, value in state.items()}
+
+    def exchange(self, share: Callable[[Mapping[int, State]], Mapping[int, State]]) -> None:
+        """Replace the writes of this round by those of all ranks; ``share`` brings them together."""
+        self._pending = {client_id: dict(state) for client_id, state in share(self._pending).items()}
 
     def commit(self) -> None:
         """Make the writes of this round permanent."""

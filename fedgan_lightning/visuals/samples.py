@@ -117,6 +117,8 @@ class SamplePictures(L.Callback):
         return pictures.grid(torch.cat(rows), columns=self.columns)
 
     def _publish(self, trainer: L.Trainer, picture: pictures.Picture, *, name: str, tag: str, step: int) -> None:
+        if not trainer.is_global_zero:
+            return
         pictures.save(picture, Path(trainer.default_root_dir) / name)
         for writer in writers(trainer):
             writer.add_image(tag, picture, step, dataformats="HWC")
@@ -126,6 +128,8 @@ class SamplePictures(L.Callback):
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write ``predictions/samples.png`` and ``predictions/samples.npz`` (x, and y for conditional generators)."""
         assert isinstance(pl_module, ServerModule)
+        if not trainer.is_global_zero:
+            return
         data, folder = _data(trainer), Path(trainer.default_root_dir) / "predictions"
         classes = int(getattr(pl_module.model, "num_classes", 0))
         labels = torch.arange(self.predict_samples) % classes if classes else None

@@ -20,6 +20,7 @@ from fedgan_lightning import (
     Segments,
     SequentialExecutor,
     VectorizedExecutor,
+    WeightedMean,
 )
 from fedgan_lightning.errors import ClientError, ConfigurationError, RoundInterrupted
 from fedgan_lightning.federation.local import ClientContext
@@ -32,7 +33,7 @@ from fedgan_lightning.gan.penalties import Penalty
 from fedgan_lightning.gan.priors import Uniform
 from fedgan_lightning.protocol import ClientTask, Executor, LocalWork
 from fedgan_lightning.seeding import derive_seed
-from tests.conftest import adam, digits_data, ring_data, ring_gan, sgd
+from tests.conftest import adam, digits_data, finish, ring_data, ring_gan, sgd
 from tests.foreign import SomebodysGAN
 
 LOSSES = sorted(AdversarialLoss.__subclasses__(), key=lambda cls: cls.__name__)
@@ -108,8 +109,12 @@ def updates(executor: Executor, gan, data, *, rounds=1, work=None, cohorts=None,
         cohort = range(data.num_clients) if cohorts is None else cohorts[round]
         local = work if work is not None else LocalWork(steps=20)
         tasks = [ClientTask(k, round, derive_seed(0, "client", round, k), state, local) for k in cohort]
-        for update in executor.run(tasks):
-            found[round, update.client_id] = update
+        copies = {name: value.clone() for name, value in state.items()}
+        arrived = list(executor.run(tasks))
+        assert all(torch.equal(copies[name], value) for name, value in state.items()), "clients changed the server's"
+        found |= {(round, update.client_id): update for update in arrived}
+        moments = finish(WeightedMean(), arrived).extras
+        state = {**state, **{name: value for name, value in moments.items() if name.startswith("optimizer/")}}
         store.commit()
     executor.teardown()
     return found, store, state

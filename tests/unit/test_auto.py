@@ -11,6 +11,7 @@ import torch
 from fedgan_lightning import AutoExecutor, SequentialExecutor, VectorizedExecutor
 from fedgan_lightning.errors import ConfigurationError
 from fedgan_lightning.federation.executors.auto import Plan, available_threads
+from fedgan_lightning.federation.ranks import Ranks
 from tests.conftest import adam, federate, ring_data, ring_gan
 from tests.contracts.test_executors import assert_same, updates
 from tests.foreign import SomebodysGAN
@@ -41,7 +42,7 @@ def test_many_small_clients_are_stacked_and_the_reason_is_said(tmp_path, caplog)
     with caplog.at_level(logging.INFO, logger="fedgan_lightning"):
         plan, _ = planned(executor, data=ring_data(num_clients=32, num_samples=4096))
     assert plan.chunk_size > 1
-    assert 1 <= plan.num_threads <= available_threads()
+    assert 1 <= plan.num_threads <= available_threads(Ranks())
     assert "clients stacked at a time" in caplog.text
     assert "ms per client step, one by one" in caplog.text
 

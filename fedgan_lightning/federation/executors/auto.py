@@ -23,6 +23,7 @@ from fedgan_lightning.federation.cohort import CohortTrainer
 from fedgan_lightning.federation.executors.sequential import SequentialExecutor
 from fedgan_lightning.federation.executors.vectorized import VectorizedExecutor
 from fedgan_lightning.federation.local import ClientContext, LocalTrainer
+from fedgan_lightning.federation.ranks import Ranks, first_known
 from fedgan_lightning.protocol import ClientTask, ClientUpdate, Executor
 from fedgan_lightning.version import __version__
 
@@ -81,12 +82,15 @@ class AutoExecutor(Executor):
     def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientUpdate]:
         if self._context is None:
             raise RuntimeError("AutoExecutor.run before setup; fix: call setup first.")
-        listed = list(tasks)
-        if not listed:
-            return
+        listed, ranks = list(tasks), self._context.ranks
         if self.plan is None:
-            self.plan = self._remembered(listed)
-            logger.info(self.plan.describe())
+            own = self._remembered(listed) if listed else None
+            known = first_known(ranks.exchange(None if own is None else dataclasses.asdict(own)))
+            if known is None:
+                return
+            self.plan = Plan(**known)  # one for all ranks
+            if ranks.rank == 0:
+                logger.info(self.plan.describe())
         if self._executor is None:
             stacked = self.plan.chunk_size > 1
             self._executor = VectorizedExecutor(chunk_size=self.plan.chunk_size) if stacked else SequentialExecutor()
@@ -129,7 +133,13 @@ class AutoExecutor(Executor):
         assert self._context is not None
         model, data = self._context.model, self._context.data
         shapes = [tuple(value.shape) for value in model.state_dict().values()]
-        facts = [__version__, torch.__version__, platform.machine(), platform.processor(), available_threads()]
+        facts = [
+            __version__,
+            torch.__version__,
+            platform.machine(),
+            platform.processor(),
+            available_threads(self._context.ranks),
+        ]
         facts += [dict(self._context.trainer_options), self.num_threads, repr(model), shapes, len(tasks)]
         facts += [tasks[0].local.steps, tasks[0].local.epochs, data.fingerprint()]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
@@ -138,7 +148,7 @@ class AutoExecutor(Executor):
         assert self._context is not None
         context = self._context
         _, steps = tasks[0].local.span(round=0, steps_per_epoch=context.data.steps_per_epoch(tasks[0].client_id))
-        counts = [self.num_threads] if self.num_threads else sorted({1, available_threads()})
+        counts = [self.num_threads] if self.num_threads else sorted({1, available_threads(context.ranks)})
         alone = LocalTrainer(trial_context(context))
         sequential = {n: _seconds(lambda s: [alone.run(t) for t in shortened(tasks[:1], steps=s)], n) for n in counts}
         seconds = {(1, n): len(tasks) * (fixed + steps * step) for n, (fixed, step) in sequential.items()}
@@ -198,9 +208,10 @@ def _seconds(run: Callable[[int], object], num_threads: int) -> tuple[float, flo
     return max(best[few] - step, 0.0), step
 
 
-def available_threads() -> int:
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def available_threads(ranks: Ranks) -> int:
+    """Return the cores that this process may use: its part of the host's."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // ranks.local_world_size)
 
 
 @contextmanager

@@ -1,0 +1,122 @@
+"""A round in numbers: what every client reported, and what the cohort amounts to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from fedgan_lightning.federation.ledger import bytes_by_network
+from fedgan_lightning.federation.local import SCHEDULE
+from fedgan_lightning.packing import Packed
+from fedgan_lightning.protocol import Aggregate, ClientUpdate, State
+from fedgan_lightning.states import network_of
+
+#: Above this many clients per-client curves are replaced by minimum, mean and maximum.
+MAX_CLIENT_CURVES = 50
+#: Counts that are no curves.
+HIDDEN = ("images", "steps")
+
+
+@dataclass(frozen=True)
+class ClientRecord:
+    """The scalars of one client's round; plain values, so that ranks can exchange them.
+
+    Attributes:
+        client_id: The client.
+        num_examples: Size N_k of its data set.
+        metrics: What it reported, and the norm of its update by network.
+        positions: Where its learning-rate schedules stand.
+        bytes_up: What it sent, by network.
+    """
+
+    client_id: int
+    num_examples: int
+    metrics: dict[str, float]
+    positions: list[int]
+    bytes_up: dict[str, int]
+
+    @classmethod
+    def of(cls, update: ClientUpdate, *, networks: Sequence[str]) -> ClientRecord:
+        """Return the record of an update; ``networks`` are those that travel."""
+        metrics = {name: value for name, value in update.metrics.items() if not name.startswith(SCHEDULE)}
+        return cls(
+            client_id=update.client_id,
+            num_examples=update.num_examples,
+            metrics={**metrics, **{f"update_norm/{n}": value for n, value in norms(update.delta, networks).items()}},
+            positions=[int(value) for name, value in update.metrics.items() if name.startswith(SCHEDULE)],
+            bytes_up=bytes_by_network({**update.delta, **update.extras}),
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """Return the fields as plain values."""
+        return asdict(self)
+
+
+class RoundSummary:
+    """Statistics over the records of a round, in the order of the clients.
+
+    Args:
+        records: One record per update.
+        networks: Networks that travel.
+    """
+
+    def __init__(self, records: Iterable[ClientRecord], *, networks: Sequence[str]) -> None:
+        self.records = sorted(records, key=lambda record: record.client_id)
+        self.networks = networks
+        self.total_weight = sum(record.num_examples for record in self.records)
+
+    @property
+    def schedule_positions(self) -> tuple[int, ...]:
+        """Where schedules stand; clients may differ under local epochs: the longest leads."""
+        positions = [record.positions for record in self.records if record.positions]
+        return tuple(map(max, zip(*positions))) if positions else ()
+
+    @property
+    def mean_images(self) -> float:
+        """Weighted mean over clients of images seen: the length of one local path."""
+        return self._means().get("images", 0.0)
+
+    def _means(self) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        for record in self.records:
+            for name, value in record.metrics.items():
+                sums[name] = sums.get(name, 0.0) + record.num_examples * value
+        return {name: total / self.total_weight for name, total in sums.items()}
+
+    def metrics(self, aggregate: Aggregate) -> dict[str, float]:
+        """Return means over the cohort, per-client values of small cohorts, extremes of large ones."""
+        means = {name: value for name, value in self._means().items() if name not in HIDDEN}
+        values = {(name if name.startswith("update_norm") else f"train/{name}"): mean for name, mean in means.items()}
+        for network, value in norms(aggregate.delta, self.networks).items():
+            values[f"update_norm/{network}/aggregated"] = value
+        if len(self.records) <= MAX_CLIENT_CURVES:
+            for record in self.records:
+                own = {name: value for name, value in record.metrics.items() if name not in HIDDEN}
+                values |= {f"client/{record.client_id:03d}/{name}": value for name, value in own.items()}
+            return values
+        for name in {name for record in self.records for name in record.metrics}:
+            known = [record.metrics[name] for record in self.records if name in record.metrics]
+            values |= {f"clients/{name}/min": min(known), f"clients/{name}/max": max(known)}
+        return values
+
+
+def norms(state: State, networks: Sequence[str]) -> dict[str, float]:
+    """Return the Euclidean norm of each network's entries."""
+    packed = Packed.of(state)
+    squares: dict[str, float] = dict.fromkeys(networks, 0.0)
+    for vector, spans in packed.runs(network_of):
+        for network, start, stop in spans:
+            squares[network] = squares.get(network, 0.0) + float(torch.linalg.vector_norm(vector[start:stop])) ** 2
+    return {network: squares[network] ** 0.5 for network in networks}
+
+
+def differences(before: Any, now: Any, prefix: str = "") -> list[str]:
+    """Return ``"KEY was A, is B"`` for every leaf in which two nested mappings differ."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        keys = sorted({*before, *now}, key=str)
+        found = [differences(before.get(key), now.get(key), f"{prefix}{key}.") for key in keys]
+        return [line for lines in found for line in lines]
+    return [] if before == now else [f"{prefix.rstrip('.')} was {before}, is {now}"]
