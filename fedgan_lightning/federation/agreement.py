@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from fedgan_lightning.errors import RoundInterrupted
 from fedgan_lightning.federation import optimizer_state
 from fedgan_lightning.federation.cohort import CohortTrainer
 from fedgan_lightning.federation.local import ClientContext, LocalTrainer
@@ -43,20 +44,24 @@ def stack_key(task: ClientTask, private: State) -> object:
 def disagreement(context: ClientContext, tasks: Sequence[ClientTask]) -> str | None:
     """Train two of the clients for a few steps stacked and one by one; say how the updates differ, or ``None``.
 
-    It is what an optimizer does that looks at whole tensors (Adafactor, LBFGS), or a network that draws random numbers
-    of its own.
+    It is what an optimizer does that looks at whole tensors, or a network that draws random numbers of its own.
+
+    Raises:
+        ClientError: If a client fails on its own, too.
     """
     context = trial_context(context)
     wanted = stack_key(tasks[0], context.store.read(tasks[0].client_id))
     alike = [task for task in tasks if stack_key(task, context.store.read(task.client_id)) == wanted][:2]
     trial = shortened(alike, steps=TRIAL_STEPS)
+    alone = LocalTrainer(context)
+    references = [alone.run(task).delta for task in trial]  # an error here is the client's own, and is raised
     try:
         stacked = CohortTrainer(context).run(trial)
+    except RoundInterrupted:
+        raise
     except Exception as error:
         return " ".join(str(error).split())[:200]
-    alone = LocalTrainer(context)
-    for update, task in zip(stacked, trial):
-        reference = alone.run(task).delta
+    for update, reference in zip(stacked, references):
         for network in dict.fromkeys(map(network_of, reference)):
             names = [name for name in reference if network_of(name) == network]
             ours, theirs = (torch.cat([state[name].flatten() for name in names]) for state in (update.delta, reference))

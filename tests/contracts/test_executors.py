@@ -23,6 +23,7 @@ from fedgan_lightning import (
     WeightedMean,
 )
 from fedgan_lightning.errors import ClientError, ConfigurationError, RoundInterrupted
+from fedgan_lightning.federation.executors import vectorized
 from fedgan_lightning.federation.local import ClientContext
 from fedgan_lightning.federation.policy import resolve
 from fedgan_lightning.federation.server import ServerModule
@@ -311,7 +312,16 @@ def test_modules_that_cannot_be_stacked_say_why():
         updates(VectorizedExecutor(), SomebodysGAN(), ring_data())
 
 
-def test_an_error_in_a_stack_names_its_clients():
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_an_error_on_a_client_names_it(executor):
+    gan = ring_gan()
+    gan.discriminator.features.append(torch.nn.Linear(7, 7))
+    with pytest.raises(ClientError, match="client 0 failed in round 0 at stage 'train'"):
+        updates(executor(), gan, ring_data())
+
+
+def test_an_error_in_a_stack_names_those_that_it_may_be_of(monkeypatch):
+    monkeypatch.setattr(vectorized, "disagreement", lambda context, tasks: None)
     gan = ring_gan()
     gan.discriminator.features.append(torch.nn.Linear(7, 7))
     with pytest.raises(ClientError, match="client 0 or one of 3 stacked with it failed in round 0"):

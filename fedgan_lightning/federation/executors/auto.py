@@ -33,6 +33,8 @@ logger = logging.getLogger("fedgan_lightning")
 WORTH_IT = 1.05
 #: Largest stacks tried, and the memory that the weights, gradients and moments of one may take.
 STACK_SIZES, STACK_BYTES = (16, 64, 256), 2 * 1024**3
+#: A step as long as this keeps a CPU busy with arithmetic.
+BUSY_SECONDS = 0.05
 #: Steps that bring mapped networks to speed.
 WARM_UP = 6
 
@@ -152,7 +154,7 @@ class AutoExecutor(Executor):
         alone = LocalTrainer(trial_context(context))
         sequential = {n: _seconds(lambda s: [alone.run(t) for t in shortened(tasks[:1], steps=s)], n) for n in counts}
         seconds = {(1, n): len(tasks) * (fixed + steps * step) for n, (fixed, step) in sequential.items()}
-        reason = "a single client" if len(tasks) == 1 else _obstacle(context, tasks)
+        reason = _obstacle(context, tasks, seconds_per_step=min(step for _, step in sequential.values()))
         if reason is None:
             cohort = CohortTrainer(trial_context(context))
             for size in _stack_sizes(context, len(tasks)):
@@ -174,8 +176,12 @@ def _stacked(cohort: CohortTrainer, tasks: list[ClientTask]) -> Callable[[int], 
     return lambda steps: cohort.run(shortened(tasks, steps=steps))
 
 
-def _obstacle(context: ClientContext, tasks: list[ClientTask]) -> str | None:
-    """Return why clients cannot be stacked, in one line, or ``None``."""
+def _obstacle(context: ClientContext, tasks: list[ClientTask], *, seconds_per_step: float) -> str | None:
+    """Return why clients are not to be stacked, in one line, or ``None``."""
+    if len(tasks) == 1:
+        return "a single client"
+    if context.trainer_options.get("accelerator") == "cpu" and seconds_per_step > BUSY_SECONDS:
+        return f"{1e3 * seconds_per_step:.0f} ms per client step: arithmetic, which stacking does not save"
     try:
         CohortTrainer(context)
     except ConfigurationError as error:
