@@ -1,0 +1,145 @@
+"""Several processes share a run: same weights as one, resume included; one that dies ends the run by name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedgan_lightning.checkpoints import read_checkpoint
+from fedgan_lightning.federation.ranks import Ranks
+from tests.conftest import ROOT
+
+SETTINGS = """
+seed_everything: 1
+model:
+  class_path: GAN
+  init_args:
+    generator:
+      class_path: MLPGenerator
+      init_args: {latent_dim: 4, sample_shape: [2], hidden: [16], output: linear}
+    discriminator: {class_path: MLPDiscriminator, init_args: {sample_shape: [2], hidden: [16]}}
+    generator_optimizer: {class_path: torch.optim.Adam, init_args: {lr: 1.0e-3}}
+    discriminator_optimizer: {class_path: torch.optim.Adam, init_args: {lr: 1.0e-3}}
+    ema_half_life_images: 500
+data:
+  source: {class_path: Ring, init_args: {num_samples: 960}}
+  partition: {class_path: QuantitySkew, init_args: {alpha: 2.0, min_samples: 32}}
+  num_clients: 7
+  batch_size: 16
+federation:
+  local_epochs: 1
+  clients: {class_path: FractionOfClients, init_args: {fraction: 0.7}}
+  sync: {discriminator: local}
+evaluation: {every_n_rounds: 100, num_samples: 200}
+pictures: {every_n_rounds: 100}
+best: {monitor: null}
+trainer: {accelerator: cpu, enable_progress_bar: false}
+"""
+
+
+def start(run_dir: Path, *arguments: str, devices: int = 2) -> subprocess.Popen:
+    settings = run_dir.parent / "settings.yaml"
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    settings.write_text(SETTINGS)
+    command = [sys.executable, "-m", "fedgan_lightning", "fit", "--config", str(settings), "--run_dir", str(run_dir)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [*command, "--trainer.devices", str(devices), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=run_dir.parent,
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    """Return (exit code, everything printed)."""
+    out, err = process.communicate(timeout=200)
+    return process.returncode, out + err
+
+
+def flat(value, prefix=""):
+    if isinstance(value, torch.Tensor):
+        return {prefix: value.double()}
+    if isinstance(value, dict):
+        return {k: v for name, own in value.items() for k, v in flat(own, f"{prefix}/{name}").items()}
+    return {}
+
+
+def result(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Weights, and what every client keeps."""
+    saved = read_checkpoint(run_dir / "checkpoints" / "last.ckpt")
+    return flat({"weights": saved["state_dict"], "clients": saved["callbacks"]["FederatedOrchestrator"]["store"]})
+
+
+def test_two_ranks_train_like_one_and_resume(tmp_path):
+    rounds = ("--federation.rounds", "5", "--federation.executor", "SequentialExecutor")
+    runs = {
+        "one": start(tmp_path / "one", *rounds, devices=1),
+        "interrupted": start(tmp_path / "interrupted", "--federation.rounds", "3", *rounds[2:]),
+    }
+    for process in runs.values():
+        code, text = finish(process)
+        assert code == 0, text
+    code, text = finish(start(tmp_path / "interrupted", *rounds, "--ckpt_path", "last"))
+    assert code == 0, text
+    one, two = result(tmp_path / "one"), result(tmp_path / "interrupted")
+    assert one.keys() == two.keys()
+    assert len({name.split("/")[2] for name in one if name.startswith("/clients")}) >= 5
+    for name, value in one.items():
+        assert (value - two[name]).norm() <= 1e-6 * value.norm(), name
+    assert text.count("rounds 5") == 1, "only the first rank speaks"
+
+
+def test_a_rank_that_dies_ends_the_run_with_a_named_error_and_a_usable_checkpoint(tmp_path):
+    run_dir = tmp_path / "run"
+    process = start(run_dir, "--federation.rounds", "100000")
+    deadline = time.monotonic() + 120
+    while not (run_dir / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (child,) = children(process.pid)
+    os.kill(child, signal.SIGKILL)
+    code, text = finish(process)
+    assert code == 1, text
+    assert "all processes of a run live until its end; received rank 0 of 2 lost another" in text
+    assert "continue with --ckpt_path last" in text
+    done = read_checkpoint(run_dir / "checkpoints" / "last.ckpt")["global_step"]
+    assert done >= 1
+    code, text = finish(start(run_dir, "--federation.rounds", str(done + 2), "--ckpt_path", "last", devices=1))
+    assert code == 0, text
+
+
+def children(pid: int) -> list[int]:
+    """Return the processes of Python that ``pid`` started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        fields = path.read_text().rsplit(")", 1)[1].split()
+        if int(fields[1]) == pid:
+            found.append(int(path.parent.name))
+    return found
+
+
+class TestShares:
+    def test_every_client_has_one_rank(self):
+        costs = {k: (k * 7) % 5 + 1 for k in range(23)}
+        shares = [Ranks(rank=rank, world_size=4).share(costs) for rank in range(4)]
+        assert sorted(k for share in shares for k in share) == list(range(23))
+
+    def test_the_longest_work_goes_first_so_loads_are_even(self):
+        costs = {0: 1, 1: 1, 2: 1, 3: 1, 4: 4, 5: 4}
+        loads = [sum(costs[k] for k in Ranks(rank=rank, world_size=2).share(costs)) for rank in range(2)]
+        assert loads == [6, 6]
+
+    @pytest.mark.parametrize("world_size", [1, 3])
+    def test_fewer_clients_than_ranks(self, world_size):
+        shares = [Ranks(rank=rank, world_size=world_size).share({5: 2}) for rank in range(world_size)]
+        assert sorted(shares, reverse=True)[0] == [5]
+        assert sum(map(len, shares)) == 1
