@@ -8,12 +8,39 @@ from collections.abc import Sequence
 from fedgan_lightning.errors import ClientError, FedGANError, RankError, UpdateError
 from fedgan_lightning.version import __version__
 
+COMMANDS = {
+    "fit": "train a federation",
+    "validate": "metrics of a checkpoint",
+    "test": "full evaluation of a checkpoint on held-out data",
+    "predict": "write samples of a checkpoint",
+    "partition": "who holds what, before any training",
+}
+USAGE = "\n".join(
+    [
+        "usage: python -m fedgan_lightning COMMAND --config FILE [--ckpt_path last] [--GROUP.OPTION VALUE ...]",
+        "",
+        "Train GANs over data that must not move.",
+        "",
+        "commands:",
+        *(f"  {name:<12}{meaning}" for name, meaning in COMMANDS.items()),
+        "",
+        "  COMMAND --help          the groups of options, and every option",
+        "  COMMAND --print_config  all settings with their values, as a file to start from",
+        "  --version",
+        "",
+        "A first run, nothing to download:  python -m fedgan_lightning fit --config configs/digits.yaml",
+    ]
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code: 0 done, 1 a client or process failed, 2 bad input, 128 + n signal n."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments == ["--version"]:  # answered before torch is imported
+    if arguments == ["--version"]:  # these are answered before torch is imported
         print(f"fedgan_lightning {__version__}")
+        return 0
+    if arguments in ([], ["--help"], ["-h"]):
+        print(USAGE)
         return 0
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 

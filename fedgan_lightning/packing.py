@@ -7,7 +7,7 @@ entry by entry (measured on the ring MLP), which decides how many clients a serv
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fedgan_lightning.protocol import State
+from fedgan_lightning.states import network_of
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,18 @@ class Layout:
         found: dict[torch.dtype, int] = {}
         for dtype, _, stop in self.spans.values():
             found[dtype] = stop
+        return found
+
+    @cached_property
+    def runs(self) -> dict[torch.dtype, list[tuple[str, int, int]]]:
+        """For every vector its runs (network, start, stop) of entries of one network."""
+        found: dict[torch.dtype, list[tuple[str, int, int]]] = {}
+        for name, (dtype, start, stop) in self.spans.items():
+            runs, network = found.setdefault(dtype, []), network_of(name)
+            if runs and runs[-1][0] == network:
+                runs[-1] = (network, runs[-1][1], stop)
+            else:
+                runs.append((network, start, stop))
         return found
 
     def plain(self) -> dict[str, Any]:
@@ -114,19 +127,6 @@ class Packed(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.layout.names)
-
-    def runs(self, group: Callable[[str], str]) -> Iterator[tuple[Tensor, list[tuple[str, int, int]]]]:
-        """Yield every vector with its runs (group, start, stop) of entries of one group."""
-        for dtype, vector in self.vectors.items():
-            found: list[tuple[str, int, int]] = []
-            for name, (own, start, stop) in self.layout.spans.items():
-                if own != dtype:
-                    continue
-                if found and found[-1][0] == group(name) and found[-1][2] == start:
-                    found[-1] = (found[-1][0], found[-1][1], stop)
-                else:
-                    found.append((group(name), start, stop))
-            yield vector, found
 
 
 def unstack(state: State) -> list[Packed]:

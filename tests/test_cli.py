@@ -290,3 +290,15 @@ class Bomb:
 
     def __reduce__(self):
         return (open, (self.path, "w"))
+
+
+def test_version_and_help_are_answered_without_torch():
+    program = "import sys; from fedgan_lightning.__main__ import main; main([sys.argv[1]]); print('torch' in sys.modules)"
+    for argument, said in (("--version", "fedgan_lightning"), ("--help", "python -m fedgan_lightning COMMAND")):
+        run = subprocess.run([sys.executable, "-c", program, argument], capture_output=True, text=True, check=True)
+        assert said in run.stdout
+        assert run.stdout.strip().endswith("False")
+
+
+def test_the_short_help_names_every_command():
+    assert set(COMMANDS) == set(FederatedCLI.subcommands())

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from fedgan_lightning.federation.optimizer_state import is_optimizer_entry
+from fedgan_lightning.packing import Layout, Packed
 from fedgan_lightning.protocol import State
 from fedgan_lightning.states import network_of
 
@@ -14,10 +17,15 @@ OPTIMIZER = "optimizer"
 
 def bytes_by_network(state: State) -> dict[str, int]:
     """Return the size of a state in bytes by network; optimizer moments count under ``optimizer``."""
+    return dict(_sizes(state.layout if isinstance(state, Packed) else Layout.of(state)))
+
+
+@lru_cache(maxsize=64)
+def _sizes(layout: Layout) -> dict[str, int]:
     sizes: dict[str, int] = {}
-    for name, value in state.items():
+    for name, shape, dtype in zip(layout.names, layout.shapes, layout.dtypes):
         network = OPTIMIZER if is_optimizer_entry(name) else network_of(name)
-        sizes[network] = sizes.get(network, 0) + value.numel() * value.element_size()
+        sizes[network] = sizes.get(network, 0) + math.prod(shape) * dtype.itemsize
     return sizes
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from fedgan_lightning.federation.ledger import bytes_by_network
 from fedgan_lightning.federation.local import SCHEDULE
 from fedgan_lightning.packing import Packed
 from fedgan_lightning.protocol import Aggregate, ClientUpdate, State
-from fedgan_lightning.states import network_of
 
 #: Above this many clients per-client curves are replaced by minimum, mean and maximum.
 MAX_CLIENT_CURVES = 50
@@ -47,12 +47,12 @@ class ClientRecord:
             num_examples=update.num_examples,
             metrics={**metrics, **{f"update_norm/{n}": value for n, value in norms(update.delta, networks).items()}},
             positions=[int(value) for name, value in update.metrics.items() if name.startswith(SCHEDULE)],
-            bytes_up=bytes_by_network({**update.delta, **update.extras}),
+            bytes_up=dict(Counter(bytes_by_network(update.delta)) + Counter(bytes_by_network(update.extras))),
         )
 
     def plain(self) -> dict[str, Any]:
         """Return the fields as plain values."""
-        return asdict(self)
+        return dict(vars(self))
 
 
 class RoundSummary:
@@ -107,9 +107,10 @@ def norms(state: State, networks: Sequence[str]) -> dict[str, float]:
     """Return the Euclidean norm of each network's entries."""
     packed = Packed.of(state)
     squares: dict[str, float] = dict.fromkeys(networks, 0.0)
-    for vector, spans in packed.runs(network_of):
-        for network, start, stop in spans:
-            squares[network] = squares.get(network, 0.0) + float(torch.linalg.vector_norm(vector[start:stop])) ** 2
+    for dtype, runs in packed.layout.runs.items():
+        for network, start, stop in runs:
+            norm = torch.linalg.vector_norm(packed.vectors[dtype][start:stop])
+            squares[network] = squares.get(network, 0.0) + float(norm) ** 2
     return {network: squares[network] ** 0.5 for network in networks}
 
 

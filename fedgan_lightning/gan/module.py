@@ -196,41 +196,46 @@ class GAN(L.LightningModule):
     def _backward_discriminator(self, optimizer: Any, x: Tensor, y: Tensor) -> None:
         due = self.due_penalties()
         z, y_fake, mix = self.draw(y, dtype=x.dtype, mix=any(penalty.needs_mix for penalty, _ in due))
-        with self.toggled_optimizer(optimizer):
-            loss, stats = discriminator_step(
-                self.generate,
-                self.discriminate,
-                loss=self.loss,
-                penalties=due,
-                auxiliary_weight=self.auxiliary_weight,
-                x=x,
-                y=y,
-                z=z,
-                y_fake=y_fake,
-                mix=mix,
-                lift=self.lift,
-            )
-            optimizer.zero_grad()
-            self.manual_backward(loss.sum())
+        loss, stats = discriminator_step(
+            self.generate,
+            self.discriminate,
+            loss=self.loss,
+            penalties=due,
+            auxiliary_weight=self.auxiliary_weight,
+            x=x,
+            y=y,
+            z=z,
+            y_fake=y_fake,
+            mix=mix,
+            lift=self.lift,
+        )
+        self._backward(optimizer, loss)
         self._collect(stats, scale=1.0 / self.d_steps)
 
     def _backward_generator(self, optimizer: Any, x: Tensor, y: Tensor) -> None:
         z, y_fake, _ = self.draw(y, dtype=x.dtype)
-        with self.toggled_optimizer(optimizer):
-            loss, stats = generator_step(
-                self.generate,
-                self.discriminate,
-                loss=self.loss,
-                auxiliary_weight=self.auxiliary_weight,
-                x=x,
-                y=y,
-                z=z,
-                y_fake=y_fake,
-                lift=self.lift,
-            )
-            optimizer.zero_grad()
-            self.manual_backward(loss.sum())
+        loss, stats = generator_step(
+            self.generate,
+            self.discriminate,
+            loss=self.loss,
+            auxiliary_weight=self.auxiliary_weight,
+            x=x,
+            y=y,
+            z=z,
+            y_fake=y_fake,
+            lift=self.lift,
+        )
+        self._backward(optimizer, loss)
         self._collect(stats, scale=1.0 / self.g_steps)
+
+    def _backward(self, optimizer: Any, loss: Tensor) -> None:
+        """Compute the gradients of this optimizer's parameters, and of no others.
+
+        It does what toggling does, in less time: nothing of the other network is differentiated.
+        """
+        optimizer.zero_grad()
+        inputs = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.manual_backward(loss.sum(), inputs=inputs)
 
     # ------------------------------------------------------------------ what differs when several clients are stacked
 

@@ -394,8 +394,9 @@ class TestRounds:
             orchestrator = FederatedOrchestrator(rounds=1)
             facts = {"datamodule": ring_data(), "precision": "16-mixed", "world_size": 1}
             orchestrator._checked(type("T", (), facts)(), ServerModule(ring_gan()))
-        with pytest.raises(ConfigurationError, match="run in one process; received 2 devices"):
+        with pytest.raises(ConfigurationError, match="must be additive; received Median on 2 devices"):
             facts = {"datamodule": ring_data(), "precision": "32-true", "world_size": 2}
+            orchestrator.aggregator = type("Median", (), {"additive": False})()
             orchestrator._checked(type("T", (), facts)(), ServerModule(ring_gan()))
 
 

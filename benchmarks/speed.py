@@ -1,0 +1,238 @@
+"""Client steps per second of the executors against a hand-written loop, and against other engines where they install.
+
+    python -m benchmarks.speed                      # all rows, five repeats, markdown
+    python -m benchmarks.speed --workloads ring64 --repeats 3 --skip flower
+
+Executor and loop take turns, round by round in one process: a machine that others use slows both. Every figure is a
+median; "x loop" is the loop's median over the executor's, taken in the same process. The loop, the sequential and the
+vectorized executor run on the number of threads that suits each best. Two ranks and Flower are processes of their own,
+between two runs of the loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from benchmarks.workloads import WORKLOADS, PlainLoop, Workload, data, gan
+from fedgan_lightning import (
+    AutoExecutor,
+    FederatedOrchestrator,
+    ServerModule,
+)
+from fedgan_lightning.federation.executors.auto import Plan
+from fedgan_lightning.protocol import Executor
+
+WARM_UP = 2
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class TakeTurns(L.Callback):
+    """After every round of the federation, one round of something else; both are timed."""
+
+    def __init__(self, other: Callable[[], float] | None) -> None:
+        self.other, self.seconds, self.others = other, [], []  # type: ignore[var-annotated]
+        self._since = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._since = time.perf_counter()
+
+    def on_round_end(self, trainer: L.Trainer, server: Any, info: Any, metrics: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._since)
+        if self.other is not None:
+            self.others.append(self.other())
+        self._since = time.perf_counter()
+
+
+def federate(workload: Workload, executor: Executor, *, rounds: int, callback: L.Callback, devices: int = 1) -> None:
+    """Run rounds of the framework as a user does, with fresh optimizers on every client."""
+    orchestrator = FederatedOrchestrator(
+        rounds=rounds, local_steps=workload.steps, executor=executor, optimizer_state="reset"
+    )
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        callbacks=[orchestrator, callback],
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(ServerModule(gan(workload)), datamodule=data(workload))
+
+
+def timed_round(loop: PlainLoop, threads: int) -> float:
+    """Return the seconds of one round of the loop."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    started = time.perf_counter()
+    loop.round()
+    elapsed = time.perf_counter() - started
+    torch.set_num_threads(before)
+    return elapsed
+
+
+def best_threads(loop: PlainLoop) -> int:
+    """Return the number of threads on which the loop is fastest: the best of three rounds each, taking turns."""
+    seconds: dict[int, list[float]] = {1: [], CORES: []}
+    timed_round(loop, 1)
+    for _ in range(3):
+        for threads, found in seconds.items():
+            found.append(timed_round(loop, threads))
+    return min(seconds, key=lambda threads: min(seconds[threads]))
+
+
+def fixed(chunk_size: int, threads: int) -> AutoExecutor:
+    """Return an executor that runs clients in one way, on so many threads."""
+    executor = AutoExecutor()
+    executor.plan = Plan(chunk_size=chunk_size, num_threads=threads, reason="set by the benchmark")
+    return executor
+
+
+def against_loop(
+    workload: Workload, executor: Executor, *, repeats: int, loop: PlainLoop, threads: int
+) -> dict[str, float]:
+    """Return median seconds per round of executor and loop, taking turns."""
+    turns = TakeTurns(lambda: timed_round(loop, threads))
+    federate(workload, executor, rounds=repeats + WARM_UP, callback=turns)
+    ours, theirs = statistics.median(turns.seconds[WARM_UP:]), statistics.median(turns.others[WARM_UP:])
+    return {"seconds": ours, "loop": theirs, "ratio": theirs / ours}
+
+
+def quickest(workload: Workload, ways: dict[str, tuple[int, int]]) -> tuple[str, tuple[int, int]]:
+    """Return the way that is fastest over two rounds each."""
+    seconds = {}
+    for name, way in ways.items():
+        turns = TakeTurns(None)
+        federate(workload, fixed(*way), rounds=3, callback=turns)
+        seconds[name] = min(turns.seconds[1:])
+    best = min(seconds, key=lambda name: seconds[name])
+    return best, ways[best]
+
+
+def best_of(results: dict[str, dict[str, float]]) -> tuple[str, dict[str, float]]:
+    """Return the way with the best ratio."""
+    return max(results.items(), key=lambda item: item[1]["ratio"])
+
+
+def paired(command: list[str], *, loop: PlainLoop, threads: int, repeats: int) -> dict[str, float] | None:
+    """Return median seconds per round of another process, between two batches of the loop's rounds."""
+    before = [timed_round(loop, threads) for _ in range(repeats // 2 + 1)]
+    run = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+    )
+    after = [timed_round(loop, threads) for _ in range(repeats // 2 + 1)]
+    lines = [line for line in run.stdout.splitlines() if line.startswith("{")]
+    if run.returncode or not lines:
+        print(run.stderr[-500:], file=sys.stderr)
+        return None
+    ours, theirs = statistics.median(json.loads(lines[-1])["seconds"][WARM_UP:]), statistics.median(before + after)
+    return {"seconds": ours, "loop": theirs, "ratio": theirs / ours}
+
+
+def measure(name: str, *, repeats: int, skip: set[str], flower_python: str) -> dict[str, Any]:
+    """Return everything about one workload."""
+    workload, row = WORKLOADS[name], {"workload": WORKLOADS[name].title}
+    loop = PlainLoop(workload)
+    threads = best_threads(loop)
+    row["loop threads"] = threads
+    turn: dict[str, Any] = {"repeats": repeats, "loop": loop, "threads": threads}
+    counts = sorted({1, CORES})
+    ways = {f"{n} threads": (1, n) for n in counts}
+    said, way = quickest(workload, ways)
+    row["sequential"] = (said, against_loop(workload, fixed(*way), **turn))
+    sizes = sorted({min(size, workload.clients) for size in (16, 64, 256)})
+    ways = {f"{n} threads, stacks of {size}": (size, n) for n in counts for size in sizes[-2:]}
+    said, way = quickest(workload, ways)
+    row["vectorized"] = (said, against_loop(workload, fixed(*way), **turn))
+    if "auto" not in skip:
+        auto = AutoExecutor()
+        row["auto"] = ("", against_loop(workload, auto, **turn))
+        if auto.plan is not None:
+            row["auto"] = (f"{auto.plan.num_threads} threads, stacks of {auto.plan.chunk_size}", row["auto"][1])
+    own = [sys.executable, "-m", "benchmarks.speed", "--child", name, "--repeats", str(repeats)]
+    if "ranks" not in skip:
+        found = {f"2 ranks, {kind}": paired([*own, "--kind", kind], **turn) for kind in ("sequential", "vectorized")}
+        known = {key: value for key, value in found.items() if value is not None}
+        if known:
+            row["two ranks"] = best_of(known)
+    if "flower" not in skip:
+        command = [flower_python, "-m", "benchmarks.flower_peer", name, "--rounds", str(repeats + WARM_UP)]
+        result = paired(command, **turn)
+        if result is not None:
+            row["Flower"] = ("simulation engine, one CPU per client", result)
+    return row
+
+
+def child(name: str, kind: str, repeats: int) -> None:
+    """Run the framework on two ranks; print the seconds of every round."""
+    turns = TakeTurns(None)
+    workload = WORKLOADS[name]
+    executor = fixed(1 if kind == "sequential" else -(-workload.clients // 2), 1)
+    federate(workload, executor, rounds=repeats + WARM_UP, callback=turns, devices=2)
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(json.dumps({"seconds": turns.seconds}))
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Return the table."""
+    lines = ["| workload | loop, s/round (threads) | " + " | ".join(COLUMNS) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
+    for row in rows:
+        loop = statistics.median(row[column][1]["loop"] for column in COLUMNS if column in row)
+        cells = [f"{row[c][1]['ratio']:.2f} x ({row[c][0]})" if c in row else "not run" for c in COLUMNS]
+        lines.append(f"| {row['workload']} | {loop:.3f} ({row['loop threads']}) | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+COLUMNS = ("sequential", "vectorized", "auto", "two ranks", "Flower")
+
+
+def versions() -> str:
+    names = ("torch", "lightning", "fedgan_lightning")
+    found = ", ".join(f"{name} {metadata.version(name)}" for name in names)
+    return f"{platform.processor() or platform.machine()}, {CORES} cores, Python {platform.python_version()}, {found}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--skip", nargs="*", default=[], choices=["auto", "ranks", "flower"])
+    parser.add_argument("--flower-python", default=sys.executable, help="a Python that has flwr[simulation]")
+    parser.add_argument("--json", help="also write all figures here")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--kind", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    if arguments.child:
+        child(arguments.child, arguments.kind, arguments.repeats)
+        return
+    rows = []
+    for name in arguments.workloads:
+        options = {"repeats": arguments.repeats, "skip": set(arguments.skip), "flower_python": arguments.flower_python}
+        rows.append(measure(name, **options))
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    print(f"{time.strftime('%Y-%m-%d %H:%M')}; {versions()}\n\n{markdown(rows)}")
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    main()
