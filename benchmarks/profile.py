@@ -14,11 +14,10 @@ import cProfile
 import dataclasses
 import pstats
 import statistics
-import warnings
 
 import torch
 
-from benchmarks.speed import TakeTurns, federate, fixed
+from benchmarks.speed import TakeTurns, federate, fixed, quiet
 from benchmarks.workloads import WORKLOADS
 
 #: What to look for: name -> (part of the file's path, function).
@@ -66,7 +65,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore")
+    quiet()
     torch.set_num_threads(1)
     workload = WORKLOADS[arguments.workload]
     for kind in arguments.executor:

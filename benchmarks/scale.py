@@ -15,11 +15,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import warnings
 
 import torch
 
-from benchmarks.speed import TakeTurns, fixed
+from benchmarks.speed import TakeTurns, fixed, quiet
 from benchmarks.workloads import adam
 from fedgan_lightning import (
     GAN,
@@ -78,7 +77,7 @@ def main() -> None:
     parser.add_argument("--optimizer_state", default="average")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore")
+    quiet()
     if arguments.child:
         child(arguments.child, arguments.rounds, arguments.optimizer_state)
         return

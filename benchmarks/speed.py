@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import platform
 import statistics
@@ -37,7 +38,7 @@ from fedgan_lightning import (
 from fedgan_lightning.federation.executors.auto import Plan
 from fedgan_lightning.protocol import Executor
 
-WARM_UP = 2
+WARM_UP = 1
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -209,6 +210,13 @@ def versions() -> str:
     return f"{platform.processor() or platform.machine()}, {CORES} cores, Python {platform.python_version()}, {found}"
 
 
+def quiet() -> None:
+    """Say what the command line says: no information lines of Lightning."""
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
@@ -219,7 +227,7 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--kind", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore")
+    quiet()
     torch.set_num_threads(1)
     if arguments.child:
         child(arguments.child, arguments.kind, arguments.repeats)

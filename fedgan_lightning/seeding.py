@@ -46,7 +46,10 @@ def isolated_rng(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
-        torch.manual_seed(seed)
+        # torch.manual_seed would also leave a note, with a stack trace, for devices that are never used: 2 ms.
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(seed)
         try:
             yield
         finally:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,8 @@ import pytest
 import torch
 import yaml
 
-from fedgan_lightning.__main__ import main
+from fedgan_lightning.__main__ import COMMANDS, main
+from fedgan_lightning.cli import FederatedCLI
 from tests.conftest import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -293,7 +296,9 @@ class Bomb:
 
 
 def test_version_and_help_are_answered_without_torch():
-    program = "import sys; from fedgan_lightning.__main__ import main; main([sys.argv[1]]); print('torch' in sys.modules)"
+    program = (
+        "import sys; from fedgan_lightning.__main__ import main; main([sys.argv[1]]); print('torch' in sys.modules)"
+    )
     for argument, said in (("--version", "fedgan_lightning"), ("--help", "python -m fedgan_lightning COMMAND")):
         run = subprocess.run([sys.executable, "-c", program, argument], capture_output=True, text=True, check=True)
         assert said in run.stdout

@@ -105,6 +105,8 @@ class LocalTrainer:
         self.clock = optimizer_state.ScheduleClock()
         self.trainer = RoundTrainer(context.trainer_options)
         self.start = StartingPoint.of(self.module, context.policy)
+        self._counts_rounds = isinstance(self.module, ClientHook)  # such a check takes as long as a small layer
+        self.reports = isinstance(self.module, StatisticsHook)
 
     def run(self, task: ClientTask) -> ClientUpdate:
         """Return the client's update.
@@ -127,8 +129,8 @@ class LocalTrainer:
             visit = _Visit(self, task, private)
             stage = "train"
             with isolated_rng(task.seed):
-                if isinstance(self.module, ClientHook):
-                    self.module.on_client_round_start(info)
+                if self._counts_rounds:
+                    self.module.on_client_round_start(info)  # type: ignore[operator]
                 trainer = self.trainer.fit(self.module, batches, callback=visit)
             if self.context.stop_requested():
                 raise RoundInterrupted("the user asked to stop")
@@ -200,8 +202,8 @@ class _Visit(L.Callback):
         self.extras |= self._moments(trainer, pl_module, "average")
         self.private = {name: state[name].detach().clone() for name in policy.private}
         self.private |= self._moments(trainer, pl_module, "keep")
-        if isinstance(pl_module, StatisticsHook):
-            self.statistics = pl_module.round_statistics()
+        if self.owner.reports:
+            self.statistics = pl_module.round_statistics()  # type: ignore[operator]
         clock = self.owner.clock
         self.positions = tuple(clock.remember(index, item) for index, item in enumerate(schedulers_of(trainer)))
 

@@ -93,7 +93,8 @@ def quiet_lightning() -> Iterator[None]:
     """Silence Lightning's information lines for the body; warnings and errors still show."""
     logger = logging.getLogger("lightning.pytorch")
     items: list[Any] = [logger, logging.getLogger("lightning.fabric"), *logger.handlers]
-    levels = {item: item.level for item in items}
+    # Changing a level empties the cache of every logger, so those that are quiet already are left alone.
+    levels = {item: item.level for item in items if item.level < logging.WARNING}
     for item in levels:
         item.setLevel(logging.WARNING)
     try:
