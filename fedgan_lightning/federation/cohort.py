@@ -69,7 +69,7 @@ class CohortTrainer:
             batches = cohort_batches(self.context.data, visits)
             callback = _CohortVisit(self, visits)
             stage = "train"
-            device = torch.device(str(self.context.trainer_options.get("accelerator", "cpu")))
+            device = self.context.device
             generators = [torch.Generator(device).manual_seed(visit.task.seed) for visit in visits]
             with isolated_rng(tasks[0].seed):
                 cast(StackedModule, self.module).on_cohort_round_start([visit.info for visit in visits], generators)
@@ -243,7 +243,7 @@ def stack(values: Sequence[State]) -> dict[str, Tensor]:
     """
     stacked = {}
     for name, first in values[0].items():
-        others = [own[name] for own in values]
+        others = [own[name].to(first.device) for own in values]
         if optimizer_state.is_shared_number(name, first):
             stacked[name] = first
         elif all(value is first for value in others):

@@ -66,6 +66,13 @@ class ClientContext:
     stop_requested: Callable[[], bool] = never
     ranks: Ranks = field(default_factory=Ranks)
 
+    @property
+    def device(self) -> torch.device:
+        """Where clients are trained."""
+        devices = self.trainer_options.get("devices", 1)
+        kind = str(self.trainer_options.get("accelerator", "cpu"))
+        return torch.device(kind, devices[0]) if isinstance(devices, list) else torch.device(kind)
+
 
 @dataclass(frozen=True)
 class StartingPoint:

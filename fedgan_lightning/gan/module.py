@@ -234,7 +234,7 @@ class GAN(L.LightningModule):
         It does what toggling does, in less time: nothing of the other network is differentiated.
         """
         optimizer.zero_grad()
-        inputs = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        inputs = [own for group in optimizer.param_groups for own in group["params"] if own.requires_grad]
         self.manual_backward(loss.sum(), inputs=inputs)
 
     # ------------------------------------------------------------------ what differs when several clients are stacked

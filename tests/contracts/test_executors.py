@@ -84,7 +84,7 @@ CASES = [
     for condition in conditions
 ]
 #: Every pair of ingredients meets at least once; the full product runs under the marker ``slow``.
-FEW = [case for index, case in enumerate(CASES) if index % 11 == 0]
+FEW = [case for index, case in enumerate(CASES) if index % 23 == 0]
 
 
 def halve(optimizer):
@@ -199,7 +199,7 @@ def test_stacked_clients_agree_in_float64(case):
     check(case, torch.float64, 1e-12)
 
 
-@pytest.mark.parametrize("case", FEW[::3], ids=identify)
+@pytest.mark.parametrize("case", FEW[::2], ids=identify)
 def test_stacked_clients_agree_in_float32(case):
     check(case, torch.float32, 1e-5)
 
@@ -250,7 +250,7 @@ RING = {
 }
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3, 64])
+@pytest.mark.parametrize("chunk_size", [3, 64])
 @pytest.mark.parametrize("name", RING)
 def test_stacked_clients_agree_whatever_they_do(name, chunk_size):
     case = RING[name]

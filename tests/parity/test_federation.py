@@ -19,6 +19,7 @@ from fedgan_lightning import (
     PoissonSampling,
     SequentialExecutor,
     ServerModule,
+    VectorizedExecutor,
 )
 from fedgan_lightning.errors import CheckpointError, ClientError, ConfigurationError, UpdateError
 from fedgan_lightning.federation.local import ClientContext, LocalTrainer
@@ -503,10 +504,11 @@ class TestStopping:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none")
-def test_a_gpu_gives_the_results_of_the_cpu_where_no_noise_is_drawn():
+@pytest.mark.parametrize("executor", [SequentialExecutor, VectorizedExecutor])
+def test_a_gpu_gives_the_results_of_the_cpu_where_no_noise_is_drawn(executor):
     states = []
     for accelerator in ("cpu", "cuda"):
-        orchestrator = FederatedOrchestrator(rounds=3, local_steps=4)
+        orchestrator = FederatedOrchestrator(rounds=3, local_steps=4, executor=executor())
         server = ServerModule(ring_gan(optimizer=sgd, prior=MidpointNodes(16)))
         quiet_trainer(orchestrator, accelerator=accelerator, devices=1).fit(server, datamodule=ring_data())
         states.append({name: value.cpu() for name, value in server.model.state_dict().items()})
