@@ -432,6 +432,7 @@ class TestResume:
                 batchnorm_gan(),
                 digits_data(max_samples=400),
                 rounds=rounds,
+                executor=SequentialExecutor(),
                 local_steps=2,
                 run_dir=str(tmp_path / name),
                 evaluation=Evaluation(every_n_rounds=1),
