@@ -29,12 +29,9 @@ from typing import Any
 import lightning as L
 import torch
 
+from benchmarks.bare import bare_trainer
 from benchmarks.workloads import WORKLOADS, PlainLoop, Workload, data, gan
-from fedgan_lightning import (
-    AutoExecutor,
-    FederatedOrchestrator,
-    ServerModule,
-)
+from fedgan_lightning import AutoExecutor, FederatedOrchestrator, ServerModule
 from fedgan_lightning.federation.executors.auto import Plan
 from fedgan_lightning.protocol import Executor
 
@@ -64,17 +61,7 @@ def federate(workload: Workload, executor: Executor, *, rounds: int, callback: L
     orchestrator = FederatedOrchestrator(
         rounds=rounds, local_steps=workload.steps, executor=executor, optimizer_state="reset"
     )
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=devices,
-        callbacks=[orchestrator, callback],
-        max_epochs=-1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+    trainer = bare_trainer(orchestrator, callback, devices=devices)
     trainer.fit(ServerModule(gan(workload)), datamodule=data(workload))
 
 

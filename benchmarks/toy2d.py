@@ -1,6 +1,6 @@
 """FedGAN's 2-D system with exact expectations: (theta, psi) at the sync instant, through orchestrator and executor.
 
-    python benchmarks/toy2d.py [--steps-fast 3000 --steps-slow 12000]
+    python -m benchmarks.toy2d [--steps-fast 3000 --steps-slow 12000]
 
 Compared with an independent computation in NumPy of the same system, and with the stationary values of 60 000 steps.
 """
@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 import time
 
-import lightning as L
 import numpy as np
 import torch
 
+from benchmarks.bare import bare_trainer
 from fedgan_lightning import GAN, FederatedDataModule, FederatedOrchestrator, Natural, Segments, ServerModule
 from fedgan_lightning.gan.networks import QuadraticDiscriminator, ScaleGenerator
 from fedgan_lightning.gan.objectives import Minimax
@@ -63,17 +63,8 @@ def federated(local_steps: int, rate: float, steps: int) -> tuple[float, float]:
         discriminator_optimizer=sgd,
     )
     data = FederatedDataModule(Segments(), partition=Natural("segment"), num_clients=5, batch_size=40)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        precision="64-true",
-        callbacks=[FederatedOrchestrator(rounds=steps // local_steps, local_steps=local_steps)],
-        max_epochs=-1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    )
+    orchestrator = FederatedOrchestrator(rounds=steps // local_steps, local_steps=local_steps)
+    trainer = bare_trainer(orchestrator, precision="64-true")
     trainer.fit(ServerModule(gan), datamodule=data)
     return float(gan.generator.theta.detach()), float(gan.discriminator.psi.detach())
 

@@ -16,6 +16,7 @@ from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.callback import Evaluation
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
+from fedgan_lightning.files import replacing, write_text
 from fedgan_lightning.protocol import Executor
 from fedgan_lightning.version import __version__
 
@@ -71,10 +72,9 @@ class RunRecorder(L.Callback):
             write_text(root / "config.yaml", self.config)
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, FederatedDataModule):
-            partial = root / ".partition.npz"
             arrays: dict[str, Any] = {f"client_{k:05d}": indices for k, indices in enumerate(data.indices)}
-            np.savez_compressed(partial, **arrays)
-            partial.replace(root / "partition.npz")
+            with replacing(root / "partition.npz") as file:
+                np.savez_compressed(file, **arrays)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         evaluation = _find(trainer, Evaluation)
@@ -145,14 +145,6 @@ def versions() -> dict[str, str]:
     packages = ("torch", "lightning", "torchvision", "torchmetrics", "numpy")
     found = {name: metadata.version(name) for name in packages}
     return {"fedgan_lightning": __version__, "python": platform.python_version(), **found}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file in one piece or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _find(trainer: L.Trainer, kind: type) -> Any:

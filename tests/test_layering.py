@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "fedgan_lightning"
 LAYERS = {
     "version": 0,
     "errors": 0,
+    "files": 0,
     "seeding": 0,
     "protocol": 0,
     "states": 1,

@@ -6,7 +6,6 @@ All take samples as the framework has them, float in [-1, 1] for images, and ret
 from __future__ import annotations
 
 import hashlib
-import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from fedgan_lightning.data.samples import ClientSamples, Samples
 from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.files import cache_folder, replacing
 from fedgan_lightning.seeding import isolated_rng, make_generator
 
 
@@ -117,20 +117,17 @@ class ClassifierFeatures(FeatureNet):
         else:
             with isolated_rng(self.seed):
                 self._train(net, samples)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}.partial")
-            torch.save(net.state_dict(), partial)
-            partial.replace(path)
+            with replacing(path) as file:
+                torch.save(net.state_dict(), file)
         digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in net.state_dict().values()))
         return FrozenNet(net, num_features=self.num_features, name="classifier", digest=digest.hexdigest()[:12])
 
     def _path(self, samples: Samples, num_classes: int) -> Path:
-        folder = self.cache or os.environ.get("FEDGAN_CACHE") or str(Path.home() / ".cache" / "fedgan_lightning")
         digest = hashlib.sha256(f"v1 {samples.x.shape} {num_classes} {self.epochs} {self.seed}".encode())
         digest.update(np.ascontiguousarray(samples.x.numpy()).tobytes())
         assert samples.y is not None
         digest.update(samples.y.numpy().tobytes())
-        return Path(folder) / f"classifier-{digest.hexdigest()[:16]}.pt"
+        return cache_folder(self.cache) / f"classifier-{digest.hexdigest()[:16]}.pt"
 
     def _train(self, net: nn.Module, samples: Samples) -> None:
         generator = make_generator(self.seed, "classifier")

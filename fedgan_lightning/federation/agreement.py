@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-import torch
-
 from fedgan_lightning.errors import RoundInterrupted
 from fedgan_lightning.federation import optimizer_state
 from fedgan_lightning.federation.cohort import CohortTrainer
 from fedgan_lightning.federation.local import ClientContext, LocalTrainer
+from fedgan_lightning.federation.rounds import norms
 from fedgan_lightning.federation.store import ReadOnlyStore
 from fedgan_lightning.protocol import ClientTask, LocalWork, State
 from fedgan_lightning.states import network_of
@@ -62,10 +61,11 @@ def disagreement(context: ClientContext, tasks: Sequence[ClientTask]) -> str | N
     except Exception as error:
         return " ".join(str(error).split())[:200]
     for update, reference in zip(stacked, references):
-        for network in dict.fromkeys(map(network_of, reference)):
-            names = [name for name in reference if network_of(name) == network]
-            ours, theirs = (torch.cat([state[name].flatten() for name in names]) for state in (update.delta, reference))
-            if not float((ours - theirs).norm()) <= TOLERANCE * float(theirs.norm()) + 1e-6:
-                share = float((ours - theirs).norm() / theirs.norm())
+        networks = list(dict.fromkeys(map(network_of, reference)))
+        lengths = norms(reference, networks)
+        distances = norms({name: update.delta[name] - reference[name] for name in reference}, networks)
+        for network in networks:
+            if not distances[network] <= TOLERANCE * lengths[network] + 1e-6:  # "not" catches NaN
+                share = distances[network] / max(lengths[network], 1e-6)
                 return f"after {TRIAL_STEPS} steps a stacked client's {network} differs by {share:.0%} of its update"
     return None

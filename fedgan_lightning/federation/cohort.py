@@ -5,22 +5,23 @@ Meaning and randomness are those of :class:`~fedgan_lightning.federation.local.L
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import lightning as L
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fedgan_lightning import states
-from fedgan_lightning.errors import ClientError, ConfigurationError, RoundInterrupted, message
+from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation import optimizer_state
-from fedgan_lightning.federation.local import SCHEDULE, ClientContext, StartingPoint, client_copy
+from fedgan_lightning.federation.local import Attempt, ClientContext, StartingPoint, Visit, client_copy
 from fedgan_lightning.federation.round_trainer import RoundTrainer, schedulers_of
 from fedgan_lightning.gan.module import GAN
 from fedgan_lightning.gan.stacked import StackedGAN
-from fedgan_lightning.packing import unstack
+from fedgan_lightning.packing import Packed, unstack
 from fedgan_lightning.protocol import (
     ClientBatches,
     ClientTask,
@@ -60,43 +61,28 @@ class CohortTrainer:
             ClientError: If anything fails, with the original error as cause.
             RoundInterrupted: If the user asks to stop.
         """
-        stage = "load"
-        started = time.perf_counter()
-        try:
-            visits = [_Client.of(task, self.context) for task in tasks]
+        with Attempt(tasks, self.context) as attempt:
+            visits = [Visit.of(task, self.context) for task in tasks]
             visits.sort(key=lambda visit: -visit.info.num_steps)  # stable: those that finish early lie at the end
+            infos = [visit.info for visit in visits]
             self._load(visits)
-            batches = cohort_batches(self.context.data, visits)
-            callback = _CohortVisit(self, visits)
-            stage = "train"
+            batches = cohort_batches(self.context.data, infos)
+            callback = _InTrainer(self, visits, attempt)
+            attempt.stage = "train"
             device = self.context.device
             generators = [torch.Generator(device).manual_seed(visit.task.seed) for visit in visits]
             with isolated_rng(tasks[0].seed):
-                cast(StackedModule, self.module).on_cohort_round_start([visit.info for visit in visits], generators)
+                cast(StackedModule, self.module).on_cohort_round_start(infos, generators)
                 self.trainer.fit(self.module, batches, callback=callback)
-            if self.context.stop_requested():
-                raise RoundInterrupted("the user asked to stop")
-            stage = "update"
-            seconds = (time.perf_counter() - started) / len(tasks)
+            attempt.go_on()
+            attempt.stage = "update"
             for client_id, private in callback.private.items():
                 self.context.store.write(client_id, private)
-            return [callback.update_of(task, seconds=seconds) for task in tasks]
-        except RoundInterrupted:
-            raise
-        except SystemExit as error:  # Lightning's answer to SIGTERM
-            raise RoundInterrupted("the process was asked to end") from error
-        except Exception as error:
-            raise ClientError(
-                client_id=tasks[0].client_id,
-                round=tasks[0].round,
-                stage=stage,
-                cause=error,
-                stacked_with=len(tasks) - 1,
-            ) from error
+            return [callback.update(task, seconds=attempt.seconds) for task in tasks]
 
-    def _load(self, visits: Sequence[_Client]) -> None:
+    def _load(self, visits: Sequence[Visit]) -> None:
         """Give every tensor of the module its leading dimension, filled with where each client starts."""
-        values = stack([{**self.start.initial, **visit.shared, **visit.own} for visit in visits])
+        values = stack([visit.start(self.start.initial) for visit in visits])
         count = len(visits)
         for name, parameter in self.module.named_parameters():
             parameter.data = values[name].to(parameter.device, parameter.dtype)
@@ -111,8 +97,8 @@ class CohortTrainer:
                         value = passing.expand(count, *passing.shape).clone()
                     child._buffers[key] = value.to(buffer.device, buffer.dtype)
 
-    def keep(self, count: int) -> None:
-        """Cut the stack down to its first ``count`` clients, optimizer state included."""
+    def keep(self, count: int, optimizers: Sequence[Optimizer]) -> None:
+        """Go on with the first ``count`` clients of the stack; the others have done their steps."""
         for parameter in self.module.parameters():
             parameter.data = parameter.data[:count].clone()
             parameter.grad = None
@@ -120,6 +106,8 @@ class CohortTrainer:
             for key, buffer in child._buffers.items():
                 if buffer is not None:
                     child._buffers[key] = buffer[:count].clone()
+        for optimizer in optimizers:
+            optimizer_state.keep_first(optimizer, count)
         self.module.keep_clients(count)
 
 
@@ -142,128 +130,99 @@ def stacked_module(client: L.LightningModule) -> Any:
     )
 
 
-class _Client:
-    """One client's place in a stack: its task, what it does, and where it starts."""
-
-    def __init__(self, task: ClientTask, *, info: RoundInfo, private: State) -> None:
-        self.task, self.info = task, info
-        self.shared = optimizer_state.without_moments(task.state)
-        self.own = optimizer_state.without_moments(private)
-        self.moments = {**optimizer_state.only_moments(task.state), **optimizer_state.only_moments(private)}
-
-    @classmethod
-    def of(cls, task: ClientTask, context: ClientContext) -> _Client:
-        data = context.data
-        first_step, num_steps = task.local.span(round=task.round, steps_per_epoch=data.steps_per_epoch(task.client_id))
-        info = RoundInfo(round=task.round, cohort=(task.client_id,), first_step=first_step, num_steps=num_steps)
-        return cls(task, info=info, private=context.store.read(task.client_id))
-
-
-class _CohortVisit(L.Callback):
+class _InTrainer(L.Callback):
     """A stack's round inside its Trainer: restore moments, let clients go when they are done, form their updates."""
 
-    def __init__(self, owner: CohortTrainer, clients: Sequence[_Client]) -> None:
-        self.owner, self.clients = owner, list(clients)
+    def __init__(self, owner: CohortTrainer, visits: Sequence[Visit], attempt: Attempt) -> None:
+        self.owner, self.visits, self.attempt = owner, list(visits), attempt
         self.steps = 0
         self.images_per_step = 0
         self.private: dict[int, State] = {}
-        self._finished: dict[int, ClientUpdate] = {}
+        self._updates: dict[int, ClientUpdate] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        optimizer_state.restore(pl_module, trainer.optimizers, stack([client.moments for client in self.clients]))
-        self.owner.clock.forward(schedulers_of(trainer), self.clients[0].task.local.schedule_positions)
+        optimizer_state.restore(pl_module, trainer.optimizers, stack([visit.moments for visit in self.visits]))
+        self.owner.clock.forward(schedulers_of(trainer), self.visits[0].task.local.schedule_positions)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.owner.context.stop_requested():
-            raise RoundInterrupted("the user asked to stop")
+        self.attempt.go_on()
         self.images_per_step = batch[1].shape[1]
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.steps += 1
-        going_on = sum(client.info.num_steps > self.steps for client in self.clients)
-        if going_on < len(self.clients):
-            self._finish(trainer, pl_module, self.clients[going_on:], first=going_on)
-            self.clients = self.clients[:going_on]
+        going_on = sum(visit.info.num_steps > self.steps for visit in self.visits)
+        if going_on < len(self.visits):
+            self._finish(trainer, pl_module, first=going_on)
+            del self.visits[going_on:]
             if going_on:
-                self.owner.keep(going_on)
-                for optimizer in trainer.optimizers:
-                    optimizer_state.keep_first(optimizer, going_on)
+                self.owner.keep(going_on, trainer.optimizers)
 
-    def _finish(self, trainer: L.Trainer, module: L.LightningModule, clients: Sequence[_Client], *, first: int) -> None:
-        """Form the updates of those that have done their steps: the last rows of the stack."""
-        policy, clock = self.owner.context.policy, self.owner.clock
+    def _finish(self, trainer: L.Trainer, module: L.LightningModule, *, first: int) -> None:
+        """Form the updates of the last rows of the stack, whose clients have done their steps."""
+        policy, finished, stop = self.owner.context.policy, self.visits[first:], len(self.visits)
         state = {name: value.detach()[first:] for name, value in module.state_dict().items()}
-        start = clients[0].task.state
+        start = finished[0].task.state
         deltas = {name: state[name] - start[name].to(state[name].device) for name in policy.shared_parameters}
         extras = states.encode_statistics({name: state[name] for name in policy.shared_buffers}, policy.entries)
-        moments = optimizer_state.collect_stacked(module, trainer.optimizers, first=first)
-        of_network = policy.optimizer_state
-        averaged, kept = (
-            {n: v for n, v in moments.items() if of_network[optimizer_state.network_of_entry(n)] == choice}
-            for choice in ("average", "keep")
-        )
-        own = unstack({**{name: state[name] for name in policy.private}, **kept})
-        delta_rows, extra_rows = unstack(deltas), unstack({**extras, **averaged})
-        positions = {f"{SCHEDULE}{i}": float(clock.remember(i, item)) for i, item in enumerate(schedulers_of(trainer))}
+        moments = optimizer_state.collect(module, trainer.optimizers, policy.optimizer_state)
+        averaged, kept = (optimizer_state.rows(moments[own], first=first, stop=stop) for own in ("average", "keep"))
+        delta_rows = unstack(deltas)
+        extra_rows = unstack({**extras, **averaged}) or [Packed.of({})] * len(finished)
+        own_rows = unstack({**{name: state[name] for name in policy.private}, **kept})
         statistics = {n: v[first:].tolist() for n, v in cast(StackedModule, module).round_statistics().items()}
-        for row, client in enumerate(clients):
-            task = client.task
-            metrics = {name: values[row] for name, values in statistics.items()}
-            counts = {"images": float(self.images_per_step * self.steps), "steps": float(self.steps)}
-            self._finished[task.client_id] = ClientUpdate(
-                client_id=task.client_id,
-                num_examples=self.owner.context.data.num_examples(task.client_id),
+        common = {"images": float(self.images_per_step * self.steps), "steps": float(self.steps)}
+        common |= self.owner.clock.positions(schedulers_of(trainer))
+        for row, visit in enumerate(finished):
+            client_id = visit.task.client_id
+            self._updates[client_id] = ClientUpdate(
+                client_id=client_id,
+                num_examples=self.owner.context.data.num_examples(client_id),
                 delta=delta_rows[row],
-                metrics={**metrics, **positions, **counts},
-                extras=extra_rows[row] if extra_rows else {},
+                metrics={**{name: values[row] for name, values in statistics.items()}, **common},
+                extras=extra_rows[row],
             )
-            if own:
-                self.private[task.client_id] = own[row]
+            if own_rows:
+                self.private[client_id] = own_rows[row]
 
-    def update_of(self, task: ClientTask, *, seconds: float) -> ClientUpdate:
+    def update(self, task: ClientTask, *, seconds: float) -> ClientUpdate:
         """Return the update of a client; ``seconds`` is its share of the stack's time."""
-        update = self._finished[task.client_id]
-        return ClientUpdate(
-            client_id=update.client_id,
-            num_examples=update.num_examples,
-            delta=update.delta,
-            metrics={**update.metrics, "seconds": seconds},
-            extras=update.extras,
-        )
+        update = self._updates[task.client_id]
+        return replace(update, metrics={**update.metrics, "seconds": seconds})
 
 
 def stack(values: Sequence[State]) -> dict[str, Tensor]:
     """Return tensors with a leading dimension of clients; numbers that all share (step counts) without it.
 
-    A tensor that is the same object for all clients is expanded, not compared.
+    A tensor that is the same object for all clients is repeated, not collected.
     """
     stacked = {}
     for name, first in values[0].items():
-        others = [own[name].to(first.device) for own in values]
+        own = [state[name] for state in values]
         if optimizer_state.is_shared_number(name, first):
             stacked[name] = first
-        elif all(value is first for value in others):
+        elif all(value is first for value in own):
             stacked[name] = first.unsqueeze(0).repeat(len(values), *([1] * first.dim()))
         else:
-            stacked[name] = torch.stack(others)
+            stacked[name] = torch.stack([value.to(first.device) for value in own])
     return stacked
 
 
-def cohort_batches(data: FederatedData, clients: Sequence[_Client]) -> ClientBatches:
-    """Return the stacked minibatches of these clients, whatever the data module offers."""
-    ids = [client.task.client_id for client in clients]
-    first_steps, num_steps = ([getattr(client.info, key) for client in clients] for key in ("first_step", "num_steps"))
+def cohort_batches(data: FederatedData, infos: Sequence[RoundInfo]) -> ClientBatches:
+    """Return the stacked minibatches of the clients of these rounds, whatever the data module offers."""
+    ids = [client_id for info in infos for client_id in info.cohort]
+    first_steps, num_steps = [info.first_step for info in infos], [info.num_steps for info in infos]
     if isinstance(data, CohortData):
         return data.cohort_batches(ids, first_steps=first_steps, num_steps=num_steps)
-    own = [
-        data.client_batches(client_id, first_step=first, num_steps=count)
-        for client_id, first, count in zip(ids, first_steps, num_steps)
-    ]
-    return _Zipped(own)
+    return _Zipped(
+        [
+            data.client_batches(client_id, first_step=first, num_steps=count)
+            for client_id, first, count in zip(ids, first_steps, num_steps)
+        ]
+    )
 
 
 class _Zipped:

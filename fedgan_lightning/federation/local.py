@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,9 +34,6 @@ from fedgan_lightning.protocol import (
 )
 from fedgan_lightning.seeding import isolated_rng
 from fedgan_lightning.states import Kind
-
-#: Metrics under this prefix are the positions of learning-rate schedules; the orchestrator takes them out.
-SCHEDULE = "schedule/"
 
 
 def never() -> bool:
@@ -96,6 +93,87 @@ class StartingPoint:
         return cls(initial=initial, passing=passing)
 
 
+@dataclass(frozen=True)
+class Visit:
+    """One client's round: its task, what it amounts to on this client's data, and where the client starts.
+
+    Attributes:
+        task: What the server sent.
+        info: Position and number of its minibatches.
+        own: The client's private entries.
+        moments: Optimizer moments to start from, the server's and its own.
+    """
+
+    task: ClientTask
+    info: RoundInfo
+    own: State
+    moments: State
+
+    @classmethod
+    def of(cls, task: ClientTask, context: ClientContext) -> Visit:
+        """Return the visit that ``task`` asks for."""
+        steps_per_epoch = context.data.steps_per_epoch(task.client_id)
+        first_step, num_steps = task.local.span(round=task.round, steps_per_epoch=steps_per_epoch)
+        private = context.store.read(task.client_id)
+        return cls(
+            task=task,
+            info=RoundInfo(round=task.round, cohort=(task.client_id,), first_step=first_step, num_steps=num_steps),
+            own=optimizer_state.without_moments(private),
+            moments=optimizer_state.only_moments({**task.state, **private}),
+        )
+
+    def start(self, initial: State) -> dict[str, Tensor]:
+        """Return every entry of the client's module: the server's, its own, and ``initial`` ones for the rest."""
+        return {**initial, **optimizer_state.without_moments(self.task.state), **self.own}
+
+
+class Attempt:
+    """Context in which clients are run: whatever fails inside becomes an error that names them and the stage.
+
+    Args:
+        tasks: The tasks of the clients that are run together.
+        context: Asked whether to stop.
+
+    Attributes:
+        stage: What is going on: ``load``, ``train``, ``update``.
+    """
+
+    def __init__(self, tasks: Sequence[ClientTask], context: ClientContext) -> None:
+        self.tasks, self.context = tasks, context
+        self.stage = "load"
+        self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far, per client."""
+        return (time.perf_counter() - self._started) / len(self.tasks)
+
+    def go_on(self) -> None:
+        """Return if nobody asks to stop.
+
+        Raises:
+            RoundInterrupted: If somebody does.
+        """
+        if self.context.stop_requested():
+            raise RoundInterrupted("the user asked to stop")
+
+    def __enter__(self) -> Attempt:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, SystemExit):  # Lightning's answer to SIGTERM
+            raise RoundInterrupted("the process was asked to end") from error
+        if isinstance(error, Exception) and not isinstance(error, RoundInterrupted):
+            first = self.tasks[0]
+            raise ClientError(
+                client_id=first.client_id,
+                round=first.round,
+                stage=self.stage,
+                cause=error,
+                stacked_with=len(self.tasks) - 1,
+            ) from error
+
+
 class LocalTrainer:
     """Trains one client at a time on one resident copy of the module.
 
@@ -122,52 +200,26 @@ class LocalTrainer:
             ClientError: If anything fails on the client, with the original error as cause.
             RoundInterrupted: If the user asks to stop.
         """
-        stage = "load"
-        started = time.perf_counter()
-        try:
-            private = self.context.store.read(task.client_id)
-            self._load(task, private)
-            data = self.context.data
-            first_step, num_steps = task.local.span(
-                round=task.round, steps_per_epoch=data.steps_per_epoch(task.client_id)
+        with Attempt([task], self.context) as attempt:
+            visit = Visit.of(task, self.context)
+            self._load(visit)
+            batches = self.context.data.client_batches(
+                task.client_id, first_step=visit.info.first_step, num_steps=visit.info.num_steps
             )
-            batches = data.client_batches(task.client_id, first_step=first_step, num_steps=num_steps)
-            info = RoundInfo(round=task.round, cohort=(task.client_id,), first_step=first_step, num_steps=num_steps)
-            visit = _Visit(self, task, private)
-            stage = "train"
+            callback = _InTrainer(self, visit, attempt)
+            attempt.stage = "train"
             with isolated_rng(task.seed):
                 if self._counts_rounds:
-                    self.module.on_client_round_start(info)  # type: ignore[operator]
-                trainer = self.trainer.fit(self.module, batches, callback=visit)
-            if self.context.stop_requested():
-                raise RoundInterrupted("the user asked to stop")
-            stage = "update"
-            metrics = {name: float(value) for name, value in {**trainer.callback_metrics, **visit.statistics}.items()}
-            metrics |= {f"{SCHEDULE}{index}": float(position) for index, position in enumerate(visit.positions)}
-            metrics |= {
-                "images": float(visit.num_images),
-                "steps": float(num_steps),
-                "seconds": time.perf_counter() - started,
-            }
-            self.context.store.write(task.client_id, visit.private)
-            return ClientUpdate(
-                client_id=task.client_id,
-                num_examples=data.num_examples(task.client_id),
-                delta=Packed.of(visit.delta),
-                metrics=metrics,
-                extras=Packed.of(visit.extras),
-            )
-        except RoundInterrupted:
-            raise
-        except SystemExit as error:  # Lightning's answer to SIGTERM
-            raise RoundInterrupted("the process was asked to end") from error
-        except Exception as error:
-            raise ClientError(client_id=task.client_id, round=task.round, stage=stage, cause=error) from error
+                    self.module.on_client_round_start(visit.info)  # type: ignore[operator]
+                trainer = self.trainer.fit(self.module, batches, callback=callback)
+            attempt.go_on()
+            attempt.stage = "update"
+            self.context.store.write(task.client_id, callback.private)
+            return callback.update(reported=trainer.callback_metrics, seconds=attempt.seconds)
 
-    def _load(self, task: ClientTask, private: State) -> None:
-        """Put the module where this client starts: server's state, its own, and initial values for the rest."""
-        shared, own = optimizer_state.without_moments(task.state), optimizer_state.without_moments(private)
-        states.load_entries(self.module, {**self.start.initial, **shared, **own})
+    def _load(self, visit: Visit) -> None:
+        """Put the module where this client starts."""
+        states.load_entries(self.module, visit.start(self.start.initial))
         with torch.no_grad():
             for name, buffer in self.module.named_buffers():
                 if name in self.start.passing:
@@ -175,49 +227,49 @@ class LocalTrainer:
         self.module.zero_grad(set_to_none=True)
 
 
-class _Visit(L.Callback):
-    """One client's round inside its Trainer: restore moments, count images, form the update on the device."""
+class _InTrainer(L.Callback):
+    """A visit inside its Trainer: restore moments, count images, form the update on the device."""
 
-    def __init__(self, owner: LocalTrainer, task: ClientTask, private: State) -> None:
-        self.owner, self.task, self.start_private = owner, task, private
+    def __init__(self, owner: LocalTrainer, visit: Visit, attempt: Attempt) -> None:
+        self.owner, self.visit, self.attempt = owner, visit, attempt
         self.num_images = 0
-        self.positions: tuple[int, ...] = ()
         self.delta: dict[str, Tensor] = {}
         self.extras: dict[str, Tensor] = {}
         self.private: dict[str, Tensor] = {}
-        self.statistics: Mapping[str, Tensor] = {}
+        self.metrics: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        moments = optimizer_state.only_moments({**self.task.state, **self.start_private})
-        optimizer_state.restore(pl_module, trainer.optimizers, moments)
-        self.owner.clock.forward(schedulers_of(trainer), self.task.local.schedule_positions)
+        optimizer_state.restore(pl_module, trainer.optimizers, self.visit.moments)
+        self.owner.clock.forward(schedulers_of(trainer), self.visit.task.local.schedule_positions)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.owner.context.stop_requested():
-            raise RoundInterrupted("the user asked to stop")
+        self.attempt.go_on()
         self.num_images += batch_length(batch)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        policy, task = self.owner.context.policy, self.task
+        policy, start = self.owner.context.policy, self.visit.task.state
         state = pl_module.state_dict()
         for name in policy.shared_parameters:
-            self.delta[name] = state[name].detach() - task.state[name].to(state[name].device)
+            self.delta[name] = state[name].detach() - start[name].to(state[name].device)
         buffers = {name: state[name] for name in policy.shared_buffers}
-        self.extras = states.encode_statistics(buffers, policy.entries)
-        self.extras |= self._moments(trainer, pl_module, "average")
-        self.private = {name: state[name].detach().clone() for name in policy.private}
-        self.private |= self._moments(trainer, pl_module, "keep")
+        moments = optimizer_state.collect(pl_module, trainer.optimizers, policy.optimizer_state)
+        self.extras = {**states.encode_statistics(buffers, policy.entries), **moments["average"]}
+        self.private = {**{name: state[name].detach().clone() for name in policy.private}, **moments["keep"]}
         if self.owner.reports:
-            self.statistics = pl_module.round_statistics()  # type: ignore[operator]
-        clock = self.owner.clock
-        self.positions = tuple(clock.remember(index, item) for index, item in enumerate(schedulers_of(trainer)))
+            self.metrics |= pl_module.round_statistics()  # type: ignore[operator]
+        self.metrics |= self.owner.clock.positions(schedulers_of(trainer))
 
-    def _moments(self, trainer: L.Trainer, module: L.LightningModule, policy: str) -> dict[str, Tensor]:
-        of_network = self.owner.context.policy.optimizer_state
-        return optimizer_state.collect(
-            module, trainer.optimizers, lambda name: of_network[states.network_of(name)] == policy
+    def update(self, *, reported: Mapping[str, Tensor], seconds: float) -> ClientUpdate:
+        """Return the client's update; ``reported`` is what its module logged."""
+        counts = {"images": self.num_images, "steps": self.visit.info.num_steps, "seconds": seconds}
+        return ClientUpdate(
+            client_id=self.visit.task.client_id,
+            num_examples=self.owner.context.data.num_examples(self.visit.task.client_id),
+            delta=Packed.of(self.delta),
+            metrics={name: float(value) for name, value in {**reported, **self.metrics, **counts}.items()},
+            extras=Packed.of(self.extras),
         )
 
 

@@ -5,7 +5,7 @@ Names read ``optimizer/INDEX/PARAMETER/KEY``. Numbers that are not tensors becom
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from fedgan_lightning.protocol import State
 from fedgan_lightning.states import network_of
 
 PREFIX = "optimizer/"
+#: Metrics under this prefix are the positions of learning-rate schedules; the orchestrator takes them out.
+SCHEDULE = "schedule/"
 
 
 def is_optimizer_entry(name: str) -> bool:
@@ -34,11 +36,6 @@ def without_moments(state: State) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if not is_optimizer_entry(name)}
 
 
-def network_of_entry(name: str) -> str:
-    """Return the network whose moment an entry is."""
-    return network_of(name.split("/")[2])
-
-
 def is_shared_number(name: str, value: Tensor) -> bool:
     """Whether an entry is one number for all clients of a stack: the step count of an optimizer."""
     return is_optimizer_entry(name) and value.dim() == 0 and name.endswith("/step")
@@ -51,29 +48,37 @@ def signature(moments: State) -> tuple[tuple[str, float | None], ...]:
     )
 
 
-def collect(module: nn.Module, optimizers: Sequence[Optimizer], wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Return copies of all moments of parameters whose names are ``wanted``."""
+def collect(
+    module: nn.Module, optimizers: Sequence[Optimizer], policy: Mapping[str, str]
+) -> dict[str, dict[str, Tensor]]:
+    """Return copies of the moments, under ``average`` and ``keep``; those of networks with another policy are left.
+
+    Args:
+        module: Whose parameters they belong to.
+        optimizers: Where they are.
+        policy: What becomes of moments, by network.
+    """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    found = {}
+    found: dict[str, dict[str, Tensor]] = {"average": {}, "keep": {}}
     for index, optimizer in enumerate(optimizers):
         for parameter, state in optimizer.state.items():
             name = names[id(parameter)]
-            if not wanted(name):
+            chosen = found.get(policy[network_of(name)])
+            if chosen is None:
                 continue
             for key, value in state.items():
                 if value is not None:
                     tensor = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
-                    found[f"{PREFIX}{index}/{name}/{key}"] = tensor.detach().clone()
+                    chosen[f"{PREFIX}{index}/{name}/{key}"] = tensor.detach().clone()
     return found
 
 
-def collect_stacked(module: nn.Module, optimizers: Sequence[Optimizer], *, first: int) -> dict[str, Tensor]:
-    """Return all moments of clients ``first`` and later of a stacked module, with a leading dimension of clients."""
-    count = len(next(module.parameters())) - first
-    found = {}
-    for name, value in collect(module, optimizers, lambda _: True).items():
-        found[name] = value.expand(count).clone() if is_shared_number(name, value) else value[first:]
-    return found
+def rows(moments: State, *, first: int, stop: int) -> dict[str, Tensor]:
+    """Return the moments of clients ``first`` to ``stop`` of a stack, each with a leading dimension of clients."""
+    return {
+        name: value.expand(stop - first).clone() if is_shared_number(name, value) else value[first:stop]
+        for name, value in moments.items()
+    }
 
 
 def keep_first(optimizer: Optimizer, count: int) -> None:
@@ -128,6 +133,10 @@ class ScheduleClock:
                 scheduler.optimizer._opt_called = True  # the steps were taken in earlier rounds; torch would warn
                 scheduler.step()
             self.remember(index, scheduler)
+
+    def positions(self, schedulers: Sequence[Any]) -> dict[str, float]:
+        """Remember where the schedules are; return it as metrics of an update."""
+        return {f"{SCHEDULE}{index}": float(self.remember(index, item)) for index, item in enumerate(schedulers)}
 
     def remember(self, index: int, scheduler: Any) -> int:
         """Remember where a schedule is; return its position."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fedgan_lightning.federation.ledger import bytes_by_network
-from fedgan_lightning.federation.local import SCHEDULE
+from fedgan_lightning.federation.optimizer_state import SCHEDULE
 from fedgan_lightning.packing import Packed
 from fedgan_lightning.protocol import Aggregate, ClientUpdate, State
 

@@ -49,13 +49,12 @@ class StackedGAN(GAN):
 
     Args:
         gan: The module of one client; its tensors get their leading dimension when a cohort is loaded.
-        record: Record the mapped networks once they have been called a few times, instead of interpreting them.
 
     Raises:
         ConfigurationError: If a subclass trains in a way of its own.
     """
 
-    def __init__(self, gan: GAN, *, record: bool = True) -> None:
+    def __init__(self, gan: GAN) -> None:
         own = [name for name in TRAINING if getattr(type(gan), name) is not getattr(GAN, name)]
         if own:
             raise ConfigurationError(
@@ -75,7 +74,7 @@ class StackedGAN(GAN):
         self._generators: list[torch.Generator] = []
         self._first_steps: list[int] = []
         self._values: dict[nn.Module, dict[str, Tensor]] = {}
-        self._mapped = MappedFunctions(record=record)
+        self._mapped = MappedFunctions()
 
     # ------------------------------------------------------------------ the cohort
 

@@ -26,14 +26,9 @@ Key = tuple[Any, ...]
 
 
 class MappedFunctions:
-    """Maps functions over the first dimension of their arguments, recording those that are called often.
+    """Maps functions over the first dimension of their arguments, recording those that are called often."""
 
-    Args:
-        record: Whether to record; else every call goes through ``torch.vmap``.
-    """
-
-    def __init__(self, *, record: bool = True) -> None:
-        self.record = record
+    def __init__(self) -> None:
         self._calls: dict[Key, int] = {}
         self._records: dict[Key, Callable[..., Any]] = {}
 
@@ -45,8 +40,6 @@ class MappedFunctions:
             arguments: Its arguments, every tensor with a leading dimension of clients.
             name: Tells functions apart; equal names mean equal functions.
         """
-        if not self.record:
-            return torch.vmap(function)(*arguments)
         flat, structure = pytree.tree_flatten(arguments)
         key = (name, tuple((value.shape, value.dtype, value.device.type) for value in flat))
         if key in self._records:

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedgan_lightning.files import replacing
+
 Picture = NDArray[np.uint8]
 
 #: Small images are enlarged to about this many pixels a side, by whole factors, so that a person can see them.
@@ -73,10 +75,8 @@ def save(picture: Picture, path: Path) -> None:
     """Write a PNG; a picture is complete or not there."""
     from PIL import Image
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    Image.fromarray(picture).save(partial, format="PNG")
-    partial.replace(path)
+    with replacing(path) as file:
+        Image.fromarray(picture).save(file, format="PNG")
 
 
 def _figure(width: float, height: float) -> Any:

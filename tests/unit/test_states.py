@@ -154,7 +154,7 @@ def test_moments_survive_the_round_trip_and_the_next_step_is_the_same(make):
     optimizer = make(first.parameters())
     for _ in range(3):
         step(first, optimizer)
-    moments = optimizer_state.collect(first, [optimizer], lambda name: True)
+    moments = optimizer_state.collect(first, [optimizer], {"0": "keep", "1": "keep"})["keep"]
     assert all(name.startswith("optimizer/0/") for name in moments)
     second = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     second.load_state_dict(first.state_dict())
@@ -163,8 +163,9 @@ def test_moments_survive_the_round_trip_and_the_next_step_is_the_same(make):
     step(first, optimizer)
     step(second, fresh)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
-    only = optimizer_state.collect(first, [optimizer], lambda name: name.startswith("1."))
-    assert {name.split("/")[2] for name in only} == {"1.weight", "1.bias"}
+    split = optimizer_state.collect(first, [optimizer], {"0": "reset", "1": "average"})
+    assert {name.split("/")[2] for name in split["average"]} == {"1.weight", "1.bias"}
+    assert split["keep"] == {}
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,9 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +23,7 @@ from fedgan_lightning.federation.executors.sequential import SequentialExecutor
 from fedgan_lightning.federation.executors.vectorized import VectorizedExecutor
 from fedgan_lightning.federation.local import ClientContext, LocalTrainer
 from fedgan_lightning.federation.ranks import Ranks, first_known
+from fedgan_lightning.files import cache_folder, write_text
 from fedgan_lightning.protocol import ClientTask, ClientUpdate, Executor
 from fedgan_lightning.version import __version__
 
@@ -115,17 +115,13 @@ class AutoExecutor(Executor):
 
     def _remembered(self, tasks: list[ClientTask]) -> Plan:
         """Return the plan of an earlier run of this workload on this machine, or make one and keep it."""
-        folder = self.cache or os.environ.get("FEDGAN_CACHE") or str(Path.home() / ".cache" / "fedgan_lightning")
-        path = Path(folder) / f"executor-{self._workload(tasks)}.json"
+        path = cache_folder(self.cache) / f"executor-{self._workload(tasks)}.json"
         try:
             return Plan(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError):
             plan = self._choose(tasks)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(dataclasses.asdict(plan)))
-            partial.replace(path)
+            write_text(path, json.dumps(dataclasses.asdict(plan)))
         except OSError:  # a cache that cannot be written is no reason to stop
             logger.warning(f"the choice of executor could not be kept in {path}")
         return plan
@@ -148,32 +144,56 @@ class AutoExecutor(Executor):
 
     def _choose(self, tasks: list[ClientTask]) -> Plan:
         assert self._context is not None
-        context = self._context
+        context = trial_context(self._context)
         _, steps = tasks[0].local.span(round=0, steps_per_epoch=context.data.steps_per_epoch(tasks[0].client_id))
         counts = [self.num_threads] if self.num_threads else sorted({1, available_threads(context.ranks)})
-        alone = LocalTrainer(trial_context(context))
-        sequential = {n: _seconds(lambda s: [alone.run(t) for t in shortened(tasks[:1], steps=s)], n) for n in counts}
-        seconds = {(1, n): len(tasks) * (fixed + steps * step) for n, (fixed, step) in sequential.items()}
-        reason = _obstacle(context, tasks, seconds_per_step=min(step for _, step in sequential.values()))
-        if reason is None:
-            cohort = CohortTrainer(trial_context(context))
-            for size in _stack_sizes(context, len(tasks)):
-                stack = tasks[:size]
-                cohort.run(shortened(stack, steps=WARM_UP))
-                for n in counts:
-                    fixed, step = _seconds(_stacked(cohort, stack), n)
-                    seconds[size, n] = math.ceil(len(tasks) / size) * (fixed + steps * step)
+        alone = _costs_alone(context, tasks[0], counts)
+        seconds = {(1, n): len(tasks) * cost.of(steps) for n, cost in alone.items()}
+        obstacle = _obstacle(context, tasks, seconds_per_step=min(cost.step for cost in alone.values()))
+        if obstacle is None:
+            for (size, n), cost in _costs_stacked(context, tasks, counts).items():
+                seconds[size, n] = math.ceil(len(tasks) / size) * cost.of(steps)
         best = min(seconds, key=lambda way: seconds[way] * WORTH_IT ** ((way[0] > 1) + (way[1] > 1)))
-        per_step = 1e3 / (len(tasks) * steps)
-        if reason is None:
-            other = min(value for (size, _), value in seconds.items() if (size == 1) != (best[0] == 1))
-            name = "one by one" if best[0] > 1 else "stacked"
-            reason = f"{seconds[best] * per_step:.2g} ms per client step, {name} {other * per_step:.2g}"
+        reason = obstacle or _comparison(seconds, best, client_steps=len(tasks) * steps)
         return Plan(chunk_size=best[0], num_threads=best[1], reason=reason)
 
 
-def _stacked(cohort: CohortTrainer, tasks: list[ClientTask]) -> Callable[[int], object]:
-    return lambda steps: cohort.run(shortened(tasks, steps=steps))
+class Cost(NamedTuple):
+    """Seconds of a client's round, or of a stack's: fixed, and per step."""
+
+    fixed: float
+    step: float
+
+    def of(self, steps: int) -> float:
+        """Return the seconds of a round of so many steps."""
+        return self.fixed + steps * self.step
+
+
+def _costs_alone(context: ClientContext, task: ClientTask, counts: Sequence[int]) -> dict[int, Cost]:
+    """Return the cost of one client by number of threads."""
+    trainer = LocalTrainer(context)
+    return {n: _cost(lambda steps: [trainer.run(own) for own in shortened([task], steps=steps)], n) for n in counts}
+
+
+def _costs_stacked(
+    context: ClientContext, tasks: Sequence[ClientTask], counts: Sequence[int]
+) -> dict[tuple[int, int], Cost]:
+    """Return the cost of one stack by size and number of threads."""
+    trainer, found = CohortTrainer(context), {}
+    for size in _stack_sizes(context, len(tasks)):
+        stack = tasks[:size]
+        trainer.run(shortened(stack, steps=WARM_UP))
+        for n in counts:
+            found[size, n] = _cost(lambda steps, own=stack: trainer.run(shortened(own, steps=steps)), n)  # type: ignore[misc]
+    return found
+
+
+def _comparison(seconds: Mapping[tuple[int, int], float], best: tuple[int, int], *, client_steps: int) -> str:
+    """Return what the best way costs, and the best of the other kind."""
+    other = min(value for (size, _), value in seconds.items() if (size == 1) != (best[0] == 1))
+    name = "one by one" if best[0] > 1 else "stacked"
+    own, others = (1e3 * value / client_steps for value in (seconds[best], other))
+    return f"{own:.2g} ms per client step, {name} {others:.2g}"
 
 
 def _obstacle(context: ClientContext, tasks: list[ClientTask], *, seconds_per_step: float) -> str | None:
@@ -196,8 +216,8 @@ def _stack_sizes(context: ClientContext, cohort: int) -> list[int]:
     return sorted({*(own for own in STACK_SIZES if own < largest), largest})
 
 
-def _seconds(run: Callable[[int], object], num_threads: int) -> tuple[float, float]:
-    """Return (fixed, per step) seconds of ``run(steps)``: the best of a few, because others only add time."""
+def _cost(run: Callable[[int], object], num_threads: int) -> Cost:
+    """Return the cost of ``run(steps)``: the best of a few, because others on the machine only add time."""
     few, many = 1, 4
     best = {few: math.inf, many: math.inf}
     with threads(num_threads):
@@ -211,7 +231,7 @@ def _seconds(run: Callable[[int], object], num_threads: int) -> tuple[float, flo
             if time.perf_counter() > deadline:
                 break
     step = max((best[many] - best[few]) / (many - few), 1e-9)
-    return max(best[few] - step, 0.0), step
+    return Cost(fixed=max(best[few] - step, 0.0), step=step)
 
 
 def available_threads(ranks: Ranks) -> int:

@@ -1,0 +1,37 @@
+"""Files that are complete or not there, and where things that can be made again are kept."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """Yield a file beside ``path``, on the same disk; it takes its place when the body ends, and only then.
+
+    A process that is killed at any instant leaves the old file or the new one, and perhaps a partial one whose name
+    begins with a dot and ends with ``.partial``.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(target)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file in one piece or not at all."""
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def cache_folder(chosen: str | None) -> Path:
+    """Return the folder for what can be made again: ``chosen``, ``$FEDGAN_CACHE``, or one in the user's cache."""
+    return Path(chosen or os.environ.get("FEDGAN_CACHE") or Path.home() / ".cache" / "fedgan_lightning")
