@@ -1,7 +1,7 @@
 """Whether a large population costs more than a small one: peak memory and time per round, at one cohort and data set.
 
     python -m benchmarks.scale                       # 100 and 10 000 clients, cohorts of 100
-    python -m benchmarks.scale --optimizer_state keep
+    python -m benchmarks.scale --optimizer_state keep --client_state disk
 
 Each population runs in a process of its own, the two taking turns.
 """
@@ -15,9 +15,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 import torch
 
+from benchmarks.bare import bare_trainer
 from benchmarks.speed import TakeTurns, fixed, quiet
 from benchmarks.workloads import adam
 from fedgan_lightning import (
@@ -34,10 +36,8 @@ from fedgan_lightning import (
 COHORT, BATCH, SAMPLES = 100, 32, 400_000
 
 
-def child(population: int, rounds: int, optimizer_state: str) -> None:
+def child(population: int, rounds: int, optimizer_state: str, client_state: Any) -> None:
     """Run one population; print its figures."""
-    import lightning as L
-
     torch.set_num_threads(1)
     torch.manual_seed(0)
     networks = MLPGenerator(16, (2,), hidden=(64, 64), output="linear"), MLPDiscriminator((2,), hidden=(64, 64))
@@ -48,23 +48,12 @@ def child(population: int, rounds: int, optimizer_state: str) -> None:
         clients=FractionOfClients(COHORT / population),
         executor=fixed(COHORT, 1),
         optimizer_state=optimizer_state,
+        client_state=client_state,
     )
     turns = TakeTurns(None)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = L.Trainer(
-            accelerator="cpu",
-            callbacks=[orchestrator, turns],
-            default_root_dir=folder,
-            max_epochs=-1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        )
-        trainer.fit(
-            ServerModule(GAN(*networks, generator_optimizer=adam, discriminator_optimizer=adam)), datamodule=data
-        )
+        gan = GAN(*networks, generator_optimizer=adam, discriminator_optimizer=adam)
+        bare_trainer(orchestrator, turns, default_root_dir=folder).fit(ServerModule(gan), datamodule=data)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"MiB": peak, "seconds": statistics.median(turns.seconds[2:])}))
 
@@ -75,14 +64,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=22)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--optimizer_state", default="average")
+    parser.add_argument("--client_state", default="memory", choices=["memory", "disk"])
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     quiet()
     if arguments.child:
-        child(arguments.child, arguments.rounds, arguments.optimizer_state)
+        child(arguments.child, arguments.rounds, arguments.optimizer_state, arguments.client_state)
         return
     found: dict[int, list[dict[str, float]]] = {population: [] for population in arguments.populations}
     own = ["--rounds", str(arguments.rounds), "--optimizer_state", arguments.optimizer_state]
+    own += ["--client_state", arguments.client_state]
     for _ in range(arguments.repeats):
         for population, runs in found.items():
             command = [sys.executable, "-m", "benchmarks.scale", "--child", str(population), *own]

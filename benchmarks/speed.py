@@ -215,6 +215,7 @@ def main() -> None:
     parser.add_argument("--kind", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     quiet()
+    os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)  # set by Lightning; a loop without it would not pay for it
     torch.set_num_threads(1)
     if arguments.child:
         child(arguments.child, arguments.kind, arguments.repeats)

@@ -47,6 +47,7 @@ LAYERS = {
     "federation.optimizer_state": 2,
     "federation.policy": 2,
     "federation.ledger": 3,
+    "federation.quiet_loop": 0,
     "federation.round_trainer": 1,
     "federation.local": 4,
     "federation.cohort": 5,

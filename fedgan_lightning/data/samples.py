@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from fedgan_lightning.errors import DataError, message
 from fedgan_lightning.seeding import make_generator
+
+#: Numbers that are gathered at a time: small minibatches cost as much for the call as for the copy.
+READ_AHEAD = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -150,8 +154,11 @@ class BatchStream:
         return self.num_steps
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for positions in self.positions():
-            yield self.data.take(positions)
+        ahead = max(1, READ_AHEAD // (self.batch_size * self.data.samples.x[0].numel()))
+        positions = self.positions()
+        while group := list(islice(positions, ahead)):
+            x, y = self.data.take(torch.cat(group))
+            yield from zip(x.split(self.batch_size), y.split(self.batch_size))
 
     def positions(self) -> Iterator[Tensor]:
         """Yield the positions (batch_size,) within the client of every minibatch."""

@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from fedgan_lightning.federation.ranks import Ranks, flattened
 from fedgan_lightning.federation.rounds import ClientRecord, RoundSummary, differences
 from fedgan_lightning.federation.sampling import AllClients
 from fedgan_lightning.federation.server import ServerModule
-from fedgan_lightning.federation.store import ClientStore
+from fedgan_lightning.federation.store import ClientStore, StateFiles
 from fedgan_lightning.protocol import (
     Aggregate,
     Aggregator,
@@ -56,6 +57,8 @@ class FederatedOrchestrator(L.Callback):
         optimizer_state: What becomes of optimizer moments at a sync: ``average`` like the weights, ``keep`` on each
             client, or ``reset``. One word for all averaged networks, or one per network. Local networks keep theirs.
         buffers: Float buffers of averaged networks: ``merge`` (BatchNorm with pooled variance) or ``local`` (FedBN).
+        client_state: Where private states of clients (local networks, kept moments) lie between rounds: ``memory``, or
+            ``disk`` for large populations, in the folder ``clients`` of the run directory. Checkpoints hold all of it.
         seed: Root seed of cohorts and of all randomness on clients.
 
     Raises:
@@ -74,8 +77,15 @@ class FederatedOrchestrator(L.Callback):
         sync: dict[str, str] | None = None,
         optimizer_state: str | dict[str, str] = "average",
         buffers: str = "merge",
+        client_state: Literal["memory", "disk"] = "memory",
         seed: int = 0,
     ) -> None:
+        if client_state not in ("memory", "disk"):
+            raise ConfigurationError(
+                message(
+                    "federation.client_state is memory or disk", received=repr(client_state), fix="choose one of them"
+                )
+            )
         if rounds <= 0:
             raise ConfigurationError(
                 message("federation.rounds is at least 1", received=rounds, fix="set the number of rounds to complete")
@@ -99,6 +109,7 @@ class FederatedOrchestrator(L.Callback):
         self.aggregator = aggregator if aggregator is not None else WeightedMean()
         self.executor: Executor = AutoExecutor() if executor == "auto" else executor
         self.sync, self.optimizer_state, self.buffers, self.seed = sync, optimizer_state, buffers, seed
+        self.client_state = client_state
         self.ledger, self.store = Ledger(), ClientStore()
         #: Settings that a resumed run must share, as nested plain values; filled in by the command line.
         self.settings: dict[str, Any] = {}
@@ -166,6 +177,9 @@ class FederatedOrchestrator(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         server, data = self._checked(trainer, pl_module)
         self.stop_signal = None
+        if self.client_state == "disk":
+            folder = Path(trainer.default_root_dir) / "clients" / f"rank{trainer.global_rank}"
+            self.store = ClientStore(StateFiles(folder))
         self.store.discard()
         self._restore(server, data)
         root = trainer.strategy.root_device

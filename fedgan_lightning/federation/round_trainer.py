@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.loops.fit_loop import _FitLoop
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from torch import Tensor
+
+from fedgan_lightning.federation.quiet_loop import QuietEpochLoop
 
 #: Trainer, loops and module form reference cycles; without a collection now and then memory grows.
 FITS_PER_COLLECTION = 16
@@ -39,7 +43,7 @@ class RoundTrainer:
         An error leaves the Trainer in the middle, so the next call makes a new one.
         """
         try:
-            with quiet_lightning():
+            with quiet_lightning(), no_driver_search():
                 trainer = self._renewed(callback)
                 trainer.fit(module, train_dataloaders=batches)
         except BaseException:
@@ -63,13 +67,40 @@ class RoundTrainer:
                 limit_val_batches=0,
                 use_distributed_sampler=False,
             )
+            self._trainer._signal_connector = _NoSignals(self._trainer)  # signals are the outer Trainer's business
             self._external_callbacks = list(self._trainer.callbacks)  # type: ignore[attr-defined]
         trainer = self._trainer
         trainer.fit_loop = _FitLoop(trainer, max_epochs=1)
-        trainer.fit_loop.epoch_loop = _TrainingEpochLoop(trainer)
+        trainer.fit_loop.epoch_loop = QuietEpochLoop(trainer)
         trainer.should_stop = False
         trainer.callbacks = [*self._external_callbacks, callback]  # type: ignore[attr-defined]
         return trainer
+
+
+@contextmanager
+def no_driver_search() -> Iterator[None]:
+    """Let torch ask the CUDA runtime, in the body, whether there are GPUs; without effect where there are.
+
+    Lightning has torch ask NVIDIA's driver, so that processes can fork before CUDA is used. Where there is no driver
+    every optimizer step searches the disk for it: .17 ms of the .28 of a small Adam step (measured).
+    """
+    key = "PYTORCH_NVML_BASED_CUDA_CHECK"
+    before = os.environ.get(key)
+    if before is None or torch.cuda.is_available():
+        yield
+        return
+    del os.environ[key]
+    try:
+        yield
+    finally:
+        os.environ[key] = before
+
+
+class _NoSignals(_SignalConnector):
+    """Leaves signal handlers as they are: replacing and restoring all of them takes longer than a small GAN's step."""
+
+    def register_signal_handlers(self) -> None:
+        """Register none."""
 
 
 def schedulers_of(trainer: L.Trainer) -> list[Any]:

@@ -235,7 +235,7 @@ class GAN(L.LightningModule):
         """
         optimizer.zero_grad()
         inputs = [own for group in optimizer.param_groups for own in group["params"] if own.requires_grad]
-        self.manual_backward(loss.sum(), inputs=inputs)
+        self.manual_backward(loss.sum() if loss.dim() else loss, inputs=inputs)
 
     # ------------------------------------------------------------------ what differs when several clients are stacked
 

@@ -420,6 +420,7 @@ class TestResume:
             {"optimizer_state": "average"},
             {"optimizer_state": "keep", "sync": {"discriminator": "local"}},
             {"optimizer_state": "keep", "buffers": "local"},
+            {"optimizer_state": "keep", "sync": {"discriminator": "local"}, "client_state": "disk"},
         ],
     )
     @pytest.mark.filterwarnings("ignore:buffers are local")

@@ -16,7 +16,7 @@ from fedgan_lightning.errors import ConfigurationError
 from fedgan_lightning.federation import optimizer_state
 from fedgan_lightning.federation.aggregation import WeightedMean
 from fedgan_lightning.federation.policy import resolve
-from fedgan_lightning.federation.store import ClientStore
+from fedgan_lightning.federation.store import ClientStore, StateFiles
 from fedgan_lightning.protocol import ClientUpdate, LocalWork
 from fedgan_lightning.seeding import derive_seed, isolated_rng
 from fedgan_lightning.states import Kind
@@ -200,8 +200,14 @@ def test_the_clock_puts_a_fresh_schedule_where_it_was(make, warm):
     assert found == pytest.approx(rates, rel=1e-12)
 
 
-def test_the_store_forgets_what_was_not_committed():
-    store = ClientStore()
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_the_store_forgets_what_was_not_committed(where, tmp_path):
+    folders = iter(["first", "second"])
+
+    def empty() -> ClientStore:
+        return ClientStore(StateFiles(tmp_path / next(folders)) if where == "disk" else None)
+
+    store = empty()
     store.write(3, {"w": torch.ones(2)})
     assert store.read(3) == {}
     store.commit()
@@ -211,9 +217,25 @@ def test_the_store_forgets_what_was_not_committed():
     store.write(4, {})
     store.commit()
     assert len(store) == 1
-    other = ClientStore()
+    other = empty()
     other.load_state_dict(store.state_dict())
     assert other.read(3)["w"].tolist() == [1.0, 1.0]
+    other.load_state_dict({})
+    assert other.read(3) == {}
+    assert len(other) == 0
+
+
+def test_states_on_disk_are_files_by_client_and_those_of_an_earlier_run_are_removed(tmp_path):
+    files = StateFiles(tmp_path)
+    files[7] = {"generator.weight": torch.arange(6.0).view(2, 3).T, "optimizer/0/w/step": torch.tensor(3.0)}
+    assert [path.name for path in tmp_path.iterdir()] == ["client000007.safetensors"]
+    assert torch.equal(files[7]["generator.weight"], torch.arange(6.0).view(2, 3).T)
+    assert files[7]["optimizer/0/w/step"].shape == ()
+    before = files[7]["generator.weight"]
+    files[7] = {"generator.weight": torch.zeros(3, 2)}
+    assert before.sum() == 15, "what was read stays as it was"
+    assert len(StateFiles(tmp_path)) == 0
+    assert not tmp_path.exists()
 
 
 def test_seeds_differ_in_every_argument_and_do_not_change_between_versions():
