@@ -20,7 +20,7 @@ from fedgan_lightning.errors import ClientError, RoundInterrupted
 from fedgan_lightning.federation import optimizer_state
 from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.federation.ranks import Ranks
-from fedgan_lightning.federation.round_trainer import RoundTrainer, batch_length, schedulers_of
+from fedgan_lightning.federation.round_trainer import RoundTrainer, batch_length, device_of, schedulers_of
 from fedgan_lightning.federation.store import ClientStore
 from fedgan_lightning.packing import Packed
 from fedgan_lightning.protocol import (
@@ -66,9 +66,7 @@ class ClientContext:
     @property
     def device(self) -> torch.device:
         """Where clients are trained."""
-        devices = self.trainer_options.get("devices", 1)
-        kind = str(self.trainer_options.get("accelerator", "cpu"))
-        return torch.device(kind, devices[0]) if isinstance(devices, list) else torch.device(kind)
+        return device_of(self.trainer_options)
 
 
 @dataclass(frozen=True)

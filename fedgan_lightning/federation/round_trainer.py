@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from torch import Tensor
 
@@ -58,6 +60,7 @@ class RoundTrainer:
         if self._trainer is None:
             self._trainer = L.Trainer(
                 **self.options,
+                strategy=ResidentStrategy(device_of(self.options)),
                 max_epochs=1,
                 logger=False,
                 enable_checkpointing=False,
@@ -77,6 +80,12 @@ class RoundTrainer:
         return trainer
 
 
+def device_of(options: Mapping[str, Any]) -> torch.device:
+    """Return where a Trainer with these options trains: one device."""
+    devices, kind = options.get("devices", 1), str(options.get("accelerator", "cpu"))
+    return torch.device(kind, devices[0]) if isinstance(devices, list) else torch.device(kind)
+
+
 @contextmanager
 def no_driver_search() -> Iterator[None]:
     """Let torch ask the CUDA runtime, in the body, whether there are GPUs; without effect where there are.
@@ -94,6 +103,24 @@ def no_driver_search() -> Iterator[None]:
         yield
     finally:
         os.environ[key] = before
+
+
+class ResidentStrategy(SingleDeviceStrategy):
+    """Leaves the module on its device between fits, where the next client is loaded into it.
+
+    Lightning's own strategy moves module and optimizers to the CPU after every fit, and back before the next.
+    """
+
+    def model_to_device(self) -> None:
+        """Move the module, unless it is where it belongs."""
+        assert self.model is not None
+        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
+        if any(tensor.device != self.root_device for tensor in tensors):
+            super().model_to_device()
+
+    def teardown(self) -> None:
+        """Release what belongs to a single fit."""
+        self.precision_plugin.teardown()
 
 
 class _NoSignals(_SignalConnector):
