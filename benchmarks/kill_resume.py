@@ -32,6 +32,7 @@ ARGUMENTS = [
     "--model.discriminator.width", "8", "--model.discriminator.num_classes", "10",
     "--model.discriminator.conditioning", "projection", "--model.discriminator.norm", "spectral",
     "--model.generator_scheduler", "torch.optim.lr_scheduler.LinearLR", "--model.generator_scheduler.total_iters", "40",
+    "--federation.executor", "SequentialExecutor",
     "--data.num_clients", "5", "--federation.rounds", str(ROUNDS), "--federation.local_steps", "3",
     "--federation.sync", "{discriminator: local}", "--federation.optimizer_state", "keep",
     "--evaluation.num_samples", "200", "--evaluation.every_n_rounds", "3", "--pictures.every_n_rounds", "4",

@@ -53,6 +53,12 @@ if TYPE_CHECKING:
         ModuleFeatures,
         PixelFeatures,
     )
+    from fedgan_lightning.evaluation.fidelity import (
+        ClassifierScore,
+        IntraClassDistance,
+        KernelDistance,
+        PrecisionRecall,
+    )
     from fedgan_lightning.evaluation.metrics import (
         ClassCoverage,
         FrechetDistance,
@@ -60,6 +66,7 @@ if TYPE_CHECKING:
         ModeCoverage,
         SlicedWasserstein,
     )
+    from fedgan_lightning.evaluation.utility import Memorisation, SyntheticTraining
     from fedgan_lightning.federation.aggregation import WeightedMean
     from fedgan_lightning.federation.executors import AutoExecutor, SequentialExecutor, VectorizedExecutor
     from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
@@ -130,6 +137,13 @@ _HOMES = {
         "ModuleFeatures",
         "PixelFeatures",
     ],
+    "fedgan_lightning.evaluation.fidelity": [
+        "ClassifierScore",
+        "IntraClassDistance",
+        "KernelDistance",
+        "PrecisionRecall",
+    ],
+    "fedgan_lightning.evaluation.utility": ["Memorisation", "SyntheticTraining"],
     "fedgan_lightning.evaluation.metrics": [
         "ClassCoverage",
         "FrechetDistance",
@@ -190,6 +204,7 @@ __all__ = [
     "AllClients", "FractionOfClients", "PoissonSampling",
     "Aggregator", "ClientSampler", "ClientTask", "ClientUpdate", "Executor",
     "Evaluation", "Metric", "FrechetDistance", "ClassCoverage", "ModeCoverage", "SlicedWasserstein",
+    "KernelDistance", "PrecisionRecall", "ClassifierScore", "IntraClassDistance", "SyntheticTraining", "Memorisation",
     "FeatureNet", "ClassifierFeatures", "PixelFeatures", "InceptionFeatures", "ModuleFeatures",
     "SamplePictures", "AtomicCheckpointIO", "BestCheckpoint", "LastCheckpoint",
     "FedGANError", "ConfigurationError", "DataError", "CheckpointError", "UpdateError", "ClientError",

@@ -93,8 +93,12 @@ class RunRecorder(L.Callback):
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         evaluation = _find(trainer, Evaluation)
         if evaluation is not None and trainer.is_global_zero:
-            found = json.dumps({**evaluation.facts, **evaluation.latest}, indent=2)
-            write_text(Path(trainer.default_root_dir) / "test.json", found)
+            root = Path(trainer.default_root_dir)
+            found = {**evaluation.facts, **evaluation.latest}
+            write_text(root / "test.json", json.dumps(found, indent=2))
+            if (root / "summary.json").exists():
+                summary = json.loads((root / "summary.json").read_text(encoding="utf-8"))
+                write_text(root / "summary.json", json.dumps({**summary, "test": found}, indent=2))
 
     def write(self, trainer: L.Trainer, *, status: str) -> None:
         """Write ``summary.json``."""

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.errors import ConfigurationError, message
-from fedgan_lightning.evaluation.metrics import Metric, default_metrics
+from fedgan_lightning.evaluation.defaults import default_metrics
+from fedgan_lightning.evaluation.metrics import Metric
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.seeding import make_generator
 
@@ -25,7 +26,7 @@ class Evaluation(L.Callback):
     """Evaluates the global generator.
 
     Args:
-        metrics: What to measure; default what suits the data.
+        metrics: What to measure; default what suits the data. Those that take long are left to ``test``.
         every_n_rounds: Rounds between evaluations; the untrained generator and the last round are always scored.
         num_samples: Generated samples per evaluation.
         seed: Seed of the latents: the same in every evaluation, so that curves compare.
@@ -59,9 +60,10 @@ class Evaluation(L.Callback):
         self.facts: dict[str, Any] = {}
         self.history: list[dict[str, float]] = []
         self.latest: dict[str, float] = {}
+        self._ready: list[Metric] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "predict" or self.facts:
+        if stage == "predict":
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, FederatedDataModule):
@@ -77,9 +79,11 @@ class Evaluation(L.Callback):
             warnings.warn(
                 f"{name} has no sample method: there are no sample metrics and no pictures of it", stacklevel=2
             )
-        self.facts = {"num_samples": self.num_samples}
+        self.facts["num_samples"] = self.num_samples
         for metric in self.metrics:
-            self.facts |= metric.prepare(data, device=trainer.strategy.root_device)
+            if metric not in self._ready and (stage == "test" or not metric.full):
+                self.facts |= metric.prepare(data, device=trainer.strategy.root_device)
+                self._ready.append(metric)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Score the untrained generator: what training must be compared with."""
@@ -105,7 +109,8 @@ class Evaluation(L.Callback):
         labels = data.labels_like_union(self.num_samples, generator=make_generator(self.seed, "evaluation labels"))
         requested = labels if getattr(pl_module.model, "num_classes", 0) else None
         values: dict[str, float] = {}
-        for metric in self.metrics or ():
+        metrics = [metric for metric in self._ready if trainer.state.fn == "test" or not metric.full]
+        for metric in metrics:
             values |= metric.inspect(pl_module.model)
         if not pl_module.can_sample:
             return values
@@ -115,7 +120,7 @@ class Evaluation(L.Callback):
             samples = pl_module.sample(self.num_samples, labels=labels, generator=generator, **options)
             if data.train_samples.is_image:
                 samples = quantise(samples)
-            for metric in self.metrics or ():
+            for metric in metrics:
                 values |= {f"{name}{suffix}": value for name, value in metric.compute(samples, requested).items()}
         agreed: dict[str, float] = trainer.strategy.broadcast(values)  # hosts may round differently
         return agreed

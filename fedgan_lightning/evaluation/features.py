@@ -110,13 +110,13 @@ class ClassifierFeatures(FeatureNet):
                 )
             )
         with isolated_rng(self.seed):
-            net = _Classifier(tuple(samples.x.shape[1:]), num_classes, is_image=samples.is_image)
+            net = Classifier(tuple(samples.x.shape[1:]), num_classes, is_image=samples.is_image)
         path = self._path(samples, num_classes)
         if path.exists():
             net.load_state_dict(torch.load(path, weights_only=True))
         else:
             with isolated_rng(self.seed):
-                self._train(net, samples)
+                train_classifier(net, samples, epochs=self.epochs, seed=self.seed)
             with replacing(path) as file:
                 torch.save(net.state_dict(), file)
         digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in net.state_dict().values()))
@@ -128,19 +128,6 @@ class ClassifierFeatures(FeatureNet):
         assert samples.y is not None
         digest.update(samples.y.numpy().tobytes())
         return cache_folder(self.cache) / f"classifier-{digest.hexdigest()[:16]}.pt"
-
-    def _train(self, net: nn.Module, samples: Samples) -> None:
-        generator = make_generator(self.seed, "classifier")
-        kept = torch.randperm(len(samples), generator=generator)[:20_000]
-        data = ClientSamples(samples=samples, indices=kept)
-        optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
-        for _ in range(self.epochs):
-            for positions in torch.randperm(len(data), generator=generator).split(64):
-                x, y = data.take(positions)
-                loss = cross_entropy(net(x.float())[1], y)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
 
 
 class InceptionFeatures(FeatureNet):
@@ -193,7 +180,7 @@ class ModuleFeatures(FeatureNet):
         return FrozenNet(self.module, num_features=self.num_features, name=self.name, digest=digest.hexdigest()[:12])
 
 
-class _Classifier(nn.Module):
+class Classifier(nn.Module):
     """Two convolutions (images) or one hidden layer (vectors), then 64 features, then class logits."""
 
     def __init__(self, shape: tuple[int, ...], num_classes: int, *, is_image: bool) -> None:
@@ -222,6 +209,28 @@ class _Classifier(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         features = self.trunk(x)
         return features, self.head(features)
+
+
+def train_classifier(net: nn.Module, samples: Samples, *, epochs: int, seed: int) -> None:
+    """Train a classifier in place on at most 20 000 of the samples: Adam 2e-3, batches of 64, cross-entropy.
+
+    Args:
+        net: Samples -> (features, class logits).
+        samples: With labels.
+        epochs: Passes over them.
+        seed: Seed of choice and order.
+    """
+    generator = make_generator(seed, "classifier")
+    kept = torch.randperm(len(samples), generator=generator)[:20_000]
+    data = ClientSamples(samples=samples, indices=kept)
+    optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
+    for _ in range(epochs):
+        for positions in torch.randperm(len(data), generator=generator).split(64):
+            x, y = data.take(positions)
+            loss = cross_entropy(net(x.float())[1], y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
 
 
 class _Bytes(nn.Module):

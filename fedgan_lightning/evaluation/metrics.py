@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,13 @@ CHUNK = 1000
 
 
 class Metric(ABC):
-    """A measure of generated samples against the clients' data."""
+    """A measure of generated samples against the clients' data.
+
+    Attributes:
+        full: Whether it takes so long that it belongs to the full evaluation, which ``test`` makes.
+    """
+
+    full: ClassVar[bool] = False
 
     @abstractmethod
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
@@ -63,10 +69,10 @@ class FrechetDistance(Metric):
         maker = self.features or (ClassifierFeatures() if data.num_classes > 1 else PixelFeatures())
         self.net = maker.build(data.train_samples, num_classes=data.num_classes).to(device)
         for client_id in range(data.num_clients):
-            mine = feature_sums(self.net, _chunks(data.client_samples(client_id), self.max_reals))
+            mine = feature_sums(self.net, chunks(data.client_samples(client_id), self.max_reals))
             self.real = mine if self.real is None else self.real + mine
         assert self.real is not None
-        self.held_out = held_out = feature_sums(self.net, _chunks(_everything(data.test_samples), None))
+        self.held_out = held_out = feature_sums(self.net, chunks(everything(data.test_samples)))
         return {
             "fid_floor": frechet_distance(self.real, held_out),
             "fid_num_reals": self.real.count,
@@ -105,7 +111,7 @@ class ClassCoverage(Metric):
         counts = torch.from_numpy(data.label_counts()).double().sum(0)
         self.shares = counts / counts.sum()
         test = data.test_samples
-        guessed = torch.cat([self._classify(x) for x in _chunks(_everything(test), None)])
+        guessed = torch.cat([self._classify(x) for x in chunks(everything(test))])
         assert test.y is not None
         return {"classifier_accuracy": float((guessed == test.y).float().mean())}
 
@@ -193,20 +199,13 @@ class ScalarParameters(Metric):
         return {f"parameters/{name.rsplit('.', 1)[-1]}": float(parameter.detach()) for name, parameter in named.items()}
 
 
-def default_metrics(data: FederatedDataModule) -> list[Metric]:
-    """Return the metrics that suit the data: modes where known, FID for images, else sliced Wasserstein."""
-    if hasattr(data.source, "centres"):
-        return [ModeCoverage()]
-    if len(data.sample_shape) == 3:
-        return [FrechetDistance(), *([ClassCoverage()] if data.num_classes > 1 else [])]
-    return [SlicedWasserstein()]
-
-
-def _everything(samples: Samples) -> ClientSamples:
+def everything(samples: Samples) -> ClientSamples:
+    """Return a view of all samples."""
     return ClientSamples(samples=samples, indices=torch.arange(len(samples)))
 
 
-def _chunks(data: ClientSamples, limit: int | None) -> Iterator[Tensor]:
+def chunks(data: ClientSamples, limit: int | None = None) -> Iterator[Tensor]:
+    """Yield the samples, without labels, in batches; at most ``limit`` of them."""
     count = len(data) if limit is None else min(limit, len(data))
     for positions in torch.arange(count).split(CHUNK):
         yield data.take(positions)[0]

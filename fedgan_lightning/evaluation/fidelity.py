@@ -1,0 +1,205 @@
+"""Metrics beside the Fréchet distance: kernel distance, precision and recall, classifier score, distances by class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedgan_lightning.data.datamodule import FederatedDataModule
+from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.evaluation import neighbours
+from fedgan_lightning.evaluation.features import ClassifierFeatures, FeatureNet, FrozenNet, PixelFeatures
+from fedgan_lightning.evaluation.fid import FeatureSums, feature_sums, frechet_distance
+from fedgan_lightning.evaluation.kernel import KernelSums, kernel_distance, kernel_sums
+from fedgan_lightning.evaluation.metrics import CHUNK, Metric, chunks, everything
+
+
+def suitable(features: FeatureNet | None, data: FederatedDataModule) -> FeatureNet:
+    """Return ``features``, or the small classifier for labelled data and pixels for other data."""
+    return features or (ClassifierFeatures() if data.num_classes > 1 else PixelFeatures())
+
+
+def extracted(net: FrozenNet, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield the features (N, d) of every batch, on the CPU."""
+    device = next((parameter.device for parameter in net.parameters()), torch.device("cpu"))
+    for batch in batches:
+        with torch.no_grad():
+            yield net(batch.to(device, torch.float32)).cpu()
+
+
+class KernelDistance(Metric):
+    """KID of all samples against the union of all clients' data, exact from sums that add up over clients.
+
+    Reports ``kid``, ``kid_test`` against the test split, and once ``kid_floor`` between these two. Unlike the Fréchet
+    distance it is unbiased: its expectation does not depend on the number of samples.
+
+    Args:
+        features: Feature network of at most 64 features; default the small classifier for labelled data, else pixels.
+    """
+
+    def __init__(self, features: FeatureNet | None = None) -> None:
+        self.features = features
+        self.net: FrozenNet | None = None
+        self.real: KernelSums | None = None
+        self.held_out: KernelSums | None = None
+
+    def _sums(self, batches: Iterable[Tensor]) -> KernelSums:
+        assert self.net is not None
+        return kernel_sums(extracted(self.net, batches), num_features=self.net.num_features)
+
+    def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
+        self.net = suitable(self.features, data).build(data.train_samples, num_classes=data.num_classes).to(device)
+        for client_id in range(data.num_clients):
+            mine = self._sums(chunks(data.client_samples(client_id)))
+            self.real = mine if self.real is None else self.real + mine
+        self.held_out = self._sums(chunks(everything(data.test_samples)))
+        assert self.real is not None
+        return {"kid_floor": kernel_distance(self.real, self.held_out), "kid_num_reals": self.real.count}
+
+    def compute(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
+        assert self.real is not None
+        assert self.held_out is not None
+        fake = self._sums(samples.split(CHUNK))
+        return {"kid": kernel_distance(self.real, fake), "kid_test": kernel_distance(self.held_out, fake)}
+
+
+class PrecisionRecall(Metric):
+    """Recall of the union of all clients, exact, and precision, recall, density and coverage of the test split.
+
+    ``recall`` needs counts from clients only. The other three would need the pooled reals' own neighbours, so they are
+    measured where the server has reals of its own: ``precision_test``, ``recall_test``, ``density_test`` and
+    ``coverage_test``. See :func:`fedgan_lightning.evaluation.neighbours.precision_recall`.
+
+    Args:
+        features: Feature network; default the small classifier for labelled data, else pixels.
+        k: Neighbours; 5 as Naeem et al. 2020, 3 as Kynkaanniemi et al. 2019.
+    """
+
+    full = True
+
+    def __init__(self, features: FeatureNet | None = None, *, k: int = 5) -> None:
+        if k < 1:
+            raise ConfigurationError(message("PrecisionRecall counts at least 1 neighbour", received=k, fix="set 5"))
+        self.features, self.k = features, k
+        self.net: FrozenNet | None = None
+        self.clients: list[Tensor] = []
+        self.held_out = torch.empty(0)
+
+    def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
+        self.net = suitable(self.features, data).build(data.train_samples, num_classes=data.num_classes).to(device)
+        self.clients = [torch.cat(list(self._features(chunks(view)))) for view in clients_of(data)]
+        self.held_out = torch.cat(list(self._features(chunks(everything(data.test_samples)))))
+        if len(self.held_out) <= self.k:
+            raise ConfigurationError(
+                message("PrecisionRecall needs more than k test samples", received=len(self.held_out), fix="lower k")
+            )
+        return {"recall_num_reals": sum(map(len, self.clients)), "recall_k": self.k}
+
+    def _features(self, batches: Iterable[Tensor]) -> Iterable[Tensor]:
+        assert self.net is not None
+        return extracted(self.net, batches)
+
+    def compute(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
+        fakes = torch.cat(list(self._features(samples.split(CHUNK))))
+        reach = neighbours.radii(fakes, k=self.k)
+        covered = sum(neighbours.count_covered(own, fakes, reach) for own in self.clients)
+        held_out = neighbours.precision_recall(self.held_out, fakes, k=self.k)
+        return {
+            "recall": covered / sum(map(len, self.clients)),
+            **{f"{name}_test": value for name, value in held_out.items()},
+        }
+
+
+class ClassifierScore(Metric):
+    """The form of the Inception Score on the small classifier: ``classifier_score`` = exp(H(E p) - E H(p)).
+
+    p are the classifier's probabilities of a generated sample; at best it is the number of classes. It looks at
+    generated samples alone, so that nothing has to be asked of clients. Source: Salimans et al. 2016, section 4.
+
+    Args:
+        features: The classifier.
+    """
+
+    def __init__(self, features: ClassifierFeatures | None = None) -> None:
+        self.features = features if features is not None else ClassifierFeatures()
+        self.net: FrozenNet | None = None
+
+    def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
+        self.net = self.features.build(data.train_samples, num_classes=data.num_classes).to(device)
+        return {"classifier_score_of_reals": self._score(chunks(everything(data.test_samples)))}
+
+    def compute(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
+        return {"classifier_score": self._score(samples.split(CHUNK))}
+
+    @torch.no_grad()
+    def _score(self, batches: Iterable[Tensor]) -> float:
+        assert self.net is not None
+        device = next(self.net.parameters()).device
+        total, entropies, count = torch.zeros(()), 0.0, 0
+        for batch in batches:
+            logs = self.net.logits(batch.to(device, torch.float32)).double().log_softmax(1).cpu()
+            total = total + logs.exp().sum(0)
+            entropies -= float((logs.exp() * logs).sum())
+            count += len(logs)
+        mean = total / count
+        return float(torch.exp(-(mean * mean.clamp_min(1e-300).log()).sum() - entropies / count))
+
+
+class IntraClassDistance(Metric):
+    """Mean over classes of the Fréchet distance within a class, ``intra_fid``; the classes asked for are believed.
+
+    It sees a generator that makes every class but mixes them up. With few samples of a class it is mostly bias: compare
+    it with ``intra_fid_floor``, real against real.
+
+    Args:
+        features: Feature network; default the small classifier.
+    """
+
+    full = True
+
+    def __init__(self, features: FeatureNet | None = None) -> None:
+        self.features = features
+        self.net: FrozenNet | None = None
+        self.real: dict[int, FeatureSums] = {}
+
+    def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
+        if data.num_classes < 2:
+            raise ConfigurationError(
+                message("IntraClassDistance needs labelled data", received="no labels", fix="leave it out")
+            )
+        self.net = suitable(self.features, data).build(data.train_samples, num_classes=data.num_classes).to(device)
+        for view in clients_of(data):
+            for x, y in view.chunks(CHUNK):
+                self._add(self.real, x, y)
+        held_out: dict[int, FeatureSums] = {}
+        for x, y in everything(data.test_samples).chunks(CHUNK):
+            self._add(held_out, x, y)
+        return {"intra_fid_floor": _mean_distance(self.real, held_out)}
+
+    def _add(self, sums: dict[int, FeatureSums], x: Tensor, y: Tensor) -> None:
+        assert self.net is not None
+        for label in y.unique().tolist():
+            mine = feature_sums(self.net, [x[y == label]])
+            sums[label] = sums[label] + mine if label in sums else mine
+
+    def compute(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
+        if labels is None:
+            return {}
+        fake: dict[int, FeatureSums] = {}
+        self._add(fake, samples, labels.to(samples.device))
+        return {"intra_fid": _mean_distance(self.real, fake)}
+
+
+def _mean_distance(real: dict[int, FeatureSums], other: dict[int, FeatureSums]) -> float:
+    """Return the mean over the classes that have two samples on both sides."""
+    common = [label for label in real if label in other and min(real[label].count, other[label].count) > 1]
+    distances = [frechet_distance(real[label], other[label]) for label in common]
+    return sum(distances) / len(distances) if distances else float("nan")
+
+
+def clients_of(data: FederatedDataModule) -> list[Any]:
+    """Return a view of every client's samples."""
+    return [data.client_samples(client_id) for client_id in range(data.num_clients)]
