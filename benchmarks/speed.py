@@ -3,7 +3,7 @@
     python -m benchmarks.speed                      # all rows, five repeats, markdown
     python -m benchmarks.speed --workloads ring64 --repeats 3 --skip flower
 
-Executor and loop take turns, round by round in one process: a machine that others use slows both. Every figure is a
+``auto`` is measured anew only where it chooses another way than the best two above. Executor and loop take turns, round by round in one process: a machine that others use slows both. Every figure is a
 median; "x loop" is the loop's median over the executor's, taken in the same process. The loop, the sequential and the
 vectorized executor run on the number of threads that suits each best. Two ranks and Flower are processes of their own,
 between two runs of the loop.
@@ -20,6 +20,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -115,6 +116,15 @@ def quickest(workload: Workload, ways: dict[str, tuple[int, int]]) -> tuple[str,
     return best, ways[best]
 
 
+def chosen_by_auto(workload: Workload) -> tuple[int, int]:
+    """Return (clients per stack, threads) as ``executor: auto`` chooses them anew."""
+    with tempfile.TemporaryDirectory() as cache:
+        auto = AutoExecutor(cache=cache)
+        federate(workload, auto, rounds=1, callback=TakeTurns(None))
+    assert auto.plan is not None
+    return auto.plan.chunk_size, auto.plan.num_threads
+
+
 def best_of(results: dict[str, dict[str, float]]) -> tuple[str, dict[str, float]]:
     """Return the way with the best ratio."""
     return max(results.items(), key=lambda item: item[1]["ratio"])
@@ -146,15 +156,16 @@ def measure(name: str, *, repeats: int, skip: set[str], flower_python: str) -> d
     ways = {f"{n} threads": (1, n) for n in counts}
     said, way = quickest(workload, ways)
     row["sequential"] = (said, against_loop(workload, fixed(*way), **turn))
+    measured = {way: row["sequential"]}
     sizes = sorted({min(size, workload.clients) for size in (16, 64, 256)})
     ways = {f"{n} threads, stacks of {size}": (size, n) for n in counts for size in sizes[-2:]}
     said, way = quickest(workload, ways)
     row["vectorized"] = (said, against_loop(workload, fixed(*way), **turn))
+    measured[way] = row["vectorized"]
     if "auto" not in skip:
-        auto = AutoExecutor()
-        row["auto"] = ("", against_loop(workload, auto, **turn))
-        if auto.plan is not None:
-            row["auto"] = (f"{auto.plan.num_threads} threads, stacks of {auto.plan.chunk_size}", row["auto"][1])
+        way = chosen_by_auto(workload)
+        said = f"{way[1]} threads, " + ("one by one" if way[0] == 1 else f"stacks of {way[0]}")
+        row["auto"] = (said, measured[way][1] if way in measured else against_loop(workload, fixed(*way), **turn))
     own = [sys.executable, "-m", "benchmarks.speed", "--child", name, "--repeats", str(repeats)]
     if "ranks" not in skip:
         found = {f"2 ranks, {kind}": paired([*own, "--kind", kind], **turn) for kind in ("sequential", "vectorized")}

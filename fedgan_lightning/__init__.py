@@ -80,6 +80,10 @@ if TYPE_CHECKING:
         DCGANGenerator,
         MLPDiscriminator,
         MLPGenerator,
+        R3GANDiscriminator,
+        R3GANGenerator,
+        ResNetDiscriminator,
+        ResNetGenerator,
     )
     from fedgan_lightning.gan.objectives import (
         AdversarialLoss,
@@ -164,6 +168,10 @@ _HOMES = {
         "DCGANGenerator",
         "MLPDiscriminator",
         "MLPGenerator",
+        "R3GANDiscriminator",
+        "R3GANGenerator",
+        "ResNetDiscriminator",
+        "ResNetGenerator",
     ],
     "fedgan_lightning.gan.objectives": [
         "AdversarialLoss",
@@ -195,7 +203,7 @@ __all__ = [
     "AdversarialLoss", "Minimax", "NonSaturating", "LeastSquares", "Wasserstein", "Hinge", "RelativisticPairing",
     "Penalty", "R1", "R2", "GradientPenalty",
     "GAN", "MLPGenerator", "MLPDiscriminator", "DCGANGenerator", "DCGANDiscriminator", "ACGANGenerator",
-    "ACGANDiscriminator",
+    "ACGANDiscriminator", "ResNetGenerator", "ResNetDiscriminator", "R3GANGenerator", "R3GANDiscriminator",
     "FederatedDataModule", "Samples", "Source", "Digits", "TorchvisionImages", "CelebA", "ImageFolder", "MedMNISTFile",
     "Ring", "Grid", "SwissRoll", "Segments",
     "Partition", "IID", "Dirichlet", "ClassesPerClient", "ClassLists", "QuantitySkew", "Natural", "FeatureShift",

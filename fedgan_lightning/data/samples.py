@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 
 import numpy as np
 import torch
@@ -154,23 +153,25 @@ class BatchStream:
         return self.num_steps
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if not self.num_steps:
+            return
         ahead = max(1, READ_AHEAD // (self.batch_size * self.data.samples.x[0].numel()))
-        positions = self.positions()
-        while group := list(islice(positions, ahead)):
-            x, y = self.data.take(torch.cat(group))
+        for rows in self.positions().split(ahead):
+            x, y = self.data.take(rows.flatten())
             yield from zip(x.split(self.batch_size), y.split(self.batch_size))
 
-    def positions(self) -> Iterator[Tensor]:
-        """Yield the positions (batch_size,) within the client of every minibatch."""
+    def positions(self) -> Tensor:
+        """Return the positions (num_steps, batch_size) within the client of every minibatch."""
         steps_per_epoch = len(self.data) // self.batch_size
-        epoch, order = -1, torch.empty(0, dtype=torch.int64)
-        for step in range(self.first_step, self.first_step + self.num_steps):
-            if step // steps_per_epoch != epoch:
-                epoch = step // steps_per_epoch
-                generator = make_generator(self.seed, "batches", self.stream, epoch)
-                order = torch.randperm(len(self.data), generator=generator)
-            start = step % steps_per_epoch * self.batch_size
-            yield order[start : start + self.batch_size]
+        end = self.first_step + self.num_steps
+        parts = [torch.empty(0, self.batch_size, dtype=torch.int64)]
+        for epoch in range(self.first_step // steps_per_epoch, -(-end // steps_per_epoch)):
+            generator = make_generator(self.seed, "batches", self.stream, epoch)
+            order = torch.randperm(len(self.data), generator=generator)
+            rows = order[: steps_per_epoch * self.batch_size].view(steps_per_epoch, self.batch_size)
+            before = epoch * steps_per_epoch
+            parts.append(rows[max(0, self.first_step - before) : end - before])
+        return torch.cat(parts)
 
 
 class CohortStream:
@@ -189,7 +190,7 @@ class CohortStream:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         samples = self.streams[0].data.samples
         batch_size = self.streams[0].batch_size
-        indices = [stream.data.indices[torch.stack(list(stream.positions()))] for stream in self.streams]
+        indices = [stream.data.indices[stream.positions()] for stream in self.streams]
         scales, offsets = self._shifts(samples)
         active = len(indices)
         for step in range(len(self)):

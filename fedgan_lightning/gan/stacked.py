@@ -18,6 +18,8 @@ from fedgan_lightning.gan.steps import DuePenalty, Stats
 from fedgan_lightning.gan.tracing import MappedFunctions
 from fedgan_lightning.protocol import RoundInfo
 
+#: Most latent numbers that are drawn ahead of their use: 16 MB in float32.
+NUMBERS_AHEAD = 1 << 22
 #: What this class replaces or relies on: a subclass of GAN that overrides one of these trains in a way of its own.
 TRAINING = (
     "training_step",
@@ -75,6 +77,8 @@ class StackedGAN(GAN):
         self._first_steps: list[int] = []
         self._values: dict[nn.Module, dict[str, Tensor]] = {}
         self._mapped = MappedFunctions()
+        self._latents: list[Tensor] = []
+        self._draws_left = 0
 
     # ------------------------------------------------------------------ the cohort
 
@@ -83,12 +87,14 @@ class StackedGAN(GAN):
         self.local_step = 0
         self._first_steps, self._generators = [info.first_step for info in infos], list(generators)
         self._in_federation = True
-        self._values = {}
+        self._values, self._latents = {}, []
+        self._draws_left = max(info.num_steps for info in infos) * (self.d_steps + self.g_steps)
 
     def keep_clients(self, count: int) -> None:
         """Go on with the first ``count`` clients; the others have done their steps."""
         self._first_steps, self._generators = self._first_steps[:count], self._generators[:count]
         self._sums = {name: value[:count] if value.dim() else value for name, value in self._sums.items()}
+        self._latents = [latents[:count] for latents in self._latents]
         self._values = {}
 
     def round_statistics(self) -> Stats:
@@ -130,6 +136,8 @@ class StackedGAN(GAN):
     def draw(
         self, y: Tensor, *, dtype: torch.dtype, mix: bool = False, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
+        if not self._draws_more_than_latents:
+            return self._next_latents(y.shape[1], device=y.device, dtype=dtype), y, None
         one, mixers = super().draw, [penalty for penalty in self.penalties if penalty.needs_mix]
         drawn = []
         for labels, own, first in zip(y.unbind(0), self._generators, self._first_steps):
@@ -141,6 +149,26 @@ class StackedGAN(GAN):
             return torch.stack(latents), y, None
         unused = torch.zeros(y.shape[1], device=y.device, dtype=dtype)  # of clients whose penalty is not due
         return torch.stack(latents), y, torch.stack([unused if own is None else own for own in weights])
+
+    @property
+    def _draws_more_than_latents(self) -> bool:
+        labels = self.fake_labels == "all" and self.num_classes > 0
+        return labels or any(penalty.needs_mix for penalty in self.penalties)
+
+    def _next_latents(self, count: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return latents (clients, count, latent_dim), drawn for many steps at a time: a call for each client and step
+        takes as long as the arithmetic of a small network.
+        """
+        if not self._latents:
+            size = max(1, len(self._generators) * count * self.latent_dim)
+            times = max(1, min(self._draws_left, NUMBERS_AHEAD // size))
+            self._draws_left -= times
+            where = {"device": device, "dtype": dtype}
+            drawn = [
+                self.prior.draw_ahead(times, count, self.latent_dim, generator=own, **where) for own in self._generators
+            ]
+            self._latents = list(torch.stack(drawn, dim=1).unbind(0))
+        return self._latents.pop(0)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip each client's gradient by its own norm."""

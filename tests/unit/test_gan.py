@@ -10,7 +10,7 @@ import torch
 from fedgan_lightning import GAN, R1, GradientPenalty, RelativisticPairing
 from fedgan_lightning.errors import ConfigurationError, DataError
 from fedgan_lightning.gan import networks as nets
-from fedgan_lightning.gan.priors import MidpointNodes, Uniform
+from fedgan_lightning.gan.priors import MidpointNodes, Normal, Uniform
 from fedgan_lightning.protocol import RoundInfo
 from tests.conftest import adam, quiet_trainer, ring_data, ring_gan, sgd
 
@@ -199,3 +199,15 @@ def test_resume_under_a_plain_trainer_is_exact(tmp_path):
     quiet_trainer(max_epochs=1).fit(again, datamodule=data.pooled(num_steps=4), ckpt_path=tmp_path / "a.ckpt")
     assert again.local_step == 4
     assert all(torch.equal(again.state_dict()[name], value) for name, value in whole.state_dict().items())
+
+
+@pytest.mark.parametrize("prior", [Normal(), Uniform(), MidpointNodes(32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count, dim", [(32, 4), (32, 5), (7, 3), (1, 1), (16, 1)])
+def test_latents_drawn_ahead_are_those_drawn_one_by_one(prior, dtype, count, dim):
+    where = {"device": torch.device("cpu"), "dtype": dtype}
+    one, ahead = (torch.Generator().manual_seed(3) for _ in range(2))
+    singly = [prior.draw(count, dim, generator=one, **where) for _ in range(5)]
+    together = prior.draw_ahead(5, count, dim, generator=ahead, **where)
+    assert torch.equal(torch.stack(singly), together)
+    assert torch.equal(one.get_state(), ahead.get_state())

@@ -8,6 +8,7 @@ import torch
 from fedgan_lightning.errors import ConfigurationError
 from fedgan_lightning.gan import networks as nets
 from fedgan_lightning.gan.networks.dcgan import plan
+from fedgan_lightning.gan.networks.resnet import ConditionalBatchNorm2d
 from fedgan_lightning.gan.objectives import auxiliary_classifier, non_saturating_generator
 from fedgan_lightning.gan.steps import split_heads
 
@@ -27,6 +28,14 @@ PAIRS = {
     "dcgan48": lambda c, how: (
         nets.DCGANGenerator(48, 3, latent_dim=8, width=4, num_classes=c, norm="none"),
         nets.DCGANDiscriminator(48, 3, width=4, num_classes=c, conditioning=how, norm="batch"),
+    ),
+    "resnet32": lambda c, how: (
+        nets.ResNetGenerator(32, 3, latent_dim=8, width=8, num_classes=c),
+        nets.ResNetDiscriminator(32, 3, width=8, num_classes=c, conditioning=how),
+    ),
+    "r3gan28": lambda c, how: (
+        nets.R3GANGenerator(28, 1, latent_dim=8, width=8, num_classes=c, group_size=4),
+        nets.R3GANDiscriminator(28, 1, width=8, num_classes=c, conditioning=how, group_size=4),
     ),
     "acgan": lambda c, how: (
         nets.ACGANGenerator(28, 1, latent_dim=8, num_classes=c, width=4),
@@ -109,3 +118,39 @@ def test_resolution_plans(size, expected):
 def test_what_cannot_be_built_says_why(make, words):
     with pytest.raises(ConfigurationError, match=words):
         make()
+
+
+def test_a_class_has_its_own_scale_and_shift_and_others_get_no_gradient():
+    layer = ConditionalBatchNorm2d(3, num_classes=4)
+    x, y = torch.randn(8, 3, 5, 5), torch.tensor([0, 2] * 4)
+    plain = torch.nn.BatchNorm2d(3)
+    torch.testing.assert_close(layer(x, y), plain(x), rtol=0.1, atol=0.01)  # at first classes are nearly alike
+    layer(x, y).square().sum().backward()
+    assert [bool(row.any()) for row in layer.scale.weight.grad] == [True, False, True, False]
+    with torch.no_grad():
+        layer.shift.weight[2] = 7.0
+    assert (layer(x, y)[1::2].mean() - layer(x, y)[::2].mean()).item() == pytest.approx(7.0, abs=0.5)
+    with pytest.raises(ValueError, match="needs labels"):
+        layer(x, None)
+
+
+def test_the_residual_discriminator_is_normalised_in_every_layer():
+    for conditioning in ("none", "projection", "auxiliary"):
+        classes = 0 if conditioning == "none" else 3
+        network = nets.ResNetDiscriminator(16, 1, width=8, num_classes=classes, conditioning=conditioning)
+        network(torch.randn(4, 1, 16, 16), torch.zeros(4, dtype=torch.int64))
+        for module in network.modules():
+            if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear, torch.nn.Embedding)):
+                sigma = torch.linalg.matrix_norm(module.weight.flatten(1), 2)
+                assert sigma.item() == pytest.approx(1.0, abs=0.1), type(module)
+
+
+def test_blocks_without_normalisation_start_as_the_identity_and_hold_no_statistics():
+    generator, discriminator = nets.R3GANGenerator(16, 1, width=8), nets.R3GANDiscriminator(16, 1, width=8)
+    for network in (generator, discriminator):
+        assert not list(network.buffers())
+        blocks = [module for module in network.modules() if type(module).__name__ == "_Block"]
+        assert len(blocks) == 2 * 3
+        x = torch.randn(2, 8, 4, 4)
+        assert torch.equal(blocks[0](x), x)
+    assert generator(torch.randn(500, 64)).std().item() == pytest.approx(0.55, abs=0.2)

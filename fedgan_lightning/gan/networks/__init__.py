@@ -5,6 +5,8 @@
 from fedgan_lightning.gan.networks.acgan import ACGANDiscriminator, ACGANGenerator
 from fedgan_lightning.gan.networks.dcgan import DCGANDiscriminator, DCGANGenerator
 from fedgan_lightning.gan.networks.mlp import MLPDiscriminator, MLPGenerator
+from fedgan_lightning.gan.networks.r3gan import R3GANDiscriminator, R3GANGenerator
+from fedgan_lightning.gan.networks.resnet import ResNetDiscriminator, ResNetGenerator
 from fedgan_lightning.gan.networks.scalar import QuadraticDiscriminator, ScaleGenerator
 
 __all__ = [
@@ -15,5 +17,9 @@ __all__ = [
     "MLPDiscriminator",
     "MLPGenerator",
     "QuadraticDiscriminator",
+    "R3GANDiscriminator",
+    "R3GANGenerator",
+    "ResNetDiscriminator",
+    "ResNetGenerator",
     "ScaleGenerator",
 ]
