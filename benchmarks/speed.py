@@ -3,9 +3,10 @@
     python -m benchmarks.speed                      # all rows, five repeats, markdown
     python -m benchmarks.speed --workloads ring64 --repeats 3 --skip flower
 
-``auto`` is measured anew only where it chooses another way than the best two above. Executor and loop take turns, round by round in one process: a machine that others use slows both. Every figure is a
+Executor and loop take turns, round by round in one process: a machine that others use slows both. Every figure is a
 median; "x loop" is the loop's median over the executor's, taken in the same process. The loop, the sequential and the
-vectorized executor run on the number of threads that suits each best. Two ranks and Flower are processes of their own,
+vectorized executor run on the number of threads that suits each best; ``auto`` is measured by itself only where it
+chooses another way than these. Two ranks and Flower are processes of their own,
 between two runs of the loop.
 """
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
-from fedgan_lightning.errors import ClientError, FedGANError, RankError, UpdateError
+from fedgan_lightning.errors import ClientError, ConfigurationError, FedGANError, RankError, UpdateError
 from fedgan_lightning.version import __version__
 
 COMMANDS = {
@@ -14,6 +16,7 @@ COMMANDS = {
     "test": "full evaluation of a checkpoint on held-out data",
     "predict": "write samples of a checkpoint",
     "partition": "who holds what, before any training",
+    "report": "one HTML page about a run, or comparing several: report RUN [RUN ...] [--out FILE]",
 }
 USAGE = "\n".join(
     [
@@ -42,18 +45,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments in ([], ["--help"], ["-h"]):
         print(USAGE)
         return 0
+    try:
+        if arguments[0] == "report":
+            return report(arguments[1:])
+        return federate(arguments)
+    except FedGANError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, (ClientError, RankError, UpdateError)) else 2
+
+
+def federate(arguments: Sequence[str]) -> int:
+    """Run a command that needs the settings; return the exit code."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from fedgan_lightning.cli import HELP, run
 
     try:
-        run(arguments)
+        run(list(arguments))
     except MisconfigurationException as error:  # Lightning's own: a setting of the Trainer
         print(f"error: {' '.join(str(error).split())} {HELP}", file=sys.stderr)
         return 2
-    except FedGANError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, (ClientError, RankError, UpdateError)) else 2
+    return 0
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """Reports a bad argument as the other commands do."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigurationError(f"{message}. See: python -m fedgan_lightning report --help")
+
+
+def report(arguments: Sequence[str]) -> int:
+    """Write the page about the runs that are named; return the exit code."""
+    parser = _OneLineParser(prog="python -m fedgan_lightning report", description="One HTML page about runs.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
+    parser.add_argument("--out", help="file to write; default report.html in the run directory, or beside several")
+    options = parser.parse_args(arguments)
+    from fedgan_lightning.visuals.report import write_report
+
+    print(f"wrote {write_report(options.runs, out=options.out)}")
     return 0
 
 

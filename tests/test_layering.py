@@ -73,6 +73,8 @@ LAYERS = {
     "evaluation.callback": 10,
     "visuals.pictures": 1,
     "visuals.progress": 1,
+    "visuals.runs": 1,
+    "visuals.report": 2,
     "visuals.tensorboard": 11,
     "visuals.samples": 12,
     "checkpoints": 1,

@@ -1,0 +1,150 @@
+"""The HTML report: of one run, of several, of damaged ones; self-contained and well-formed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from fedgan_lightning import (
+    GAN,
+    Evaluation,
+    Federation,
+    MLPDiscriminator,
+    MLPGenerator,
+    SamplePictures,
+    SequentialExecutor,
+)
+from fedgan_lightning.__main__ import main
+from fedgan_lightning.errors import ConfigurationError
+from fedgan_lightning.visuals.report import write_report
+from fedgan_lightning.visuals.runs import differing, read_run
+from tests.conftest import ROOT, digits_data
+
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Checks that tags close in order; collects texts, pictures and what would be loaded."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.texts, self.images, self.loaded, self.charts = [], [], [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self._sources(attributes)
+        if tag == "img":
+            self.images.append(found["alt"])
+        if found.get("role") == "img":
+            self.charts.append(found["aria-label"])
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self._sources(attributes)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    def _sources(self, attributes):
+        self.loaded += [value for key, value in attributes if key in ("src", "href", "xlink:href")]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for name, steps in (("first", 1), ("<second> & co", 2)):
+        gan = GAN(
+            MLPGenerator(4, (1, 8, 8), num_classes=10),
+            MLPDiscriminator((1, 8, 8), num_classes=10, conditioning="projection"),
+        )
+        Federation(
+            gan,
+            digits_data(),
+            rounds=3,
+            local_steps=steps,
+            run_dir=str(folder / name),
+            executor=SequentialExecutor(),
+            evaluation=Evaluation(num_samples=100, every_n_rounds=1),
+            pictures=SamplePictures(every_n_rounds=1),
+            trainer={"accelerator": "cpu", "enable_progress_bar": False},
+        ).fit()
+    return folder
+
+
+def test_the_page_of_a_run_has_what_happened_and_loads_nothing(runs):
+    path = write_report([runs / "first"])
+    assert path == runs / "first" / "report.html"
+    page = Page(path.read_text())
+    assert all(source.startswith(("data:image/png;base64,", "#")) for source in page.loaded)
+    assert page.images == [
+        *(f"first, {name}" for name in ("untrained", "round 1", "round 2", "round 3", "real")),
+        "first: who holds what",
+    ]
+    assert {"FID, clients' union", "FID against megabytes sent", "Discriminator loss", "D(x)"} <= set(page.charts)
+    summary = json.loads((runs / "first" / "summary.json").read_text())
+    assert f"{summary['final']['fid']:.4g}" in page.texts
+    assert any(text.startswith("5 clients with") for text in page.texts)
+
+
+def test_several_runs_are_compared_and_names_are_escaped(runs):
+    path = write_report([runs / "first", runs / "<second> & co"])
+    assert path == runs / "report.html"
+    page = Page(path.read_text())
+    assert "<second> & co" in page.texts
+    assert "2 federations compared" in page.texts
+    assert page.charts.count("FID, clients' union") == 1, "one chart for both"
+
+
+def test_curves_are_read_as_they_were_written(runs):
+    run = read_run(runs / "first")
+    history = json.loads((runs / "first" / "summary.json").read_text())["history"]
+    assert run.metrics["fid"] == ([0, 1, 2, 3], [entry["fid"] for entry in history])
+    steps, totals = run.bytes_by_round
+    assert steps == [1, 2, 3]
+    whole = sum(sum(run.summary[f"bytes_{way}"].values()) for way in ("up", "down"))
+    assert totals[-1] == pytest.approx(whole, rel=1e-6)
+    assert totals[2] - totals[1] == pytest.approx(totals[1] - totals[0]), "but the first round sends no moments down"
+    assert len(run.sizes) == 5
+    assert [title for title, _ in run.grids] == ["untrained", "round 1", "round 2", "round 3"]
+
+
+def test_settings_that_differ_are_named(runs):
+    first, second = read_run(runs / "first"), read_run(runs / "first")
+    second.config["federation"] = {"local_steps": 7, "clients": {"class_path": "AllClients"}}
+    first.config["federation"] = {"local_steps": 5, "clients": {"class_path": "AllClients"}}
+    assert differing([first, second]) == {"federation.local_steps": [5, 7]}
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"summary.json; received .*nothing"):
+        read_run(tmp_path / "nothing")
+    (tmp_path / "summary.json").write_text("{ half")
+    with pytest.raises(ConfigurationError, match="JSONDecodeError"):
+        read_run(tmp_path)
+
+
+def test_the_command(runs, tmp_path, capsys):
+    assert main(["report", str(runs / "first"), "--out", str(tmp_path / "page.html")]) == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'page.html'}\n"
+    assert main(["report"]) == 2
+    assert "required: RUN" in capsys.readouterr().err
+    assert main(["report", str(tmp_path)]) == 2
+    assert "Fix: name the directory" in capsys.readouterr().err
+
+
+def test_a_report_needs_no_torch(runs):
+    code = (
+        "import sys; from fedgan_lightning.__main__ import main; "
+        f"code = main(['report', {str(runs / 'first')!r}]); sys.exit(code or 'torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
