@@ -44,6 +44,7 @@ LAYERS = {
     "gan.stacked": 4,
     "federation.sampling": 1,
     "federation.ranks": 1,
+    "federation.drift": 3,
     "federation.aggregation": 3,
     "federation.store": 1,
     "federation.optimizer_state": 2,

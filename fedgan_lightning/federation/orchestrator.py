@@ -19,6 +19,7 @@ import lightning as L
 
 from fedgan_lightning.errors import CheckpointError, ConfigurationError, RoundInterrupted, message
 from fedgan_lightning.federation.aggregation import WeightedMean
+from fedgan_lightning.federation.drift import Drift
 from fedgan_lightning.federation.executors import AutoExecutor
 from fedgan_lightning.federation.ledger import Ledger, bytes_by_network
 from fedgan_lightning.federation.local import ClientContext
@@ -249,12 +250,13 @@ class FederatedOrchestrator(L.Callback):
         """Train this rank's share of the cohort, then bring the shares of all ranks together."""
         state = server.shared_state()
         networks = [network for network, sync in server.policy.sync.items() if sync == "average"]
-        accumulator, records, failure = self.aggregator.init(), [], None
+        accumulator, records, drift, failure = self.aggregator.init(), [], Drift(), None
         hooks = listeners(trainer.callbacks, "on_client_end")  # type: ignore[attr-defined]
         try:
             for update in self.executor.run(self._tasks(info, state, data)):
                 accumulator = self.aggregator.accumulate(accumulator, update)
                 records.append(ClientRecord.of(update, networks=networks))
+                drift.add(update.delta, records[-1].lengths)
                 for hook in hooks:
                     hook(trainer, server, update)
                 if self._stop_requested():
@@ -263,7 +265,9 @@ class FederatedOrchestrator(L.Callback):
             failure = error
         self._ranks.agree(failure)
         plain = flattened(self._ranks.exchange([record.plain() for record in records]))
-        summary = RoundSummary((ClientRecord(**fields) for fields in plain), networks=networks)
+        summary = RoundSummary(
+            (ClientRecord(**fields) for fields in plain), networks=networks, drift=drift.values(self._ranks)
+        )
         self.store.exchange(self._ranks.exchange_states)
         sent = bytes_by_network(state)
         for record in summary.records:

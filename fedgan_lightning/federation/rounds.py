@@ -50,6 +50,12 @@ class ClientRecord:
             bytes_up=dict(Counter(bytes_by_network(update.delta)) + Counter(bytes_by_network(update.extras))),
         )
 
+    @property
+    def lengths(self) -> dict[str, float]:
+        """Norm of the update by network."""
+        prefix = "update_norm/"
+        return {name.removeprefix(prefix): v for name, v in self.metrics.items() if name.startswith(prefix)}
+
     def plain(self) -> dict[str, Any]:
         """Return the fields as plain values."""
         return dict(vars(self))
@@ -61,11 +67,12 @@ class RoundSummary:
     Args:
         records: One record per update.
         networks: Networks that travel.
+        drift: Mean cosine between clients' updates, as ``drift/NETWORK``.
     """
 
-    def __init__(self, records: Iterable[ClientRecord], *, networks: Sequence[str]) -> None:
+    def __init__(self, records: Iterable[ClientRecord], *, networks: Sequence[str], drift: Mapping[str, float]) -> None:
         self.records = sorted(records, key=lambda record: record.client_id)
-        self.networks = networks
+        self.networks, self.drift = networks, drift
         self.total_weight = sum(record.num_examples for record in self.records)
 
     @property
@@ -92,6 +99,7 @@ class RoundSummary:
         values = {(name if name.startswith("update_norm") else f"train/{name}"): mean for name, mean in means.items()}
         for network, value in norms(aggregate.delta, self.networks).items():
             values[f"update_norm/{network}/aggregated"] = value
+        values |= self.drift
         if len(self.records) <= MAX_CLIENT_CURVES:
             for record in self.records:
                 own = {name: value for name, value in record.metrics.items() if name not in HIDDEN}

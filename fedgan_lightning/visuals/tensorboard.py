@@ -14,6 +14,7 @@ LAYOUT = {
         "losses": ["Multiline", ["train/loss_d", "train/loss_g"]],
         "discriminator": ["Multiline", ["train/d_real", "train/d_fake"]],
         "update norms": ["Multiline", ["update_norm/.*"]],
+        "cosine between clients' updates": ["Multiline", ["drift/.*"]],
     },
     "Quality": {
         "Fréchet distance": ["Multiline", ["^fid$", "^fid_raw$"]],
