@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
     from fedgan_lightning.federation.sampling import AllClients, FractionOfClients, PoissonSampling
     from fedgan_lightning.federation.server import ServerModule
+    from fedgan_lightning.gan.augment import Augmentation, LeCam
     from fedgan_lightning.gan.module import GAN
     from fedgan_lightning.gan.networks import (
         ACGANDiscriminator,
@@ -160,6 +161,7 @@ _HOMES = {
     "fedgan_lightning.federation.orchestrator": ["FederatedOrchestrator"],
     "fedgan_lightning.federation.sampling": ["AllClients", "FractionOfClients", "PoissonSampling"],
     "fedgan_lightning.federation.server": ["ServerModule"],
+    "fedgan_lightning.gan.augment": ["Augmentation", "LeCam"],
     "fedgan_lightning.gan.module": ["GAN"],
     "fedgan_lightning.gan.networks": [
         "ACGANDiscriminator",
@@ -201,7 +203,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "AdversarialLoss", "Minimax", "NonSaturating", "LeastSquares", "Wasserstein", "Hinge", "RelativisticPairing",
-    "Penalty", "R1", "R2", "GradientPenalty",
+    "Penalty", "R1", "R2", "GradientPenalty", "Augmentation", "LeCam",
     "GAN", "MLPGenerator", "MLPDiscriminator", "DCGANGenerator", "DCGANDiscriminator", "ACGANGenerator",
     "ACGANDiscriminator", "ResNetGenerator", "ResNetDiscriminator", "R3GANGenerator", "R3GANDiscriminator",
     "FederatedDataModule", "Samples", "Source", "Digits", "TorchvisionImages", "CelebA", "ImageFolder", "MedMNISTFile",

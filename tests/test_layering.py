@@ -38,6 +38,8 @@ LAYERS = {
     "gan.networks.r3gan": 3,
     "gan.networks": 4,
     "gan.steps": 2,
+    "gan.augment": 1,
+    "gan.sampling": 0,
     "gan.checks": 1,
     "gan.tracing": 1,
     "gan.module": 3,

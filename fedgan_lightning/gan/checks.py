@@ -41,6 +41,11 @@ def check_settings(gan: Any) -> None:
                 fix="raise them",
             )
         )
+    shape = next((own for own in shapes if own is not None), None)
+    if gan.augment is not None and shape is not None and len(shape) != 3:
+        raise ConfigurationError(
+            message("augmentation is for images", received=f"samples of shape {list(shape)}", fix="set augment: null")
+        )
     if gan.updates == "simultaneous" and (gan.d_steps, gan.g_steps) != (1, 1):
         raise ConfigurationError(
             message(

@@ -17,11 +17,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fedgan_lightning.errors import DataError, message
+from fedgan_lightning.gan.augment import Augmentation, LeCam
 from fedgan_lightning.gan.checks import check_networks, check_settings
 from fedgan_lightning.gan.objectives import AdversarialLoss, NonSaturating
 from fedgan_lightning.gan.penalties import Penalty
 from fedgan_lightning.gan.priors import Normal, Prior
-from fedgan_lightning.gan.steps import DuePenalty, Stats, discriminator_step, generator_step
+from fedgan_lightning.gan.sampling import generated
+from fedgan_lightning.gan.steps import Draws, DuePenalty, Stats, discriminator_step, generator_step
 from fedgan_lightning.protocol import RoundInfo
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
@@ -61,6 +63,8 @@ class GAN(L.LightningModule):
         ema_half_life_images: Half-life, in images, of the moving average of the generator that is used for sampling
             and metrics; ``None`` keeps no average. In a federation the average lives on the server.
         clip_gradient_norm: Largest norm of each network's gradient; ``None`` does not clip.
+        augment: Augmentation of the images that the discriminator sees.
+        anchor: Anchors for the discriminator's logits.
 
     Raises:
         ConfigurationError: If the arguments contradict each other.
@@ -85,6 +89,8 @@ class GAN(L.LightningModule):
         auxiliary_weight: float = 1.0,
         ema_half_life_images: float | None = None,
         clip_gradient_norm: float | None = None,
+        augment: Augmentation | None = None,
+        anchor: LeCam | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -98,6 +104,7 @@ class GAN(L.LightningModule):
         self.fake_labels, self.auxiliary_weight = fake_labels, auxiliary_weight
         self.ema_half_life_images = ema_half_life_images
         self.clip_gradient_norm = clip_gradient_norm
+        self.augment, self.anchor = augment, anchor
         #: Dimension of z.
         self.latent_dim = int(generator.latent_dim)  # type: ignore[arg-type]
         self.num_classes = int(getattr(generator, "num_classes", 0))
@@ -195,8 +202,7 @@ class GAN(L.LightningModule):
 
     def _backward_discriminator(self, optimizer: Any, x: Tensor, y: Tensor) -> None:
         due = self.due_penalties()
-        z, y_fake, mix = self.draw(y, dtype=x.dtype, mix=any(penalty.needs_mix for penalty, _ in due))
-        loss, stats = discriminator_step(
+        step = discriminator_step(
             self.generate,
             self.discriminate,
             loss=self.loss,
@@ -204,16 +210,18 @@ class GAN(L.LightningModule):
             auxiliary_weight=self.auxiliary_weight,
             x=x,
             y=y,
-            z=z,
-            y_fake=y_fake,
-            mix=mix,
+            draws=self.draw(y, dtype=x.dtype, mix=any(penalty.needs_mix for penalty, _ in due)),
+            anchor=self.anchored if self.anchor is not None else None,
             lift=self.lift,
         )
-        self._backward(optimizer, loss)
-        self._collect(stats, scale=1.0 / self.d_steps)
+        self._backward(optimizer, step.loss)
+        self._collect(step.stats, scale=1.0 / self.d_steps)
+        if self.augment is not None:
+            self.augment.adapt(step.real_logits, num_images=y.shape[-1])
+        if self.anchor is not None:
+            self.anchor.follow(step.real_logits, step.fake_logits)
 
     def _backward_generator(self, optimizer: Any, x: Tensor, y: Tensor) -> None:
-        z, y_fake, _ = self.draw(y, dtype=x.dtype)
         loss, stats = generator_step(
             self.generate,
             self.discriminate,
@@ -221,8 +229,7 @@ class GAN(L.LightningModule):
             auxiliary_weight=self.auxiliary_weight,
             x=x,
             y=y,
-            z=z,
-            y_fake=y_fake,
+            draws=self.draw(y, dtype=x.dtype),
             lift=self.lift,
         )
         self._backward(optimizer, loss)
@@ -244,10 +251,29 @@ class GAN(L.LightningModule):
         samples: Tensor = self.generator(z, y)
         return samples
 
-    def discriminate(self, x: Tensor, y: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Return D(x, y): logits, or (logits, class logits)."""
-        output: Tensor | tuple[Tensor, Tensor] = self.discriminator(x, y)
+    def discriminate(self, x: Tensor, y: Tensor, u: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+        """Return D(T_u(x), y): logits, or (logits, class logits)."""
+        output: Tensor | tuple[Tensor, Tensor] = self.discriminator(self.augmented(x, u), y)
         return output
+
+    def augmented(self, x: Tensor, u: Tensor | None) -> Tensor:
+        """Return what the discriminator sees of ``x``."""
+        if self.augment is None or u is None:
+            return x
+        chance = () if self.augment.probability is None else (self.augment.probability,)
+        seen: Tensor = self.lift(self.augment.transform)(x, u, *chance)
+        return seen
+
+    def anchored(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        """Return the anchor's term; zero before it starts."""
+        assert self.anchor is not None
+        anchors = (self.anchor.real, self.anchor.fake)
+        term: Tensor = self.lift(self.anchor.value)(real_logits, fake_logits, *anchors)
+        return term * self.since(self.anchor.start_step)
+
+    def since(self, step: int) -> Tensor | float:
+        """Return 1 from local step ``step`` on, 0 before."""
+        return float(self.local_step >= step)
 
     def lift(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``function`` for the clients that this module trains: here one, so the function itself."""
@@ -259,8 +285,8 @@ class GAN(L.LightningModule):
 
     def draw(
         self, y: Tensor, *, dtype: torch.dtype, mix: bool = False, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Draw (latents, labels to generate, mixing weights or None) for as many samples as there are real ones.
+    ) -> Draws:
+        """Draw what one step needs, for as many samples as there are real ones.
 
         Args:
             y: Labels (N,) of the real samples.
@@ -273,7 +299,10 @@ class GAN(L.LightningModule):
         z = self.prior.draw(count, self.latent_dim, generator=generator, device=device, dtype=dtype)
         if self.fake_labels == "all" and self.num_classes:
             y = torch.randint(self.num_classes, (count,), device=device, generator=generator)
-        return z, y, weights
+        u = None
+        if self.augment is not None:
+            u = torch.rand(2, count, self.augment.num_random, generator=generator, device=device, dtype=dtype)
+        return Draws(z=z, y=y, mix=weights, augment=u)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.clip_gradient_norm is not None:
@@ -355,13 +384,7 @@ class GAN(L.LightningModule):
         if labels is None:
             labels = torch.arange(num_samples) % max(self.num_classes, 1)
         latents, labels = latents.to(**where), labels.to(parameter.device)  # type: ignore[call-overload]
-        mode = network.training
-        network.eval()
-        try:
-            chunks = zip(latents.split(chunk_size), labels[: len(latents)].split(chunk_size))
-            return torch.cat([network(z, y) for z, y in chunks])
-        finally:
-            network.train(mode)
+        return generated(network, latents, labels[: len(latents)], chunk_size=chunk_size)
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -14,10 +14,12 @@ from torch.optim import Optimizer
 
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.gan.module import GAN
-from fedgan_lightning.gan.steps import DuePenalty, Stats
+from fedgan_lightning.gan.steps import Draws, DuePenalty, Stats
 from fedgan_lightning.gan.tracing import MappedFunctions
 from fedgan_lightning.protocol import RoundInfo
 
+#: Arguments of GAN that are modules.
+MODULES = ("generator", "discriminator", "augment", "anchor")
 #: Most latent numbers that are drawn ahead of their use: 16 MB in float32.
 NUMBERS_AHEAD = 1 << 22
 #: What this class replaces or relies on: a subclass of GAN that overrides one of these trains in a way of its own.
@@ -26,6 +28,9 @@ TRAINING = (
     "configure_optimizers",
     "generate",
     "discriminate",
+    "augmented",
+    "anchored",
+    "since",
     "draw",
     "due_penalties",
     "update_ema",
@@ -69,8 +74,8 @@ class StackedGAN(GAN):
         names = [name for name in inspect.signature(GAN.__init__).parameters if name != "self"]
         settings = {name: getattr(gan, name) for name in names}
         settings["ema_half_life_images"] = None
-        networks = {name: copy.deepcopy(settings.pop(name)) for name in ("generator", "discriminator")}
-        super().__init__(networks["generator"], networks["discriminator"], **settings)
+        settings |= {name: copy.deepcopy(settings[name]) for name in MODULES}
+        super().__init__(**settings)
         self.ema_half_life_images = gan.ema_half_life_images
         self.generator_ema = copy.deepcopy(gan.generator_ema)
         self._generators: list[torch.Generator] = []
@@ -108,9 +113,15 @@ class StackedGAN(GAN):
         samples: Tensor = self._map(self.generator, z, y)
         return samples
 
-    def discriminate(self, x: Tensor, y: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        output: Tensor | tuple[Tensor, Tensor] = self._map(self.discriminator, x, y)
+    def discriminate(self, x: Tensor, y: Tensor, u: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+        output: Tensor | tuple[Tensor, Tensor] = self._map(self.discriminator, self.augmented(x, u), y)
         return output
+
+    def since(self, step: int) -> Tensor | float:
+        on = [first + self.local_step >= step for first in self._first_steps]
+        if all(on):
+            return 1.0
+        return torch.tensor(on, device=self.device, dtype=torch.get_default_dtype())
 
     def _map(self, network: nn.Module, *inputs: Tensor) -> Any:
         if network not in self._values:
@@ -135,25 +146,28 @@ class StackedGAN(GAN):
 
     def draw(
         self, y: Tensor, *, dtype: torch.dtype, mix: bool = False, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> Draws:
         if not self._draws_more_than_latents:
-            return self._next_latents(y.shape[1], device=y.device, dtype=dtype), y, None
+            return Draws(z=self._next_latents(y.shape[1], device=y.device, dtype=dtype), y=y)
         one, mixers = super().draw, [penalty for penalty in self.penalties if penalty.needs_mix]
         drawn = []
         for labels, own, first in zip(y.unbind(0), self._generators, self._first_steps):
             wanted = mix and any(penalty.is_due(first + self.local_step) for penalty in mixers)
             drawn.append(one(labels, dtype=dtype, mix=wanted, generator=own))
-        latents, chosen, weights = zip(*drawn)
-        y = torch.stack(chosen) if self.fake_labels == "all" else y
-        if not mix:
-            return torch.stack(latents), y, None
         unused = torch.zeros(y.shape[1], device=y.device, dtype=dtype)  # of clients whose penalty is not due
-        return torch.stack(latents), y, torch.stack([unused if own is None else own for own in weights])
+        weights = [unused if own.mix is None else own.mix for own in drawn]
+        numbers = [own.augment for own in drawn if own.augment is not None]
+        return Draws(
+            z=torch.stack([own.z for own in drawn]),
+            y=torch.stack([own.y for own in drawn]) if self.fake_labels == "all" else y,
+            mix=torch.stack(weights) if mix else None,
+            augment=torch.stack(numbers) if numbers else None,
+        )
 
     @property
     def _draws_more_than_latents(self) -> bool:
         labels = self.fake_labels == "all" and self.num_classes > 0
-        return labels or any(penalty.needs_mix for penalty in self.penalties)
+        return labels or self.augment is not None or any(penalty.needs_mix for penalty in self.penalties)
 
     def _next_latents(self, count: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return latents (clients, count, latent_dim), drawn for many steps at a time: a call for each client and step

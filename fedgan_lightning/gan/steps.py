@@ -7,6 +7,8 @@ leading dimension of clients, the same functions compute the losses of several c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +17,45 @@ from fedgan_lightning.gan.objectives import AdversarialLoss, auxiliary_classifie
 from fedgan_lightning.gan.penalties import Lift, Penalty, once
 
 Generate = Callable[[Tensor, Tensor], Tensor]
-Discriminate = Callable[[Tensor, Tensor], "Tensor | tuple[Tensor, Tensor]"]
+#: (x, y, u) -> logits, or (logits, class logits); u are the numbers of an augmentation, or None.
+Discriminate = Callable[[Tensor, Tensor, "Tensor | None"], "Tensor | tuple[Tensor, Tensor]"]
 Stats = dict[str, Tensor]
 #: A penalty that is due on this step; for several clients with a factor for each, 1 where it is due and 0 elsewhere.
 DuePenalty = tuple[Penalty, "Tensor | None"]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What is drawn for one step of a network.
+
+    Attributes:
+        z: Latents (N, latent_dim).
+        y: Labels to generate (N,).
+        mix: Uniform numbers (N,), where a penalty interpolates.
+        augment: Uniform numbers (2, N, k) for real and for generated samples, where they are augmented.
+    """
+
+    z: Tensor
+    y: Tensor
+    mix: Tensor | None = None
+    augment: Tensor | None = None
+
+    @property
+    def sides(self) -> tuple[Tensor | None, Tensor | None]:
+        """The augmentation's numbers for real and for generated samples."""
+        if self.augment is None:
+            return None, None
+        real, fake = self.augment.unbind(-3)
+        return real, fake
+
+
+class DiscriminatorStep(NamedTuple):
+    """Loss and statistics of a step, and the logits that it came from, detached."""
+
+    loss: Tensor
+    stats: Stats
+    real_logits: Tensor
+    fake_logits: Tensor
 
 
 def split_heads(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -35,36 +72,38 @@ def discriminator_step(
     auxiliary_weight: float,
     x: Tensor,
     y: Tensor,
-    z: Tensor,
-    y_fake: Tensor,
-    mix: Tensor | None,
+    draws: Draws,
+    anchor: Callable[[Tensor, Tensor], Tensor] | None = None,
     lift: Lift = once,
-) -> tuple[Tensor, Stats]:
-    """Return the discriminator's loss on one minibatch, and detached statistics.
+) -> DiscriminatorStep:
+    """Return the discriminator's loss on one minibatch, detached statistics and logits.
 
-    Loss: adversarial term + penalties + auxiliary_weight * (L_C on real + L_C on generated), the last for ACGAN only.
+    Loss: adversarial term + penalties + anchor + auxiliary_weight * (L_C on real + L_C on generated), the last for
+    ACGAN only. Gradients of penalties are taken with respect to images before augmentation.
 
     Args:
         generate: (z, y) -> samples.
-        discriminate: (x, y) -> logits, or (logits, class logits).
+        discriminate: (x, y, u) -> logits, or (logits, class logits).
         loss: The adversarial loss.
         penalties: Those due on this step.
         auxiliary_weight: Weight of ACGAN's classification terms.
         x: Real samples (N, ...).
         y: Their labels (N,).
-        z: Latents (M, latent_dim).
-        y_fake: Labels to generate (M,).
-        mix: Uniform numbers (N,), where a penalty needs them.
+        draws: All randomness of the step.
+        anchor: (real logits, fake logits) -> a term that holds them.
         lift: Maps a function of one client's tensors over clients.
     """
+    y_fake, (on_real, on_fake) = draws.y, draws.sides
     with torch.no_grad():
-        fake = generate(z, y_fake)
-    real_logits, real_classes = split_heads(discriminate(x, y))
-    fake_logits, fake_classes = split_heads(discriminate(fake, y_fake))
+        fake = generate(draws.z, y_fake)
+    real_logits, real_classes = split_heads(discriminate(x, y, on_real))
+    fake_logits, fake_classes = split_heads(discriminate(fake, y_fake, on_fake))
     total = lift(loss.discriminator)(real_logits, fake_logits)
     if real_classes is not None and fake_classes is not None:
         classify = lift(auxiliary_classifier)
         total = total + auxiliary_weight * (classify(real_classes, y) + classify(fake_classes, y_fake))
+    if anchor is not None:
+        total = total + anchor(real_logits, fake_logits)
     probability = lift(mean_probability)
     stats = {"d_real": probability(real_logits.detach()), "d_fake": probability(fake_logits.detach())}
     if penalties:
@@ -73,13 +112,13 @@ def discriminator_step(
             full = fake.to(x.dtype)
             value = torch.zeros((), device=x.device, dtype=x.dtype)
             for penalty, factor in penalties:
-                critic = _critic(discriminate, y_fake if penalty.on_fake else y)
-                term = penalty(critic, x, full, mix, lift=lift)
+                critic = _critic(discriminate, *((y_fake, on_fake) if penalty.on_fake else (y, on_real)))
+                term = penalty(critic, x, full, draws.mix, lift=lift)
                 value = value + (term if factor is None else factor * term)
         total = total + value
         stats["penalty"] = value.detach()
     stats["loss_d"] = total.detach()
-    return total, stats
+    return DiscriminatorStep(total, stats, real_logits.detach(), fake_logits.detach())
 
 
 def generator_step(
@@ -90,8 +129,7 @@ def generator_step(
     auxiliary_weight: float,
     x: Tensor,
     y: Tensor,
-    z: Tensor,
-    y_fake: Tensor,
+    draws: Draws,
     lift: Lift = once,
 ) -> tuple[Tensor, Stats]:
     """Return the generator's loss on one minibatch, and detached statistics; arguments as in
@@ -99,8 +137,9 @@ def generator_step(
 
     Real samples enter only where the loss pairs them with generated ones.
     """
-    fake_logits, fake_classes = split_heads(discriminate(generate(z, y_fake), y_fake))
-    logits = (fake_logits, split_heads(discriminate(x, y))[0]) if loss.pairs_real else (fake_logits,)
+    y_fake, (on_real, on_fake) = draws.y, draws.sides
+    fake_logits, fake_classes = split_heads(discriminate(generate(draws.z, y_fake), y_fake, on_fake))
+    logits = (fake_logits, split_heads(discriminate(x, y, on_real))[0]) if loss.pairs_real else (fake_logits,)
     total = lift(loss.generator)(*logits)
     if fake_classes is not None:
         total = total + auxiliary_weight * lift(auxiliary_classifier)(fake_classes, y_fake)
@@ -112,5 +151,5 @@ def mean_probability(logits: Tensor) -> Tensor:
     return logits.float().sigmoid().mean()
 
 
-def _critic(discriminate: Discriminate, labels: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda samples: split_heads(discriminate(samples, labels))[0]
+def _critic(discriminate: Discriminate, labels: Tensor, u: Tensor | None) -> Callable[[Tensor], Tensor]:
+    return lambda samples: split_heads(discriminate(samples, labels, u))[0]

@@ -13,10 +13,12 @@ import torch
 from fedgan_lightning import (
     GAN,
     R1,
+    Augmentation,
     Dirichlet,
     FeatureShift,
     FederatedDataModule,
     GradientPenalty,
+    LeCam,
     Segments,
     SequentialExecutor,
     VectorizedExecutor,
@@ -266,6 +268,13 @@ RING = {
     "simultaneous updates": {"gan": {"updates": "simultaneous"}},
     "clipped gradients": {"gan": {"clip_gradient_norm": 0.05}},
     "schedules": {"gan": {"generator_scheduler": halve, "discriminator_scheduler": halve}, "rounds": 2},
+    "anchored logits": {"gan": {"anchor": LeCam(0.5, start_step=3)}, "rounds": 2},
+    "anchored logits, clients out of phase": {
+        "gan": {"anchor": LeCam(0.5, start_step=5)},
+        "work": LocalWork(epochs=1),
+        "partition": Dirichlet(0.5, min_samples=16),
+        "rounds": 2,
+    },
     "another prior": {"gan": {"prior": Uniform()}},
     "local discriminator": {"policy": {"sync": {"discriminator": "local"}}, "rounds": 2, "optimizer": adam},
     "a moving average at the server": {"gan": {"ema_half_life_images": 100.0}},
@@ -291,6 +300,33 @@ def test_stacked_clients_agree_whatever_they_do(name, chunk_size):
     if "work" in case:
         assert len({update.metrics["steps"] for update in results[0][0].values()}) > 1
     assert_same(*results, rtol=1e-11)
+
+
+AIDS = {
+    "augmentation": {"augment": lambda: Augmentation()},
+    "augmentation of some": {"augment": lambda: Augmentation(["translation", "cutout"], probability=0.5)},
+    "adapted augmentation": {"augment": lambda: Augmentation(probability=0.5, target=0.6, images_to_full=3000)},
+    "adapted augmentation and penalties": {
+        "augment": lambda: Augmentation(probability=0.5, target=0.6, images_to_full=3000),
+        "penalties": lambda: [R1(0.1, interval=2), GradientPenalty(0.1, interval=3)],
+        "anchor": lambda: LeCam(0.1, start_step=2),
+    },
+}
+
+
+@pytest.mark.parametrize("policy", [{}, {"sync": {"augment": "local"}}], ids=["averaged", "local"])
+@pytest.mark.parametrize("name", AIDS)
+def test_stacked_clients_agree_with_what_helps_training(name, policy):
+    aids = {key: make_aid() for key, make_aid in AIDS[name].items()}
+    if policy and aids["augment"].target is None:
+        pytest.skip("an augmentation of fixed probability has no state to keep")
+    gan = GAN(*dcgan("batch", "spectral")("projection"), generator_optimizer=sgd, discriminator_optimizer=sgd, **aids)
+    data, work = digits_data(num_clients=3), LocalWork(steps=8)
+    results = [updates(executor(), gan.double(), data, rounds=2, work=work, **policy) for executor in EXECUTORS]
+    assert_same(*results, rtol=1e-10)
+    if gan.augment.target is not None:
+        entries = [results[0][1].read(k) if policy else results[0][0][1, k].extras for k in range(3)]
+        assert len({float(entry["augment.probability"]) for entry in entries}) > 1, "clients adapt on their own"
 
 
 def test_two_numbers_are_stacked_too():

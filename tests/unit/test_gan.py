@@ -151,8 +151,8 @@ def test_fake_labels_are_held_or_all():
     generator = nets.MLPGenerator(4, (2,), num_classes=8, hidden=(8,))
     discriminator = nets.MLPDiscriminator((2,), num_classes=8, conditioning="projection", hidden=(8,))
     y = torch.full((400,), 3)
-    held = GAN(generator, discriminator).draw(y, dtype=torch.float32)[1]
-    everything = GAN(generator, discriminator, fake_labels="all").draw(y, dtype=torch.float32)[1]
+    held = GAN(generator, discriminator).draw(y, dtype=torch.float32).y
+    everything = GAN(generator, discriminator, fake_labels="all").draw(y, dtype=torch.float32).y
     assert set(held.tolist()) == {3}
     assert set(everything.tolist()) == set(range(8))
 
