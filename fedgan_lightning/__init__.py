@@ -70,7 +70,12 @@ if TYPE_CHECKING:
     from fedgan_lightning.federation.aggregation import WeightedMean
     from fedgan_lightning.federation.executors import AutoExecutor, SequentialExecutor, VectorizedExecutor
     from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
-    from fedgan_lightning.federation.sampling import AllClients, FractionOfClients, PoissonSampling
+    from fedgan_lightning.federation.sampling import (
+        AllClients,
+        FractionOfClients,
+        PoissonSampling,
+        SelectedClients,
+    )
     from fedgan_lightning.federation.server import ServerModule
     from fedgan_lightning.gan.augment import Augmentation, LeCam
     from fedgan_lightning.gan.module import GAN
@@ -159,7 +164,7 @@ _HOMES = {
     "fedgan_lightning.federation.aggregation": ["WeightedMean"],
     "fedgan_lightning.federation.executors": ["AutoExecutor", "SequentialExecutor", "VectorizedExecutor"],
     "fedgan_lightning.federation.orchestrator": ["FederatedOrchestrator"],
-    "fedgan_lightning.federation.sampling": ["AllClients", "FractionOfClients", "PoissonSampling"],
+    "fedgan_lightning.federation.sampling": ["AllClients", "FractionOfClients", "PoissonSampling", "SelectedClients"],
     "fedgan_lightning.federation.server": ["ServerModule"],
     "fedgan_lightning.gan.augment": ["Augmentation", "LeCam"],
     "fedgan_lightning.gan.module": ["GAN"],
@@ -211,7 +216,7 @@ __all__ = [
     "Partition", "IID", "Dirichlet", "ClassesPerClient", "ClassLists", "QuantitySkew", "Natural", "FeatureShift",
     "Federation", "FederatedOrchestrator", "ServerModule", "AutoExecutor", "SequentialExecutor", "VectorizedExecutor",
     "WeightedMean",
-    "AllClients", "FractionOfClients", "PoissonSampling",
+    "AllClients", "FractionOfClients", "PoissonSampling", "SelectedClients",
     "Aggregator", "ClientSampler", "ClientTask", "ClientUpdate", "Executor",
     "Evaluation", "Metric", "FrechetDistance", "ClassCoverage", "ModeCoverage", "SlicedWasserstein",
     "KernelDistance", "PrecisionRecall", "ClassifierScore", "IntraClassDistance", "SyntheticTraining", "Memorisation",

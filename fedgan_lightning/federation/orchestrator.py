@@ -131,6 +131,7 @@ class FederatedOrchestrator(L.Callback):
         server.attach(policy)
         for line in policy.blind_spots():
             warnings.warn(line, stacklevel=2)
+        self.clients.sample(num_clients=data.num_clients, round=0, seed=self.seed)  # what cannot work fails here
         model: Any = server.model
         if hasattr(model, "check_data") and hasattr(data, "sample_shape"):
             model.check_data(data.sample_shape, getattr(data, "num_classes", 0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.protocol import ClientSampler
 from fedgan_lightning.seeding import make_numpy_generator
@@ -43,6 +45,32 @@ class PoissonSampling(ClientSampler):
     def sample(self, *, num_clients: int, round: int, seed: int) -> tuple[int, ...]:
         drawn = make_numpy_generator(seed, "cohort", round).random(num_clients) < self.probability
         return tuple(int(client_id) for client_id in drawn.nonzero()[0])
+
+
+class SelectedClients(ClientSampler):
+    """The same clients in every round: one of them is the local-only control at equal steps, on the same metrics.
+
+    Args:
+        clients: Their ids, distinct.
+    """
+
+    def __init__(self, clients: Sequence[int]) -> None:
+        if not clients or len(set(clients)) != len(clients) or min(clients) < 0:
+            raise ConfigurationError(
+                message("SelectedClients takes distinct client ids", received=list(clients), fix="name some, from 0 on")
+            )
+        self.clients = tuple(sorted(clients))
+
+    def sample(self, *, num_clients: int, round: int, seed: int) -> tuple[int, ...]:
+        if self.clients[-1] >= num_clients:
+            raise ConfigurationError(
+                message(
+                    f"client ids lie below the number of clients, {num_clients}",
+                    received=self.clients[-1],
+                    fix="name other clients, or raise data.num_clients",
+                )
+            )
+        return self.clients
 
 
 def round_half_up(value: float) -> int:

@@ -9,6 +9,8 @@ from fedgan_lightning.federation import sampling
 from fedgan_lightning.protocol import ClientSampler
 
 SAMPLERS = [sampling.AllClients(), sampling.FractionOfClients(0.3), sampling.PoissonSampling(0.3)]
+SAMPLERS += [sampling.SelectedClients([4, 1])]
+CONSTANT = (sampling.AllClients, sampling.SelectedClients)
 
 
 def test_every_sampler_is_covered():
@@ -24,8 +26,7 @@ def test_pure_in_seed_and_round_distinct_and_sorted(sampler):
         assert list(cohort) == sorted(set(cohort))
         assert set(cohort) <= set(range(10))
         seen.add(cohort)
-    assert len(seen) == (1 if isinstance(sampler, sampling.AllClients) else len(seen))
-    assert len(seen) > 5 or isinstance(sampler, sampling.AllClients)
+    assert (len(seen) == 1) if isinstance(sampler, CONSTANT) else (len(seen) > 5)
 
 
 def test_fraction_takes_its_share_of_everybody_in_the_long_run():
@@ -50,3 +51,12 @@ def test_shares_outside_the_unit_interval_are_refused(share):
     for make in (sampling.FractionOfClients, sampling.PoissonSampling):
         with pytest.raises(ConfigurationError, match=rf"lies in \(0, 1\]; received {share}"):
             make(share)
+
+
+def test_selected_clients_are_those_that_were_named():
+    assert sampling.SelectedClients([4, 1]).sample(num_clients=5, round=7, seed=0) == (1, 4)
+    with pytest.raises(ConfigurationError, match="below the number of clients, 4; received 4"):
+        sampling.SelectedClients([4]).sample(num_clients=4, round=0, seed=0)
+    for wrong in ([], [1, 1], [-1]):
+        with pytest.raises(ConfigurationError, match="takes distinct client ids"):
+            sampling.SelectedClients(wrong)

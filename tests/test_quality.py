@@ -1,0 +1,62 @@
+"""The grids of benchmarks/quality.py: every kind of cell trains, finished runs are not repeated, the table adds up."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from benchmarks import quality
+from fedgan_lightning.__main__ import main
+from tests.conftest import ROOT
+
+CHEAP = ["--evaluation.num_samples", "50", "--federation.executor", "SequentialExecutor"]
+
+
+@pytest.mark.parametrize("label", ["K = 5", "centralised", "local only (client 0)"])
+def test_every_kind_of_cell_trains(label, tmp_path):
+    chosen = quality.GRIDS["digits_k"]
+    options = [*chosen.common, *chosen.cells[label], "--run_dir", str(tmp_path / "run"), "--federation.rounds", "2"]
+    config = str(ROOT / "configs" / chosen.config)
+    assert main(["fit", "--config", config, *options, "--federation.local_steps", "1", *CHEAP]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["rounds"] == 2
+    assert summary["client_runs"] == 2 * {"centralised": 1, "local only (client 0)": 1}.get(label, 5)
+
+
+def test_cells_of_a_sweep_take_equal_generator_steps():
+    for grid in (quality.GRIDS["digits_k"], quality.GRIDS["mnist_k"]):
+        steps = set()
+        for options in grid.cells.values():
+            values = dict(zip(options[::2], options[1::2]))
+            steps.add(int(values["--federation.rounds"]) * int(values["--federation.local_steps"]))
+        assert len(steps) == 1
+
+
+def test_the_table_has_mean_and_deviation_of_what_is_done(tmp_path):
+    grid = quality.Grid(title="t", config="digits.yaml", cells={"a": [], "b, c": []}, columns=("fid", "classes"))
+    for seed, fid in enumerate((1.0, 3.0)):
+        folder = tmp_path / "a" / f"seed{seed}"
+        folder.mkdir(parents=True)
+        summary = {
+            "test": {"fid": fid},
+            "evaluation": {"fid_floor": 0.5},
+            "bytes_up": {"generator": 1e6},
+            "bytes_down": {"generator": 2e6},
+            "wall_seconds": 10.0,
+        }
+        (folder / "summary.json").write_text(json.dumps(summary))
+    lines = quality.table(grid, tmp_path).splitlines()
+    assert lines[0] == "| t | seeds | fid | MB | s |"
+    assert lines[2] == f"| a | 2 | 2 ± {math.sqrt(2):.2g} | 3.0 | 10 |"
+    assert len(lines) == 5, "cells without runs are left out"
+    assert lines[-1] == "Floors: fid_floor 0.5."
+
+
+def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):
+    folder = tmp_path / "K_=_5" / "seed0"
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps({"test": {}}))
+    monkeypatch.setattr(quality.subprocess, "run", lambda *_, **__: pytest.fail("ran again"))
+    quality.run_cell(quality.GRIDS["digits_k"], "K = 5", 0, tmp_path, shared="")
