@@ -6,7 +6,7 @@
 Executor and loop take turns, round by round in one process: a machine that others use slows both. Every figure is a
 median; "x loop" is the loop's median over the executor's, taken in the same process. The loop, the sequential and the
 vectorized executor run on the number of threads that suits each best; ``auto`` is measured by itself only where it
-chooses another way than these. Two ranks and Flower are processes of their own,
+chooses another way than these. Two ranks, Flower and pfl-research are processes of their own,
 between two runs of the loop.
 """
 
@@ -146,7 +146,7 @@ def paired(command: list[str], *, loop: PlainLoop, threads: int, repeats: int) -
     return {"seconds": ours, "loop": theirs, "ratio": theirs / ours}
 
 
-def measure(name: str, *, repeats: int, skip: set[str], flower_python: str) -> dict[str, Any]:
+def measure(name: str, *, repeats: int, skip: set[str], peers_python: str) -> dict[str, Any]:
     """Return everything about one workload."""
     workload, row = WORKLOADS[name], {"workload": WORKLOADS[name].title}
     loop = PlainLoop(workload)
@@ -174,10 +174,15 @@ def measure(name: str, *, repeats: int, skip: set[str], flower_python: str) -> d
         if known:
             row["two ranks"] = best_of(known)
     if "flower" not in skip:
-        command = [flower_python, "-m", "benchmarks.flower_peer", name, "--rounds", str(repeats + WARM_UP)]
+        command = [peers_python, "-m", "benchmarks.flower_peer", name, "--rounds", str(repeats + WARM_UP)]
         result = paired(command, **turn)
         if result is not None:
             row["Flower"] = ("simulation engine, one CPU per client", result)
+    if "pfl" not in skip:
+        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "benchmarks.pfl_peer"]
+        result = paired([peers_python, *torchrun, name, "--rounds", str(repeats + WARM_UP)], **turn)
+        if result is not None:
+            row["pfl-research"] = ("two processes", result)
     return row
 
 
@@ -201,7 +206,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-COLUMNS = ("sequential", "vectorized", "auto", "two ranks", "Flower")
+COLUMNS = ("sequential", "vectorized", "auto", "two ranks", "Flower", "pfl-research")
 
 
 def versions() -> str:
@@ -221,8 +226,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--skip", nargs="*", default=[], choices=["auto", "ranks", "flower"])
-    parser.add_argument("--flower-python", default=sys.executable, help="a Python that has flwr[simulation]")
+    parser.add_argument("--skip", nargs="*", default=[], choices=["auto", "ranks", "flower", "pfl"])
+    parser.add_argument(
+        "--peers-python", default=sys.executable, help="a Python with flwr[simulation] and pfl[pytorch]"
+    )
     parser.add_argument("--json", help="also write all figures here")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--kind", help=argparse.SUPPRESS)
@@ -235,7 +242,7 @@ def main() -> None:
         return
     rows = []
     for name in arguments.workloads:
-        options = {"repeats": arguments.repeats, "skip": set(arguments.skip), "flower_python": arguments.flower_python}
+        options = {"repeats": arguments.repeats, "skip": set(arguments.skip), "peers_python": arguments.peers_python}
         rows.append(measure(name, **options))
         print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     print(f"{time.strftime('%Y-%m-%d %H:%M')}; {versions()}\n\n{markdown(rows)}")
