@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation import neighbours
 from fedgan_lightning.evaluation.features import ClassifierFeatures, FeatureNet, FrozenNet, PixelFeatures
 from fedgan_lightning.evaluation.fid import FeatureSums, feature_sums, frechet_distance
-from fedgan_lightning.evaluation.kernel import KernelSums, kernel_distance, kernel_sums
+from fedgan_lightning.evaluation.kernel import MOST_FEATURES, KernelSums, kernel_distance, kernel_sums
 from fedgan_lightning.evaluation.metrics import CHUNK, Metric, chunks, everything
 
 
@@ -37,7 +38,8 @@ class KernelDistance(Metric):
     distance it is unbiased: its expectation does not depend on the number of samples.
 
     Args:
-        features: Feature network of at most 64 features; default the small classifier for labelled data, else pixels.
+        features: Feature network of at most 64 features; default the small classifier for labelled data, else pixels,
+            averaged down to as many.
     """
 
     def __init__(self, features: FeatureNet | None = None) -> None:
@@ -51,7 +53,10 @@ class KernelDistance(Metric):
         return kernel_sums(extracted(self.net, batches), num_features=self.net.num_features)
 
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
-        self.net = suitable(self.features, data).build(data.train_samples, num_classes=data.num_classes).to(device)
+        features = self.features
+        if features is None and data.num_classes < 2:
+            features = PixelFeatures(side=math.isqrt(MOST_FEATURES // data.sample_shape[0]))
+        self.net = suitable(features, data).build(data.train_samples, num_classes=data.num_classes).to(device)
         for client_id in range(data.num_clients):
             mine = self._sums(chunks(data.client_samples(client_id)))
             self.real = mine if self.real is None else self.real + mine

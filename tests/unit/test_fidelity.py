@@ -31,6 +31,7 @@ from fedgan_lightning import (
     ModuleFeatures,
     PixelFeatures,
     PrecisionRecall,
+    Samples,
     SequentialExecutor,
     SyntheticTraining,
 )
@@ -308,3 +309,21 @@ def test_a_module_of_many_features_is_refused_by_name(data):
     wide = ModuleFeatures(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 100)), 100)
     with pytest.raises(ConfigurationError, match="at most 64 features; received 100"):
         KernelDistance(wide).prepare(data, device=CPU)
+
+
+@pytest.mark.parametrize("channels, features", [(1, 64), (3, 48)])
+def test_kernel_distance_of_unlabelled_images_takes_pixels_that_fit(channels, features):
+    class Pictures(Digits):
+        """Digits without labels, in so many channels."""
+
+        def load(self, split):
+            found = super().load(split)
+            return Samples(x=found.x.repeat(1, channels, 2, 2))
+
+    source = Pictures()
+    source.sample_shape, source.class_names = (channels, 16, 16), ()
+    module = FederatedDataModule(source, num_clients=2, batch_size=32)
+    module.setup("fit")
+    metric = KernelDistance()
+    metric.prepare(module, device=CPU)
+    assert metric.net.num_features == features
