@@ -15,12 +15,7 @@ from fedgan_lightning.evaluation import neighbours
 from fedgan_lightning.evaluation.features import ClassifierFeatures, FeatureNet, FrozenNet, PixelFeatures
 from fedgan_lightning.evaluation.fid import FeatureSums, feature_sums, frechet_distance
 from fedgan_lightning.evaluation.kernel import MOST_FEATURES, KernelSums, kernel_distance, kernel_sums
-from fedgan_lightning.evaluation.metrics import CHUNK, Metric, chunks, everything
-
-
-def suitable(features: FeatureNet | None, data: FederatedDataModule) -> FeatureNet:
-    """Return ``features``, or the small classifier for labelled data and pixels for other data."""
-    return features or (ClassifierFeatures() if data.num_classes > 1 else PixelFeatures())
+from fedgan_lightning.evaluation.metrics import CHUNK, Metric, chunks, clients_of, everything, suitable
 
 
 def extracted(net: FrozenNet, batches: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -57,8 +52,8 @@ class KernelDistance(Metric):
         if features is None and data.num_classes < 2:
             features = PixelFeatures(side=math.isqrt(MOST_FEATURES // data.sample_shape[0]))
         self.net = suitable(features, data).build(data.train_samples, num_classes=data.num_classes).to(device)
-        for client_id in range(data.num_clients):
-            mine = self._sums(chunks(data.client_samples(client_id)))
+        for view in clients_of(data):
+            mine = self._sums(chunks(view))
             self.real = mine if self.real is None else self.real + mine
         self.held_out = self._sums(chunks(everything(data.test_samples)))
         assert self.real is not None
@@ -203,8 +198,3 @@ def _mean_distance(real: dict[int, FeatureSums], other: dict[int, FeatureSums]) 
     common = [label for label in real if label in other and min(real[label].count, other[label].count) > 1]
     distances = [frechet_distance(real[label], other[label]) for label in common]
     return sum(distances) / len(distances) if distances else float("nan")
-
-
-def clients_of(data: FederatedDataModule) -> list[Any]:
-    """Return a view of every client's samples."""
-    return [data.client_samples(client_id) for client_id in range(data.num_clients)]

@@ -66,10 +66,9 @@ class FrechetDistance(Metric):
         self.held_out: FeatureSums | None = None
 
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
-        maker = self.features or (ClassifierFeatures() if data.num_classes > 1 else PixelFeatures())
-        self.net = maker.build(data.train_samples, num_classes=data.num_classes).to(device)
-        for client_id in range(data.num_clients):
-            mine = feature_sums(self.net, chunks(data.client_samples(client_id), self.max_reals))
+        self.net = suitable(self.features, data).build(data.train_samples, num_classes=data.num_classes).to(device)
+        for view in clients_of(data):
+            mine = feature_sums(self.net, chunks(view, self.max_reals))
             self.real = mine if self.real is None else self.real + mine
         assert self.real is not None
         self.held_out = held_out = feature_sums(self.net, chunks(everything(data.test_samples)))
@@ -197,6 +196,16 @@ class ScalarParameters(Metric):
     def inspect(self, model: nn.Module) -> dict[str, float]:
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.numel() == 1}
         return {f"parameters/{name.rsplit('.', 1)[-1]}": float(parameter.detach()) for name, parameter in named.items()}
+
+
+def suitable(features: FeatureNet | None, data: FederatedDataModule) -> FeatureNet:
+    """Return ``features``, or the small classifier for labelled data and pixels for other data."""
+    return features or (ClassifierFeatures() if data.num_classes > 1 else PixelFeatures())
+
+
+def clients_of(data: FederatedDataModule) -> list[ClientSamples]:
+    """Return a view of every client's samples."""
+    return [data.client_samples(client_id) for client_id in range(data.num_clients)]
 
 
 def everything(samples: Samples) -> ClientSamples:

@@ -13,8 +13,8 @@ from fedgan_lightning.data.samples import Samples
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation import neighbours
 from fedgan_lightning.evaluation.features import Classifier, FeatureNet, FrozenNet, PixelFeatures, train_classifier
-from fedgan_lightning.evaluation.fidelity import clients_of, extracted
-from fedgan_lightning.evaluation.metrics import CHUNK, Metric, chunks, everything
+from fedgan_lightning.evaluation.fidelity import extracted
+from fedgan_lightning.evaluation.metrics import CHUNK, Metric, chunks, clients_of, everything
 from fedgan_lightning.seeding import isolated_rng, make_generator
 
 
