@@ -17,107 +17,17 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.grids import GRIDS, SIGNS, Grid
+from fedgan_lightning.visuals.runs import Run, read_run
+
 ROOT = Path(__file__).parents[1]
-CENTRALISED = ["--data.num_clients", "1", "--data.partition", "IID"]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What is compared.
-
-    Attributes:
-        title: In words.
-        config: Configuration that all cells start from.
-        cells: Options by label.
-        seeds: Seeds of every cell.
-        columns: Metrics of the table, as in test.json.
-        common: Options of all cells.
-    """
-
-    title: str
-    config: str
-    cells: dict[str, list[str]]
-    columns: tuple[str, ...]
-    seeds: tuple[int, ...] = (0, 1, 2)
-    common: list[str] = field(default_factory=list)
-
-
-def rounds(total: int, local_steps: int) -> list[str]:
-    """Return options for ``total`` generator steps in rounds of ``local_steps``."""
-    return ["--federation.rounds", str(total // local_steps), "--federation.local_steps", str(local_steps)]
-
-
-def only(client: int) -> list[str]:
-    """Return options for training on one client's data alone."""
-    return ["--federation.clients", "SelectedClients", "--federation.clients.clients", f"[{client}]"]
-
-
-IMAGE_COLUMNS = (
-    "fid",
-    "fid_raw",
-    "fid_test",
-    "kid_test",
-    "classes",
-    "recall",
-    "tstr_accuracy",
-    "nearest_distance_ratio",
-)
-RING_COLUMNS = ("modes", "modes_raw", "high_quality", "high_quality_raw", "mode_divergence")
-
-
-def k_sweep(total: int, steps: tuple[int, ...]) -> dict[str, list[str]]:
-    """Return cells for several K, and the controls."""
-    cells = {f"K = {k}": rounds(total, k) for k in steps}
-    cells["centralised"] = [*rounds(total, 100), *CENTRALISED]
-    cells["local only (client 0)"] = [*rounds(total, 100), *only(0)]
-    return cells
-
-
-GRIDS = {
-    "digits_k": Grid(
-        title="digits, five clients with two kinds each: local steps K at 1 000 generator steps",
-        config="digits.yaml",
-        common=["--data.num_clients", "5"],
-        cells=k_sweep(1000, (1, 5, 20, 100, 500)),
-        columns=IMAGE_COLUMNS,
-    ),
-    "digits_optimizer": Grid(
-        title="digits, ten clients: what becomes of optimizer moments, IID and with two kinds of digit each",
-        config="digits.yaml",
-        cells={
-            f"{split}, {policy}": ["--federation.optimizer_state", policy, *options]
-            for split, options in {"two kinds": [], "IID": ["--data.partition", "IID"]}.items()
-            for policy in ("average", "keep", "reset")
-        },
-        columns=IMAGE_COLUMNS,
-    ),
-    "mnist_k": Grid(
-        title="MNIST, five clients with two digits each: local steps K at 1 200 generator steps, width 16",
-        config="mnist.yaml",
-        common=["--data.source.init_args.root", "{shared}"],
-        cells=k_sweep(1200, (1, 5, 20, 100, 400)),
-        columns=IMAGE_COLUMNS,
-    ),
-    "ring8_loss": Grid(
-        title="ring of 8, four clients with two modes each, and IID: losses at 15 000 steps",
-        config="ring8.yaml",
-        cells={
-            f"{loss}, {split}": ["--model.loss", loss, *options]
-            for loss in ("NonSaturating", "Hinge", "LeastSquares", "RelativisticPairing")
-            for split, options in {"two modes each": [], "IID": ["--data.partition", "IID"]}.items()
-        },
-        columns=RING_COLUMNS,
-        seeds=(0, 1, 2, 3, 4),
-    ),
-}
 
 
 def run_cell(grid: Grid, label: str, seed: int, folder: Path, *, shared: str) -> None:
     """Fit and test one cell with one seed, unless that is done."""
-    run_dir = folder / label.replace(" ", "_").replace(",", "") / f"seed{seed}"
+    run_dir = folder / folder_of(label) / f"seed{seed}"
     summary = run_dir / "summary.json"
     if summary.exists() and "test" in json.loads(summary.read_text()):
         return
@@ -140,9 +50,9 @@ def table(grid: Grid, folder: Path) -> str:
     """Return mean +- standard deviation over the seeds that are done, as markdown."""
     found, facts = {}, {}
     for label in grid.cells:
-        paths = sorted(folder.glob(f"{label.replace(' ', '_').replace(',', '')}/seed*/summary.json"))
-        summaries = [json.loads(path.read_text()) for path in paths]
-        found[label] = [summary for summary in summaries if "test" in summary]
+        paths = sorted(folder.glob(f"{folder_of(label)}/seed*/summary.json"))
+        runs = [read_run(path.parent) for path in paths]
+        found[label] = [{**run.summary, "test": ends(run)} for run in runs if "test" in run.summary]
         for summary in found[label]:
             facts |= summary["evaluation"]
     known = [c for c in grid.columns if any(c in s["test"] for done in found.values() for s in done)]
@@ -156,6 +66,23 @@ def table(grid: Grid, folder: Path) -> str:
             lines.append(f"| {label} | {len(done)} | " + " | ".join(cells) + f" | {means} |")
     floors = ", ".join(f"{name} {value:.3g}" for name, value in facts.items() if name.endswith("floor"))
     return "\n".join([*lines, "", f"Floors: {floors}." if floors else ""])
+
+
+def ends(run: Run) -> dict[str, float]:
+    """Return what the full evaluation found, and the means of the first and last fifth of every sign's curve."""
+    found: dict[str, float] = dict(run.summary["test"])
+    for tag in SIGNS:
+        values = run.scalars.get(tag, ([], []))[1]
+        if values:
+            few = max(1, len(values) // 5)
+            found[f"{tag}, first"] = statistics.mean(values[:few])
+            found[f"{tag}, last"] = statistics.mean(values[-few:])
+    return found
+
+
+def folder_of(label: str) -> str:
+    """Return the name of a cell's folder."""
+    return label.replace(" ", "_").replace(",", "")
 
 
 def spread(values: list[float]) -> str:

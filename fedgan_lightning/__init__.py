@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         FedGANError,
         UpdateError,
     )
+    from fedgan_lightning.evaluation.breakdown import ClassBreakdown, ClientDistances
     from fedgan_lightning.evaluation.callback import Evaluation
     from fedgan_lightning.evaluation.features import (
         ClassifierFeatures,
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
         KernelDistance,
         PrecisionRecall,
     )
+    from fedgan_lightning.evaluation.gap import HeldAbsentGap
     from fedgan_lightning.evaluation.metrics import (
         ClassCoverage,
         FrechetDistance,
@@ -102,6 +104,7 @@ if TYPE_CHECKING:
     )
     from fedgan_lightning.gan.penalties import R1, R2, GradientPenalty, Penalty
     from fedgan_lightning.protocol import Aggregator, ClientSampler, ClientTask, ClientUpdate, Executor
+    from fedgan_lightning.visuals.inspection import Inspection
     from fedgan_lightning.visuals.samples import SamplePictures
 
 _HOMES = {
@@ -139,6 +142,7 @@ _HOMES = {
         "FedGANError",
         "UpdateError",
     ],
+    "fedgan_lightning.evaluation.breakdown": ["ClassBreakdown", "ClientDistances"],
     "fedgan_lightning.evaluation.callback": ["Evaluation"],
     "fedgan_lightning.evaluation.features": [
         "ClassifierFeatures",
@@ -153,6 +157,7 @@ _HOMES = {
         "KernelDistance",
         "PrecisionRecall",
     ],
+    "fedgan_lightning.evaluation.gap": ["HeldAbsentGap"],
     "fedgan_lightning.evaluation.utility": ["Memorisation", "SyntheticTraining"],
     "fedgan_lightning.evaluation.metrics": [
         "ClassCoverage",
@@ -191,6 +196,7 @@ _HOMES = {
     ],
     "fedgan_lightning.gan.penalties": ["R1", "R2", "GradientPenalty", "Penalty"],
     "fedgan_lightning.protocol": ["Aggregator", "ClientSampler", "ClientTask", "ClientUpdate", "Executor"],
+    "fedgan_lightning.visuals.inspection": ["Inspection"],
     "fedgan_lightning.visuals.samples": ["SamplePictures"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -220,8 +226,9 @@ __all__ = [
     "Aggregator", "ClientSampler", "ClientTask", "ClientUpdate", "Executor",
     "Evaluation", "Metric", "FrechetDistance", "ClassCoverage", "ModeCoverage", "SlicedWasserstein",
     "KernelDistance", "PrecisionRecall", "ClassifierScore", "IntraClassDistance", "SyntheticTraining", "Memorisation",
+    "ClassBreakdown", "ClientDistances", "HeldAbsentGap",
     "FeatureNet", "ClassifierFeatures", "PixelFeatures", "InceptionFeatures", "ModuleFeatures",
-    "SamplePictures", "AtomicCheckpointIO", "BestCheckpoint", "LastCheckpoint",
+    "SamplePictures", "Inspection", "AtomicCheckpointIO", "BestCheckpoint", "LastCheckpoint",
     "FedGANError", "ConfigurationError", "DataError", "CheckpointError", "UpdateError", "ClientError",
     "__version__",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from fedgan_lightning.evaluation.callback import Evaluation
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.recorder import RunRecorder
+from fedgan_lightning.visuals.inspection import Inspection
 from fedgan_lightning.visuals.progress import RoundProgressBar
 from fedgan_lightning.visuals.samples import SamplePictures
 from fedgan_lightning.visuals.tensorboard import TensorBoardLayout
@@ -91,6 +92,7 @@ class Federation:
             self.orchestrator,
             self.evaluation,
             self.pictures,
+            Inspection(),
             self.recorder,
             TensorBoardLayout(),
             *self._checkpoints,

@@ -1,7 +1,7 @@
 """The command line: a LightningCLI whose ``fit`` runs a federation.
 
 Groups: ``model`` (any LightningModule), ``data``, ``federation``, ``server``, ``evaluation``, ``pictures``,
-``checkpoint``, ``best`` and Lightning's own ``trainer``.
+``inspection``, ``checkpoint``, ``best`` and Lightning's own ``trainer``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.errors import CheckpointError, ConfigurationError, message
 from fedgan_lightning.evaluation import features, metrics
 from fedgan_lightning.evaluation.callback import Evaluation
+from fedgan_lightning.evaluation.gap import HeldAbsentGap
 from fedgan_lightning.federation import aggregation, executors, sampling
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
 from fedgan_lightning.federation.server import ServerModule
@@ -33,12 +34,14 @@ from fedgan_lightning.gan import networks, objectives, penalties, priors
 from fedgan_lightning.gan.module import GAN
 from fedgan_lightning.recorder import RunRecorder, check_run_directory
 from fedgan_lightning.visuals import pictures
+from fedgan_lightning.visuals.inspection import Inspection
 from fedgan_lightning.visuals.progress import RoundProgressBar
 from fedgan_lightning.visuals.samples import SamplePictures
 from fedgan_lightning.visuals.tensorboard import TensorBoardLayout
 
 SHORT_NAMES = (
     GAN,
+    HeldAbsentGap,
     aggregation,
     executors,
     features,
@@ -126,6 +129,7 @@ class FederatedCLI(LightningCLI):
         parser.add_class_arguments(ServerModule, "server", skip={"model"}, instantiate=False)
         parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.add_lightning_class_args(SamplePictures, "pictures")
+        parser.add_lightning_class_args(Inspection, "inspection")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
         parser.add_lightning_class_args(BestCheckpoint, "best")
         parser.link_arguments("run_dir", "trainer.default_root_dir")

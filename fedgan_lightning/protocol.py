@@ -273,6 +273,13 @@ class ServerHook(Protocol):
     def on_server_round_end(self, *, num_images: float) -> None: ...
 
 
+@runtime_checkable
+class RecalibrationHook(Protocol):
+    """Optional hook of the global module: make buffers anew from the weights alone, after a server step."""
+
+    def recalibrate(self) -> None: ...
+
+
 class RoundListener(Protocol):
     """Optional hooks of any callback on the server's Trainer; the orchestrator calls those that exist."""
 

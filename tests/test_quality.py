@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from benchmarks import quality
+from benchmarks import grids, quality
 from fedgan_lightning.__main__ import main
 from tests.conftest import ROOT
 
@@ -16,7 +16,7 @@ CHEAP = ["--evaluation.num_samples", "50", "--federation.executor", "SequentialE
 
 @pytest.mark.parametrize("label", ["K = 5", "centralised", "local only (client 0)"])
 def test_every_kind_of_cell_trains(label, tmp_path):
-    chosen = quality.GRIDS["digits_k"]
+    chosen = grids.GRIDS["digits_k"]
     options = [*chosen.common, *chosen.cells[label], "--run_dir", str(tmp_path / "run"), "--federation.rounds", "2"]
     config = str(ROOT / "configs" / chosen.config)
     assert main(["fit", "--config", config, *options, "--federation.local_steps", "1", *CHEAP]) == 0
@@ -26,7 +26,7 @@ def test_every_kind_of_cell_trains(label, tmp_path):
 
 
 def test_cells_of_a_sweep_take_equal_generator_steps():
-    for grid in (quality.GRIDS["digits_k"], quality.GRIDS["mnist_k"]):
+    for grid in (grids.GRIDS["digits_k"], grids.GRIDS["mnist_k"]):
         steps = set()
         for options in grid.cells.values():
             values = dict(zip(options[::2], options[1::2]))
@@ -35,7 +35,7 @@ def test_cells_of_a_sweep_take_equal_generator_steps():
 
 
 def test_the_table_has_mean_and_deviation_of_what_is_done(tmp_path):
-    grid = quality.Grid(title="t", config="digits.yaml", cells={"a": [], "b, c": []}, columns=("fid", "classes"))
+    grid = grids.Grid(title="t", config="digits.yaml", cells={"a": [], "b, c": []}, columns=("fid", "classes"))
     for seed, fid in enumerate((1.0, 3.0)):
         folder = tmp_path / "a" / f"seed{seed}"
         folder.mkdir(parents=True)
@@ -59,4 +59,22 @@ def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "summary.json").write_text(json.dumps({"test": {}}))
     monkeypatch.setattr(quality.subprocess, "run", lambda *_, **__: pytest.fail("ran again"))
-    quality.run_cell(quality.GRIDS["digits_k"], "K = 5", 0, tmp_path, shared="")
+    quality.run_cell(grids.GRIDS["digits_k"], "K = 5", 0, tmp_path, shared="")
+
+
+@pytest.mark.parametrize("grid", sorted(grids.GRIDS))
+def test_every_cell_is_a_command_line_that_parses(grid, tmp_path, capsys, shared):
+    chosen = grids.GRIDS[grid]
+    for options in chosen.cells.values():
+        own = [option.replace("{shared}", str(shared)) for option in [*chosen.common, *options]]
+        with pytest.raises(SystemExit) as ended:
+            main(["fit", "--config", str(ROOT / "configs" / chosen.config), *own, "--print_config"])
+        assert ended.value.code == 0
+
+
+def test_curves_of_a_run_end_in_the_table(tmp_path):
+    run = quality.Run(
+        name="r", path=tmp_path, summary={"test": {"fid": 1.0}}, config={}, config_text="", metrics={}, sizes=[],
+        scalars={"train/loss_g": ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0], [float(n) for n in range(10)])},
+    )  # fmt: skip
+    assert quality.ends(run) == {"fid": 1.0, "train/loss_g, first": 0.5, "train/loss_g, last": 8.5}

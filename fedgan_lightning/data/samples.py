@@ -5,8 +5,10 @@ Inside the framework images are float32 in [-1, 1]; in memory they stay uint8 an
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -58,6 +60,14 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.x)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of samples and labels."""
+        found = hashlib.sha256(f"{tuple(self.x.shape)} {self.x.dtype}".encode())
+        for values in (self.x, *(() if self.y is None else (self.y,))):
+            found.update(np.ascontiguousarray(values.numpy()).tobytes())
+        return found.hexdigest()
 
     @property
     def is_image(self) -> bool:

@@ -51,6 +51,11 @@ class FrozenNet(nn.Module):
         output: tuple[Tensor, Tensor] = self.net(x)
         return output[1]
 
+    @torch.no_grad()
+    def classify(self, x: Tensor) -> Tensor:
+        """Map samples to their likeliest class (N,), on the CPU, for networks that classify."""
+        return self.logits(x.to(next(self.parameters()).device, torch.float32)).argmax(1).cpu()
+
 
 class FeatureNet(ABC):
     """Makes a feature network for a data set."""
@@ -123,10 +128,7 @@ class ClassifierFeatures(FeatureNet):
         return FrozenNet(net, num_features=self.num_features, name="classifier", digest=digest.hexdigest()[:12])
 
     def _path(self, samples: Samples, num_classes: int) -> Path:
-        digest = hashlib.sha256(f"v1 {samples.x.shape} {num_classes} {self.epochs} {self.seed}".encode())
-        digest.update(np.ascontiguousarray(samples.x.numpy()).tobytes())
-        assert samples.y is not None
-        digest.update(samples.y.numpy().tobytes())
+        digest = hashlib.sha256(f"v2 {samples.digest} {num_classes} {self.epochs} {self.seed}".encode())
         return cache_folder(self.cache) / f"classifier-{digest.hexdigest()[:16]}.pt"
 
 

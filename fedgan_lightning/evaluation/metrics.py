@@ -110,12 +110,13 @@ class ClassCoverage(Metric):
         counts = torch.from_numpy(data.label_counts()).double().sum(0)
         self.shares = counts / counts.sum()
         test = data.test_samples
-        guessed = torch.cat([self._classify(x) for x in chunks(everything(test))])
+        guessed = torch.cat([self.net.classify(x) for x in chunks(everything(test))])
         assert test.y is not None
         return {"classifier_accuracy": float((guessed == test.y).float().mean())}
 
     def compute(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
-        guessed = torch.cat([self._classify(chunk) for chunk in samples.split(CHUNK)])
+        assert self.net is not None
+        guessed = torch.cat([self.net.classify(chunk) for chunk in samples.split(CHUNK)])
         shares = torch.bincount(guessed, minlength=len(self.shares)).double() / len(guessed)
         values = {
             "classes": float(((shares >= 0.1 * self.shares) & (self.shares > 0)).sum()),
@@ -124,12 +125,6 @@ class ClassCoverage(Metric):
         if labels is not None:
             values["class_accuracy"] = float((guessed == labels.cpu()).float().mean())
         return values
-
-    @torch.no_grad()
-    def _classify(self, x: Tensor) -> Tensor:
-        assert self.net is not None
-        device = next(self.net.parameters()).device
-        return self.net.logits(x.to(device, torch.float32)).argmax(1).cpu()
 
 
 class ModeCoverage(Metric):

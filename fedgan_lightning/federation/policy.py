@@ -9,11 +9,12 @@ from typing import Literal, cast, get_args
 from torch import nn
 
 from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.protocol import RecalibrationHook
 from fedgan_lightning.states import Entry, Kind, describe, networks
 
 Sync = Literal["average", "local", "server"]
 OptimizerState = Literal["reset", "keep", "average"]
-Buffers = Literal["merge", "local"]
+Buffers = Literal["merge", "local", "estimate"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Policy:
         entries: Every entry of the module's state dict.
         sync: Every network: ``average`` (shared), ``local`` (private to each client), ``server`` (never on a client).
         optimizer_state: Every network: what becomes of its optimizer's moments at a sync.
-        buffers: Float buffers of averaged networks: ``merge`` (BatchNorm with pooled variance) or ``local`` (FedBN).
+        buffers: Float buffers of averaged networks: ``merge`` (BatchNorm with pooled variance), ``local`` (FedBN), or
+            ``estimate`` (local on clients; the server makes its own from noise).
     """
 
     entries: Mapping[str, Entry]
@@ -57,7 +59,7 @@ class Policy:
     def private(self) -> list[str]:
         """Entries that each client keeps for itself from round to round."""
         kept = self.names(*Kind, sync="local")
-        if self.buffers == "local":
+        if self.buffers != "merge":
             kept += self.names(Kind.STATISTIC, Kind.VARIANCE, Kind.COUNTER, sync="average")
         return kept
 
@@ -132,6 +134,14 @@ def resolve(
                 )
             )
         moments[network] = cast(OptimizerState, value)
+    if buffers == "estimate" and not isinstance(module, RecalibrationHook):
+        raise ConfigurationError(
+            message(
+                "buffers: estimate calls the module's recalibrate()",
+                received=f"{type(module).__name__} without it",
+                fix="add the method, or set buffers to merge or local",
+            )
+        )
     return Policy(
         entries=entries,
         sync=resolved,

@@ -19,7 +19,7 @@ from fedgan_lightning import states
 from fedgan_lightning.errors import CheckpointError, ConfigurationError, message
 from fedgan_lightning.federation.optimizer_state import is_optimizer_entry
 from fedgan_lightning.federation.policy import Policy
-from fedgan_lightning.protocol import Aggregate, SampleSource, ServerHook
+from fedgan_lightning.protocol import Aggregate, RecalibrationHook, SampleSource, ServerHook
 
 
 def federated_averaging(parameters: Iterable[Any]) -> Optimizer:
@@ -109,6 +109,8 @@ class ServerModule(L.LightningModule):
         if scheduler is not None:
             scheduler.step()
         self._load_extras(aggregate.extras)
+        if self.policy.buffers == "estimate" and isinstance(self.model, RecalibrationHook):
+            self.model.recalibrate()
 
     def _load_extras(self, extras: Mapping[str, Tensor]) -> None:
         buffers = {name: value for name, value in extras.items() if not is_optimizer_entry(name)}

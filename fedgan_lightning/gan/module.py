@@ -22,12 +22,15 @@ from fedgan_lightning.gan.checks import check_networks, check_settings
 from fedgan_lightning.gan.objectives import AdversarialLoss, NonSaturating
 from fedgan_lightning.gan.penalties import Penalty
 from fedgan_lightning.gan.priors import Normal, Prior
-from fedgan_lightning.gan.sampling import generated
+from fedgan_lightning.gan.sampling import estimate_statistics, follow, generated
 from fedgan_lightning.gan.steps import Draws, DuePenalty, Stats, discriminator_step, generator_step
 from fedgan_lightning.protocol import RoundInfo
+from fedgan_lightning.seeding import make_generator
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
 SchedulerCallable = Callable[[Optimizer], LRScheduler]
+#: Generated samples from which BatchNorm statistics are estimated.
+RECALIBRATION_SAMPLES = 2000
 
 
 def dcgan_adam(parameters: Iterable[Any]) -> Optimizer:
@@ -58,7 +61,8 @@ class GAN(L.LightningModule):
         g_steps: Generator updates per local step.
         prior: Distribution of z; default normal.
         fake_labels: Labels to generate in training: ``held`` takes those of the real minibatch, hence only classes that
-            this client holds; ``all`` draws uniformly from all classes.
+            this client holds; ``balanced`` draws uniformly from the classes in the real minibatch, so that a client's
+            rare classes are generated as often as its common ones; ``all`` draws uniformly from all classes.
         auxiliary_weight: Weight of the classification terms of an auxiliary classifier.
         ema_half_life_images: Half-life, in images, of the moving average of the generator that is used for sampling
             and metrics; ``None`` keeps no average. In a federation the average lives on the server.
@@ -85,7 +89,7 @@ class GAN(L.LightningModule):
         d_steps: int = 1,
         g_steps: int = 1,
         prior: Prior | None = None,
-        fake_labels: Literal["held", "all"] = "held",
+        fake_labels: Literal["held", "balanced", "all"] = "held",
         auxiliary_weight: float = 1.0,
         ema_half_life_images: float | None = None,
         clip_gradient_norm: float | None = None,
@@ -297,8 +301,9 @@ class GAN(L.LightningModule):
         count, device = len(y), y.device
         weights = torch.rand(count, generator=generator, device=device, dtype=dtype) if mix else None
         z = self.prior.draw(count, self.latent_dim, generator=generator, device=device, dtype=dtype)
-        if self.fake_labels == "all" and self.num_classes:
-            y = torch.randint(self.num_classes, (count,), device=device, generator=generator)
+        if self.fake_labels != "held" and self.num_classes:
+            classes = y.unique() if self.fake_labels == "balanced" else torch.arange(self.num_classes, device=device)
+            y = classes[torch.randint(len(classes), (count,), device=device, generator=generator)]
         u = None
         if self.augment is not None:
             u = torch.rand(2, count, self.augment.num_random, generator=generator, device=device, dtype=dtype)
@@ -340,20 +345,22 @@ class GAN(L.LightningModule):
         """
         if self.generator_ema is None or self.ema_half_life_images is None:
             return
-        weight = 1 - 0.5 ** (num_images / self.ema_half_life_images)
-        with torch.no_grad():
-            averages: list[Tensor] = list(self.generator_ema.parameters())
-            values: list[Tensor] = list(self.generator.parameters())
-            if averages:
-                torch._foreach_lerp_(averages, values, weight)
-            for average, value in zip(self.generator_ema.buffers(), self.generator.buffers()):
-                average.copy_(value)
+        follow(self.generator_ema, self.generator, weight=1 - 0.5 ** (num_images / self.ema_half_life_images))
 
     def on_server_round_end(self, *, num_images: float) -> None:
         """Average over rounds on the server."""
         self.update_ema(num_images=num_images)
 
     # ------------------------------------------------------------------ sampling
+
+    def recalibrate(self) -> None:
+        """Set the generator's BatchNorm statistics to those of its own activations; needs noise, and no data."""
+        own, noise = next(self.generator.parameters()), make_generator(0, "statistics")
+        where = {"device": own.device, "dtype": own.dtype}
+        latents = self.prior.sample(RECALIBRATION_SAMPLES, self.latent_dim, generator=noise, **where)  # type: ignore[arg-type]
+        estimate_statistics(
+            self.generator, latents, torch.arange(len(latents)).to(own.device) % max(self.num_classes, 1)
+        )
 
     @torch.no_grad()
     def sample(

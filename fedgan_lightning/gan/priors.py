@@ -36,9 +36,31 @@ class Prior(ABC):
         """Return what ``times`` calls of :meth:`draw` would, stacked."""
         return torch.stack([self.draw(num_samples, latent_dim, **where) for _ in range(times)])
 
+    def between(self, first: Tensor, second: Tensor, fractions: Tensor) -> Tensor:
+        """Return latents (F, N, d) on the way from ``first`` to ``second``, (N, d) each: a straight line.
+
+        Args:
+            first: Where fraction 0 lies.
+            second: Where fraction 1 lies.
+            fractions: (F,) in [0, 1].
+        """
+        t = fractions.view(-1, 1, 1)
+        return (1 - t) * first + t * second
+
 
 class Normal(Prior):
     """z ~ N(0, I)."""
+
+    def between(self, first: Tensor, second: Tensor, fractions: Tensor) -> Tensor:
+        """Return latents (F, N, d) on the great circle, which keeps the length that normal vectors have (White 2016,
+        equation 1).
+        """
+        t = fractions.view(-1, 1, 1)
+        cosine = torch.nn.functional.cosine_similarity(first, second, dim=-1).clamp(-1, 1)
+        angle = cosine.acos().unsqueeze(-1)
+        sine = angle.sin()
+        arc = (torch.sin((1 - t) * angle) * first + torch.sin(t * angle) * second) / sine.clamp_min(1e-7)
+        return torch.where(sine > 1e-4, arc, (1 - t) * first + t * second)
 
     def draw(self, num_samples: int, latent_dim: int, **where: Any) -> Tensor:
         return torch.randn(num_samples, latent_dim, **where)

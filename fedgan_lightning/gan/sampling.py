@@ -1,9 +1,10 @@
-"""Samples of a generator in pieces that fit memory."""
+"""What is done with a generator as a whole: samples of it, its moving average, its statistics."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @torch.no_grad()
@@ -22,3 +23,45 @@ def generated(network: nn.Module, latents: Tensor, labels: Tensor, *, chunk_size
         return torch.cat([network(z, y) for z, y in zip(latents.split(chunk_size), labels.split(chunk_size))])
     finally:
         network.train(mode)
+
+
+@torch.no_grad()
+def follow(average: nn.Module, network: nn.Module, *, weight: float) -> None:
+    """Move ``average`` towards ``network``: w_average <- (1 - weight) w_average + weight w; buffers are copied."""
+    averages: list[Tensor] = list(average.parameters())
+    values: list[Tensor] = list(network.parameters())
+    if averages:
+        torch._foreach_lerp_(averages, values, weight)
+    for buffer, value in zip(average.buffers(), network.buffers()):
+        buffer.copy_(value)
+
+
+@torch.no_grad()
+def estimate_statistics(network: nn.Module, latents: Tensor, labels: Tensor, *, chunk_size: int = 500) -> None:
+    """Set the running mean and variance of every BatchNorm to their means over chunks of generated activations.
+
+    Modes and momenta are restored.
+
+    Args:
+        network: The generator.
+        latents: (N, latent_dim).
+        labels: (N,).
+        chunk_size: Samples per forward pass.
+    """
+    layers = [layer for layer in network.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+    if not layers:
+        return
+    modes = [(part, part.training) for part in network.modules()]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # the plain mean over all passes
+    try:
+        network.train()
+        for z, y in zip(latents.split(chunk_size), labels.split(chunk_size)):
+            network(z, y)
+    finally:
+        for layer, momentum in zip(layers, momenta):
+            layer.momentum = momentum
+        for part, mode in modes:
+            part.training = mode

@@ -159,14 +159,14 @@ class StackedGAN(GAN):
         numbers = [own.augment for own in drawn if own.augment is not None]
         return Draws(
             z=torch.stack([own.z for own in drawn]),
-            y=torch.stack([own.y for own in drawn]) if self.fake_labels == "all" else y,
+            y=torch.stack([own.y for own in drawn]) if self.fake_labels != "held" else y,
             mix=torch.stack(weights) if mix else None,
             augment=torch.stack(numbers) if numbers else None,
         )
 
     @property
     def _draws_more_than_latents(self) -> bool:
-        labels = self.fake_labels == "all" and self.num_classes > 0
+        labels = self.fake_labels != "held" and self.num_classes > 0
         return labels or self.augment is not None or any(penalty.needs_mix for penalty in self.penalties)
 
     def _next_latents(self, count: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,19 @@ def grid(images: Tensor, *, columns: int) -> Picture:
     return picture
 
 
-def scatter(fake: Tensor, real: Tensor, *, title: str) -> Picture:
-    """Plot generated points over real ones; one-dimensional samples as two histograms."""
+#: Points a side at which a discriminator is read.
+FIELD_SIDE = 60
+
+
+def scatter(fake: Tensor, real: Tensor, *, title: str, belief: Callable[[Tensor], Tensor] | None = None) -> Picture:
+    """Plot generated points over real ones; one-dimensional samples as two histograms.
+
+    Args:
+        fake: Generated points (N, 1 or 2).
+        real: Real points (M, 1 or 2).
+        title: Above the picture.
+        belief: Points (P, 2) -> the discriminator's D(x) (P,) in [0, 1], drawn behind the points; none for 1-D data.
+    """
     figure, axes = _figure(4.2, 4.2)
     if fake.shape[1] == 1:
         bins = np.linspace(float(real.min()) - 0.2, float(real.max()) + 0.2, 60)
@@ -43,12 +54,21 @@ def scatter(fake: Tensor, real: Tensor, *, title: str) -> Picture:
         axes.scatter(real[:, 0], real[:, 1], s=3, c="#bbbbbb", linewidths=0, label="real")
         axes.scatter(fake[:, 0], fake[:, 1], s=3, c="#c23b22", linewidths=0, alpha=0.6, label="generated")
         low, high = real.min(0).values - 0.4, real.max(0).values + 0.4
+        if belief is not None:
+            _field(axes, belief, low, high)
         axes.set_xlim(float(low[0]), float(high[0]))
         axes.set_ylim(float(low[1]), float(high[1]))
         axes.set_aspect("equal")
     axes.set_title(title, fontsize=10)
     axes.legend(loc="upper right", fontsize=7, markerscale=3)
     return _render(figure)
+
+
+def _field(axes: Any, belief: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) -> None:
+    x, y = (torch.linspace(float(low[i]), float(high[i]), FIELD_SIDE) for i in range(2))
+    points = torch.cartesian_prod(x, y)
+    values = belief(points).detach().cpu().view(FIELD_SIDE, FIELD_SIDE).T.numpy()
+    axes.contourf(x.numpy(), y.numpy(), values, levels=np.linspace(0, 1, 11), cmap="PuOr", alpha=0.45, zorder=0)
 
 
 def partition(counts: NDArray[np.int64], *, class_names: Sequence[str]) -> Picture:

@@ -6,18 +6,14 @@ Pictures are embedded and charts are vector graphics; the page loads nothing, so
 from __future__ import annotations
 
 import base64
-import html
-import io
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedgan_lightning.files import write_text
+from fedgan_lightning.visuals.charts import bars, chart, colour, text
 from fedgan_lightning.visuals.runs import Curve, Run, differing, read_run
 
-#: Told apart by people who do not see all colours (Okabe and Ito 2008).
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 #: Metrics that come first, and what they are called.
 TITLES = {
     "fid": "FID, clients' union",
@@ -32,8 +28,6 @@ TITLES = {
     "high_quality": "High-quality samples",
     "sliced_wasserstein": "Sliced Wasserstein distance",
 }
-#: Metrics whose scale spans orders of magnitude.
-LOGARITHMIC = ("fid", "kid", "intra_fid")
 TRAINING = {
     "train/loss_d": "Discriminator loss",
     "train/loss_g": "Generator loss",
@@ -41,6 +35,7 @@ TRAINING = {
     "train/d_fake": "D(G(z))",
     "drift/generator": "Cosine between clients' generator updates",
     "drift/discriminator": "Cosine between clients' discriminator updates",
+    "gap/held_minus_absent": "Clients' D logits, held minus absent classes",
 }
 STYLE = """
 :root { color-scheme: light; --ink: #1a1a1a; --soft: #5f6368; --line: #dadce0; --back: #ffffff; }
@@ -86,21 +81,22 @@ def page(runs: Sequence[Run]) -> str:
     """Return the page as HTML."""
     names = _names(runs)
     title = f"Federation: {names[0]}" if len(runs) == 1 else f"{len(runs)} federations compared"
-    parts = [f"<h1>{_text(title)}</h1>", f"<p class=sub>{_text(_subtitle(runs))}</p>"]
+    parts = [f"<h1>{text(title)}</h1>", f"<p class=sub>{text(_subtitle(runs))}</p>"]
     if len(runs) > 1:
         parts.append(_comparison(runs, names))
     else:
         parts.append(_cards(runs[0]))
     parts += [_quality(runs, names), _training(runs, names)]
     for run, name in zip(runs, names):
-        parts += [_grids(run, name), _partition(run, name), _bytes(run, name), _evaluation(run, name)]
+        parts += [_grids(run, name), _breakdown(run, name), _partition(run, name), _bytes(run, name)]
+        parts.append(_evaluation(run, name))
     parts += [
-        f"<h2>Settings of {_text(name)}</h2><details><summary>config.yaml</summary>"
-        f"<pre>{_text(run.config_text)}</pre></details>"
+        f"<h2>Settings of {text(name)}</h2><details><summary>config.yaml</summary>"
+        f"<pre>{text(run.config_text)}</pre></details>"
         for run, name in zip(runs, names)
         if run.config_text
     ]
-    head = f"<title>{_text(title)}</title><style>{STYLE}</style>"
+    head = f"<title>{text(title)}</title><style>{STYLE}</style>"
     meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     return f'<!doctype html>\n<html lang="en"><head>{meta}{head}</head><body>{"".join(parts)}</body></html>\n'
 
@@ -130,13 +126,13 @@ def _cards(run: Run) -> str:
     if "fid_floor" in facts:
         chosen.append(("FID floor, real against real", _number(facts["fid_floor"])))
     chosen.append(("bytes both ways", _size(_total_bytes(run))))
-    cards = "".join(f"<div class=card><b>{_text(value)}</b><span>{_text(name)}</span></div>" for name, value in chosen)
+    cards = "".join(f"<div class=card><b>{text(value)}</b><span>{text(name)}</span></div>" for name, value in chosen)
     return f"<div class=cards>{cards}</div>"
 
 
 def _comparison(runs: Sequence[Run], names: Sequence[str]) -> str:
     heads = "".join(
-        f"<th class=n><span class=key style='background:{_colour(index)}'></span>{_text(name)}</th>"
+        f"<th class=n><span class=key style='background:{colour(index)}'></span>{text(name)}</th>"
         for index, name in enumerate(names)
     )
     finals = [{**run.summary.get("final", {}), **_test_values(run)} for run in runs]
@@ -155,7 +151,7 @@ def _comparison(runs: Sequence[Run], names: Sequence[str]) -> str:
 
 def _rows(heads: str, rows: Sequence[tuple[str, Sequence[Any]]]) -> str:
     body = "".join(
-        f"<tr><td>{_text(name)}</td>" + "".join(f"<td class=n>{_text(value)}</td>" for value in values) + "</tr>"
+        f"<tr><td>{text(name)}</td>" + "".join(f"<td class=n>{text(value)}</td>" for value in values) + "</tr>"
         for name, values in rows
     )
     return f"<div class=wide><table><tr><th></th>{heads}</tr>{body}</table></div>"
@@ -176,13 +172,13 @@ def _quality(runs: Sequence[Run], names: Sequence[str]) -> str:
     for metric in ordered:
         curves = [(name, run.metrics[metric]) for name, run in zip(names, runs) if metric in run.metrics]
         floor = runs[0].summary.get("evaluation", {}).get(f"{metric}_floor")
-        charts.append(_chart(TITLES.get(metric, metric), curves, names, metric=metric, floor=floor))
+        charts.append(chart(TITLES.get(metric, metric), curves, names, metric=metric, floor=floor))
     for metric in ("fid", "kid"):
         by_bytes = [(name, _against_bytes(run, metric)) for name, run in zip(names, runs) if metric in run.metrics]
         by_bytes = [(name, curve) for name, curve in by_bytes if curve[0]]
         if by_bytes:
             title = f"{metric.upper()} against megabytes sent"
-            charts.append(_chart(title, by_bytes, names, metric=metric, across="MB both ways"))
+            charts.append(chart(title, by_bytes, names, metric=metric, across="MB both ways"))
     return f"<h2>Quality</h2><div class=charts>{''.join(charts)}</div>" if charts else ""
 
 
@@ -198,73 +194,42 @@ def _training(runs: Sequence[Run], names: Sequence[str]) -> str:
     for tag, title in TRAINING.items():
         curves = [(name, run.scalars[tag]) for name, run in zip(names, runs) if tag in run.scalars]
         if curves:
-            charts.append(_chart(title, curves, names))
+            charts.append(chart(title, curves, names))
     return f"<h2>Training</h2><div class=charts>{''.join(charts)}</div>" if charts else ""
-
-
-def _chart(
-    title: str,
-    curves: Sequence[tuple[str, Curve]],
-    names: Sequence[str],
-    *,
-    metric: str = "",
-    floor: float | None = None,
-    across: str = "rounds",
-) -> str:
-    """Return curves as a vector graphic."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.2, 2.7), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.subplots()
-    for name, (steps, values) in curves:
-        marker = "o" if len(steps) < 25 else None
-        look: dict[str, Any] = {
-            "marker": marker,
-            "markersize": 3,
-            "linewidth": 1.6,
-            "color": _colour(names.index(name)),
-        }
-        axes.plot(steps, values, label=name if len(names) > 1 else None, **look)
-    positive = all(value > 0 for _, (_, values) in curves for value in values)
-    if metric.removesuffix("_test") in LOGARITHMIC and positive:
-        axes.set_yscale("log")
-    if floor is not None and (positive and floor > 0):
-        axes.axhline(floor, color="#777777", linewidth=1, linestyle=":", label="floor, real against real")
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.set_xlabel(across, fontsize=8)
-    axes.tick_params(which="both", labelsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(visible=True, color="#eeeeee")
-    if len(names) > 1 or floor is not None:
-        axes.legend(fontsize=7, frameon=False)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    drawing = buffer.getvalue()
-    drawing = drawing[drawing.index("<svg") :]
-    drawing = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", drawing, count=1)
-    return f'<figure role="img" aria-label="{_text(title)}">{_own_names(drawing, title)}</figure>'
-
-
-def _own_names(drawing: str, title: str) -> str:
-    """Give the names inside a drawing a prefix: several drawings share a page."""
-    prefix = re.sub(r"\W+", "_", title)
-    drawing = re.sub(r'id="([^"]+)"', rf'id="{prefix}_\1"', drawing)
-    drawing = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}_\1)", drawing)
-    return re.sub(r'href="#([^"]+)"', rf'href="#{prefix}_\1"', drawing)
 
 
 # ---------------------------------------------------------------------- one run after the other
 
 
 def _grids(run: Run, name: str) -> str:
-    pictures = [*run.grids, *([("real", path)] if (path := run.picture("reals.png")) else [])]
+    more = {"interpolation.png": "from one latent to another", "reals.png": "real"}
+    pictures = [*run.grids, *((title, path) for file, title in more.items() if (path := run.picture(file)))]
     figures = "".join(
-        f"<figure>{_image(path, f'{name}, {title}')}<figcaption>{_text(title)}</figcaption></figure>"
+        f"<figure>{_image(path, f'{name}, {title}')}<figcaption>{text(title)}</figcaption></figure>"
         for title, path in pictures
     )
-    return f"<h2>Samples of {_text(name)}, from one fixed z</h2><div class=grids>{figures}</div>" if figures else ""
+    return f"<h2>Samples of {text(name)}, from one fixed z</h2><div class=grids>{figures}</div>" if figures else ""
+
+
+def _breakdown(run: Run, name: str) -> str:
+    """Return bars of what the full evaluation says by class and by client."""
+    found, charts = run.summary.get("test", {}), []
+    shares = {"generated": _by(found, "class_share"), "union": _by(found, "class_share_of_union")}
+    if shares["generated"]:
+        charts.append(bars("Share of each class", shares, owner=name))
+    recognised = _by(found, "class_recognised")
+    if recognised:
+        charts.append(bars("Recognised where asked for", {"": recognised}, owner=name))
+    distances = _by(found, "client_fid")
+    if distances:
+        charts.append(bars("FID to each client's own data", {"": distances}, owner=name))
+    title = f"<h2>By class and by client in {text(name)}</h2>"
+    return f"{title}<div class=charts>{''.join(charts)}</div>" if charts else ""
+
+
+def _by(values: Mapping[str, Any], metric: str) -> dict[str, float]:
+    """Return the values of ``metric/LABEL`` by label."""
+    return {name.split("/", 1)[1]: value for name, value in values.items() if name.split("/", 1)[0] == metric}
 
 
 def _partition(run: Run, name: str) -> str:
@@ -274,7 +239,7 @@ def _partition(run: Run, name: str) -> str:
     sizes = run.sizes
     facts = f"{len(sizes)} clients with {min(sizes)} to {max(sizes)} samples, {sum(sizes)} in all" if sizes else ""
     picture = f"<figure>{_image(path, f'{name}: who holds what')}</figure>" if path else ""
-    return f"<h2>Who holds what in {_text(name)}</h2><p>{_text(facts)}</p>{picture}"
+    return f"<h2>Who holds what in {text(name)}</h2><p>{text(facts)}</p>{picture}"
 
 
 def _bytes(run: Run, name: str) -> str:
@@ -284,7 +249,7 @@ def _bytes(run: Run, name: str) -> str:
     rows = [(network, [_size(down.get(network, 0)), _size(up.get(network, 0))]) for network in {**down, **up}]
     rows.append(("all", [_size(sum(down.values())), _size(sum(up.values()))]))
     heads = "<th class=n>to clients</th><th class=n>to server</th>"
-    return f"<h2>What travelled in {_text(name)}</h2>{_rows(heads, rows)}"
+    return f"<h2>What travelled in {text(name)}</h2>{_rows(heads, rows)}"
 
 
 def _evaluation(run: Run, name: str) -> str:
@@ -296,9 +261,10 @@ def _evaluation(run: Run, name: str) -> str:
     }
     columns = {title: values for title, values in columns.items() if values}
     metrics = dict.fromkeys(metric for values in columns.values() for metric in values if metric != "rounds")
+    metrics = {metric: None for metric in metrics if "/" not in metric}  # what is drawn as bars
     rows = [(metric, [_number(values.get(metric)) for values in columns.values()]) for metric in metrics]
-    heads = "".join(f"<th class=n>{_text(title)}</th>" for title in columns)
-    return f"<h2>Evaluation of {_text(name)}</h2>{_rows(heads, rows)}" if rows else ""
+    heads = "".join(f"<th class=n>{text(title)}</th>" for title in columns)
+    return f"<h2>Evaluation of {text(name)}</h2>{_rows(heads, rows)}" if rows else ""
 
 
 # ---------------------------------------------------------------------- small things
@@ -306,15 +272,7 @@ def _evaluation(run: Run, name: str) -> str:
 
 def _image(path: Path, description: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{_text(description)}" src="data:image/png;base64,{data}">'
-
-
-def _colour(index: int) -> str:
-    return COLOURS[index % len(COLOURS)]
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value), quote=True)
+    return f'<img alt="{text(description)}" src="data:image/png;base64,{data}">'
 
 
 def _number(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.callback import quantise
 from fedgan_lightning.federation.server import ServerModule
+from fedgan_lightning.gan.steps import split_heads
 from fedgan_lightning.seeding import make_generator
 from fedgan_lightning.visuals import pictures
 from fedgan_lightning.visuals.tensorboard import writers
@@ -81,7 +83,7 @@ class SamplePictures(L.Callback):
             samples = server.sample(self.num_points, generator=self._generator()).detach().cpu().flatten(1)[:, :2]
             real = data.train_samples.x.flatten(1)[:, :2]
             chosen = torch.randperm(len(real), generator=make_generator(self.seed, "scatter"))[: self.num_points]
-            return pictures.scatter(samples.double(), real[chosen].double(), title=title)
+            return pictures.scatter(samples.double(), real[chosen].double(), title=title, belief=_belief(data, server))
         labels = self._labels(data)
         count = len(labels) if labels is not None else self.columns * self.rows
         images = server.sample(count, labels=labels, generator=self._generator())
@@ -143,6 +145,23 @@ class SamplePictures(L.Callback):
         arrays: dict[str, Any] = {"x": samples.numpy(), **({} if labels is None else {"y": labels.numpy()})}
         np.savez_compressed(folder / "samples.npz", **arrays)
         print(f"wrote {folder / 'samples.png'} and {folder / 'samples.npz'}")
+
+
+def _belief(data: FederatedDataModule, server: ServerModule) -> Callable[[Tensor], Tensor] | None:
+    """Return points -> D(x), where the server has an unconditional discriminator of the plane."""
+    discriminator = getattr(server.model, "discriminator", None)
+    shared = server.policy.sync.get("discriminator") == "average"
+    if discriminator is None or not shared or tuple(data.sample_shape) != (2,):
+        return None
+    if getattr(discriminator, "num_classes", 0):
+        return None
+
+    @torch.no_grad()
+    def read(points: Tensor) -> Tensor:
+        logits, _ = split_heads(discriminator(points.to(next(discriminator.parameters())), None))
+        return logits.flatten().float().sigmoid()
+
+    return read
 
 
 def _data(trainer: L.Trainer) -> FederatedDataModule:

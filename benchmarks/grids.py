@@ -1,0 +1,187 @@
+"""What benchmarks/quality.py compares: every grid with its cells, each the command line with some options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+CENTRALISED = ["--data.num_clients", "1", "--data.partition", "IID"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is compared.
+
+    Attributes:
+        title: In words.
+        config: Configuration that all cells start from.
+        cells: Options by label.
+        seeds: Seeds of every cell.
+        columns: Metrics of the table, as in test.json.
+        common: Options of all cells.
+    """
+
+    title: str
+    config: str
+    cells: dict[str, list[str]]
+    columns: tuple[str, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    common: list[str] = field(default_factory=list)
+
+
+def rounds(total: int, local_steps: int) -> list[str]:
+    """Return options for ``total`` generator steps in rounds of ``local_steps``, looked at five times on the way."""
+    count = total // local_steps
+    seldom = str(max(1, count // 5))
+    return [
+        *("--federation.rounds", str(count), "--federation.local_steps", str(local_steps)),
+        *("--evaluation.every_n_rounds", seldom, "--pictures.every_n_rounds", seldom),
+        *("--checkpoint.every_n_rounds", seldom),
+    ]
+
+
+def only(client: int) -> list[str]:
+    """Return options for training on one client's data alone."""
+    return ["--federation.clients", "SelectedClients", "--federation.clients.clients", f"[{client}]"]
+
+
+IMAGE_COLUMNS = (
+    "fid",
+    "fid_raw",
+    "fid_test",
+    "kid_test",
+    "classes",
+    "recall",
+    "tstr_accuracy",
+    "nearest_distance_ratio",
+)
+#: Curves of TensorBoard, at their start and their end.
+SIGNS = ("train/loss_g", "drift/generator", "drift/discriminator", "gap/held_minus_absent")
+RING_COLUMNS = ("modes", "modes_raw", "high_quality", "high_quality_raw", "mode_divergence")
+
+
+def split(clients: int) -> list[str]:
+    """Return options for ten classes divided among so many clients."""
+    each = str(10 // clients)
+    return ["--data.num_clients", str(clients), "--data.partition.init_args.num_classes", each]
+
+
+IID = ["--data.partition", "IID"]
+MNIST = ["--data.source.init_args.root", "{shared}", "--federation.executor", "SequentialExecutor"]
+LOSSES = ("NonSaturating", "Hinge", "LeastSquares", "RelativisticPairing")
+#: What becomes of moments, and optimizers without any on clients.
+OPTIMIZERS = {policy: ["--federation.optimizer_state", policy] for policy in ("average", "keep", "reset")}
+STATELESS = {
+    "SGD": [
+        *("--model.generator_optimizer", "{{class_path: torch.optim.SGD, init_args: {{lr: {lr}}}}}"),
+        *("--model.discriminator_optimizer", "{{class_path: torch.optim.SGD, init_args: {{lr: {lr}}}}}"),
+    ],
+    "Adam at the server": ["--server.optimizer", "{{class_path: torch.optim.Adam, init_args: {{lr: {server}}}}}"],
+}
+
+
+def optimizers(*, lr: float, server: float) -> dict[str, list[str]]:
+    """Return cells for what becomes of optimizer state, IID and as the configuration divides the data.
+
+    Args:
+        lr: Learning rate of SGD.
+        server: Learning rate of Adam at the server, which steps on the mean of updates made with reset moments.
+    """
+    stateless = {name: [o.format(lr=lr, server=server) for o in options] for name, options in STATELESS.items()}
+    stateless["Adam at the server"] += OPTIMIZERS["reset"]
+    ways = {**OPTIMIZERS, **stateless}
+    return {f"{way}, {where}": [*own, *part] for where, part in SPLITS.items() for way, own in ways.items()}
+
+
+SPLITS: dict[str, list[str]] = {"divided": [], "IID": IID}
+
+
+def losses() -> dict[str, list[str]]:
+    """Return cells for adversarial losses, IID and as the configuration divides the data."""
+    return {f"{x}, {where}": ["--model.loss", x, *part] for x in LOSSES for where, part in SPLITS.items()}
+
+
+def k_sweep(total: int, steps: tuple[int, ...]) -> dict[str, list[str]]:
+    """Return cells for several K, and the controls."""
+    cells = {f"K = {k}": rounds(total, k) for k in steps}
+    cells["centralised"] = [*rounds(total, 100), *CENTRALISED]
+    cells["local only (client 0)"] = [*rounds(total, 100), *only(0)]
+    return cells
+
+
+GRIDS = {
+    "digits_k": Grid(
+        title="digits, five clients with two kinds each: local steps K at 1 000 generator steps",
+        config="digits.yaml",
+        common=["--data.num_clients", "5"],
+        cells=k_sweep(1000, (1, 5, 20, 100, 500)),
+        columns=IMAGE_COLUMNS,
+    ),
+    "digits_optimizer": Grid(
+        title="digits, ten clients: optimizer state, with two kinds of digit each and IID",
+        config="digits.yaml",
+        cells=optimizers(lr=0.1, server=1e-3),
+        columns=IMAGE_COLUMNS,
+    ),
+    "mnist_k": Grid(
+        title="MNIST, five clients with two digits each: local steps K at 1 000 generator steps, width 16",
+        config="mnist.yaml",
+        common=MNIST,
+        cells=k_sweep(1000, (1, 5, 20, 100, 500)),
+        columns=IMAGE_COLUMNS,
+    ),
+    "mnist_clients": Grid(
+        title="MNIST, B clients with 10 / B digits each: K = 20, 1 000 generator steps, width 16",
+        config="mnist.yaml",
+        common=[*MNIST, *rounds(1000, 20)],
+        cells={f"B = {clients}": split(clients) for clients in (2, 5, 10)},
+        columns=IMAGE_COLUMNS,
+    ),
+    "mnist_signs": Grid(
+        title="MNIST, five clients, 600 generator steps, K = 20, width 16: signs of divergence, and remedies",
+        config="mnist.yaml",
+        common=[*MNIST, *rounds(600, 20), "--trainer.callbacks", "HeldAbsentGap"],
+        cells={
+            "IID": IID,
+            "two digits each": [],
+            "two digits each, discriminators stay": ["--federation.sync", "{discriminator: local}"],
+            "IID, discriminators stay": ["--federation.sync", "{discriminator: local}", *IID],
+            "two digits each, K = 5": rounds(600, 5),
+            "two digits each, all labels": ["--model.fake_labels", "all"],
+        },
+        columns=(*IMAGE_COLUMNS[:6], *(f"{sign}, {end}" for sign in SIGNS for end in ("first", "last"))),
+    ),
+    "mnist_buffers": Grid(
+        title="MNIST, five clients with two digits each, 600 generator steps, K = 20, width 16: BatchNorm's statistics",
+        config="mnist.yaml",
+        common=[*MNIST, *rounds(600, 20)],
+        cells={
+            f"{buffers}, {where}": ["--federation.buffers", buffers, *part]
+            for where, part in SPLITS.items()
+            for buffers in ("merge", "local", "estimate")
+        },
+        columns=IMAGE_COLUMNS[:6],
+    ),
+    "ring8_loss": Grid(
+        title="ring of 8, four clients with two modes each, and IID: losses at 15 000 steps",
+        config="ring8.yaml",
+        common=["--federation.executor", "VectorizedExecutor"],
+        cells=losses(),
+        columns=RING_COLUMNS,
+        seeds=(0, 1, 2, 3, 4),
+    ),
+    "ring8_optimizer": Grid(
+        title="ring of 8, four clients with two modes each, and IID: optimizer state at 15 000 steps",
+        config="ring8.yaml",
+        common=["--federation.executor", "VectorizedExecutor"],
+        cells=optimizers(lr=0.1, server=1e-3),
+        columns=RING_COLUMNS,
+    ),
+    "grid25_loss": Grid(
+        title="25-grid, five clients with five modes each, and IID: losses at 15 000 steps",
+        config="grid25.yaml",
+        common=["--federation.executor", "VectorizedExecutor"],
+        cells=losses(),
+        columns=RING_COLUMNS,
+        seeds=(0, 1, 2, 3, 4),
+    ),
+}

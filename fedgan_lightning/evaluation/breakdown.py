@@ -1,0 +1,84 @@
+"""What one number hides: values by class and by client."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedgan_lightning.data.datamodule import FederatedDataModule
+from fedgan_lightning.evaluation.features import ClassifierFeatures, FeatureNet, FrozenNet
+from fedgan_lightning.evaluation.fid import FeatureSums, feature_sums, frechet_distance
+from fedgan_lightning.evaluation.metrics import CHUNK, Metric, chunks, clients_of, suitable
+
+#: Above this number of clients only the extremes are reported.
+MOST_CLIENTS = 50
+
+
+class ClassBreakdown(Metric):
+    """How often each class is made, and how often it is made when asked for, by a classifier.
+
+    Reports ``class_share/NAME``, in [0, 1], beside ``class_share_of_union/NAME``; with requested classes also
+    ``class_recognised/NAME``, the share of samples of that class that the classifier puts there.
+
+    Args:
+        features: The classifier.
+    """
+
+    full = True
+
+    def __init__(self, features: ClassifierFeatures | None = None) -> None:
+        self.features = features if features is not None else ClassifierFeatures()
+        self.net: FrozenNet | None = None
+        self.names: list[str] = []
+
+    def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
+        self.net = self.features.build(data.train_samples, num_classes=data.num_classes).to(device)
+        self.names = [str(name) for name in data.class_names] or [str(label) for label in range(data.num_classes)]
+        counts = data.label_counts().sum(0)
+        return {f"class_share_of_union/{name}": n / counts.sum() for name, n in zip(self.names, counts.tolist())}
+
+    def compute(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
+        assert self.net is not None
+        guessed = torch.cat([self.net.classify(chunk) for chunk in samples.split(CHUNK)])
+        values = {f"class_share/{name}": float((guessed == i).float().mean()) for i, name in enumerate(self.names)}
+        if labels is not None:
+            for i, name in enumerate(self.names):
+                asked = guessed[labels.cpu() == i]
+                if len(asked):
+                    values[f"class_recognised/{name}"] = float((asked == i).float().mean())
+        return values
+
+
+class ClientDistances(Metric):
+    """The Fréchet distance of all generated samples to each client's own data: ``client_fid/NUMBER``.
+
+    It shows whom the generator serves. With classes divided among clients it is large for everybody, since each client
+    holds a part of what is generated; its mean is not the distance to the pooled data, and ranks models wrongly. Above
+    50 clients only ``client_fid_median`` and ``client_fid_largest`` are reported.
+
+    Args:
+        features: Feature network; default the small classifier for labelled data, else pixels.
+    """
+
+    full = True
+
+    def __init__(self, features: FeatureNet | None = None) -> None:
+        self.features = features
+        self.net: FrozenNet | None = None
+        self.clients: list[FeatureSums] = []
+
+    def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
+        self.net = suitable(self.features, data).build(data.train_samples, num_classes=data.num_classes).to(device)
+        self.clients = [feature_sums(self.net, chunks(view)) for view in clients_of(data)]
+        return {}
+
+    def compute(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
+        assert self.net is not None
+        fake = feature_sums(self.net, samples.split(CHUNK))
+        found = {k: frechet_distance(own, fake) for k, own in enumerate(self.clients) if own.count > 1}
+        if len(self.clients) <= MOST_CLIENTS:
+            return {f"client_fid/{k}": value for k, value in found.items()}
+        values = torch.tensor(list(found.values()))
+        return {"client_fid_median": float(values.median()), "client_fid_largest": float(values.max())}

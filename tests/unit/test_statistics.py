@@ -1,0 +1,100 @@
+"""BatchNorm statistics made from noise, and labels drawn evenly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fedgan_lightning import GAN, DCGANDiscriminator, DCGANGenerator
+from fedgan_lightning.errors import ConfigurationError
+from fedgan_lightning.gan.sampling import estimate_statistics
+from tests.conftest import digits_data, federate
+from tests.foreign import SomebodysGAN
+
+
+class Doubling(nn.Module):
+    """BatchNorm over twice the latents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3, momentum=0.1)
+
+    def forward(self, z, y):
+        return self.norm(2 * z + 1)
+
+
+def test_statistics_are_the_means_over_chunks_and_everything_else_is_restored():
+    network = Doubling().eval()
+    z = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0))
+    estimate_statistics(network, z, torch.zeros(1000, dtype=torch.int64), chunk_size=250)
+    seen = 2 * z + 1
+    torch.testing.assert_close(network.norm.running_mean, seen.mean(0))
+    variances = torch.stack([chunk.var(0) for chunk in seen.split(250)])
+    torch.testing.assert_close(network.norm.running_var, variances.mean(0))
+    assert network.norm.momentum == 0.1
+    assert not network.training
+    assert not network.norm.training
+
+
+def convolutional(**options) -> GAN:
+    torch.manual_seed(0)
+    sizes = {"image_size": 28, "channels": 1, "width": 4}
+    return GAN(DCGANGenerator(latent_dim=8, **sizes), DCGANDiscriminator(**sizes), **options)
+
+
+@pytest.fixture
+def mnist_like():
+    from fedgan_lightning import FederatedDataModule, Samples, Source
+
+    class Noise(Source):
+        sample_shape, num_classes, class_names = (1, 28, 28), 0, ()
+
+        def load(self, split):
+            generator = torch.Generator().manual_seed(0)
+            return Samples(x=torch.randint(256, (64, 1, 28, 28), generator=generator, dtype=torch.uint8))
+
+    return FederatedDataModule(Noise(), num_clients=2, batch_size=8)
+
+
+def test_the_server_s_statistics_come_from_its_own_samples(mnist_like):
+    server, orchestrator, _ = federate(convolutional(), mnist_like, rounds=2, local_steps=2, buffers="estimate")
+    generator = server.model.generator
+    means = {name: value.clone() for name, value in generator.named_buffers() if name.endswith("running_mean")}
+    server.model.recalibrate()
+    for name, value in generator.named_buffers():
+        if name in means:
+            torch.testing.assert_close(value, means[name])
+            assert value.abs().sum() > 0
+    assert any("running_mean" in name for name in orchestrator.store.read(0)), "clients keep their own"
+
+
+def test_buffers_that_are_estimated_do_not_travel(mnist_like):
+    def sent(buffers):
+        _, orchestrator, _ = federate(convolutional(), mnist_like, rounds=1, local_steps=1, buffers=buffers)
+        return sum(orchestrator.ledger.bytes_up.values())
+
+    with pytest.warns(UserWarning, match="initial statistics"):
+        local = sent("local")
+    assert sent("estimate") == local < sent("merge")
+
+
+def test_modules_that_cannot_recalibrate_are_refused():
+    with pytest.raises(ConfigurationError, match=r"recalibrate\(\).*SomebodysGAN without it"):
+        federate(SomebodysGAN(), digits_data(), rounds=1, local_steps=1, buffers="estimate")
+
+
+def test_balanced_labels_take_the_classes_of_the_minibatch_evenly():
+    sizes = {"image_size": 28, "channels": 1, "width": 4, "num_classes": 10}
+    networks = DCGANGenerator(latent_dim=8, **sizes), DCGANDiscriminator(conditioning="projection", **sizes)
+    y = torch.tensor([2] * 990 + [7] * 10)
+    for choice, expected in (
+        ("held", {2: 990, 7: 10}),
+        ("balanced", {2: 500, 7: 500}),
+        ("all", dict.fromkeys(range(10), 100)),
+    ):
+        gan = GAN(*networks, fake_labels=choice)
+        drawn = gan.draw(y, dtype=torch.float32, generator=torch.Generator().manual_seed(0)).y
+        assert set(drawn.tolist()) == set(expected)
+        for label, count in expected.items():
+            assert abs(int((drawn == label).sum()) - count) <= 60
