@@ -92,6 +92,26 @@ def optimizers(*, lr: float, server: float) -> dict[str, list[str]]:
     return {f"{way}, {where}": [*own, *part] for where, part in SPLITS.items() for way, own in ways.items()}
 
 
+#: What two of ten clients do.
+ATTACK = ["--federation.executor", "FaultyExecutor", "--federation.executor.always", "{3: sign_flip, 7: noise}"]
+AGGREGATORS = {
+    "mean": [],
+    "coordinate median": ["--federation.aggregator", "CoordinateMedian"],
+    "trimmed mean": ["--federation.aggregator", "TrimmedMean", "--federation.aggregator.share", "0.2"],
+    "Krum": ["--federation.aggregator", "Krum", "--federation.aggregator.num_bad", "2"],
+    "multi-Krum": [
+        *("--federation.aggregator", "Krum", "--federation.aggregator.num_bad", "2"),
+        *("--federation.aggregator.num_selected", "6"),
+    ],
+    "geometric median": ["--federation.aggregator", "GeometricMedian"],
+}
+KINDS = ("crash", "hang", "slow", "nan", "wrong_shape", "wrong_keys", "stale", "huge_norm")
+FAULTS = [
+    *("--federation.executor", "FaultyExecutor"),
+    *(option for kind in KINDS for option in (f"--federation.executor.{kind}", "0.0625")),
+    *("--federation.rules", "RoundRules", "--federation.rules.minimum", "0.2", "--federation.screening", "Screening"),
+    *("--federation.screening.max_norm", "100"),
+]
 SPLITS: dict[str, list[str]] = {"divided": [], "IID": IID}
 
 
@@ -158,6 +178,26 @@ GRIDS = {
             f"{buffers}, {where}": ["--federation.buffers", buffers, *part]
             for where, part in SPLITS.items()
             for buffers in ("merge", "local", "estimate")
+        },
+        columns=IMAGE_COLUMNS[:6],
+    ),
+    "digits_attacks": Grid(
+        title="digits, ten clients, IID: one that turns its updates round, one that sends noise",
+        config="digits.yaml",
+        common=IID,
+        cells={
+            "mean, all honest": [],
+            **{f"{name}, attacked": [*ATTACK, *options] for name, options in AGGREGATORS.items()},
+        },
+        columns=IMAGE_COLUMNS[:6],
+    ),
+    "digits_faults": Grid(
+        title="digits, ten clients with two kinds of digit each, 100 rounds: half of the cohort fails each round",
+        config="digits.yaml",
+        cells={
+            "no faults": [],
+            "no faults, half as many rounds": ["--federation.rounds", "50"],
+            "mixed faults, screened": FAULTS,
         },
         columns=IMAGE_COLUMNS[:6],
     ),

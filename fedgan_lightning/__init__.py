@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         ConfigurationError,
         DataError,
         FedGANError,
+        QuorumError,
         UpdateError,
     )
     from fedgan_lightning.evaluation.breakdown import ClassBreakdown, ClientDistances
@@ -70,8 +71,15 @@ if TYPE_CHECKING:
     )
     from fedgan_lightning.evaluation.utility import Memorisation, SyntheticTraining
     from fedgan_lightning.federation.aggregation import WeightedMean
-    from fedgan_lightning.federation.executors import AutoExecutor, SequentialExecutor, VectorizedExecutor
+    from fedgan_lightning.federation.executors import (
+        AutoExecutor,
+        FaultyExecutor,
+        SequentialExecutor,
+        VectorizedExecutor,
+    )
     from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
+    from fedgan_lightning.federation.robust import CoordinateMedian, GeometricMedian, Krum, TrimmedMean
+    from fedgan_lightning.federation.rules import RoundRules, Screening
     from fedgan_lightning.federation.sampling import (
         AllClients,
         FractionOfClients,
@@ -103,7 +111,7 @@ if TYPE_CHECKING:
         Wasserstein,
     )
     from fedgan_lightning.gan.penalties import R1, R2, GradientPenalty, Penalty
-    from fedgan_lightning.protocol import Aggregator, ClientSampler, ClientTask, ClientUpdate, Executor
+    from fedgan_lightning.protocol import Aggregator, ClientFailure, ClientSampler, ClientTask, ClientUpdate, Executor
     from fedgan_lightning.visuals.inspection import Inspection
     from fedgan_lightning.visuals.samples import SamplePictures
 
@@ -140,6 +148,7 @@ _HOMES = {
         "ConfigurationError",
         "DataError",
         "FedGANError",
+        "QuorumError",
         "UpdateError",
     ],
     "fedgan_lightning.evaluation.breakdown": ["ClassBreakdown", "ClientDistances"],
@@ -167,8 +176,15 @@ _HOMES = {
         "SlicedWasserstein",
     ],
     "fedgan_lightning.federation.aggregation": ["WeightedMean"],
-    "fedgan_lightning.federation.executors": ["AutoExecutor", "SequentialExecutor", "VectorizedExecutor"],
+    "fedgan_lightning.federation.executors": [
+        "AutoExecutor",
+        "FaultyExecutor",
+        "SequentialExecutor",
+        "VectorizedExecutor",
+    ],
     "fedgan_lightning.federation.orchestrator": ["FederatedOrchestrator"],
+    "fedgan_lightning.federation.robust": ["CoordinateMedian", "GeometricMedian", "Krum", "TrimmedMean"],
+    "fedgan_lightning.federation.rules": ["RoundRules", "Screening"],
     "fedgan_lightning.federation.sampling": ["AllClients", "FractionOfClients", "PoissonSampling", "SelectedClients"],
     "fedgan_lightning.federation.server": ["ServerModule"],
     "fedgan_lightning.gan.augment": ["Augmentation", "LeCam"],
@@ -195,7 +211,14 @@ _HOMES = {
         "Wasserstein",
     ],
     "fedgan_lightning.gan.penalties": ["R1", "R2", "GradientPenalty", "Penalty"],
-    "fedgan_lightning.protocol": ["Aggregator", "ClientSampler", "ClientTask", "ClientUpdate", "Executor"],
+    "fedgan_lightning.protocol": [
+        "Aggregator",
+        "ClientFailure",
+        "ClientSampler",
+        "ClientTask",
+        "ClientUpdate",
+        "Executor",
+    ],
     "fedgan_lightning.visuals.inspection": ["Inspection"],
     "fedgan_lightning.visuals.samples": ["SamplePictures"],
 }
@@ -221,14 +244,16 @@ __all__ = [
     "Ring", "Grid", "SwissRoll", "Segments",
     "Partition", "IID", "Dirichlet", "ClassesPerClient", "ClassLists", "QuantitySkew", "Natural", "FeatureShift",
     "Federation", "FederatedOrchestrator", "ServerModule", "AutoExecutor", "SequentialExecutor", "VectorizedExecutor",
-    "WeightedMean",
+    "FaultyExecutor", "RoundRules", "Screening",
+    "WeightedMean", "CoordinateMedian", "TrimmedMean", "Krum", "GeometricMedian",
     "AllClients", "FractionOfClients", "PoissonSampling", "SelectedClients",
-    "Aggregator", "ClientSampler", "ClientTask", "ClientUpdate", "Executor",
+    "Aggregator", "ClientSampler", "ClientTask", "ClientUpdate", "ClientFailure", "Executor",
     "Evaluation", "Metric", "FrechetDistance", "ClassCoverage", "ModeCoverage", "SlicedWasserstein",
     "KernelDistance", "PrecisionRecall", "ClassifierScore", "IntraClassDistance", "SyntheticTraining", "Memorisation",
     "ClassBreakdown", "ClientDistances", "HeldAbsentGap",
     "FeatureNet", "ClassifierFeatures", "PixelFeatures", "InceptionFeatures", "ModuleFeatures",
     "SamplePictures", "Inspection", "AtomicCheckpointIO", "BestCheckpoint", "LastCheckpoint",
     "FedGANError", "ConfigurationError", "DataError", "CheckpointError", "UpdateError", "ClientError",
+    "QuorumError",
     "__version__",
 ]  # fmt: skip

@@ -27,7 +27,7 @@ from fedgan_lightning.errors import CheckpointError, ConfigurationError, message
 from fedgan_lightning.evaluation import features, metrics
 from fedgan_lightning.evaluation.callback import Evaluation
 from fedgan_lightning.evaluation.gap import HeldAbsentGap
-from fedgan_lightning.federation import aggregation, executors, sampling
+from fedgan_lightning.federation import aggregation, executors, robust, rules, sampling
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.gan import networks, objectives, penalties, priors
@@ -51,6 +51,8 @@ SHORT_NAMES = (
     partition,
     penalties,
     priors,
+    robust,
+    rules,
     sampling,
     sources,
 )

@@ -23,6 +23,10 @@ class UpdateError(FedGANError, ValueError):
     """A client update must not reach the aggregator."""
 
 
+class QuorumError(FedGANError, RuntimeError):
+    """Too few clients answered, however often the round was tried."""
+
+
 class RankError(FedGANError, RuntimeError):
     """A process that shares the run failed, or is gone."""
 

@@ -67,6 +67,8 @@ class ClientUpdate:
         delta: Shared parameters after minus before local training, by name.
         metrics: Scalars: losses, seconds, number of images seen.
         extras: Other shared tensors, to be averaged as they are: buffers (variances as second moments), moments.
+        round: The round whose task it answers; ``None`` where that is not known.
+        discount: Factor on its weight; below 1 only for updates that come late.
     """
 
     client_id: int
@@ -74,6 +76,25 @@ class ClientUpdate:
     delta: State
     metrics: Mapping[str, float]
     extras: State = field(default_factory=dict)
+    round: int | None = None
+    discount: float = 1.0
+
+
+@dataclass(frozen=True)
+class ClientFailure:
+    """What is known of a client that was asked, and did not answer.
+
+    Attributes:
+        client_id: The client.
+        round: The round it was asked for.
+        stage: What it was doing, as far as known: ``train``, ``reply``, ...
+        cause: In words.
+    """
+
+    client_id: int
+    round: int
+    stage: str
+    cause: str
 
 
 @dataclass(frozen=True)
@@ -148,18 +169,25 @@ class CohortData(Protocol):
 
 
 class Executor(ABC):
-    """Runs the clients of a round. Which way it does so must not change the updates."""
+    """Runs the clients of a round. Which way it does so must not change the updates.
+
+    Attributes:
+        concurrent: Whether all clients of a round work at the same time, so that the first to answer count.
+    """
+
+    concurrent: ClassVar[bool] = False
 
     @abstractmethod
     def setup(self, context: Any) -> None:
         """Prepare for a run; ``context`` is a :class:`fedgan_lightning.federation.local.ClientContext`."""
 
     @abstractmethod
-    def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientUpdate]:
-        """Yield one update per task, in any order, as soon as each is ready.
+    def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
+        """Yield one update per task, in any order, as soon as each is ready; a failure for a client that is out of
+        reach.
 
         Raises:
-            ClientError: If a client fails; it names client, round and stage.
+            ClientError: If a client's code fails in this process; it names client, round and stage.
         """
 
     @abstractmethod
@@ -168,6 +196,10 @@ class Executor(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run must know to compute the same; nothing unless overridden."""
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a report says of it, as plain values; nothing unless overridden."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most executors know nothing
@@ -179,6 +211,8 @@ class Aggregator(ABC):
 
     #: Whether ``merge(accumulate(a), accumulate(b))`` equals one pass over both, as secure aggregation needs.
     additive: ClassVar[bool]
+    #: Fewest updates that it can make one of.
+    needed: int = 1
 
     @abstractmethod
     def init(self) -> Any:

@@ -157,4 +157,4 @@ def _find(trainer: L.Trainer, kind: type) -> Any:
 
 def _executor(executor: Executor) -> dict[str, Any]:
     """Return which executor ran, and what it chose."""
-    return {"name": type(executor).__name__, **executor.state_dict()}
+    return {"name": type(executor).__name__, **executor.facts()}

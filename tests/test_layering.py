@@ -58,12 +58,17 @@ LAYERS = {
     "federation.cohort": 5,
     "federation.executors.sequential": 5,
     "federation.rounds": 5,
+    "federation.reference": 5,
+    "federation.rules": 3,
+    "federation.robust": 4,
+    "federation.conduct": 6,
     "federation.agreement": 6,
     "federation.executors.vectorized": 7,
     "federation.executors.auto": 8,
-    "federation.executors": 9,
+    "federation.executors.faulty": 9,
+    "federation.executors": 10,
     "federation.server": 4,
-    "federation.orchestrator": 10,
+    "federation.orchestrator": 11,
     "evaluation.features": 2,
     "evaluation.fid": 3,
     "evaluation.modes": 1,
@@ -73,7 +78,7 @@ LAYERS = {
     "evaluation.fidelity": 7,
     "evaluation.utility": 8,
     "evaluation.breakdown": 7,
-    "evaluation.gap": 11,
+    "evaluation.gap": 12,
     "evaluation.defaults": 9,
     "evaluation.callback": 10,
     "visuals.pictures": 1,
@@ -85,9 +90,9 @@ LAYERS = {
     "visuals.samples": 12,
     "visuals.inspection": 12,
     "checkpoints": 1,
-    "recorder": 11,
-    "api": 13,
-    "cli": 13,
+    "recorder": 12,
+    "api": 14,
+    "cli": 14,
 }
 #: Packages that bare modules (documentation only) and entry points may import freely.
 EXEMPT = {"", "__main__", "data", "gan", "federation", "evaluation", "visuals"}
@@ -96,7 +101,13 @@ LAZY = {"sklearn", "matplotlib", "PIL", "torchvision", "flwr", "opacus", "dp_acc
 NO_LIGHTNING = ("errors", "seeding", "protocol", "states", "gan.objectives", "gan.penalties", "gan.priors", "gan.steps")
 NO_LIGHTNING += ("gan.networks", "data.samples", "data.partition", "data.sources", "evaluation.fid", "evaluation.modes")
 NO_LIGHTNING += ("federation.aggregation", "federation.sampling", "federation.store", "federation.ledger")
-NO_LIGHTNING += ("federation.policy", "federation.optimizer_state", "visuals.pictures")
+NO_LIGHTNING += (
+    "federation.rules",
+    "federation.robust",
+    "federation.policy",
+    "federation.optimizer_state",
+    "visuals.pictures",
+)
 
 
 def layer_of(module: str) -> int | None:

@@ -72,7 +72,7 @@ class WeightedMean(Aggregator):
     def accumulate(self, accumulator: WeightedSums, update: ClientUpdate) -> WeightedSums:
         delta, extras = Packed.of(update.delta), Packed.of(update.extras)
         check_update(update.client_id, num_examples=update.num_examples, states=(delta, extras))
-        weight = float(update.num_examples) if self.weighting == "examples" else 1.0
+        weight = update.discount * (float(update.num_examples) if self.weighting == "examples" else 1.0)
         for sums, state in ((accumulator.delta, delta), (accumulator.extras, extras)):
             check_layout(update.client_id, expected=sums.layout, received=state.layout)
             sums.add(state, weight=weight)

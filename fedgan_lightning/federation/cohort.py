@@ -184,6 +184,7 @@ class _InTrainer(L.Callback):
                 delta=delta_rows[row],
                 metrics={**{name: values[row] for name, values in statistics.items()}, **common},
                 extras=extra_rows[row],
+                round=self.visits[row].task.round,
             )
             if own_rows:
                 self.private[client_id] = own_rows[row]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +15,8 @@ from fedgan_lightning.protocol import State
 from fedgan_lightning.states import network_of
 
 OPTIMIZER = "optimizer"
+#: Incidents that are told one by one; all are counted.
+INCIDENTS_KEPT = 200
 
 
 def bytes_by_network(state: State) -> dict[str, int]:
@@ -29,6 +33,23 @@ def _sizes(layout: Layout) -> dict[str, int]:
     return sizes
 
 
+@dataclass(frozen=True)
+class Incident:
+    """A client that did not answer as it should.
+
+    Attributes:
+        round: Rounds completed before.
+        client_id: The client.
+        kind: ``failed``, ``rejected`` or ``late``.
+        reason: In words.
+    """
+
+    round: int
+    client_id: int
+    kind: str
+    reason: str
+
+
 class Ledger:
     """Totals since the start of the run; they continue over a resume.
 
@@ -37,6 +58,8 @@ class Ledger:
         bytes_up: Clients to server, by network.
         client_steps: Local steps over all clients.
         client_runs: Client updates received.
+        events: Clients that failed, updates that were rejected or late, rounds that were abandoned.
+        incidents: The last of these, with client and reason.
         client_seconds: Time spent on clients.
         round_seconds: Wall time of rounds.
     """
@@ -48,18 +71,32 @@ class Ledger:
         self.client_runs = 0
         self.client_seconds = 0.0
         self.round_seconds = 0.0
+        self.events: dict[str, int] = {}
+        self.incidents: list[dict[str, Any]] = []
 
-    def record(self, sent: Mapping[str, int], received: Mapping[str, int], metrics: Mapping[str, float]) -> None:
-        """Count one client's visit.
+    def send(self, sizes: Mapping[str, int], num_clients: int) -> None:
+        """Count what went down: :func:`bytes_by_network` of it, to so many clients."""
+        for network, size in sizes.items():
+            self.bytes_down[network] = self.bytes_down.get(network, 0) + size * num_clients
+
+    def count(self, kind: str) -> None:
+        """Count an event."""
+        self.events[kind] = self.events.get(kind, 0) + 1
+
+    def note(self, incident: Incident) -> None:
+        """Count an incident, and keep it."""
+        self.count(incident.kind)
+        self.incidents = [*self.incidents, vars(incident)][-INCIDENTS_KEPT:]
+
+    def record(self, received: Mapping[str, int], metrics: Mapping[str, float]) -> None:
+        """Count one client's answer.
 
         Args:
-            sent: :func:`bytes_by_network` of what went down.
-            received: The same of what came up.
+            received: :func:`bytes_by_network` of what came up.
             metrics: The client's ``steps`` and ``seconds``.
         """
-        for totals, sizes in ((self.bytes_down, sent), (self.bytes_up, received)):
-            for network, size in sizes.items():
-                totals[network] = totals.get(network, 0) + size
+        for network, size in received.items():
+            self.bytes_up[network] = self.bytes_up.get(network, 0) + size
         self.client_steps += int(metrics.get("steps", 0))
         self.client_runs += 1
         self.client_seconds += metrics.get("seconds", 0.0)
@@ -70,6 +107,8 @@ class Ledger:
             mine = getattr(self, name)
             if isinstance(value, dict):
                 setattr(self, name, {key: mine.get(key, 0) + value.get(key, 0) for key in {**mine, **value}})
+            elif isinstance(value, list):
+                setattr(self, name, [*mine, *value][-INCIDENTS_KEPT:])
             else:
                 setattr(self, name, mine + value)
 
@@ -98,11 +137,12 @@ class Ledger:
             "client_seconds": self.client_seconds,
             "round_seconds": self.round_seconds,
             "client_steps_per_second": self.client_steps_per_second,
+            **({"events": dict(self.events), "incidents": list(self.incidents)} if self.events else {}),
         }
 
     def state_dict(self) -> dict[str, Any]:
         """Return the totals."""
-        return {name: dict(value) if isinstance(value, dict) else value for name, value in vars(self).items()}
+        return copy.deepcopy(vars(self))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from these totals."""

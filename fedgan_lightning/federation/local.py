@@ -268,6 +268,7 @@ class _InTrainer(L.Callback):
             delta=Packed.of(self.delta),
             metrics={name: float(value) for name, value in {**reported, **self.metrics, **counts}.items()},
             extras=Packed.of(self.extras),
+            round=self.visit.task.round,
         )
 
 

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -19,28 +19,25 @@ import lightning as L
 
 from fedgan_lightning.errors import CheckpointError, ConfigurationError, RoundInterrupted, message
 from fedgan_lightning.federation.aggregation import WeightedMean
-from fedgan_lightning.federation.drift import Drift
+from fedgan_lightning.federation.conduct import Conductor, Outcome
 from fedgan_lightning.federation.executors import AutoExecutor
-from fedgan_lightning.federation.ledger import Ledger, bytes_by_network
+from fedgan_lightning.federation.ledger import Ledger
 from fedgan_lightning.federation.local import ClientContext
 from fedgan_lightning.federation.policy import resolve
-from fedgan_lightning.federation.ranks import Ranks, flattened
-from fedgan_lightning.federation.rounds import ClientRecord, RoundSummary, differences
+from fedgan_lightning.federation.ranks import Ranks
+from fedgan_lightning.federation.rounds import differences
+from fedgan_lightning.federation.rules import RoundRules, Screening
 from fedgan_lightning.federation.sampling import AllClients
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.federation.store import ClientStore, StateFiles
 from fedgan_lightning.protocol import (
-    Aggregate,
     Aggregator,
     ClientSampler,
-    ClientTask,
     Executor,
     FederatedData,
     LocalWork,
-    RoundInfo,
     listeners,
 )
-from fedgan_lightning.seeding import derive_seed
 
 
 class FederatedOrchestrator(L.Callback):
@@ -52,6 +49,8 @@ class FederatedOrchestrator(L.Callback):
         local_epochs: Passes over the client's data per round, instead of ``local_steps``.
         clients: Which clients take part in a round; default all.
         aggregator: How updates become one; default the mean weighted by N_k.
+        rules: When a round counts; default when every client asked has answered.
+        screening: Which updates are let in; by default one that cannot be right ends the run.
         executor: Who runs the clients; ``auto`` measures whether one after the other or stacked, and the threads.
         sync: For every network ``average`` (shared), ``local`` (private to each client) or ``server`` (not on
             clients); default ``average``.
@@ -75,6 +74,8 @@ class FederatedOrchestrator(L.Callback):
         local_epochs: int | None = None,
         clients: ClientSampler | None = None,
         aggregator: Aggregator | None = None,
+        rules: RoundRules | None = None,
+        screening: Screening | None = None,
         executor: Executor | Literal["auto"] = "auto",
         sync: dict[str, str] | None = None,
         optimizer_state: str | dict[str, str] = "average",
@@ -109,6 +110,7 @@ class FederatedOrchestrator(L.Callback):
         self.rounds, self.local_steps, self.local_epochs = rounds, local_steps, local_epochs
         self.clients = clients if clients is not None else AllClients()
         self.aggregator = aggregator if aggregator is not None else WeightedMean()
+        self.rules, self.screening = rules if rules is not None else RoundRules(), screening
         self.executor: Executor = AutoExecutor() if executor == "auto" else executor
         self.sync, self.optimizer_state, self.buffers, self.seed = sync, optimizer_state, buffers, seed
         self.client_state = client_state
@@ -120,8 +122,9 @@ class FederatedOrchestrator(L.Callback):
         self._schedule_positions: tuple[int, ...] = ()
         self._restored: Mapping[str, Any] | None = None
         self._handlers: dict[int, Any] = {}
-        self._round: tuple[RoundInfo, dict[str, float], float, float] | None = None
-        self._round_ledger = Ledger()
+        self._outcome: Outcome | None = None
+        self._round_started = 0.0
+        self._strikes: dict[int, int] = {}
         self._ranks = Ranks()
 
     # ------------------------------------------------------------------ before the first round
@@ -132,7 +135,18 @@ class FederatedOrchestrator(L.Callback):
         server.attach(policy)
         for line in policy.blind_spots():
             warnings.warn(line, stacklevel=2)
-        self.clients.sample(num_clients=data.num_clients, round=0, seed=self.seed)  # what cannot work fails here
+        cohort = self.clients.sample(
+            num_clients=data.num_clients, round=0, seed=self.seed
+        )  # what cannot work fails here
+        if len(cohort) < self.aggregator.needed > 1:
+            name = type(self.aggregator).__name__
+            raise ConfigurationError(
+                message(
+                    f"{name} needs {self.aggregator.needed} updates a round",
+                    received=f"a cohort of {len(cohort)}",
+                    fix="ask more clients per round, or withstand fewer bad ones",
+                )
+            )
         model: Any = server.model
         if hasattr(model, "check_data") and hasattr(data, "sample_shape"):
             model.check_data(data.sample_shape, getattr(data, "num_classes", 0))
@@ -196,16 +210,25 @@ class FederatedOrchestrator(L.Callback):
         )
         options: dict[str, Any] = {"accelerator": root.type, "precision": trainer.precision}
         options["devices"] = [root.index] if root.type == "cuda" else 1
-        self.executor.setup(
-            ClientContext(
-                model=server.model,
-                data=data,
-                policy=server.policy,
-                store=self.store,
-                trainer_options=options,
-                stop_requested=self._stop_requested,
-                ranks=self._ranks,
-            )
+        context = ClientContext(
+            model=server.model,
+            data=data,
+            policy=server.policy,
+            store=self.store,
+            trainer_options=options,
+            stop_requested=self._stop_requested,
+            ranks=self._ranks,
+        )
+        self.executor.setup(context)
+        self.conductor = Conductor(
+            context,
+            executor=self.executor,
+            aggregator=self.aggregator,
+            sampler=self.clients,
+            rules=self.rules,
+            screening=self.screening,
+            seed=self.seed,
+            strikes=self._strikes,
         )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -230,73 +253,43 @@ class FederatedOrchestrator(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        server, data = self._checked(trainer, pl_module)
-        started = time.perf_counter()
-        cohort = self.clients.sample(num_clients=data.num_clients, round=trainer.global_step, seed=self.seed)
-        info = RoundInfo(round=trainer.global_step, cohort=cohort)
-        for hook in listeners(trainer.callbacks, "on_round_start"):  # type: ignore[attr-defined]
-            hook(trainer, server, info)
-        self._round, self._round_ledger = None, Ledger()
+        server, _ = self._checked(trainer, pl_module)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        starters, watchers = listeners(callbacks, "on_round_start"), listeners(callbacks, "on_client_end")
+        self._outcome, self._round_started = None, time.perf_counter()
         try:
-            aggregate, summary = self._run_round(trainer, server, data, info)
+            outcome = self.conductor.conduct(
+                round=trainer.global_step,
+                state=server.shared_state(),
+                work=LocalWork(
+                    steps=self.local_steps, epochs=self.local_epochs, schedule_positions=self._schedule_positions
+                ),
+                on_start=lambda info: [hook(trainer, server, info) for hook in starters],
+                on_update=lambda update: [hook(trainer, server, update) for hook in watchers],
+            )
         except RoundInterrupted:
             self.store.discard()
             trainer.should_stop = True
             return
-        server.receive(aggregate)
-        self._round = (info, summary.metrics(aggregate), summary.mean_images, started)
-
-    def _run_round(
-        self, trainer: L.Trainer, server: ServerModule, data: FederatedData, info: RoundInfo
-    ) -> tuple[Aggregate, RoundSummary]:
-        """Train this rank's share of the cohort, then bring the shares of all ranks together."""
-        state = server.shared_state()
-        networks = [network for network, sync in server.policy.sync.items() if sync == "average"]
-        accumulator, records, drift, failure = self.aggregator.init(), [], Drift(), None
-        hooks = listeners(trainer.callbacks, "on_client_end")  # type: ignore[attr-defined]
-        try:
-            for update in self.executor.run(self._tasks(info, state, data)):
-                accumulator = self.aggregator.accumulate(accumulator, update)
-                records.append(ClientRecord.of(update, networks=networks))
-                drift.add(update.delta, records[-1].lengths)
-                for hook in hooks:
-                    hook(trainer, server, update)
-                if self._stop_requested():
-                    raise RoundInterrupted("the user asked to stop")
-        except Exception as error:
-            failure = error
-        self._ranks.agree(failure)
-        plain = flattened(self._ranks.exchange([record.plain() for record in records]))
-        summary = RoundSummary(
-            (ClientRecord(**fields) for fields in plain), networks=networks, drift=drift.values(self._ranks)
-        )
-        self.store.exchange(self._ranks.exchange_states)
-        sent = bytes_by_network(state)
-        for record in summary.records:
-            self._round_ledger.record(sent, record.bytes_up, record.metrics)
-        self._schedule_positions = summary.schedule_positions or self._schedule_positions
-        return self.aggregator.finalize(self.aggregator.reduce(accumulator, self._ranks)), summary
-
-    def _tasks(self, info: RoundInfo, state: dict[str, Any], data: FederatedData) -> Iterator[ClientTask]:
-        work = LocalWork(steps=self.local_steps, epochs=self.local_epochs, schedule_positions=self._schedule_positions)
-        costs = {k: work.span(round=info.round, steps_per_epoch=data.steps_per_epoch(k))[1] for k in info.cohort}
-        for client_id in self._ranks.share(costs):
-            seed = derive_seed(self.seed, "client", info.round, client_id)
-            yield ClientTask(client_id=client_id, round=info.round, seed=seed, state=state, local=work)
+        self._schedule_positions = outcome.summary.schedule_positions or self._schedule_positions
+        server.receive(outcome.aggregate)
+        self._outcome = outcome
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._round is None:
+        if self._outcome is None:
             return
         server, _ = self._checked(trainer, pl_module)
-        info, metrics, mean_images, started = self._round
+        info, summary = self._outcome.info, self._outcome.summary
         self.store.commit()
-        self.ledger.add(self._round_ledger)
-        server.end_round(num_images=mean_images)
-        seconds = time.perf_counter() - started
+        self.ledger.add(self._outcome.ledger)
+        server.end_round(num_images=summary.mean_images)
+        seconds = time.perf_counter() - self._round_started
         self.ledger.round_seconds += seconds
-        metrics |= {"round/seconds": seconds, "round/clients": float(len(info.cohort))}
+        metrics = summary.metrics(self._outcome.aggregate)
+        metrics |= {"round/seconds": seconds, "round/clients": float(len(summary.records))}
+        metrics |= {f"round/{kind}": float(self._outcome.ledger.events.get(kind, 0)) for kind in self.ledger.events}
         metrics["round/client_steps_per_second"] = self.ledger.client_steps_per_second
         for direction, totals in (("down", self.ledger.bytes_down), ("up", self.ledger.bytes_up)):
             metrics |= {f"bytes/{direction}/{network}": float(total) for network, total in totals.items()}
@@ -345,6 +338,7 @@ class FederatedOrchestrator(L.Callback):
             "schedule_positions": list(self._schedule_positions),
             "moments": self._moments(),
             "executor": self.executor.state_dict(),
+            "strikes": {str(client_id): count for client_id, count in self._strikes.items()},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -373,7 +367,7 @@ class FederatedOrchestrator(L.Callback):
             "seed": self.seed,
         }
         if self._restored is None:
-            self.ledger, self._schedule_positions = Ledger(), ()
+            self.ledger, self._schedule_positions, self._strikes = Ledger(), (), {}
             self.store.load_state_dict({})
             server.moments = {}
             return
@@ -392,3 +386,4 @@ class FederatedOrchestrator(L.Callback):
         self._schedule_positions = tuple(state["schedule_positions"])
         server.moments = dict(state["moments"])
         self.executor.load_state_dict(state["executor"])
+        self._strikes = {int(client_id): count for client_id, count in state["strikes"].items()}

@@ -9,10 +9,19 @@ from hypothesis import strategies as st
 
 from fedgan_lightning.errors import UpdateError
 from fedgan_lightning.federation.aggregation import WeightedMean
+from fedgan_lightning.federation.robust import CoordinateMedian, GeometricMedian, Krum, TrimmedMean
 from fedgan_lightning.protocol import Aggregator, ClientUpdate
 from tests.conftest import finish
 
-AGGREGATORS = {"examples": WeightedMean(), "uniform": WeightedMean("uniform")}
+AGGREGATORS: dict[str, Aggregator] = {
+    "examples": WeightedMean(),
+    "uniform": WeightedMean("uniform"),
+    "median": CoordinateMedian(),
+    "trimmed": TrimmedMean(0.2),
+    "krum": Krum(num_bad=0),
+    "multi-krum": Krum(num_bad=0, num_selected=3),
+    "geometric": GeometricMedian(),
+}
 
 
 def update(client_id: int, *, num_examples: int = 10, scale: float = 1.0, dtype=torch.float32) -> ClientUpdate:
@@ -33,7 +42,12 @@ def close(first, second, atol=1e-6):
 
 
 def test_every_aggregator_is_covered():
-    assert {type(aggregator) for aggregator in AGGREGATORS.values()} == set(Aggregator.__subclasses__())
+    assert {type(aggregator) for aggregator in AGGREGATORS.values()} == set(instantiable(Aggregator))
+
+
+def instantiable(kind: type) -> list[type]:
+    own = [] if kind.__abstractmethods__ else [kind]
+    return own + [found for child in kind.__subclasses__() for found in instantiable(child)]
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)
@@ -62,7 +76,7 @@ class TestContract:
         poisoned = update(7)
         next(iter(getattr(poisoned, field).values())).view(-1)[0] = bad
         with pytest.raises(UpdateError, match="NaN or infinity in .* from client 7"):
-            finish(AGGREGATORS[name], [update(1), poisoned])
+            finish(AGGREGATORS[name], [update(1), update(2), poisoned])
 
     def test_updates_that_do_not_fit_are_refused_with_the_client(self, name):
         other = ClientUpdate(5, 10, {"generator.w": torch.zeros(3, 2)}, {}, {})

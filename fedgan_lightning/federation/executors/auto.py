@@ -24,7 +24,7 @@ from fedgan_lightning.federation.executors.vectorized import VectorizedExecutor
 from fedgan_lightning.federation.local import ClientContext, LocalTrainer
 from fedgan_lightning.federation.ranks import Ranks, first_known
 from fedgan_lightning.files import cache_folder, write_text
-from fedgan_lightning.protocol import ClientTask, ClientUpdate, Executor
+from fedgan_lightning.protocol import ClientFailure, ClientTask, ClientUpdate, Executor
 from fedgan_lightning.version import __version__
 
 logger = logging.getLogger("fedgan_lightning")
@@ -81,7 +81,7 @@ class AutoExecutor(Executor):
     def setup(self, context: ClientContext) -> None:
         self._context, self._executor = context, None
 
-    def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientUpdate]:
+    def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
         if self._context is None:
             raise RuntimeError("AutoExecutor.run before setup; fix: call setup first.")
         listed, ranks = list(tasks), self._context.ranks
@@ -107,6 +107,9 @@ class AutoExecutor(Executor):
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.plan is None else dataclasses.asdict(self.plan)
+
+    def facts(self) -> dict[str, Any]:
+        return self.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.plan = Plan(**state) if state else None

@@ -1,0 +1,287 @@
+"""A round from the first client asked to the aggregate: whom to ask, whom to believe, and whether enough came back."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedgan_lightning.errors import QuorumError, RoundInterrupted, UpdateError, message
+from fedgan_lightning.federation.drift import Drift
+from fedgan_lightning.federation.ledger import Incident, Ledger, bytes_by_network
+from fedgan_lightning.federation.local import ClientContext
+from fedgan_lightning.federation.ranks import flattened
+from fedgan_lightning.federation.reference import expected_update
+from fedgan_lightning.federation.rounds import ClientRecord, RoundSummary
+from fedgan_lightning.federation.rules import RoundRules, Screening
+from fedgan_lightning.protocol import (
+    Aggregate,
+    Aggregator,
+    ClientFailure,
+    ClientSampler,
+    ClientTask,
+    ClientUpdate,
+    Executor,
+    LocalWork,
+    RoundInfo,
+    State,
+)
+from fedgan_lightning.seeding import derive_seed, make_numpy_generator
+
+logger = logging.getLogger("fedgan_lightning")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a round: the aggregate, statistics, and what it cost."""
+
+    info: RoundInfo
+    aggregate: Aggregate
+    summary: RoundSummary
+    ledger: Ledger
+
+
+@dataclass
+class Reports:
+    """What has come in during one try of a round, on this rank."""
+
+    info: RoundInfo
+    accumulator: Any
+    open: set[int] = field(default_factory=set)
+    num_accepted: int = 0
+    records: list[ClientRecord] = field(default_factory=list)
+    incidents: list[Incident] = field(default_factory=list)
+    drift: Drift = field(default_factory=Drift)
+
+
+class Conductor:
+    """Runs the rounds of a federation.
+
+    Args:
+        context: Module, data, policy, private state, ranks.
+        executor: Who runs clients; it is set up already.
+        aggregator: How updates become one.
+        sampler: Whom to ask.
+        rules: When a round counts.
+        screening: Which updates are let in; ``None`` lets an update that cannot be right end the run.
+        seed: Root seed of cohorts and clients.
+        strikes: Refused updates by client; counted on in place.
+    """
+
+    def __init__(
+        self,
+        context: ClientContext,
+        *,
+        executor: Executor,
+        aggregator: Aggregator,
+        sampler: ClientSampler,
+        rules: RoundRules,
+        screening: Screening | None,
+        seed: int,
+        strikes: dict[int, int] | None = None,
+    ) -> None:
+        self.context, self.executor, self.aggregator, self.sampler = context, executor, aggregator, sampler
+        self.rules, self.screening, self.seed = rules, screening, seed
+        self.strikes = strikes if strikes is not None else {}
+        self._networks = [network for network, sync in context.policy.sync.items() if sync == "average"]
+
+    def conduct(
+        self,
+        *,
+        round: int,
+        state: State,
+        work: LocalWork,
+        on_start: Callable[[RoundInfo], object],
+        on_update: Callable[[ClientUpdate], object],
+    ) -> Outcome:
+        """Return what came of the round, tried until enough clients have answered.
+
+        Args:
+            round: Rounds completed before this one.
+            state: What clients receive.
+            work: What they are to do.
+            on_start: Called at the start of every try.
+            on_update: Called for every update that is let in.
+
+        Raises:
+            QuorumError: If too few answered in every try.
+            RoundInterrupted: If the user asks to stop.
+        """
+        ledger, expected = Ledger(), expected_update(self.context, state) if self.screening is not None else None
+        tries = itertools.count() if self.rules.attempts is None else range(self.rules.attempts)
+        for attempt in tries:
+            cohort, reserves = self.ask(round, attempt)
+            info = RoundInfo(round=round, cohort=cohort)
+            on_start(info)
+            reports = Reports(info=info, accumulator=self.aggregator.init())
+            try:
+                reports = self._collect(reports, reserves, attempt, state, work, expected, on_update, ledger)
+            except BaseException:
+                self.context.store.discard()
+                raise
+            counted = sum(self.context.ranks.exchange(reports.num_accepted))
+            self._note(reports, ledger)
+            needed = max(self.rules.needed(len(cohort)), min(self.aggregator.needed, len(cohort)))
+            if counted >= needed:
+                return self._finish(reports, ledger)
+            self.context.store.discard()
+            ledger.count("abandoned")
+            logger.warning(f"round {round} abandoned: {counted} of at least {needed} clients answered")
+        raise QuorumError(
+            message(
+                f"a round needs {self.rules.minimum:.0%} of its cohort",
+                received=f"fewer in each of {self.rules.attempts} tries of round {round}",
+                fix="find out why clients fail, lower rules.minimum, or raise rules.over_selection",
+            )
+        )
+
+    def ask(self, round: int, attempt: int) -> tuple[tuple[int, ...], list[int]]:
+        """Return the cohort of a try, and those who stand by; benched clients are in neither."""
+        seed = self.seed if attempt == 0 else derive_seed(self.seed, "attempt", attempt)
+        population = self.context.data.num_clients
+        cohort = self.sampler.sample(num_clients=population, round=round, seed=seed)
+        cohort = tuple(client_id for client_id in cohort if not self.is_benched(client_id))
+        wanted = self.rules.num_reserves(len(cohort))
+        if not wanted:
+            return cohort, []
+        others = sorted({*range(population)} - {*cohort})
+        shuffled = make_numpy_generator(seed, "reserves", round).permutation(len(others))
+        free = [others[int(place)] for place in shuffled if not self.is_benched(others[int(place)])]
+        return cohort, free[:wanted]
+
+    def is_benched(self, client_id: int) -> bool:
+        """Whether the client is no longer asked."""
+        limit = None if self.screening is None else self.screening.strikes
+        return limit is not None and self.strikes.get(client_id, 0) >= limit
+
+    # ------------------------------------------------------------------ one try
+
+    def _collect(
+        self,
+        reports: Reports,
+        reserves: list[int],
+        attempt: int,
+        state: State,
+        work: LocalWork,
+        expected: Mapping[str, State] | None,
+        on_update: Callable[[ClientUpdate], object],
+        ledger: Ledger,
+    ) -> Reports:
+        """Ask clients until the goal is reached or nobody is left to ask."""
+        goal, ranks = len(reports.info.cohort), self.context.ranks
+        wave = list(reports.info.cohort)
+        if self.executor.concurrent:
+            wave, reserves = wave + reserves, []
+        sent = bytes_by_network(state)
+        while wave:
+            failure: Exception | None = None
+            reports.open |= {*wave}
+            ledger.send(sent, len(wave))
+            try:
+                for answer in self.executor.run(self._tasks(reports.info, wave, attempt, state, work)):
+                    self._receive(answer, reports, expected, on_update, ledger)
+                    if self.context.stop_requested():
+                        raise RoundInterrupted("the user asked to stop")
+                    if self.executor.concurrent and reports.num_accepted >= goal:
+                        break
+            except Exception as error:
+                failure = error
+            ranks.agree(failure)
+            missing = goal - sum(ranks.exchange(reports.num_accepted)) if reserves else 0
+            wave, reserves = reserves[:missing], reserves[missing:]
+        return reports
+
+    def _tasks(
+        self, info: RoundInfo, clients: Sequence[int], attempt: int, state: State, work: LocalWork
+    ) -> Iterator[ClientTask]:
+        data = self.context.data
+        costs = {k: work.span(round=info.round, steps_per_epoch=data.steps_per_epoch(k))[1] for k in clients}
+        again = (attempt,) if attempt else ()
+        for client_id in self.context.ranks.share(costs):
+            seed = derive_seed(self.seed, "client", info.round, client_id, *again)
+            yield ClientTask(client_id=client_id, round=info.round, seed=seed, state=state, local=work)
+
+    def _receive(
+        self,
+        answer: ClientUpdate | ClientFailure,
+        reports: Reports,
+        expected: Mapping[str, State] | None,
+        on_update: Callable[[ClientUpdate], object],
+        ledger: Ledger,
+    ) -> None:
+        if isinstance(answer, ClientFailure):
+            reports.open.discard(answer.client_id)
+            self._incident(reports, answer.client_id, "failed", f"{answer.stage}: {answer.cause}")
+            return
+        record = ClientRecord.of(answer, networks=self._networks)
+        ledger.record(record.bytes_up, record.metrics)
+        try:
+            update = self._admitted(answer, reports, expected)
+            if update is not None:
+                reports.accumulator = self.aggregator.accumulate(reports.accumulator, update)
+        except UpdateError as error:
+            if self.screening is None:
+                raise
+            reports.open.discard(answer.client_id)
+            self._incident(reports, answer.client_id, "rejected", str(error))
+            return
+        if update is None:
+            return
+        if update.discount < 1.0:
+            return  # of a round that is over: it is in the average, and in no statistics
+        reports.open.discard(update.client_id)
+        reports.num_accepted += 1
+        reports.records.append(record)
+        reports.drift.add(update.delta, record.lengths)
+        on_update(update)
+
+    def _admitted(
+        self, update: ClientUpdate, reports: Reports, expected: Mapping[str, State] | None
+    ) -> ClientUpdate | None:
+        """Return the update, with a discount if it is late; ``None`` if it is late and late ones are dropped.
+
+        Raises:
+            UpdateError: If it is not let in.
+        """
+        round = reports.info.round
+        is_late = update.round is not None and update.round == round - 1
+        if is_late and self.rules.late == "drop":
+            self._incident(reports, update.client_id, "late", f"answers round {update.round} in round {round}")
+            return None
+        if update.round is not None and update.round != round and not is_late:
+            raise UpdateError(f"client {update.client_id}: answers round {update.round} in round {round}")
+        if not is_late and update.client_id not in reports.open:
+            raise UpdateError(f"client {update.client_id}: was not asked, or has answered already")
+        if self.screening is not None and expected is not None:
+            self.screening.check(update, expected=expected)
+        if is_late:
+            self._incident(reports, update.client_id, "late", f"answers round {update.round}, at a discount")
+            return dataclasses.replace(update, discount=self.rules.discount)
+        return update
+
+    def _incident(self, reports: Reports, client_id: int, kind: str, reason: str) -> None:
+        reports.incidents.append(Incident(round=reports.info.round, client_id=client_id, kind=kind, reason=reason))
+        logger.warning(f"round {reports.info.round}: client {client_id} {kind}: {reason}")
+
+    def _note(self, reports: Reports, ledger: Ledger) -> None:
+        """Count what went wrong on any rank."""
+        plain = flattened(self.context.ranks.exchange([vars(incident) for incident in reports.incidents]))
+        for incident in (Incident(**fields) for fields in plain):
+            ledger.note(incident)
+            if incident.kind == "rejected":
+                self.strikes[incident.client_id] = self.strikes.get(incident.client_id, 0) + 1
+                if self.is_benched(incident.client_id):
+                    logger.warning(f"client {incident.client_id} is not asked any more")
+
+    def _finish(self, reports: Reports, ledger: Ledger) -> Outcome:
+        """Bring the shares of all ranks together."""
+        ranks = self.context.ranks
+        plain = flattened(ranks.exchange([record.plain() for record in reports.records]))
+        records = (ClientRecord(**fields) for fields in plain)
+        summary = RoundSummary(records, networks=self._networks, drift=reports.drift.values(ranks))
+        self.context.store.exchange(ranks.exchange_states)
+        aggregate = self.aggregator.finalize(self.aggregator.reduce(reports.accumulator, ranks))
+        return Outcome(info=reports.info, aggregate=aggregate, summary=summary, ledger=ledger)

@@ -1,0 +1,199 @@
+"""Clients that fail, in simulation: every fault that a deployment meets, at a rate, from a seed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.federation.executors.auto import AutoExecutor
+from fedgan_lightning.federation.local import ClientContext
+from fedgan_lightning.protocol import ClientFailure, ClientTask, ClientUpdate, Executor, State
+from fedgan_lightning.seeding import make_generator
+
+#: Length of an update that is as long as ``huge_norm`` makes it, over its own.
+HUGE = 1e6
+SILENT = {"crash": "the client's process ended", "hang": "no answer in time"}
+
+
+class FaultyExecutor(Executor):
+    """Runs clients by another executor, and lets some of them fail.
+
+    Rates are probabilities per client and round; their sum is at most 1. Which client fails how is a pure function of
+    the run's seed, so that a resumed run meets the same faults. ``crash`` and ``hang`` do not answer; ``slow`` answers
+    one round late; the others answer wrongly, and only screening or a robust aggregator stands in their way.
+
+    Args:
+        executor: Who runs the clients; default as in a run without faults.
+        crash: Rate of clients that end before they answer.
+        hang: Rate of clients that never answer.
+        slow: Rate of clients that answer in the next round.
+        nan: Rate of updates of NaN.
+        wrong_shape: Rate of updates whose first entry has one number too many.
+        wrong_keys: Rate of updates whose first entry has another name.
+        stale: Rate of updates that answer a round long past.
+        huge_norm: Rate of updates a million times as long.
+        sign_flip: Rate of updates that point the other way.
+        noise: Rate of updates replaced by normal noise of the same length.
+        always: Faults of clients that always fail in the same way, by client id.
+
+    Raises:
+        ConfigurationError: If a rate is out of range or a fault unknown.
+    """
+
+    def __init__(
+        self,
+        executor: Executor | None = None,
+        *,
+        crash: float = 0.0,
+        hang: float = 0.0,
+        slow: float = 0.0,
+        nan: float = 0.0,
+        wrong_shape: float = 0.0,
+        wrong_keys: float = 0.0,
+        stale: float = 0.0,
+        huge_norm: float = 0.0,
+        sign_flip: float = 0.0,
+        noise: float = 0.0,
+        always: dict[int, str] | None = None,
+    ) -> None:
+        self.executor = executor if executor is not None else AutoExecutor()
+        self.rates = {
+            "crash": crash,
+            "hang": hang,
+            "slow": slow,
+            "nan": nan,
+            "wrong_shape": wrong_shape,
+            "wrong_keys": wrong_keys,
+            "stale": stale,
+            "huge_norm": huge_norm,
+            "sign_flip": sign_flip,
+            "noise": noise,
+        }
+        self.always = dict(always or {})
+        if min(self.rates.values()) < 0 or sum(self.rates.values()) > 1 + 1e-9:
+            raise ConfigurationError(
+                message("rates of faults are at least 0 and sum to at most 1", received=self.rates, fix="lower them")
+            )
+        unknown = sorted(set(self.always.values()) - set(self.rates))
+        if unknown:
+            raise ConfigurationError(
+                message(
+                    "faults have names", received=", ".join(unknown), fix=f"choose from {', '.join(sorted(self.rates))}"
+                )
+            )
+        self._late: list[ClientUpdate] = []
+
+    def setup(self, context: ClientContext) -> None:
+        if context.ranks.world_size > 1:
+            raise ConfigurationError(
+                message(
+                    "faults are simulated in one process",
+                    received=f"{context.ranks.world_size} devices",
+                    fix="set trainer.devices to 1",
+                )
+            )
+        self.executor.setup(context)
+
+    def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
+        listed = list(tasks)
+        faults = {task.client_id: self.fault(task) for task in listed}
+        if not listed:
+            return
+        round, waiting = listed[0].round, self._late
+        self._late = [update for update in waiting if update.round == round]  # of an earlier wave of this round
+        yield from (update for update in waiting if update.round != round)
+        for task in listed:
+            if faults[task.client_id] in SILENT:
+                fault = SILENT[faults[task.client_id]]  # type: ignore[index]
+                yield ClientFailure(client_id=task.client_id, round=task.round, stage="train", cause=fault)
+        seeds = {task.client_id: task.seed for task in listed}
+        for answer in self.executor.run(task for task in listed if faults[task.client_id] not in SILENT):
+            if isinstance(answer, ClientFailure):
+                yield answer
+                continue
+            fault_of = faults[answer.client_id]
+            if fault_of == "slow":
+                self._late.append(dataclasses.replace(answer, round=round))
+                yield ClientFailure(client_id=answer.client_id, round=round, stage="reply", cause="no answer in time")
+            elif fault_of is None:
+                yield answer
+            else:
+                yield CORRUPTIONS[fault_of](answer, round, seeds[answer.client_id])
+
+    def fault(self, task: ClientTask) -> str | None:
+        """Return how the client fails, or ``None``."""
+        if task.client_id in self.always:
+            return self.always[task.client_id]
+        drawn = float(torch.rand((), generator=make_generator(task.seed, "fault"), dtype=torch.float64))
+        for name, rate in self.rates.items():
+            if drawn < rate:
+                return name
+            drawn -= rate
+        return None
+
+    def teardown(self) -> None:
+        self.executor.teardown()
+
+    def state_dict(self) -> dict[str, Any]:
+        late = [
+            {
+                **vars(update),
+                "delta": dict(update.delta),
+                "extras": dict(update.extras),
+                "metrics": dict(update.metrics),
+            }
+            for update in self._late
+        ]
+        return {"executor": self.executor.state_dict(), "late": late}
+
+    def facts(self) -> dict[str, Any]:
+        rates = {name: rate for name, rate in self.rates.items() if rate}
+        return {
+            "faults": rates,
+            "always": dict(self.always),
+            "runs": type(self.executor).__name__,
+            **self.executor.facts(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.executor.load_state_dict(state["executor"])
+        self._late = [ClientUpdate(**fields) for fields in state["late"]]
+
+
+def _changed(update: ClientUpdate, function: Callable[[Tensor], Tensor]) -> ClientUpdate:
+    return dataclasses.replace(update, delta={name: function(value) for name, value in update.delta.items()})
+
+
+def _first_entry(update: ClientUpdate, function: Callable[[str, Tensor], tuple[str, Tensor]]) -> ClientUpdate:
+    (name, value), *others = update.delta.items()
+    return dataclasses.replace(update, delta=dict([function(name, value), *others]))
+
+
+def _noise(update: ClientUpdate, round: int, seed: int) -> ClientUpdate:
+    generator = make_generator(seed, "noise")
+    drawn = {name: torch.randn(value.shape, generator=generator).to(value) for name, value in update.delta.items()}
+    scale = _length(update.delta) / max(_length(drawn), 1e-12)
+    return dataclasses.replace(update, delta={name: scale * value for name, value in drawn.items()})
+
+
+def _length(state: State) -> float:
+    return float(sum(float(value.double().square().sum()) for value in state.values()) ** 0.5)
+
+
+#: (update, round, seed) -> what is sent instead.
+CORRUPTIONS: dict[str, Callable[[ClientUpdate, int, int], ClientUpdate]] = {
+    "nan": lambda update, round, seed: _changed(update, lambda value: torch.full_like(value, torch.nan)),
+    "wrong_shape": lambda update, round, seed: _first_entry(
+        update, lambda name, value: (name, torch.cat([value.flatten(), value.new_zeros(1)]))
+    ),
+    "wrong_keys": lambda update, round, seed: _first_entry(update, lambda name, value: (f"{name}_", value)),
+    "stale": lambda update, round, seed: dataclasses.replace(update, round=round - 2),
+    "huge_norm": lambda update, round, seed: _changed(update, lambda value: HUGE * value),
+    "sign_flip": lambda update, round, seed: _changed(update, torch.neg),
+    "noise": _noise,
+}

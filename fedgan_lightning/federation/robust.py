@@ -1,0 +1,212 @@
+"""Aggregators that a few bad clients cannot steer. They need all updates at once: memory grows with the cohort.
+
+Every rule treats clients alike, whatever N_k they claim: a claim must not buy influence.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedgan_lightning.errors import ConfigurationError, UpdateError, message
+from fedgan_lightning.federation.aggregation import check_layout, check_update
+from fedgan_lightning.packing import Packed
+from fedgan_lightning.protocol import Aggregate, Aggregator, ClientUpdate
+
+#: Received updates: (client, N_k, parameter update, extras).
+Collected = list[tuple[int, int, Packed, Packed]]
+
+
+class RobustAggregator(Aggregator):
+    """What the robust rules have in common: they collect, then combine, whatever the order of arrival."""
+
+    additive: ClassVar[bool] = False
+
+    def init(self) -> Collected:
+        return []
+
+    def accumulate(self, accumulator: Collected, update: ClientUpdate) -> Collected:
+        delta, extras = Packed.of(update.delta), Packed.of(update.extras)
+        check_update(update.client_id, num_examples=update.num_examples, states=(delta, extras))
+        if accumulator:
+            for expected, received in ((accumulator[0][2], delta), (accumulator[0][3], extras)):
+                check_layout(update.client_id, expected=expected.layout, received=received.layout)
+        return [*accumulator, (update.client_id, update.num_examples, delta, extras)]
+
+    def merge(self, first: Collected, second: Collected) -> Collected:
+        return [*first, *second]
+
+    def finalize(self, accumulator: Collected) -> Aggregate:
+        collected = sorted(accumulator, key=lambda own: own[0])
+        count, examples = len(collected), sum(own[1] for own in collected)
+        if not collected:
+            return Aggregate(delta={}, extras={}, num_clients=0, num_examples=0)
+        delta, extras = self.combine([own[2] for own in collected], [own[3] for own in collected])
+        return Aggregate(delta=delta, extras=extras, num_clients=count, num_examples=examples)
+
+    @abstractmethod
+    def combine(self, deltas: Sequence[Packed], extras: Sequence[Packed]) -> tuple[Packed, Packed]:
+        """Return parameter update and extras of the whole; at least one of each comes in, in the order of clients.
+
+        Raises:
+            UpdateError: If there are too few for the rule.
+        """
+
+
+class CoordinateMedian(RobustAggregator):
+    """The median of every coordinate; the mean of the middle two of an even number (Yin et al. 2018, definition 1).
+
+    It withstands any minority. With clients that hold different classes it also forgets what only a minority holds.
+    """
+
+    def combine(self, deltas: Sequence[Packed], extras: Sequence[Packed]) -> tuple[Packed, Packed]:
+        return by_coordinate(deltas, _median), by_coordinate(extras, _median)
+
+
+class TrimmedMean(RobustAggregator):
+    """The mean of every coordinate without its largest and smallest values (Yin et al. 2018, definition 2).
+
+    Args:
+        share: Share of the clients left out at either end, in [0, 1/2).
+    """
+
+    def __init__(self, share: float = 0.1) -> None:
+        if not 0 <= share < 0.5:
+            raise ConfigurationError(
+                message("TrimmedMean.share lies in [0, 0.5)", received=share, fix="set the share of bad clients")
+            )
+        self.share = share
+
+    def combine(self, deltas: Sequence[Packed], extras: Sequence[Packed]) -> tuple[Packed, Packed]:
+        cut = int(self.share * len(deltas) + 1e-9)
+
+        def trimmed(values: Tensor) -> Tensor:
+            return values.sort(dim=0).values[cut : len(values) - cut].mean(0)
+
+        return by_coordinate(deltas, trimmed), by_coordinate(extras, trimmed)
+
+
+class Krum(RobustAggregator):
+    """The updates whose nearest others are nearest, averaged (Blanchard et al. 2017, section 4).
+
+    Score of an update: the sum of squared distances to its n - f - 2 nearest others. ``num_selected`` = 1 is Krum,
+    more is Multi-Krum.
+
+    Args:
+        num_bad: Bad clients f to withstand; a round needs n >= 2 f + 3 updates.
+        num_selected: Updates with the lowest scores that are averaged, at most n - f of them.
+    """
+
+    def __init__(self, *, num_bad: int = 1, num_selected: int = 1) -> None:
+        if num_bad < 0 or num_selected < 1:
+            raise ConfigurationError(
+                message(
+                    "Krum withstands 0 bad clients or more and selects 1 update or more",
+                    received=f"num_bad={num_bad}, num_selected={num_selected}",
+                    fix="raise them",
+                )
+            )
+        self.num_bad, self.num_selected = num_bad, num_selected
+        self.needed = 2 * num_bad + 3
+
+    def combine(self, deltas: Sequence[Packed], extras: Sequence[Packed]) -> tuple[Packed, Packed]:
+        count = len(deltas)
+        if count < self.needed:
+            raise UpdateError(
+                message(
+                    f"Krum against {self.num_bad} bad clients needs {self.needed} updates",
+                    received=count,
+                    fix="lower num_bad, or ask more clients per round",
+                )
+            )
+        squares = distances(deltas).square()
+        nearest = squares.sort(dim=1).values[:, 1 : count - self.num_bad - 1]  # the first is the update itself
+        best = nearest.sum(1).argsort(stable=True)[: min(self.num_selected, count - self.num_bad)]
+        weights = torch.zeros(count, dtype=torch.float64)
+        weights[best] = 1 / len(best)
+        return weighted(deltas, weights), weighted(extras, weights)
+
+
+class GeometricMedian(RobustAggregator):
+    """The point with the least sum of distances to all updates, by Weiszfeld's iteration (Pillutla et al. 2022,
+    algorithm 2).
+
+    Extras are averaged with the weights that the updates end with.
+
+    Args:
+        iterations: Steps of the iteration.
+        smoothing: Distances below this share of the median distance count as that share.
+    """
+
+    def __init__(self, *, iterations: int = 20, smoothing: float = 1e-3) -> None:
+        if iterations < 1 or smoothing <= 0:
+            raise ConfigurationError(
+                message(
+                    "GeometricMedian takes 1 iteration or more, and a positive smoothing",
+                    received=f"iterations={iterations}, smoothing={smoothing}",
+                    fix="raise them",
+                )
+            )
+        self.iterations, self.smoothing = iterations, smoothing
+
+    def combine(self, deltas: Sequence[Packed], extras: Sequence[Packed]) -> tuple[Packed, Packed]:
+        weights = torch.full((len(deltas),), 1 / len(deltas), dtype=torch.float64)
+        inner = inner_products(deltas)
+        for _ in range(self.iterations):
+            # |x_k - sum w x|^2 from inner products alone: the updates themselves are read once
+            square = inner.diagonal() - 2 * inner @ weights + weights @ inner @ weights
+            length = square.clamp_min(0).sqrt()
+            floor = self.smoothing * float(length.median())
+            if floor == 0 and float(length.max()) == 0:
+                break  # all updates are the same
+            inverse = 1 / length.clamp_min(max(floor, 1e-12))
+            weights = inverse / inverse.sum()
+        return weighted(deltas, weights), weighted(extras, weights)
+
+
+def by_coordinate(states: Sequence[Packed], rule: Callable[[Tensor], Tensor]) -> Packed:
+    """Return ``rule`` applied to every vector of the states stacked, (n, length) -> (length,), in float64."""
+    layout = states[0].layout
+    vectors = {
+        dtype: rule(torch.stack([own.vectors[dtype] for own in states]).double()).to(dtype) for dtype in layout.lengths
+    }
+    return Packed(layout, vectors)
+
+
+def weighted(states: Sequence[Packed], weights: Tensor) -> Packed:
+    """Return the sum of the states with these weights (n,)."""
+    layout, vectors = states[0].layout, {}
+    for dtype in layout.lengths:
+        total = torch.zeros_like(states[0].vectors[dtype], dtype=torch.float64)
+        for own, weight in zip(states, weights.tolist()):
+            if weight:
+                total.add_(own.vectors[dtype], alpha=weight)
+        vectors[dtype] = total.to(dtype)
+    return Packed(layout, vectors)
+
+
+def inner_products(states: Sequence[Packed]) -> Tensor:
+    """Return the inner products (n, n) of all pairs, float64."""
+    found = torch.zeros(len(states), len(states), dtype=torch.float64)
+    for dtype in states[0].layout.lengths:
+        rows = torch.stack([own.vectors[dtype] for own in states]).double().cpu()
+        found += rows @ rows.T
+    return found
+
+
+def distances(states: Sequence[Packed]) -> Tensor:
+    """Return the distances (n, n) between all pairs, float64."""
+    squares = torch.zeros(len(states), len(states), dtype=torch.float64)
+    for dtype in states[0].layout.lengths:
+        rows = torch.stack([own.vectors[dtype] for own in states]).double().cpu()
+        squares += torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square()
+    return squares.sqrt()
+
+
+def _median(values: Tensor) -> Tensor:
+    ordered, count = values.sort(dim=0).values, len(values)
+    return (ordered[(count - 1) // 2] + ordered[count // 2]) / 2

@@ -1,0 +1,132 @@
+"""When a round counts, and which updates are let in.
+
+The terms are those of Bonawitz et al. 2019: a goal count, over-selection, a minimum share, abandoned rounds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+
+from fedgan_lightning.errors import ConfigurationError, UpdateError, message
+from fedgan_lightning.federation.optimizer_state import is_optimizer_entry
+from fedgan_lightning.packing import Packed
+from fedgan_lightning.protocol import ClientUpdate, State
+
+
+class RoundRules:
+    """What a round needs to count.
+
+    The sampler's cohort is the goal. A round ends when as many updates are in; if in the end fewer than ``minimum`` of
+    them came, it is abandoned: the server's state does not change, and the round is tried again with a new cohort.
+
+    Args:
+        over_selection: Clients asked, over the goal: 1.3 asks 13 for 10. Where clients work at the same time the first
+            to answer count; in simulation, which has no time, the surplus stands by for those that fail.
+        minimum: Share of the goal that must report, in (0, 1].
+        timeout: Seconds that clients have for a round, where they work on machines of their own; ``None`` waits.
+        late: What becomes of an update that comes in the round after its own: ``drop``, or ``discount`` its weight.
+        discount: Factor in (0, 1] on the weight of a late update.
+        attempts: Tries of a round before the run ends; ``None`` tries for ever.
+
+    Raises:
+        ConfigurationError: If a value is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        over_selection: float = 1.0,
+        minimum: float = 1.0,
+        timeout: float | None = None,
+        late: Literal["drop", "discount"] = "drop",
+        discount: float = 0.5,
+        attempts: int | None = 10,
+    ) -> None:
+        wrong = {
+            "over_selection is at least 1": over_selection if over_selection < 1 else None,
+            "minimum lies in (0, 1]": minimum if not 0 < minimum <= 1 else None,
+            "timeout is positive": timeout if timeout is not None and timeout <= 0 else None,
+            "late is drop or discount": late if late not in ("drop", "discount") else None,
+            "discount lies in (0, 1]": discount if not 0 < discount <= 1 else None,
+            "attempts is at least 1": attempts if attempts is not None and attempts < 1 else None,
+        }
+        for rule, value in wrong.items():
+            if value is not None:
+                raise ConfigurationError(message(f"rules.{rule}", received=value, fix="set a value in that range"))
+        self.over_selection, self.minimum, self.timeout = over_selection, minimum, timeout
+        self.late, self.discount, self.attempts = late, discount, attempts
+
+    def num_reserves(self, goal: int) -> int:
+        """Return how many clients are asked beyond the goal."""
+        return math.ceil(goal * (self.over_selection - 1) - 1e-9)
+
+    def needed(self, goal: int) -> int:
+        """Return how many updates a round needs to count."""
+        return math.ceil(goal * self.minimum - 1e-9)
+
+
+class Screening:
+    """Which updates are let in. One that is not is left out, named with the reason, and counted.
+
+    Without screening an update that cannot be right ends the run, which is what one wants to know while developing.
+
+    Args:
+        max_norm: Largest Euclidean norm of a parameter update; ``None`` for no bound.
+        max_examples: Largest N_k that a client may claim; ``None`` for no bound. A large one would own the average.
+        strikes: Refused updates after which a client is no longer asked; ``None`` asks for ever.
+
+    Raises:
+        ConfigurationError: If a value is out of range.
+    """
+
+    def __init__(
+        self, *, max_norm: float | None = None, max_examples: int | None = None, strikes: int | None = None
+    ) -> None:
+        for name, value in {"max_norm": max_norm, "max_examples": max_examples, "strikes": strikes}.items():
+            if value is not None and value <= 0:
+                raise ConfigurationError(
+                    message(f"screening.{name} is positive", received=value, fix="raise it, or set null")
+                )
+        self.max_norm, self.max_examples, self.strikes = max_norm, max_examples, strikes
+
+    def check(self, update: ClientUpdate, *, expected: Mapping[str, State]) -> None:
+        """Refuse an update that cannot be right.
+
+        Args:
+            update: What a client sent.
+            expected: Entries, shapes and dtypes of ``delta`` and ``extras``.
+
+        Raises:
+            UpdateError: If it has other entries, shapes or dtypes, is not finite, too long, or claims too many.
+        """
+        who = f"client {update.client_id}"
+        for part, own in (("delta", update.delta), ("extras", update.extras)):
+            _check_entries(who, part, own, expected[part])
+        if update.num_examples < 1:
+            raise UpdateError(f"{who}: counts {update.num_examples} examples, not at least 1")
+        if self.max_examples is not None and update.num_examples > self.max_examples:
+            raise UpdateError(f"{who}: claims {update.num_examples} examples, above the cap of {self.max_examples}")
+        if self.max_norm is not None:
+            vectors = Packed.of(update.delta).vectors.values()
+            norm = math.sqrt(sum(float(torch.linalg.vector_norm(vector.double())) ** 2 for vector in vectors))
+            if norm > self.max_norm:
+                raise UpdateError(f"{who}: the update's norm is {norm:.4g}, above the bound of {self.max_norm:.4g}")
+
+
+def _check_entries(who: str, part: str, own: State, expected: State) -> None:
+    missing = {name for name in expected.keys() - own.keys() if not is_optimizer_entry(name)}
+    if differing := sorted(missing | (own.keys() - expected.keys())):  # a parameter that is not used has no moments
+        raise UpdateError(f"{who}: {part} differs in the entries {', '.join(differing[:3])}")
+    for name, value in own.items():
+        wanted = expected[name]
+        if value.shape != wanted.shape:
+            raise UpdateError(f"{who}: {part} {name} has shape {list(value.shape)}, not {list(wanted.shape)}")
+        if value.dtype != wanted.dtype:
+            raise UpdateError(f"{who}: {part} {name} is {value.dtype}, not {wanted.dtype}")
+    if not all(bool(torch.isfinite(vector).all()) for vector in Packed.of(own).vectors.values()):
+        name = next(name for name, value in own.items() if not bool(torch.isfinite(value).all()))
+        raise UpdateError(f"{who}: {part} {name} is not finite")

@@ -1,0 +1,310 @@
+"""Round rules and screening: who is asked, who is let in, when a round counts, and what a failing client changes."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from fedgan_lightning import (
+    FaultyExecutor,
+    FractionOfClients,
+    Krum,
+    PoissonSampling,
+    RoundRules,
+    Screening,
+    SelectedClients,
+    SequentialExecutor,
+    VectorizedExecutor,
+)
+from fedgan_lightning.errors import ConfigurationError, QuorumError, UpdateError
+from fedgan_lightning.protocol import ClientUpdate
+from tests.conftest import adam, assert_states_equal, federate, quiet_trainer, ring_data, ring_gan, sgd
+
+FAULTS = ("crash", "hang", "slow", "nan", "wrong_shape", "wrong_keys", "stale", "huge_norm")
+
+
+def faulty(executor=None, **options) -> FaultyExecutor:
+    return FaultyExecutor(executor if executor is not None else SequentialExecutor(), **options)
+
+
+def run(*, optimizer=sgd, rounds: int = 3, num_clients: int = 4, **options):
+    data = ring_data(num_clients=num_clients)
+    return federate(ring_gan(optimizer=optimizer), data, rounds=rounds, local_steps=2, **options)
+
+
+def weights(result):
+    return result[0].model.state_dict()
+
+
+# ---------------------------------------------------------------------- screening
+
+
+def update(**changes) -> ClientUpdate:
+    fields = {"client_id": 3, "num_examples": 10, "delta": {"g.w": torch.ones(2, 2)}, "metrics": {}, "extras": {}}
+    return ClientUpdate(**{**fields, **changes})
+
+
+EXPECTED = {"delta": {"g.w": torch.zeros(2, 2)}, "extras": {}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"delta": {"g.v": torch.ones(2, 2)}}, "differs in the entries g.v, g.w"),
+        ({"delta": {"g.w": torch.ones(4)}}, r"g.w has shape \[4\], not \[2, 2\]"),
+        ({"delta": {"g.w": torch.ones(2, 2).double()}}, "g.w is torch.float64, not torch.float32"),
+        ({"delta": {"g.w": torch.tensor([[1.0, torch.nan], [0, 0]])}}, "g.w is not finite"),
+        ({"extras": {"g.m": torch.ones(1)}}, "extras differs in the entries g.m"),
+        ({"num_examples": 0}, "counts 0 examples"),
+        ({"num_examples": 101}, "claims 101 examples, above the cap of 100"),
+        ({"delta": {"g.w": torch.full((2, 2), 5.1)}}, "norm is 10.2, above the bound of 10"),
+    ],
+)
+def test_what_cannot_be_right_is_refused_with_client_and_reason(changes, reason):
+    screening = Screening(max_norm=10.0, max_examples=100)
+    screening.check(update(), expected=EXPECTED)
+    with pytest.raises(UpdateError, match=f"client 3: .*{reason}"):
+        screening.check(update(**changes), expected=EXPECTED)
+
+
+def test_what_clients_send_is_what_the_server_expects():
+    for optimizer in (sgd, adam):
+        result = run(optimizer=optimizer, screening=Screening())
+        assert_states_equal(weights(result), weights(run(optimizer=optimizer)))
+        assert result[1].ledger.events == {}
+
+
+# ---------------------------------------------------------------------- one fault after the other
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_failing_client_changes_nothing_for_the_others(fault):
+    """The result is that of a run without it."""
+    broken = run(executor=faulty(always={1: fault}), rules=RoundRules(minimum=0.5), screening=Screening(max_norm=100.0))
+    without = run(clients=SelectedClients([0, 2, 3]))
+    assert_states_equal(weights(broken), weights(without))
+    events, kind = broken[1].ledger.events, "failed" if fault in ("crash", "hang", "slow") else "rejected"
+    assert events[kind] == 3
+    named = [incident for incident in broken[1].ledger.incidents if incident["kind"] == kind]
+    assert {incident["client_id"] for incident in named} == {1}
+    assert all(incident["reason"] for incident in named)
+    if fault == "slow":
+        assert events["late"] == 2, "what came a round too late was dropped"
+
+
+def test_without_screening_an_update_that_cannot_be_right_ends_the_run():
+    with pytest.raises(UpdateError, match="client 1"):
+        run(executor=faulty(always={1: "nan"}))
+
+
+def test_late_updates_count_at_a_discount():
+    rules = {"minimum": 0.5, "late": "discount"}
+    half, tenth = (
+        run(rounds=2, executor=faulty(always={1: "slow"}), rules=RoundRules(discount=d, **rules)) for d in (0.5, 0.1)
+    )
+    dropped = run(rounds=2, executor=faulty(always={1: "slow"}), rules=RoundRules(minimum=0.5))
+
+    def distance(result):
+        return math.sqrt(sum(float((weights(result)[n] - v).square().sum()) for n, v in weights(dropped).items()))
+
+    assert 0 < distance(tenth) < distance(half)
+
+
+def test_the_discount_is_a_factor_on_the_weight():
+    from fedgan_lightning import WeightedMean
+    from tests.conftest import finish
+
+    late = update(client_id=1, num_examples=30, delta={"g.w": torch.ones(2, 2)}, discount=0.5)
+    result = finish(WeightedMean(), [update(num_examples=45, delta={"g.w": torch.zeros(2, 2)}), late])
+    torch.testing.assert_close(result.delta["g.w"], torch.full((2, 2), 15 / 60))
+
+
+def test_clients_with_enough_strikes_are_not_asked_any_more():
+    _, orchestrator, _ = run(
+        rounds=5, executor=faulty(always={2: "nan"}), rules=RoundRules(minimum=0.5), screening=Screening(strikes=2)
+    )
+    assert orchestrator.ledger.events == {"rejected": 2}
+    assert orchestrator.ledger.client_runs == 4 + 4 + 3 + 3 + 3
+
+
+# ---------------------------------------------------------------------- enough of them
+
+
+def test_a_round_without_enough_answers_is_abandoned_and_tried_with_a_new_cohort():
+    asked = []
+
+    class Watching(SequentialExecutor):
+        def run(self, tasks):
+            listed = list(tasks)
+            asked.append((listed[0].round, tuple(task.client_id for task in listed)))
+            yield from super().run(listed)
+
+    executor = faulty(Watching(), always={0: "crash", 1: "crash", 2: "crash"})
+    result = run(
+        rounds=4,
+        num_clients=8,
+        executor=executor,
+        clients=FractionOfClients(0.5),
+        rules=RoundRules(minimum=0.75, attempts=None),
+    )
+    abandoned = result[1].ledger.events["abandoned"]
+    assert abandoned >= 1
+    assert len(asked) == 4 + abandoned
+    assert result[2].global_step == 4
+    by_round: dict[int, set] = {}
+    for round, cohort in asked:
+        by_round.setdefault(round, set()).add(cohort)
+    assert max(map(len, by_round.values())) > 1, "the second try asks others"
+
+
+def test_an_abandoned_round_leaves_no_trace_in_client_state():
+    options = {"sync": {"discriminator": "local"}, "rounds": 3}
+    shaky = faulty(always={3: "crash"})
+    with pytest.raises(QuorumError):
+        run(executor=shaky, rules=RoundRules(minimum=1.0, attempts=2), **options)
+    rates = {"crash": 0.4}
+    result = run(executor=faulty(**rates), rules=RoundRules(minimum=1.0, attempts=None), **options)
+    assert result[1].ledger.events["abandoned"] >= 1
+    # Every client trained three times for good: its private optimizer says so, whatever was tried in between.
+    for client_id in range(4):
+        steps = [v for n, v in result[1].store.read(client_id).items() if n.endswith("/step")]
+        assert all(float(step) == 6 for step in steps)
+
+
+def test_a_lost_quorum_ends_the_run_with_a_named_error():
+    with pytest.raises(QuorumError, match=r"needs 100% of its cohort; received fewer in each of 3 tries of round 0"):
+        run(executor=faulty(always={0: "hang"}), rules=RoundRules(attempts=3))
+
+
+def test_reserves_stand_in_for_clients_that_fail():
+    rules = RoundRules(over_selection=1.5)
+    always = {0: "crash", 1: "hang"}
+    _, orchestrator, _ = run(
+        num_clients=8, rounds=6, clients=FractionOfClients(0.5), rules=rules, executor=faulty(always=always)
+    )
+    assert orchestrator.ledger.client_runs == 6 * 4, "the goal was reached in every round"
+    assert "abandoned" not in orchestrator.ledger.events
+    assert orchestrator.ledger.events["failed"] > 0
+    calm = run(num_clients=8, rounds=6, clients=FractionOfClients(0.5), rules=rules)
+    assert_states_equal(weights(calm), weights(run(num_clients=8, rounds=6, clients=FractionOfClients(0.5))))
+
+
+def test_empty_cohorts_are_rounds():
+    _, orchestrator, trainer = run(rounds=6, clients=PoissonSampling(0.2))
+    assert trainer.global_step == 6
+    assert orchestrator.ledger.events == {}
+
+
+def test_an_aggregator_that_needs_more_updates_than_a_round_has_is_refused_at_once():
+    with pytest.raises(ConfigurationError, match="Krum needs 7 updates a round; received a cohort of 4"):
+        run(aggregator=Krum(num_bad=2))
+
+
+def test_robust_aggregation_in_a_federation():
+    result = run(aggregator=Krum(num_bad=0, num_selected=4), rounds=2)
+    plain = run(rounds=2)
+    assert_states_equal(weights(result), weights(plain), atol=1e-6)  # equal sizes: four of four is the mean
+
+
+# ---------------------------------------------------------------------- in simulation, from a seed
+
+
+def test_faults_are_a_function_of_the_seed_and_the_same_in_both_executors():
+    rates = dict.fromkeys(FAULTS, 0.05)
+    options = {
+        "rounds": 6, "num_clients": 8, "optimizer": sgd,
+        "rules": RoundRules(minimum=0.25, attempts=None), "screening": Screening(max_norm=100.0),
+    }  # fmt: skip
+    first, again, stacked, other = (
+        run(executor=faulty(executor, **rates), seed=seed, **options)
+        for executor, seed in (
+            (SequentialExecutor(), 0),
+            (SequentialExecutor(), 0),
+            (VectorizedExecutor(), 0),
+            (SequentialExecutor(), 1),
+        )
+    )
+    assert_states_equal(weights(first), weights(again))
+    assert_states_equal(weights(first), weights(stacked), atol=1e-5, rtol=1e-5)
+    assert first[1].ledger.events == again[1].ledger.events == stacked[1].ledger.events
+    assert first[1].ledger.incidents == again[1].ledger.incidents
+    assert first[1].ledger.incidents != other[1].ledger.incidents
+
+
+def test_a_resumed_run_meets_the_same_faults(tmp_path):
+    """Late updates and strikes ride in the checkpoint."""
+    options = {
+        "rules": RoundRules(minimum=0.25, late="discount", attempts=None),
+        "screening": Screening(strikes=3, max_norm=100.0), "local_steps": 2,
+    }  # fmt: skip
+    rates = {"slow": 0.4, "nan": 0.2}
+
+    def trainer_of(rounds):
+        from fedgan_lightning import FederatedOrchestrator
+
+        orchestrator = FederatedOrchestrator(rounds=rounds, executor=faulty(**rates), **options)
+        return quiet_trainer(orchestrator, default_root_dir=str(tmp_path)), orchestrator
+
+    from fedgan_lightning import ServerModule
+
+    whole, orchestrator = trainer_of(6)
+    module = ServerModule(ring_gan(optimizer=sgd))
+    whole.fit(module, datamodule=ring_data())
+    half, _ = trainer_of(3)
+    half.fit(ServerModule(ring_gan(optimizer=sgd)), datamodule=ring_data())
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    rest, resumed = trainer_of(6)
+    other = ServerModule(ring_gan(optimizer=sgd))
+    rest.fit(other, datamodule=ring_data(), ckpt_path=str(tmp_path / "half.ckpt"), weights_only=True)
+    assert_states_equal(module.model.state_dict(), other.model.state_dict())
+    assert orchestrator.ledger.events == resumed.ledger.events
+    assert orchestrator.conductor.strikes == resumed.conductor.strikes
+    assert orchestrator.ledger.events["late"] > 0
+
+
+def test_events_are_in_the_metrics_and_the_summary():
+    seen = []
+
+    class Listening:
+        pass
+
+    import lightning as L
+
+    class Callback(L.Callback):
+        def on_round_end(self, trainer, server, info, metrics):
+            seen.append({name: value for name, value in metrics.items() if name.startswith("round/")})
+
+    data = ring_data()
+    executor = faulty(always={1: "nan", 2: "crash"})
+    _, orchestrator, _ = federate(
+        ring_gan(optimizer=sgd), data, Callback(), rounds=2, local_steps=1, executor=executor,
+        rules=RoundRules(minimum=0.5), screening=Screening(),
+    )  # fmt: skip
+    assert [(own["round/rejected"], own["round/failed"]) for own in seen] == [(1, 1), (1, 1)]
+    assert [own["round/clients"] for own in seen] == [2, 2], "those whose updates were let in"
+    summary = json.loads(json.dumps(orchestrator.ledger.summary()))
+    assert summary["events"] == {"failed": 2, "rejected": 2}
+    assert summary["incidents"][0]["client_id"] == 2
+    assert "not finite" in summary["incidents"][1]["reason"]
+
+
+def test_faults_and_rules_that_cannot_be_are_refused():
+    for make in (
+        lambda: faulty(crash=0.7, hang=0.7),
+        lambda: faulty(nan=-0.1),
+        lambda: faulty(always={1: "sneeze"}),
+        lambda: RoundRules(over_selection=0.9),
+        lambda: RoundRules(minimum=0.0),
+        lambda: RoundRules(timeout=0.0),
+        lambda: RoundRules(late="keep"),
+        lambda: RoundRules(discount=0.0),
+        lambda: RoundRules(attempts=0),
+        lambda: Screening(max_norm=0.0),
+        lambda: Screening(max_examples=0),
+        lambda: Screening(strikes=0),
+    ):
+        with pytest.raises(ConfigurationError, match="Fix:"):
+            make()
