@@ -92,6 +92,7 @@ def optimizers(*, lr: float, server: float) -> dict[str, list[str]]:
     return {f"{way}, {where}": [*own, *part] for where, part in SPLITS.items() for way, own in ways.items()}
 
 
+STAY = ["--federation.sync", "{discriminator: local}"]
 #: What two of ten clients do.
 ATTACK = ["--federation.executor", "FaultyExecutor", "--federation.executor.always", "{3: sign_flip, 7: noise}"]
 AGGREGATORS = {
@@ -156,17 +157,18 @@ GRIDS = {
         cells={f"B = {clients}": split(clients) for clients in (2, 5, 10)},
         columns=IMAGE_COLUMNS,
     ),
-    "mnist_signs": Grid(
-        title="MNIST, five clients, 600 generator steps, K = 20, width 16: signs of divergence, and remedies",
-        config="mnist.yaml",
-        common=[*MNIST, *rounds(600, 20), "--trainer.callbacks", "HeldAbsentGap"],
+    "digits_signs": Grid(
+        title="digits, five clients, K = 20, 1 000 generator steps: signs of divergence, and remedies",
+        config="digits.yaml",
+        common=["--data.num_clients", "5", *rounds(1000, 20), "--trainer.callbacks", "HeldAbsentGap"],
         cells={
             "IID": IID,
-            "two digits each": [],
-            "two digits each, discriminators stay": ["--federation.sync", "{discriminator: local}"],
-            "IID, discriminators stay": ["--federation.sync", "{discriminator: local}", *IID],
-            "two digits each, K = 5": rounds(600, 5),
-            "two digits each, all labels": ["--model.fake_labels", "all"],
+            "two kinds each": [],
+            "IID, discriminators stay": [*STAY, *IID],
+            "two kinds each, discriminators stay": STAY,
+            "two kinds each, K = 5": rounds(1000, 5),
+            "two kinds each, all labels": ["--model.fake_labels", "all"],
+            "two kinds each, kept moments": ["--federation.optimizer_state", "keep"],
         },
         columns=(*IMAGE_COLUMNS[:6], *(f"{sign}, {end}" for sign in SIGNS for end in ("first", "last"))),
     ),

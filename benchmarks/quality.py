@@ -29,7 +29,7 @@ def run_cell(grid: Grid, label: str, seed: int, folder: Path, *, shared: str) ->
     """Fit and test one cell with one seed, unless that is done."""
     run_dir = folder / folder_of(label) / f"seed{seed}"
     summary = run_dir / "summary.json"
-    if summary.exists() and "test" in json.loads(summary.read_text()):
+    if (run_dir / "failed").exists() or (summary.exists() and "test" in json.loads(summary.read_text())):
         return
     options = [option.replace("{shared}", shared) for option in [*grid.common, *grid.cells[label]]]
     options = ["--config", str(ROOT / "configs" / grid.config), *options, "--seed_everything", str(seed)]
@@ -39,10 +39,11 @@ def run_cell(grid: Grid, label: str, seed: int, folder: Path, *, shared: str) ->
     last = run_dir / "checkpoints" / "last.ckpt"
     started = time.perf_counter()
     resume = ["--ckpt_path", "last"] if last.exists() else []
-    subprocess.run([*command, "fit", *options, *resume], env=environment, check=True, stdout=subprocess.DEVNULL)
-    subprocess.run(
-        [*command, "test", *options, "--ckpt_path", str(last)], env=environment, check=True, stdout=subprocess.DEVNULL
-    )
+    for options_of in (["fit", *options, *resume], ["test", *options, "--ckpt_path", str(last)]):
+        done = subprocess.run([*command, *options_of], env=environment, stdout=subprocess.DEVNULL)
+        if done.returncode:  # weights that are not finite, say: the table counts it
+            (run_dir / "failed").write_text(" ".join(options_of))
+            return
     print(f"{label}, seed {seed}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
 
 
@@ -63,7 +64,7 @@ def table(grid: Grid, folder: Path) -> str:
             total = [sum(sum(s[f"bytes_{way}"].values()) for way in ("up", "down")) / 1e6 for s in done]
             seconds = [summary["wall_seconds"] for summary in done]
             means = f"{statistics.mean(total):.1f} | {statistics.mean(seconds):.0f}"
-            lines.append(f"| {label} | {len(done)} | " + " | ".join(cells) + f" | {means} |")
+            lines.append(f"| {label} | {len(done)}{failed(folder, label)} | " + " | ".join(cells) + f" | {means} |")
     floors = ", ".join(f"{name} {value:.3g}" for name, value in facts.items() if name.endswith("floor"))
     return "\n".join([*lines, "", f"Floors: {floors}." if floors else ""])
 
@@ -78,6 +79,12 @@ def ends(run: Run) -> dict[str, float]:
             found[f"{tag}, first"] = statistics.mean(values[:few])
             found[f"{tag}, last"] = statistics.mean(values[-few:])
     return found
+
+
+def failed(folder: Path, label: str) -> str:
+    """Return how many seeds did not end, in words; nothing if all did."""
+    count = len(list(folder.glob(f"{folder_of(label)}/seed*/failed")))
+    return f", {count} diverged" if count else ""
 
 
 def folder_of(label: str) -> str:

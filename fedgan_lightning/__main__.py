@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from fedgan_lightning.errors import ClientError, ConfigurationError, FedGANError, RankError, UpdateError
+from fedgan_lightning.errors import ClientError, ConfigurationError, FedGANError, QuorumError, RankError, UpdateError
 from fedgan_lightning.version import __version__
 
 COMMANDS = {
@@ -16,6 +16,7 @@ COMMANDS = {
     "test": "full evaluation of a checkpoint on held-out data",
     "predict": "write samples of a checkpoint",
     "partition": "who holds what, before any training",
+    "federation": "between machines, on Flower: federation keys | server | site | trial",
     "report": "one HTML page about a run, or comparing several: report RUN [RUN ...] [--out FILE]",
 }
 USAGE = "\n".join(
@@ -48,10 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if arguments[0] == "report":
             return report(arguments[1:])
+        if arguments[0] == "federation":
+            from fedgan_lightning.deployment.launch import main as federation
+
+            return federation(arguments[1:])
         return federate(arguments)
     except FedGANError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, (ClientError, RankError, UpdateError)) else 2
+        return 1 if isinstance(error, (ClientError, QuorumError, RankError, UpdateError)) else 2
 
 
 def federate(arguments: Sequence[str]) -> int:

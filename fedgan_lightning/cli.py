@@ -11,8 +11,10 @@ import logging
 import re
 import signal
 import warnings
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import lightning as L
 import torch
@@ -86,7 +88,10 @@ def one_line(text: str) -> str:
 
 
 class FederatedTrainer(L.Trainer):
-    """Lightning's Trainer with the one command that is not training: who holds what."""
+    """Lightning's Trainer with the commands that are not training."""
+
+    def site(self, model: L.LightningModule, datamodule: FederatedDataModule) -> None:
+        """Nothing: a site of a deployment asks for what is built, and does one task with it."""
 
     def partition(self, model: L.LightningModule, datamodule: FederatedDataModule) -> None:
         """Show who holds what before any training: a table, and partition.png in the run directory."""
@@ -108,10 +113,13 @@ class FederatedCLI(LightningCLI):
 
     #: Whether the user asked to continue a run, whatever there is of it.
     resuming = False
+    #: Called with the command line when everything is built, before the command runs.
+    prepare: ClassVar[Callable[[FederatedCLI], None] | None] = None
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return {
+            "site": {"model", "datamodule"},
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
             "validate": {"model", "dataloaders", "datamodule", "weights_only"},
             "test": {"model", "dataloaders", "datamodule", "weights_only"},
@@ -164,12 +172,20 @@ class FederatedCLI(LightningCLI):
         super().instantiate_classes()
         server = self._get(self.config_init, "server")
         self.model = ServerModule(self.model, optimizer=server.optimizer, scheduler=server.scheduler)
+        if (prepare := type(self).prepare) is not None:
+            prepare(self)
+
+    @property
+    def orchestrator(self) -> FederatedOrchestrator:
+        """The orchestrator of the run."""
+        orchestrator: FederatedOrchestrator = self._get(self.config_init, "federation")
+        return orchestrator
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         settings = self.config[self.subcommand]
         config = self._get(self.config_init, "trainer")
-        run_dir, plain = settings.run_dir, self._plain_settings()
-        orchestrator = self._get(self.config_init, "federation")
+        run_dir, plain = settings.run_dir, self.plain_settings
+        orchestrator = self.orchestrator
         if isinstance(orchestrator.executor, executors.AutoExecutor) and orchestrator.executor.num_threads is None:
             orchestrator.executor.num_threads = settings.num_threads
         orchestrator.settings = {
@@ -195,8 +211,9 @@ class FederatedCLI(LightningCLI):
             **kwargs, callbacks=callbacks, plugins=plugins, logger=False if self.subcommand != "fit" else logger
         )
 
-    def _plain_settings(self) -> dict[str, Any]:
-        """Return the settings as plain values."""
+    @cached_property
+    def plain_settings(self) -> dict[str, Any]:
+        """The settings as plain values."""
         text = self._parser(self.subcommand).dump(
             self.config[self.subcommand], skip_none=False, skip_link_targets=False, format="json"
         )
@@ -209,7 +226,7 @@ class FederatedCLI(LightningCLI):
         values = ", ".join(f"{name} {value:.4g}" for name, value in (history[-1] if history else {}).items())
         if self.trainer.is_global_zero:
             print(f"{self.trainer.default_root_dir}: {values}")
-        number = self._get(self.config_init, "federation").stop_signal
+        number = self.orchestrator.stop_signal
         if number is not None:
             rounds = self.trainer.global_step
             print(
@@ -271,8 +288,18 @@ NOISE = (
 )
 
 
-def run(arguments: list[str] | None = None) -> None:
-    """Run the command line."""
+def built(arguments: Sequence[str]) -> FederatedCLI:
+    """Return everything that these options describe, and run nothing."""
+    return run(["site", *arguments])
+
+
+def run(arguments: list[str] | None = None, *, prepare: Callable[[FederatedCLI], None] | None = None) -> FederatedCLI:
+    """Run the command line.
+
+    Args:
+        arguments: Command and options; default those of the process.
+        prepare: Called when everything is built, before the command runs.
+    """
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     own = logging.getLogger("fedgan_lightning")
@@ -281,7 +308,8 @@ def run(arguments: list[str] | None = None) -> None:
         own.addHandler(logging.StreamHandler())
     for pattern in NOISE:
         warnings.filterwarnings("ignore", message=pattern)
-    FederatedCLI(
+    kind = type("FederatedCLI", (FederatedCLI,), {"prepare": prepare and staticmethod(prepare)})
+    cli: FederatedCLI = kind(
         model_class=L.LightningModule,
         datamodule_class=FederatedDataModule,
         subclass_mode_model=True,
@@ -299,3 +327,4 @@ def run(arguments: list[str] | None = None) -> None:
         load_from_checkpoint_support=False,
         args=arguments,
     )
+    return cli

@@ -89,14 +89,23 @@ LAYERS = {
     "visuals.tensorboard": 11,
     "visuals.samples": 12,
     "visuals.inspection": 12,
+    "evaluation.portable": 4,
+    "deployment.wire": 1,
+    "deployment.flower": 5,
+    "deployment.data": 6,
+    "deployment.site": 15,
+    "deployment.apps": 16,
+    "deployment.keys": 0,
+    "deployment.launch": 1,
+    "deployment.app.app": 17,
     "checkpoints": 1,
     "recorder": 12,
     "api": 14,
     "cli": 14,
 }
 #: Packages that bare modules (documentation only) and entry points may import freely.
-EXEMPT = {"", "__main__", "data", "gan", "federation", "evaluation", "visuals"}
-LAZY = {"sklearn", "matplotlib", "PIL", "torchvision", "flwr", "opacus", "dp_accounting", "scipy"}
+EXEMPT = {"", "__main__", "data", "gan", "federation", "evaluation", "visuals", "deployment"}
+LAZY = {"cryptography", "sklearn", "matplotlib", "PIL", "torchvision", "flwr", "opacus", "dp_accounting", "scipy"}
 #: The pure core: no Lightning.
 NO_LIGHTNING = ("errors", "seeding", "protocol", "states", "gan.objectives", "gan.penalties", "gan.priors", "gan.steps")
 NO_LIGHTNING += ("gan.networks", "data.samples", "data.partition", "data.sources", "evaluation.fid", "evaluation.modes")

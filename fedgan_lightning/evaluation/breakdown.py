@@ -10,7 +10,7 @@ from torch import Tensor
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.evaluation.features import ClassifierFeatures, FeatureNet, FrozenNet
 from fedgan_lightning.evaluation.fid import FeatureSums, feature_sums, frechet_distance
-from fedgan_lightning.evaluation.metrics import CHUNK, Metric, chunks, clients_of, suitable
+from fedgan_lightning.evaluation.metrics import CHUNK, Metric, client_sums, suitable
 
 #: Above this number of clients only the extremes are reported.
 MOST_CLIENTS = 50
@@ -71,7 +71,7 @@ class ClientDistances(Metric):
 
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
         self.net = suitable(self.features, data).build(data.train_samples, num_classes=data.num_classes).to(device)
-        self.clients = [feature_sums(self.net, chunks(view)) for view in clients_of(data)]
+        self.clients = list(client_sums(data, self.net))
         return {}
 
     def compute(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:

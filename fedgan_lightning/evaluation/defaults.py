@@ -5,7 +5,14 @@ from __future__ import annotations
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.evaluation.breakdown import ClassBreakdown, ClientDistances
 from fedgan_lightning.evaluation.fidelity import ClassifierScore, IntraClassDistance, KernelDistance, PrecisionRecall
-from fedgan_lightning.evaluation.metrics import ClassCoverage, FrechetDistance, Metric, ModeCoverage, SlicedWasserstein
+from fedgan_lightning.evaluation.metrics import (
+    ClassCoverage,
+    FrechetDistance,
+    Metric,
+    ModeCoverage,
+    SlicedWasserstein,
+    SurveyedData,
+)
 from fedgan_lightning.evaluation.utility import Memorisation, SyntheticTraining
 
 
@@ -15,7 +22,10 @@ def default_metrics(data: FederatedDataModule) -> list[Metric]:
         return [ModeCoverage()]
     if len(data.sample_shape) != 3:
         return [SlicedWasserstein()]
-    found: list[Metric] = [FrechetDistance(), KernelDistance(), PrecisionRecall(), Memorisation(), ClientDistances()]
+    found: list[Metric] = [FrechetDistance(), ClientDistances()]
+    if not isinstance(data, SurveyedData):  # these look at the clients' samples one by one
+        found += [KernelDistance(), PrecisionRecall(), Memorisation()]
     if data.num_classes > 1:
-        found += [ClassCoverage(), ClassBreakdown(), ClassifierScore(), IntraClassDistance(), SyntheticTraining()]
+        found += [ClassCoverage(), ClassBreakdown(), ClassifierScore(), SyntheticTraining()]
+        found += [] if isinstance(data, SurveyedData) else [IntraClassDistance()]
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,13 @@ from fedgan_lightning.evaluation.fid import FeatureSums, feature_sums, frechet_d
 from fedgan_lightning.seeding import make_generator
 
 CHUNK = 1000
+
+
+@runtime_checkable
+class SurveyedData(Protocol):
+    """A data module whose clients' samples are elsewhere: it asks for sums."""
+
+    def feature_sums(self, net: FrozenNet, *, limit: int | None = None) -> Iterator[FeatureSums]: ...
 
 
 class Metric(ABC):
@@ -67,8 +74,7 @@ class FrechetDistance(Metric):
 
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
         self.net = suitable(self.features, data).build(data.train_samples, num_classes=data.num_classes).to(device)
-        for view in clients_of(data):
-            mine = feature_sums(self.net, chunks(view, self.max_reals))
+        for mine in client_sums(data, self.net, limit=self.max_reals):
             self.real = mine if self.real is None else self.real + mine
         assert self.real is not None
         self.held_out = held_out = feature_sums(self.net, chunks(everything(data.test_samples)))
@@ -196,6 +202,15 @@ class ScalarParameters(Metric):
 def suitable(features: FeatureNet | None, data: FederatedDataModule) -> FeatureNet:
     """Return ``features``, or the small classifier for labelled data and pixels for other data."""
     return features or (ClassifierFeatures() if data.num_classes > 1 else PixelFeatures())
+
+
+def client_sums(data: FederatedDataModule, net: FrozenNet, *, limit: int | None = None) -> Iterator[FeatureSums]:
+    """Yield the sums of each client's features, computed where its samples are."""
+    if isinstance(data, SurveyedData):
+        yield from data.feature_sums(net, limit=limit)
+        return
+    for view in clients_of(data):
+        yield feature_sums(net, chunks(view, limit))
 
 
 def clients_of(data: FederatedDataModule) -> list[ClientSamples]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,6 +140,8 @@ class ImageFolder(Source):
         image_size: Side in pixels; pictures are resized and centre-cropped.
         channels: 3 for colour, 1 for grey.
         classes: Whether the folders are classes.
+        class_names: Names of all classes, in order, where this folder may hold only some of them, as a site of a
+            federation does; default the folders' names, sorted.
         test_fraction: Share held out as the test split where the folder has none of its own, in (0, 1).
     """
 
@@ -149,13 +152,16 @@ class ImageFolder(Source):
         image_size: int = 64,
         channels: Literal[1, 3] = 3,
         classes: bool = False,
+        class_names: Sequence[str] | None = None,
         test_fraction: float = 0.1,
     ) -> None:
         self.root, self.image_size, self.channels = Path(root), image_size, channels
         self.classes, self.test_fraction = classes, test_fraction
         self.sample_shape = (channels, image_size, image_size)
         self.has_splits = (self.root / "train").is_dir() and (self.root / "test").is_dir()
-        if classes and self.root.is_dir():
+        if classes and class_names:
+            self.class_names = tuple(class_names)
+        elif classes and self.root.is_dir():
             base = self.root / "train" if self.has_splits else self.root
             self.class_names = tuple(sorted(path.name for path in base.iterdir() if path.is_dir()))
 

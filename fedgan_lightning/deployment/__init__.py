@@ -1,0 +1,1 @@
+"""Federations between machines, on Flower: the same task out, the same update back."""

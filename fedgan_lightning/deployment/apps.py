@@ -1,0 +1,130 @@
+"""The two halves of the Flower app: what Flower starts at the server, and at every site for each message.
+
+Sites take their settings from their own SuperNode (``--node-config``) and not from the server:
+``config`` (configuration file), ``site`` (a second file with what differs there: the source, the accelerator),
+``client-id``, ``state`` (folder for private state). Under Flower's simulation engine, where nobody sets these, the
+server's run configuration counts, and a node holds the part of the partition that has its number.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from fedgan_lightning.deployment import wire
+from fedgan_lightning.deployment.flower import FlowerExecutor, Sites, only_plain
+from fedgan_lightning.errors import FedGANError
+
+
+def client_app() -> Any:
+    """Return Flower's ClientApp."""
+    from flwr.app import Context, Message
+    from flwr.clientapp import ClientApp
+
+    app: Any = ClientApp()
+
+    @app.train()  # type: ignore[untyped-decorator]
+    def train(received: Message, context: Context) -> Message:
+        return Message(_answered(_train, received, context), reply_to=received)
+
+    @app.query()  # type: ignore[untyped-decorator]
+    def query(received: Message, context: Context) -> Message:
+        return Message(_answered(_query, received, context), reply_to=received)
+
+    return app
+
+
+def _answered(function: Any, received: Any, context: Any) -> Any:
+    """Return the answer, or the error in one line: Flower itself would say no more than that there was one."""
+    try:
+        return function(received, context)
+    except Exception as error:
+        return wire.content({"error": only_plain(error)})
+
+
+@lru_cache(maxsize=16)
+def _built(arguments: tuple[str, ...], client_id: int, state: str, part: int | None) -> Any:
+    """Return the site. SuperNodes start a process for every message; the workers of a simulation stay."""
+    from fedgan_lightning.deployment.site import Site
+
+    return Site(arguments, client_id=client_id, state_dir=state, part=part)
+
+
+def _site(context: Any) -> Any:
+    node, run = context.node_config, context.run_config
+    number = int(node.get("client-id", node.get("partition-id", -1)))
+    arguments = ["--config", str(node.get("config", run["config"]))]
+    if "site" in node:
+        arguments += ["--config", str(node["site"])]
+    if "config" not in node:
+        arguments += shlex.split(str(run["options"]))
+    part = None if "site" in node else number
+    state = node.get("state", str(Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser() / "fedgan"))
+    return _built(tuple(arguments), number, str(state), part)
+
+
+def _train(received: Any, context: Any) -> Any:
+    task, accepted = wire.to_task(received.content)
+    fault = str(context.node_config.get("fault", ""))
+    if fault == "hang":  # for trials: see CORRUPTIONS for the others
+        time.sleep(3600)
+    if fault == "crash":
+        os._exit(1)
+    digest = str(wire.facts_of(received.content)["digest"])
+    update = _site(context).train(task, accepted=accepted, digest=digest)
+    if fault:
+        from fedgan_lightning.federation.executors.faulty import CORRUPTIONS
+
+        update = CORRUPTIONS[fault](update, task.round, task.seed)
+    return wire.from_update(update)
+
+
+def _query(received: Any, context: Any) -> Any:
+    facts, site = wire.facts_of(received.content), _site(context)
+    if facts["ask"] == "facts":
+        return wire.content(site.facts())
+    limit = None if facts["limit"] < 0 else int(facts["limit"])
+    return wire.content({}, sums=site.feature_sums(facts, wire.state_of(received.content, "net"), limit=limit))
+
+
+def server_app() -> Any:
+    """Return Flower's ServerApp: the same ``fit`` as in simulation, with sites instead of local clients."""
+    from flwr.app import Context
+    from flwr.serverapp import Grid, ServerApp
+
+    app: Any = ServerApp()
+
+    @app.main()  # type: ignore[untyped-decorator]
+    def serve(grid: Grid, context: Context) -> None:
+        options = shlex.split(str(context.run_config["options"]))
+        serve_over(grid, ["--config", str(context.run_config["config"]), *options])
+
+    return app
+
+
+def serve_over(grid: Any, arguments: list[str]) -> None:
+    """Run ``fit`` with the sites behind ``grid`` as clients; continue the run where its directory holds one.
+
+    Args:
+        grid: Flower's grid.
+        arguments: Options of ``fit``.
+    """
+    from fedgan_lightning.cli import run
+    from fedgan_lightning.deployment.data import SurveyedDataModule
+    from fedgan_lightning.deployment.site import digest_of
+
+    def prepare(cli: Any) -> None:
+        sites = Sites(grid, num_clients=cli.datamodule.num_clients, digest=digest_of(cli.plain_settings))
+        cli.orchestrator.executor = FlowerExecutor(sites, timeout=cli.orchestrator.rules.timeout)
+        cli.datamodule = SurveyedDataModule(cli.datamodule, sites)
+
+    try:
+        run(["fit", *arguments, "--ckpt_path", "last"], prepare=prepare)
+    except FedGANError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise

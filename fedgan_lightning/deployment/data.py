@@ -1,0 +1,91 @@
+"""The server's data module in a deployment: what it knows of the clients' data without having any of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedgan_lightning.data.datamodule import FederatedDataModule
+from fedgan_lightning.data.samples import ClientSamples
+from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.evaluation.features import FrozenNet
+from fedgan_lightning.evaluation.fid import FeatureSums
+from fedgan_lightning.evaluation.portable import sums_from_states, to_facts
+from fedgan_lightning.protocol import State
+
+
+class Survey(Protocol):
+    """Asks all sites, and returns their answers by client."""
+
+    def facts(self) -> dict[int, dict[str, Any]]: ...
+
+    def feature_sums(self, facts: dict[str, Any], state: State, *, limit: int | None) -> list[State]: ...
+
+
+class SurveyedDataModule(FederatedDataModule):
+    """The federation's data as its server sees it: what sites told of sizes and labels, and the server's own samples.
+
+    ``train_samples`` and ``test_samples`` are the server's own, from the source of its configuration: rulers are
+    trained and checked on them. Whatever else concerns clients' samples is asked of the sites as sums.
+
+    Args:
+        own: The data module of the server's configuration.
+        survey: Asks the sites.
+    """
+
+    def __init__(self, own: FederatedDataModule, survey: Survey) -> None:
+        super().__init__(
+            own.source,
+            partition=own.partition,
+            num_clients=own.num_clients,
+            batch_size=own.batch_size,
+            max_samples=own.max_samples,
+            seed=own.seed,
+        )
+        self._survey = survey
+        self._facts: dict[int, dict[str, Any]] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Ask the sites what they hold."""
+        if not self._facts:
+            self._facts = self._survey.facts()
+
+    def num_examples(self, client_id: int) -> int:
+        return int(self._facts[client_id]["num_examples"])
+
+    def label_counts(self) -> np.ndarray:
+        return np.array([self._facts[client_id]["label_counts"] for client_id in range(self.num_clients)])
+
+    def labels_like_union(self, num_samples: int, *, generator: torch.Generator) -> Tensor | None:
+        if not self.num_classes:
+            return None
+        shares = torch.from_numpy(self.label_counts().sum(0)).double()
+        return torch.multinomial(shares, num_samples, replacement=True, generator=generator)
+
+    def feature_sums(self, net: FrozenNet, *, limit: int | None = None) -> Iterator[FeatureSums]:
+        """Yield the sums of each client's features, computed where its samples are."""
+        facts, state = to_facts(net)
+        yield from sums_from_states(self._survey.feature_sums(facts, state, limit=limit), num_features=net.num_features)
+
+    def client_samples(self, client_id: int) -> ClientSamples:
+        """Refuse.
+
+        Raises:
+            ConfigurationError: Always: samples are at their sites.
+        """
+        raise ConfigurationError(
+            message(
+                "samples of clients never come to the server",
+                received=f"a metric or picture that asks for those of client {client_id}",
+                fix="take it out of evaluation.metrics in a deployment",
+            )
+        )
+
+    def fingerprint(self) -> str:
+        known = [(k, own["num_examples"], own["label_counts"]) for k, own in sorted(self._facts.items())]
+        return hashlib.sha256(f"{self.batch_size} {self.seed} {known}".encode()).hexdigest()[:16]

@@ -1,0 +1,251 @@
+"""The flower executor: the same tasks, carried by Flower to sites on other machines, and their answers back.
+
+Flower's own strategies are not used: they wait for ever for lost nodes, average whatever came, and know no resume.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from fedgan_lightning.deployment import wire
+from fedgan_lightning.errors import ConfigurationError, QuorumError, RoundInterrupted, message
+from fedgan_lightning.federation.local import ClientContext
+from fedgan_lightning.protocol import ClientFailure, ClientTask, ClientUpdate, Executor, State
+
+logger = logging.getLogger("fedgan_lightning")
+
+#: Seconds between two looks for answers: Flower's own loop takes three.
+POLL_SECONDS = 0.2
+#: Where the server notes, among a client's private state, which task it let in last.
+ACCEPTED = "accepted/seed"
+
+
+class Sites:
+    """The sites that are connected to a Flower grid, by client.
+
+    Args:
+        grid: Flower's grid.
+        num_clients: Sites that the federation has.
+        digest: Hash of the settings that all share.
+        join_timeout: Seconds to wait for them at the start.
+        answer_timeout: Seconds that a question may take.
+    """
+
+    def __init__(
+        self, grid: Any, *, num_clients: int, digest: str, join_timeout: float = 600.0, answer_timeout: float = 600.0
+    ) -> None:
+        self.grid, self.num_clients, self.digest = grid, num_clients, digest
+        self.join_timeout, self.answer_timeout = join_timeout, answer_timeout
+        self._facts: dict[int, dict[str, Any]] = {}
+        self._nodes: dict[int, int] = {}
+        self._connected: set[int] = set()
+        self._refused: set[int] = set()
+
+    def facts(self) -> dict[int, dict[str, Any]]:
+        """Return what every site said of itself, once all are there.
+
+        Raises:
+            QuorumError: If they are not, in time.
+        """
+        deadline = time.monotonic() + self.join_timeout
+        while True:
+            self.refresh()
+            missing = [client_id for client_id in range(self.num_clients) if client_id not in self._facts]
+            if not missing:
+                return dict(self._facts)
+            if time.monotonic() > deadline:
+                raise QuorumError(
+                    message(
+                        f"a federation begins when its {self.num_clients} sites are there",
+                        received=f"none for clients {missing} within {self.join_timeout:.0f} s",
+                        fix="start their SuperNodes, or lower data.num_clients",
+                    )
+                )
+            time.sleep(1.0)
+
+    def refresh(self) -> None:
+        """Look who is connected, and ask those that are new who they are."""
+        self._connected = {int(node_id) for node_id in self.grid.get_node_ids()}
+        new = sorted(self._connected - {*self._nodes.values()} - self._refused)
+        for node_id, facts in self._ask({node_id: wire.content({"ask": "facts"}) for node_id in new}).items():
+            self._introduce(node_id, wire.facts_of(facts))
+
+    def _introduce(self, node_id: int, facts: dict[str, Any]) -> None:
+        client_id = int(facts.get("client_id", -1))
+        reason = None
+        if not 0 <= client_id < self.num_clients:
+            reason = f"says that it is client {client_id} of {self.num_clients}"
+        elif facts["digest"] != self.digest:
+            reason = f"has other settings of model or federation ({facts['digest']}, here {self.digest})"
+        elif self._nodes.get(client_id) in self._connected - {node_id}:
+            reason = f"says that it is client {client_id}, which another site is"
+        if reason is not None:
+            self._refused.add(node_id)
+            logger.warning(f"site {node_id} refused: it {reason}")
+            return
+        self._nodes[client_id], self._facts[client_id] = node_id, facts
+        logger.info(f"client {client_id} joined with {facts['num_examples']} samples")
+
+    def node_of(self, client_id: int) -> int | None:
+        """Return the node of a client; ``None`` if it is not connected."""
+        node_id = self._nodes.get(client_id)
+        return node_id if node_id in self._connected else None
+
+    def feature_sums(self, facts: dict[str, Any], state: State, *, limit: int | None) -> list[State]:
+        """Return the sums that every site computes of its own samples.
+
+        Raises:
+            QuorumError: If a site does not answer: sums of some would be mistaken for those of all.
+        """
+        self.facts()
+        question = {**facts, "ask": "feature_sums", "limit": -1 if limit is None else limit}
+        nodes = {client_id: self._nodes[client_id] for client_id in range(self.num_clients)}
+        answers = self._ask({node: wire.content(question, net=state) for node in nodes.values()})
+        silent = [client_id for client_id, node in nodes.items() if node not in answers]
+        if silent:
+            raise QuorumError(
+                message(
+                    "every site answers what the evaluation asks",
+                    received=f"nothing from clients {silent} within {self.answer_timeout:.0f} s",
+                    fix="look at their logs, and start again with --ckpt_path last",
+                )
+            )
+        return [wire.state_of(answers[node], "sums") for node in nodes.values()]
+
+    def _ask(self, contents: Mapping[int, Any]) -> dict[int, Any]:
+        """Return the answers by node, of those that answer in time and without an error."""
+        from flwr.app import Message
+
+        if not contents:
+            return {}
+        messages = [
+            Message(content, dst_node_id=node_id, message_type=wire.QUERY) for node_id, content in contents.items()
+        ]
+        waiting = dict(zip(self.grid.push_messages(messages), contents))
+        found: dict[int, Any] = {}
+        deadline = time.monotonic() + self.answer_timeout
+        while waiting and time.monotonic() < deadline:
+            for reply in self.grid.pull_messages(list(waiting)):
+                node_id = waiting.pop(reply.metadata.reply_to_message_id)
+                trouble = _trouble(reply)
+                if trouble is None:
+                    found[node_id] = reply.content
+                else:
+                    logger.warning(f"site {node_id} could not answer: {trouble}")
+            time.sleep(POLL_SECONDS)
+        return found
+
+
+class FlowerExecutor(Executor):
+    """Runs the clients of a round at their sites.
+
+    Args:
+        sites: The sites.
+        timeout: Seconds that a client has; ``None`` waits as long as its site is connected.
+    """
+
+    concurrent: ClassVar[bool] = True
+
+    def __init__(self, sites: Sites, *, timeout: float | None = None) -> None:
+        self.sites, self.timeout = sites, timeout
+        self._context: ClientContext | None = None
+        self._overdue: dict[str, ClientTask] = {}
+
+    def setup(self, context: ClientContext) -> None:
+        if context.ranks.world_size > 1:
+            raise ConfigurationError(
+                message(
+                    "the server of a deployment is one process",
+                    received=f"{context.ranks.world_size} devices",
+                    fix="set trainer.devices to 1; sites use what they have",
+                )
+            )
+        self._context = context
+
+    def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
+        listed = list(tasks)
+        if not listed:
+            return
+        self.sites.refresh()
+        reachable = [task for task in listed if self.sites.node_of(task.client_id) is not None]
+        for task in listed:
+            if task not in reachable:
+                yield ClientFailure(task.client_id, task.round, stage="connect", cause="its site is not connected")
+        late = {key: task for key, task in self._overdue.items() if task.round == listed[0].round - 1}
+        open_ = self._push(reachable)
+        deadline = None if self.timeout is None else time.monotonic() + self.timeout
+        try:
+            while open_:
+                if self._stop_requested():
+                    raise RoundInterrupted("the user asked to stop")
+                for reply in self.sites.grid.pull_messages(
+                    [*late, *open_]
+                ):  # the late ones, before the goal is reached
+                    key = reply.metadata.reply_to_message_id
+                    is_late = key in late
+                    yield self._answer(reply, (late if is_late else open_).pop(key), is_late=is_late)
+                if deadline is not None and time.monotonic() > deadline:
+                    break
+                time.sleep(POLL_SECONDS)
+            for task in open_.values():
+                cause = f"no answer within {self.timeout:.0f} s"
+                yield ClientFailure(task.client_id, task.round, stage="reply", cause=cause)
+        finally:
+            self._overdue = open_  # they may still come, one round late
+
+    def _push(self, tasks: list[ClientTask]) -> dict[str, ClientTask]:
+        """Send the tasks; return them by the message that asks for each."""
+        from flwr.app import Message
+
+        assert self._context is not None
+        messages = []
+        for task in tasks:
+            accepted = int(self._context.store.read(task.client_id).get(ACCEPTED, torch.tensor(-1)))
+            content = wire.from_task(task, accepted=accepted, digest=self.sites.digest)
+            node_id = self.sites.node_of(task.client_id)
+            messages.append(Message(content, dst_node_id=node_id, message_type=wire.TRAIN, group_id=str(task.round)))
+        keys = self.sites.grid.push_messages(messages) if messages else []
+        return dict(zip(keys, tasks))
+
+    def _answer(self, reply: Any, task: ClientTask, *, is_late: bool) -> ClientUpdate | ClientFailure:
+        assert self._context is not None
+        trouble = _trouble(reply)
+        if trouble is None:
+            try:
+                update = wire.to_update(reply.content, client_id=task.client_id)
+            except (KeyError, ValueError, TypeError) as error:
+                trouble = f"an answer that is no update ({type(error).__name__}: {error})"
+        if trouble is not None:
+            return ClientFailure(task.client_id, task.round, stage="reply", cause=trouble)
+        if not is_late:
+            self._context.store.write(task.client_id, {ACCEPTED: torch.tensor(task.seed)})
+        return update
+
+    def _stop_requested(self) -> bool:
+        return self._context is not None and self._context.stop_requested()
+
+    def teardown(self) -> None:
+        self._context = None
+
+    def facts(self) -> dict[str, Any]:
+        return {"sites": self.sites.num_clients, "timeout": self.timeout}
+
+
+def _trouble(reply: Any) -> str | None:
+    """Return what is wrong with a reply, in words."""
+    if reply.has_error():
+        return f"Flower error {reply.error.code}: {reply.error.reason}"
+    if "facts" not in reply.content:
+        return "an answer without facts"
+    trouble = wire.facts_of(reply.content).get("error")
+    return None if trouble is None else str(trouble)
+
+
+def only_plain(error: BaseException) -> str:
+    """Return an error in one line, for the other side."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]

@@ -1,0 +1,98 @@
+"""Certificates and node keys, for trials and for consortia without an authority of their own.
+
+They come from the ``cryptography`` package, which Flower brings. Private keys can be read by their owner alone.
+"""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+VALID_DAYS = 365
+
+
+def make_authority(folder: Path, *, hosts: Sequence[str]) -> None:
+    """Write ``ca.crt`` and ``ca.key``, and ``server.crt`` and ``server.key`` for these names and addresses."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    folder.mkdir(parents=True, exist_ok=True)
+    now = datetime.datetime.now(datetime.timezone.utc)
+
+    def named(text: str) -> Any:
+        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+    def unsigned(subject: Any, key: Any) -> Any:
+        found = x509.CertificateBuilder().subject_name(subject).issuer_name(named("fedgan authority"))
+        found = found.public_key(key.public_key()).serial_number(x509.random_serial_number())
+        start, end = now - datetime.timedelta(minutes=5), now + datetime.timedelta(days=VALID_DAYS)
+        return found.not_valid_before(start).not_valid_after(end)
+
+    authority, server = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
+    own = unsigned(named("fedgan authority"), authority)
+    own = own.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    usage = {"digital_signature": True, "key_cert_sign": True, "crl_sign": True}
+    others = ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "encipher_only")
+    usage |= dict.fromkeys((*others, "decipher_only"), False)
+    own = own.add_extension(x509.KeyUsage(**usage), critical=True)
+    identifier = x509.SubjectKeyIdentifier.from_public_key(authority.public_key())
+    own = own.add_extension(identifier, critical=False)
+    _write(folder / "ca.key", _pem(authority))
+    (folder / "ca.crt").write_bytes(_certificate(own.sign(authority, hashes.SHA384())))
+
+    signed = unsigned(named(hosts[0]), server)
+    alternatives = x509.SubjectAlternativeName([_alternative(host) for host in hosts])
+    signed = signed.add_extension(alternatives, critical=False)
+    signed = signed.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+    link = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier)
+    signed = signed.add_extension(link, critical=False)
+    _write(folder / "server.key", _pem(server))
+    (folder / "server.crt").write_bytes(_certificate(signed.sign(authority, hashes.SHA384())))
+
+
+def make_node_key(path: Path) -> None:
+    """Write a SuperNode's private key (EC P-384, OpenSSH) to ``path``, and the public one beside it, as ``.pub``."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP384R1())
+    form = serialization.PrivateFormat.OpenSSH
+    _write(path, key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    path.with_suffix(".pub").write_bytes(public + b"\n")
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600)
+    path.chmod(0o600)
+    path.write_bytes(data)
+
+
+def _pem(key: Any) -> bytes:
+    from cryptography.hazmat.primitives import serialization
+
+    form = serialization.PrivateFormat.PKCS8
+    data: bytes = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+    return data
+
+
+def _certificate(certificate: Any) -> bytes:
+    from cryptography.hazmat.primitives import serialization
+
+    data: bytes = certificate.public_bytes(serialization.Encoding.PEM)
+    return data
+
+
+def _alternative(host: str) -> Any:
+    from cryptography import x509
+
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)

@@ -1,0 +1,176 @@
+"""What happens at a site: build the client's module and its own data from its own settings, and do a task.
+
+Flower starts a process for every message, so what must last lies on the site's disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedgan_lightning.data.datamodule import FederatedDataModule
+from fedgan_lightning.data.samples import BatchStream, ClientSamples
+from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.evaluation.fid import feature_sums
+from fedgan_lightning.evaluation.metrics import chunks
+from fedgan_lightning.evaluation.portable import from_facts, sums_to_state
+from fedgan_lightning.federation.aggregation import check_update
+from fedgan_lightning.federation.local import ClientContext, LocalTrainer
+from fedgan_lightning.federation.policy import resolve
+from fedgan_lightning.federation.store import ClientStore
+from fedgan_lightning.packing import Packed
+from fedgan_lightning.protocol import ClientTask, ClientUpdate, State
+
+#: Private states that a site keeps, for a server that goes back to an older checkpoint.
+STATES_KEPT = 20
+#: Settings of ``federation`` that both sides must share.
+SHARED = ("local_steps", "local_epochs", "sync", "optimizer_state", "buffers")
+
+
+class SiteData:
+    """The data of one site, as an executor asks for it; the site is client ``client_id`` of the federation."""
+
+    def __init__(self, view: ClientSamples, *, client_id: int, batch_size: int, seed: int) -> None:
+        self.view, self.client_id, self.batch_size, self.seed = view, client_id, batch_size, seed
+
+    @property
+    def num_clients(self) -> int:
+        return 1
+
+    def num_examples(self, client_id: int) -> int:
+        return len(self.view)
+
+    def steps_per_epoch(self, client_id: int) -> int:
+        return len(self.view) // self.batch_size
+
+    def client_batches(self, client_id: int, *, first_step: int, num_steps: int) -> BatchStream:
+        stream = {"batch_size": self.batch_size, "seed": self.seed, "stream": self.client_id}
+        return BatchStream(self.view, first_step=first_step, num_steps=num_steps, **stream)
+
+    def fingerprint(self) -> str:
+        return f"site {self.client_id}"
+
+
+class Site:
+    """A site, ready for one message.
+
+    Args:
+        arguments: Options of the command line: the configuration, and what is different at this site.
+        client_id: Its number in the federation.
+        state_dir: Folder for its private state.
+        part: Which part of the configured partition is its data; ``None`` takes all that the source holds.
+    """
+
+    def __init__(
+        self, arguments: Sequence[str], *, client_id: int, state_dir: str | Path, part: int | None = None
+    ) -> None:
+        from fedgan_lightning.cli import built
+
+        cli = built(arguments)
+        self.client_id, self.state_dir = client_id, Path(state_dir) / f"client{client_id:05d}"
+        self.module, self.orchestrator = cli.model.model, cli.orchestrator
+        self.digest = digest_of(cli.plain_settings)
+        self.trainer = cli.trainer
+        data: FederatedDataModule = cli.datamodule
+        data.prepare_data()
+        if part is None:
+            view = ClientSamples(samples=data.train_samples, indices=torch.arange(len(data.train_samples)))
+        else:
+            view = data.client_samples(part)
+        self.num_classes, self.sample_shape, self.is_image = (
+            data.num_classes,
+            data.sample_shape,
+            data.train_samples.is_image,
+        )
+        self.data = SiteData(view, client_id=client_id, batch_size=data.batch_size, seed=data.seed)
+        if hasattr(self.module, "check_data"):
+            self.module.check_data(data.sample_shape, data.num_classes)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the server may know: sizes, counts of labels, and the hash of the settings."""
+        labels = self.data.view.samples.y
+        counts = [len(self.data.view)]
+        if labels is not None and self.num_classes:
+            counts = torch.bincount(labels[self.data.view.indices], minlength=self.num_classes).tolist()
+        size = len(self.data.view)
+        return {"client_id": self.client_id, "num_examples": size, "label_counts": counts, "digest": self.digest}
+
+    def train(self, task: ClientTask, *, accepted: int, digest: str) -> ClientUpdate:
+        """Do a task.
+
+        Args:
+            task: The task.
+            accepted: Seed of the last task whose update the server let in: the private state goes on from there.
+            digest: The server's hash of the settings.
+
+        Raises:
+            ConfigurationError: If the settings differ from the server's.
+            UpdateError: If the update is not finite.
+        """
+        if digest != self.digest:
+            raise ConfigurationError(
+                message(
+                    "server and sites share the settings of model and federation",
+                    received=f"{self.digest} here, {digest} at the server",
+                    fix="give all of them the same configuration file",
+                )
+            )
+        options = self.orchestrator
+        policy = resolve(
+            self.module, sync=options.sync, optimizer_state=options.optimizer_state, buffers=options.buffers
+        )
+        root = self.trainer.strategy.root_device
+        trainer_options: dict[str, Any] = {"accelerator": root.type, "precision": self.trainer.precision}
+        trainer_options["devices"] = [root.index] if root.type == "cuda" else 1
+        store = ClientStore()
+        store.load_state_dict({str(task.client_id): self._private(accepted)} if accepted >= 0 else {})
+        context = ClientContext(
+            model=self.module, data=self.data, policy=policy, store=store, trainer_options=trainer_options
+        )
+        update = LocalTrainer(context).run(task)
+        states = (Packed.of(update.delta), Packed.of(update.extras))
+        check_update(task.client_id, num_examples=update.num_examples, states=states)
+        store.commit()
+        self._keep(task.seed, store.read(task.client_id), accepted)
+        return update
+
+    def feature_sums(self, facts: Mapping[str, Any], state: State, *, limit: int | None) -> dict[str, Tensor]:
+        """Return the sums of the features of this site's samples."""
+        net, _ = from_facts(facts, state, sample_shape=self.sample_shape, is_image=self.is_image)
+        return sums_to_state(feature_sums(net, chunks(self.data.view, limit)))
+
+    # ------------------------------------------------------------------ private state
+
+    def _path(self, seed: int) -> Path:
+        return self.state_dir / f"{seed}.safetensors"
+
+    def _private(self, accepted: int) -> dict[str, Tensor]:
+        path = self._path(accepted)
+        return load_file(path) if path.exists() else {}
+
+    def _keep(self, seed: int, state: State, accepted: int) -> None:
+        """Keep the state after this task; forget old ones, but never the last that the server let in."""
+        if not state:
+            return
+        self.state_dir.mkdir(parents=True, exist_ok=True)
+        fresh = self._path(seed).with_suffix(".partial")
+        save_file({name: value.contiguous() for name, value in state.items()}, fresh)
+        fresh.replace(self._path(seed))
+        known = sorted(self.state_dir.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+        for path in known[:-STATES_KEPT]:
+            if path != self._path(accepted):
+                path.unlink(missing_ok=True)
+
+
+def digest_of(settings: Mapping[str, Any]) -> str:
+    """Return a hash of the settings that server and sites share: model, local work, policies, batch size, seed."""
+    federation = {name: settings["federation"][name] for name in SHARED}
+    shared = [settings["model"], federation, settings["data"]["batch_size"], settings["seed_everything"]]
+    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,102 @@
+"""Tasks and updates as Flower's records: arrays in NumPy's format, and plain values. Nothing in them is executed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedgan_lightning.protocol import ClientTask, ClientUpdate, LocalWork, State
+
+#: Message types, as Flower routes them to a function of the ClientApp.
+TRAIN, QUERY = "train", "query"
+SEPARATOR = "|"
+
+
+def content(facts: Mapping[str, Any], **states: State) -> Any:
+    """Return a ``RecordDict`` of plain values and of states by name."""
+    from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+    arrays = {
+        f"{group}{SEPARATOR}{name}": Array(value.detach().cpu().contiguous().numpy())
+        for group, state in states.items()
+        for name, value in state.items()
+    }
+    return RecordDict({"facts": ConfigRecord(dict(facts)), "arrays": ArrayRecord(arrays)})
+
+
+def facts_of(records: Any) -> dict[str, Any]:
+    """Return the plain values."""
+    return dict(records["facts"])
+
+
+def state_of(records: Any, group: str) -> dict[str, Tensor]:
+    """Return the state called ``group``; its tensors are copies."""
+    prefix = f"{group}{SEPARATOR}"
+    return {
+        name.removeprefix(prefix): torch.from_numpy(array.numpy().copy())
+        for name, array in records["arrays"].items()
+        if name.startswith(prefix)
+    }
+
+
+def from_task(task: ClientTask, *, accepted: int, digest: str) -> Any:
+    """Return a task as records.
+
+    Args:
+        task: The task.
+        accepted: Seed of the last task whose update the server let in; -1 for none.
+        digest: Hash of the settings that both sides must share.
+    """
+    facts: dict[str, Any] = {
+        "client_id": task.client_id,
+        "round": task.round,
+        "seed": task.seed,
+        "steps": task.local.steps if task.local.steps is not None else -1,
+        "epochs": task.local.epochs if task.local.epochs is not None else -1,
+        "schedule_positions": list(task.local.schedule_positions),
+        "accepted": accepted,
+        "digest": digest,
+    }
+    return content(facts, state=task.state)
+
+
+def to_task(records: Any) -> tuple[ClientTask, int]:
+    """Return the task, and the seed of the last task whose update was let in."""
+    facts = facts_of(records)
+    work = LocalWork(
+        steps=None if facts["steps"] < 0 else int(facts["steps"]),
+        epochs=None if facts["epochs"] < 0 else int(facts["epochs"]),
+        schedule_positions=tuple(int(position) for position in facts["schedule_positions"]),
+    )
+    task = ClientTask(
+        client_id=int(facts["client_id"]),
+        round=int(facts["round"]),
+        seed=int(facts["seed"]),
+        state=state_of(records, "state"),
+        local=work,
+    )
+    return task, int(facts["accepted"])
+
+
+def from_update(update: ClientUpdate) -> Any:
+    """Return an update as records."""
+    metrics = {f"metric{SEPARATOR}{name}": float(value) for name, value in update.metrics.items()}
+    facts = {"num_examples": update.num_examples, "round": -1 if update.round is None else update.round, **metrics}
+    return content(facts, delta=update.delta, extras=update.extras)
+
+
+def to_update(records: Any, *, client_id: int) -> ClientUpdate:
+    """Return the update; who sent it is known from the connection, and not asked of the sender."""
+    facts = facts_of(records)
+    prefix = f"metric{SEPARATOR}"
+    return ClientUpdate(
+        client_id=client_id,
+        num_examples=int(facts["num_examples"]),
+        delta=state_of(records, "delta"),
+        metrics={name.removeprefix(prefix): float(v) for name, v in facts.items() if name.startswith(prefix)},
+        extras=state_of(records, "extras"),
+        round=int(facts["round"]),
+    )

@@ -1,0 +1,74 @@
+"""Feature networks that travel to where the data lives: plain facts and tensors, and nothing that is executed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.evaluation.features import Classifier, ClassifierFeatures, FrozenNet, PixelFeatures
+from fedgan_lightning.evaluation.fid import FeatureSums
+from fedgan_lightning.protocol import State
+
+
+def to_facts(net: FrozenNet) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what a site needs to make the network anew, and its weights.
+
+    Raises:
+        ConfigurationError: If it is neither the small classifier nor pixels: sites know no others.
+    """
+    if isinstance(net.net, Classifier):
+        return {"kind": "classifier", "num_classes": net.net.head.out_features}, dict(net.net.state_dict())
+    if net.name.startswith("pixels"):
+        pools = [layer for layer in net.net.modules() if isinstance(layer, nn.AdaptiveAvgPool2d)]
+        return {"kind": "pixels", "side": int(pools[0].output_size) if pools else 0}, {}  # type: ignore[arg-type]
+    raise ConfigurationError(
+        message(
+            "sites of a federation compute features by the small classifier or by pixels",
+            received=net.name,
+            fix="use ClassifierFeatures or PixelFeatures in evaluation.metrics",
+        )
+    )
+
+
+def from_facts(
+    facts: Mapping[str, Any], state: State, *, sample_shape: tuple[int, ...], is_image: bool
+) -> tuple[FrozenNet, int]:
+    """Return the network that :func:`to_facts` described, and its number of features."""
+    if facts["kind"] == "classifier":
+        net = Classifier(sample_shape, int(facts["num_classes"]), is_image=is_image)
+        net.load_state_dict(dict(state))
+        size = ClassifierFeatures.num_features
+        return FrozenNet(net, num_features=size, name="classifier", digest=""), size
+    side = int(facts["side"])
+    layers = [nn.AdaptiveAvgPool2d(side), nn.Flatten()] if side else [nn.Flatten()]
+    size = sample_shape[0] * side**2 if side else int(torch.tensor(sample_shape).prod())
+    return FrozenNet(nn.Sequential(*layers), num_features=size, name=PixelFeatures.__name__, digest=""), size
+
+
+def sums_to_state(sums: FeatureSums) -> dict[str, Tensor]:
+    """Return the sums as tensors."""
+    return {"total": sums.total, "outer": sums.outer, "count": torch.tensor(sums.count)}
+
+
+def sums_from_states(states: Iterable[State], *, num_features: int) -> Iterator[FeatureSums]:
+    """Yield the sums that sites sent.
+
+    Raises:
+        ConfigurationError: If they are not of this many features, or not finite.
+    """
+    for state in states:
+        total, outer, count = state["total"].double(), state["outer"].double(), int(state["count"])
+        fits = total.shape == (num_features,) and outer.shape == (num_features, num_features) and count > 0
+        if not fits or not bool(torch.isfinite(total).all()) or not bool(torch.isfinite(outer).all()):
+            raise ConfigurationError(
+                message(
+                    f"sites answer with finite sums of {num_features} features",
+                    received=f"shapes {list(total.shape)} and {list(outer.shape)}, count {count}",
+                    fix="install the same version everywhere, and look for NaN in the data",
+                )
+            )
+        yield FeatureSums(total=total, outer=outer, count=count)

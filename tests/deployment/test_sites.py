@@ -1,0 +1,260 @@
+"""A deployment computes what a simulation does, and bad sites change nothing: Flower's apps without its processes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+flwr = pytest.importorskip("flwr", reason="needs the extra 'flower' (Python 3.11 or later)")
+
+from fedgan_lightning.__main__ import main  # noqa: E402
+from fedgan_lightning.checkpoints import read_checkpoint  # noqa: E402
+from fedgan_lightning.deployment import wire  # noqa: E402
+from fedgan_lightning.deployment.apps import serve_over  # noqa: E402
+from fedgan_lightning.errors import ConfigurationError, QuorumError  # noqa: E402
+from fedgan_lightning.protocol import ClientTask, ClientUpdate, LocalWork  # noqa: E402
+from tests.conftest import ROOT, assert_states_equal  # noqa: E402
+from tests.deployment.loopback import LoopbackGrid  # noqa: E402
+
+CONFIG = str(ROOT / "configs" / "digits.yaml")
+SHORT = [
+    *("--data.num_clients", "3", "--federation.rounds", "3", "--federation.local_steps", "2"),
+    *("--evaluation.num_samples", "50", "--trainer.enable_progress_bar", "false"),
+]
+LOCAL = ["--federation.sync", "{discriminator: local}"]
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch):
+    """Nobody has to be waited for."""
+    monkeypatch.setattr("fedgan_lightning.deployment.flower.POLL_SECONDS", 0.0)
+
+
+def grid_of(tmp_path, options, *, told=None, sites: int = 3) -> LoopbackGrid:
+    nodes = {
+        100 + k: {"client-id": k, "state": str(tmp_path / "state"), **(told or {}).get(k, {})} for k in range(sites)
+    }
+    return LoopbackGrid(nodes, run_config={"config": CONFIG, "options": " ".join(quoted(options))})
+
+
+def quoted(options):
+    import shlex
+
+    return [shlex.quote(option) for option in options]
+
+
+def deploy(tmp_path, *options, told=None, grid=None, name: str = "deployed"):
+    options = [*SHORT, *options]
+    grid = grid if grid is not None else grid_of(tmp_path, options, told=told)
+    serve_over(grid, ["--config", CONFIG, *options, "--run_dir", str(tmp_path / name)])
+    return grid
+
+
+def simulate(tmp_path, *options, name: str = "simulated"):
+    arguments = ["--config", CONFIG, *SHORT, *options, "--run_dir", str(tmp_path / name)]
+    assert main(["fit", *arguments, "--federation.executor", "SequentialExecutor"]) == 0
+
+
+def weights(tmp_path, name):
+    return read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"]
+
+
+def summary(tmp_path, name):
+    return json.loads((tmp_path / name / "summary.json").read_text())
+
+
+# ---------------------------------------------------------------------- parity
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        LOCAL,
+        ["--federation.optimizer_state", "keep"],
+        ["--federation.local_epochs", "1", "--federation.local_steps", "null"],
+    ],
+    ids=["fedgan", "local discriminators", "kept moments", "epochs"],
+)
+def test_a_deployment_computes_what_the_simulation_computes(tmp_path, options):
+    """To the bit: same machine, same threads."""
+    deploy(tmp_path, *options)
+    simulate(tmp_path, *options)
+    assert_states_equal(weights(tmp_path, "deployed"), weights(tmp_path, "simulated"))
+    mine, theirs = summary(tmp_path, "deployed"), summary(tmp_path, "simulated")
+    assert mine["bytes_up"] == theirs["bytes_up"]
+    assert mine["client_steps"] == theirs["client_steps"]
+    assert mine["evaluation"]["fid_floor"] == pytest.approx(theirs["evaluation"]["fid_floor"], rel=1e-9)
+
+
+def test_only_sums_and_parameters_come_from_sites(tmp_path):
+    """Everything a site sends, byte by byte, holds none of its images."""
+    from fedgan_lightning import Digits
+
+    sent = []
+
+    grid = grid_of(tmp_path, SHORT)
+    grid.edit = lambda node, kind, reply: sent.extend(array.data for array in reply.content["arrays"].values())
+    deploy(tmp_path, grid=grid)
+    stream = b"".join(sent)
+    assert len(stream) > 1_000_000
+    for image in Digits().load("train").x[:200]:
+        if image.unique().numel() > 8:
+            assert image.numpy().tobytes() not in stream
+            assert (image.float() / 127.5 - 1).numpy().tobytes() not in stream
+
+
+def test_a_killed_server_continues_and_sites_go_back_with_it(tmp_path):
+    """Private state at the sites goes on from the last round that the server kept, not from the last that was run."""
+    deploy(tmp_path, *LOCAL, "--federation.rounds", "5", name="whole")
+    options = [*LOCAL, "--checkpoint.every_n_rounds", "2"]
+    first = deploy(tmp_path / "b", *options, "--federation.rounds", "3", name="cut")
+    # Round 3 ran, and is in no checkpoint but the last one, which a kill would have lost:
+    last = tmp_path / "b" / "cut" / "checkpoints" / "last.ckpt"
+    done = read_checkpoint(last)["global_step"]
+    assert done == 3
+    serve_over(
+        first, ["--config", CONFIG, *SHORT, *options, "--federation.rounds", "5", "--run_dir", str(last.parents[1])]
+    )
+    assert_states_equal(weights(tmp_path, "whole"), weights(tmp_path / "b", "cut"))
+
+
+def test_private_state_follows_the_task_that_was_let_in(tmp_path):
+    from fedgan_lightning.deployment.site import Site
+
+    site = Site(["--config", CONFIG, *SHORT, *LOCAL], client_id=1, state_dir=tmp_path, part=1)
+    shared = {n: v for n, v in site.module.state_dict().items() if n.startswith("generator.")}
+
+    def task(round, seed):
+        return ClientTask(client_id=1, round=round, seed=seed, state=shared, local=LocalWork(steps=2))
+
+    first = site.train(task(0, 11), accepted=-1, digest=site.digest)
+    second = site.train(task(1, 12), accepted=11, digest=site.digest)
+    again = site.train(task(1, 12), accepted=11, digest=site.digest)
+    afresh = site.train(task(1, 12), accepted=-1, digest=site.digest)
+    assert all(torch.equal(second.delta[n], again.delta[n]) for n in second.delta)
+    assert any(not torch.equal(second.delta[n], afresh.delta[n]) for n in second.delta)
+    assert first.num_examples == second.num_examples
+    with pytest.raises(ConfigurationError, match="share the settings of model and federation"):
+        site.train(task(2, 13), accepted=12, digest="another")
+
+
+# ---------------------------------------------------------------------- bad sites
+
+
+SAFE = [
+    *("--federation.rules", "RoundRules", "--federation.rules.minimum", "0.5"),
+    *("--federation.screening", "Screening", "--federation.screening.max_norm", "100"),
+]
+
+
+@pytest.mark.parametrize("fault", ["nan", "wrong_shape", "wrong_keys", "stale", "huge_norm"])
+def test_a_site_that_answers_wrongly_is_named_and_left_out(tmp_path, fault):
+    deploy(tmp_path, *SAFE, told={1: {"fault": fault}})
+    simulate(tmp_path, "--federation.clients", "SelectedClients", "--federation.clients.clients", "[0, 2]")
+    assert_states_equal(weights(tmp_path, "deployed"), weights(tmp_path, "simulated"))
+    found = summary(tmp_path, "deployed")
+    assert found["events"] == {"rejected": 3}
+    assert {incident["client_id"] for incident in found["incidents"]} == {1}
+
+
+def test_a_site_that_is_silent_or_away_is_named_and_left_out(tmp_path):
+    options = [*SHORT, *SAFE, "--federation.rules.timeout", "0.01"]
+    grid = grid_of(tmp_path, options)
+    grid.silent = {101}
+    serve_over(grid, ["--config", CONFIG, *options, "--run_dir", str(tmp_path / "silent")])
+    found = summary(tmp_path, "silent")
+    assert found["events"] == {"failed": 3}
+    assert "reply: no answer within" in found["incidents"][0]["reason"]
+
+    class Leaving(LoopbackGrid):
+        def push_messages(self, messages):
+            if sum(kind == "train" for _, kind in self.asked) >= 3:
+                self.away = {101}
+            return super().push_messages(messages)
+
+    grid = grid_of(tmp_path, options)
+    grid.__class__ = Leaving
+    serve_over(grid, ["--config", CONFIG, *options, "--run_dir", str(tmp_path / "away")])
+    assert "connect: its site is not connected" in {own["reason"] for own in summary(tmp_path, "away")["incidents"]}
+
+
+def test_a_late_answer_is_counted_and_dropped(tmp_path):
+    class Slow(LoopbackGrid):
+        def push_messages(self, messages):
+            keys = super().push_messages(messages)
+            if sum(kind == "train" for _, kind in self.asked) > 3:
+                self.release()
+            return keys
+
+    options = [*SHORT, *SAFE, "--federation.rules.timeout", "0.01"]
+    grid = grid_of(tmp_path, options)
+    grid.__class__, grid.silent = Slow, {101}
+    serve_over(grid, ["--config", CONFIG, *options, "--run_dir", str(tmp_path / "late")])
+    events = summary(tmp_path, "late")["events"]
+    assert events == {"failed": 1, "late": 1}
+
+
+def test_a_site_with_other_settings_or_another_s_number_is_refused(tmp_path, monkeypatch):
+    grid = grid_of(tmp_path, SHORT, told={2: {"client-id": 1}})
+    with pytest.raises(QuorumError, match=r"none for clients \[2\] within 0 s"):
+        serve_with_patience(monkeypatch, grid, tmp_path / "number", 0.0)
+    other = tmp_path / "other.yaml"
+    other.write_text("model:\n  class_path: GAN\n  init_args:\n    d_steps: 2\n")
+    grid = grid_of(tmp_path, SHORT, told={0: {"site": str(other)}})
+    with pytest.raises(QuorumError, match=r"none for clients \[0\]"):
+        serve_with_patience(monkeypatch, grid, tmp_path / "settings", 0.0)
+
+
+def serve_with_patience(monkeypatch, grid, run_dir, seconds):
+    from fedgan_lightning.deployment import flower
+
+    plain = flower.Sites.__init__
+    monkeypatch.setattr(
+        flower.Sites, "__init__", lambda self, grid, **o: plain(self, grid, **{**o, "join_timeout": seconds})
+    )
+    try:
+        serve_over(grid, ["--config", CONFIG, *SHORT, "--run_dir", str(run_dir)])
+    finally:
+        monkeypatch.setattr(flower.Sites, "__init__", plain)
+
+
+def test_metrics_that_look_at_samples_are_refused(tmp_path):
+    own = tmp_path / "metrics.yaml"
+    own.write_text("evaluation:\n  metrics: [fedgan_lightning.KernelDistance]\n")
+    with pytest.raises(ConfigurationError, match="samples of clients never come to the server"):
+        deploy(tmp_path, "--config", str(own))
+
+
+# ---------------------------------------------------------------------- records
+
+
+def test_tasks_and_updates_survive_the_wire():
+    state = {"g.w": torch.randn(3, 2), "optimizer/0/g.w/step": torch.tensor(3.0), "g.n": torch.tensor(2)}
+    state["g.var"] = torch.rand(2, dtype=torch.float64)
+    task = ClientTask(
+        client_id=2, round=5, seed=2**63 - 1, state=state, local=LocalWork(epochs=2, schedule_positions=(4, 5))
+    )
+    back, accepted = wire.to_task(wire.from_task(task, accepted=17, digest="d"))
+    assert (back.client_id, back.round, back.seed, back.local, accepted) == (2, 5, 2**63 - 1, task.local, 17)
+    assert_states_equal(dict(back.state), state)
+    assert {n: v.dtype for n, v in back.state.items()} == {n: v.dtype for n, v in state.items()}
+    update = ClientUpdate(2, 7, {"g.w": state["g.w"]}, {"loss_d": 0.25}, {"g.var": state["g.var"]}, round=5)
+    other = wire.to_update(wire.from_update(update), client_id=2)
+    assert (other.num_examples, other.round, dict(other.metrics)) == (7, 5, {"loss_d": 0.25})
+    assert_states_equal(dict(other.delta), dict(update.delta))
+    assert_states_equal(dict(other.extras), dict(update.extras))
+
+
+def test_an_answer_that_is_no_update_is_a_failure(tmp_path):
+    def lie(node, kind, reply):
+        if (node, kind) == (101, "train"):
+            reply.content = wire.content({"num_examples": 3})
+
+    grid = grid_of(tmp_path, [*SHORT, *SAFE])
+    grid.edit = lie
+    deploy(tmp_path, *SAFE, grid=grid)
+    reasons = {own["reason"] for own in summary(tmp_path, "deployed")["incidents"]}
+    assert any("an answer that is no update" in reason for reason in reasons)
