@@ -78,12 +78,21 @@ class Layout:
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> Layout:
-        """Undo :meth:`plain`."""
-        return cls(
-            names=tuple(values["names"]),
-            shapes=tuple(tuple(shape) for shape in values["shapes"]),
-            dtypes=tuple(getattr(torch, dtype) for dtype in values["dtypes"]),
-        )
+        """Undo :meth:`plain`.
+
+        Raises:
+            ValueError: If the values are no layout; they may come from elsewhere.
+        """
+        names, shapes = tuple(map(str, values["names"])), tuple(tuple(map(int, own)) for own in values["shapes"])
+        dtypes = tuple(getattr(torch, str(dtype), None) for dtype in values["dtypes"])
+        fits = len(names) == len(shapes) == len(dtypes) == len(set(names))
+        if (
+            not fits
+            or not all(isinstance(dtype, torch.dtype) for dtype in dtypes)
+            or min(map(min, filter(None, shapes)), default=0) < 0
+        ):
+            raise ValueError("a layout has distinct names, and a shape and a dtype for each")
+        return cls(names=names, shapes=shapes, dtypes=dtypes)  # type: ignore[arg-type]
 
     @cached_property
     def by_name(self) -> dict[str, tuple[int, ...]]:

@@ -38,6 +38,7 @@ STAND_INS = {
     "celeba": ("[3, 48, 48]", 16),
     "medmnist": ("[1, 28, 28]", 2),
     "image_folder": ("[3, 32, 32]", 0),
+    "hospitals": ("[1, 28, 28]", 2),
 }
 
 
@@ -66,7 +67,7 @@ def small(name: str) -> list[str]:
 
 
 def test_the_promised_configurations_are_there():
-    promised = "digits mnist fashion_mnist cifar10 celeba medmnist image_folder ring8 grid25 swiss_roll toy2d"
+    promised = "digits mnist fashion_mnist cifar10 celeba medmnist image_folder hospitals ring8 grid25 swiss_roll toy2d"
     assert {path.stem for path in CONFIGS} >= set(promised.split())
 
 

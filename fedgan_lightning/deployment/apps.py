@@ -59,10 +59,10 @@ def _site(context: Any) -> Any:
     node, run = context.node_config, context.run_config
     number = int(node.get("client-id", node.get("partition-id", -1)))
     arguments = ["--config", str(node.get("config", run["config"]))]
-    if "site" in node:
-        arguments += ["--config", str(node["site"])]
     if "config" not in node:
         arguments += shlex.split(str(run["options"]))
+    if "site" in node:  # last: what the site says of itself counts
+        arguments += ["--config", str(node["site"])]
     part = None if "site" in node else number
     state = node.get("state", str(Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser() / "fedgan"))
     return _built(tuple(arguments), number, str(state), part)

@@ -27,6 +27,7 @@ from fedgan_lightning.federation.policy import resolve
 from fedgan_lightning.federation.store import ClientStore
 from fedgan_lightning.packing import Packed
 from fedgan_lightning.protocol import ClientTask, ClientUpdate, State
+from fedgan_lightning.version import __version__
 
 #: Private states that a site keeps, for a server that goes back to an older checkpoint.
 STATES_KEPT = 20
@@ -170,7 +171,7 @@ class Site:
 
 
 def digest_of(settings: Mapping[str, Any]) -> str:
-    """Return a hash of the settings that server and sites share: model, local work, policies, batch size, seed."""
+    """Return a hash of what server and sites share: the version, model, local work, policies, batch size, seed."""
     federation = {name: settings["federation"][name] for name in SHARED}
-    shared = [settings["model"], federation, settings["data"]["batch_size"], settings["seed_everything"]]
+    shared = [__version__, settings["model"], federation, settings["data"]["batch_size"], settings["seed_everything"]]
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedgan_lightning.packing import Layout, Packed
 from fedgan_lightning.protocol import ClientTask, ClientUpdate, LocalWork, State
 
 #: Message types, as Flower routes them to a function of the ClientApp.
@@ -16,30 +18,42 @@ SEPARATOR = "|"
 
 
 def content(facts: Mapping[str, Any], **states: State) -> Any:
-    """Return a ``RecordDict`` of plain values and of states by name."""
+    """Return a ``RecordDict`` of plain values and of states by name.
+
+    A state travels as one flat array per dtype: Flower sends every array by requests of its own, and with one array per
+    parameter they took longer than the training (measured).
+    """
     from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-    arrays = {
-        f"{group}{SEPARATOR}{name}": Array(value.detach().cpu().contiguous().numpy())
-        for group, state in states.items()
-        for name, value in state.items()
-    }
-    return RecordDict({"facts": ConfigRecord(dict(facts)), "arrays": ArrayRecord(arrays)})
+    arrays, layouts = {}, {}
+    for group, state in states.items():
+        packed = Packed.of(state)
+        layouts[f"layout{SEPARATOR}{group}"] = json.dumps(packed.layout.plain())
+        for dtype, vector in packed.vectors.items():
+            arrays[f"{group}{SEPARATOR}{dtype}"] = Array(vector.cpu().contiguous().numpy())
+    return RecordDict({"facts": ConfigRecord({**facts, **layouts}), "arrays": ArrayRecord(arrays)})
 
 
 def facts_of(records: Any) -> dict[str, Any]:
     """Return the plain values."""
-    return dict(records["facts"])
+    return {name: value for name, value in records["facts"].items() if not name.startswith(f"layout{SEPARATOR}")}
 
 
 def state_of(records: Any, group: str) -> dict[str, Tensor]:
-    """Return the state called ``group``; its tensors are copies."""
-    prefix = f"{group}{SEPARATOR}"
-    return {
-        name.removeprefix(prefix): torch.from_numpy(array.numpy().copy())
-        for name, array in records["arrays"].items()
-        if name.startswith(prefix)
-    }
+    """Return the state called ``group``; its tensors are copies.
+
+    Raises:
+        ValueError: If arrays and layout do not fit each other.
+    """
+    layout = Layout.from_plain(json.loads(records["facts"][f"layout{SEPARATOR}{group}"]))
+    vectors = {}
+    for dtype, length in layout.lengths.items():
+        vector = torch.from_numpy(records["arrays"][f"{group}{SEPARATOR}{dtype}"].numpy().copy())
+        if vector.shape != (length,) or vector.dtype != dtype:
+            raise ValueError(f"{group} has {list(vector.shape)} numbers of {vector.dtype}, not {length} of {dtype}")
+        vectors[dtype] = vector
+    packed = Packed(layout, vectors)
+    return {name: packed[name].clone() for name in packed}
 
 
 def from_task(task: ClientTask, *, accepted: int, digest: str) -> Any:

@@ -14,6 +14,7 @@ from fedgan_lightning.checkpoints import read_checkpoint  # noqa: E402
 from fedgan_lightning.deployment import wire  # noqa: E402
 from fedgan_lightning.deployment.apps import serve_over  # noqa: E402
 from fedgan_lightning.errors import ConfigurationError, QuorumError  # noqa: E402
+from fedgan_lightning.packing import Layout  # noqa: E402
 from fedgan_lightning.protocol import ClientTask, ClientUpdate, LocalWork  # noqa: E402
 from tests.conftest import ROOT, assert_states_equal  # noqa: E402
 from tests.deployment.loopback import LoopbackGrid  # noqa: E402
@@ -141,6 +142,26 @@ def test_private_state_follows_the_task_that_was_let_in(tmp_path):
         site.train(task(2, 13), accepted=12, digest="another")
 
 
+def test_what_a_site_says_of_its_data_counts(tmp_path):
+    """Its own source, whatever options the server was started with."""
+    own = tmp_path / "site.yaml"
+    own.write_text(
+        "data:\n  source: {class_path: tests.fakes.RandomImages, init_args: {shape: [1, 8, 8], classes: 10}}\n"
+    )
+    options = [*SHORT, "--data.source", "Digits"]
+    grid = grid_of(tmp_path, options, told={2: {"site": str(own)}})
+    serve_over(grid, ["--config", CONFIG, *options, "--run_dir", str(tmp_path / "own")])
+    from fedgan_lightning.visuals.runs import read_run
+
+    assert read_run(tmp_path / "own").summary["status"] == "finished"
+    picture = tmp_path / "own" / "partition.png"
+    assert picture.exists()
+    site = grid.contexts[102]
+    from fedgan_lightning.deployment.apps import _site
+
+    assert _site(site).facts()["num_examples"] == 700
+
+
 # ---------------------------------------------------------------------- bad sites
 
 
@@ -258,3 +279,16 @@ def test_an_answer_that_is_no_update_is_a_failure(tmp_path):
     deploy(tmp_path, *SAFE, grid=grid)
     reasons = {own["reason"] for own in summary(tmp_path, "deployed")["incidents"]}
     assert any("an answer that is no update" in reason for reason in reasons)
+
+
+def test_arrays_that_do_not_fit_their_layout_are_refused():
+    from flwr.app import Array
+
+    records = wire.content({}, delta={"g.w": torch.zeros(3, 2), "g.b": torch.zeros(2)})
+    assert len(records["arrays"]) == 1, "one array per dtype, not per parameter"
+    records["arrays"]["delta|torch.float32"] = Array(torch.zeros(7).numpy())
+    with pytest.raises(ValueError, match=r"delta has \[7\] numbers of torch.float32, not 8"):
+        wire.state_of(records, "delta")
+    for changed in ({"dtypes": ["load"]}, {"names": ["a", "a"]}, {"shapes": [[-1]]}, {"shapes": []}):
+        with pytest.raises(ValueError, match="a layout has distinct names"):
+            Layout.from_plain({"names": ["a"], "shapes": [[1]], "dtypes": ["float32"], **changed})
