@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fedgan_lightning.data.samples import Samples
     from fedgan_lightning.data.sources import (
         CelebA,
+        CSVProfiles,
         Digits,
         Grid,
         ImageFolder,
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
         ModeCoverage,
         SlicedWasserstein,
     )
+    from fedgan_lightning.evaluation.series import DiscriminativeScore, PredictiveScore, ProfileCentroids
     from fedgan_lightning.evaluation.utility import Memorisation, SyntheticTraining
     from fedgan_lightning.federation.aggregation import WeightedMean
     from fedgan_lightning.federation.executors import (
@@ -82,6 +84,7 @@ if TYPE_CHECKING:
     from fedgan_lightning.federation.rules import RoundRules, Screening
     from fedgan_lightning.federation.sampling import (
         AllClients,
+        AvailableClients,
         FractionOfClients,
         PoissonSampling,
         SelectedClients,
@@ -96,6 +99,8 @@ if TYPE_CHECKING:
         DCGANGenerator,
         MLPDiscriminator,
         MLPGenerator,
+        ProfileDiscriminator,
+        ProfileGenerator,
         R3GANDiscriminator,
         R3GANGenerator,
         ResNetDiscriminator,
@@ -131,6 +136,7 @@ _HOMES = {
     ],
     "fedgan_lightning.data.samples": ["Samples"],
     "fedgan_lightning.data.sources": [
+        "CSVProfiles",
         "CelebA",
         "Digits",
         "Grid",
@@ -167,6 +173,7 @@ _HOMES = {
         "PrecisionRecall",
     ],
     "fedgan_lightning.evaluation.gap": ["HeldAbsentGap"],
+    "fedgan_lightning.evaluation.series": ["DiscriminativeScore", "PredictiveScore", "ProfileCentroids"],
     "fedgan_lightning.evaluation.utility": ["Memorisation", "SyntheticTraining"],
     "fedgan_lightning.evaluation.metrics": [
         "ClassCoverage",
@@ -185,7 +192,13 @@ _HOMES = {
     "fedgan_lightning.federation.orchestrator": ["FederatedOrchestrator"],
     "fedgan_lightning.federation.robust": ["CoordinateMedian", "GeometricMedian", "Krum", "TrimmedMean"],
     "fedgan_lightning.federation.rules": ["RoundRules", "Screening"],
-    "fedgan_lightning.federation.sampling": ["AllClients", "FractionOfClients", "PoissonSampling", "SelectedClients"],
+    "fedgan_lightning.federation.sampling": [
+        "AllClients",
+        "AvailableClients",
+        "FractionOfClients",
+        "PoissonSampling",
+        "SelectedClients",
+    ],
     "fedgan_lightning.federation.server": ["ServerModule"],
     "fedgan_lightning.gan.augment": ["Augmentation", "LeCam"],
     "fedgan_lightning.gan.module": ["GAN"],
@@ -196,6 +209,8 @@ _HOMES = {
         "DCGANGenerator",
         "MLPDiscriminator",
         "MLPGenerator",
+        "ProfileDiscriminator",
+        "ProfileGenerator",
         "R3GANDiscriminator",
         "R3GANGenerator",
         "ResNetDiscriminator",
@@ -240,17 +255,19 @@ __all__ = [
     "Penalty", "R1", "R2", "GradientPenalty", "Augmentation", "LeCam",
     "GAN", "MLPGenerator", "MLPDiscriminator", "DCGANGenerator", "DCGANDiscriminator", "ACGANGenerator",
     "ACGANDiscriminator", "ResNetGenerator", "ResNetDiscriminator", "R3GANGenerator", "R3GANDiscriminator",
+    "ProfileGenerator", "ProfileDiscriminator",
     "FederatedDataModule", "Samples", "Source", "Digits", "TorchvisionImages", "CelebA", "ImageFolder", "MedMNISTFile",
-    "Ring", "Grid", "SwissRoll", "Segments",
+    "Ring", "Grid", "SwissRoll", "Segments", "CSVProfiles",
     "Partition", "IID", "Dirichlet", "ClassesPerClient", "ClassLists", "QuantitySkew", "Natural", "FeatureShift",
     "Federation", "FederatedOrchestrator", "ServerModule", "AutoExecutor", "SequentialExecutor", "VectorizedExecutor",
     "FaultyExecutor", "RoundRules", "Screening",
     "WeightedMean", "CoordinateMedian", "TrimmedMean", "Krum", "GeometricMedian",
-    "AllClients", "FractionOfClients", "PoissonSampling", "SelectedClients",
+    "AllClients", "AvailableClients", "FractionOfClients", "PoissonSampling", "SelectedClients",
     "Aggregator", "ClientSampler", "ClientTask", "ClientUpdate", "ClientFailure", "Executor",
     "Evaluation", "Metric", "FrechetDistance", "ClassCoverage", "ModeCoverage", "SlicedWasserstein",
     "KernelDistance", "PrecisionRecall", "ClassifierScore", "IntraClassDistance", "SyntheticTraining", "Memorisation",
     "ClassBreakdown", "ClientDistances", "HeldAbsentGap",
+    "ProfileCentroids", "DiscriminativeScore", "PredictiveScore",
     "FeatureNet", "ClassifierFeatures", "PixelFeatures", "InceptionFeatures", "ModuleFeatures",
     "SamplePictures", "Inspection", "AtomicCheckpointIO", "BestCheckpoint", "LastCheckpoint",
     "FedGANError", "ConfigurationError", "DataError", "CheckpointError", "UpdateError", "ClientError",

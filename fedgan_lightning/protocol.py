@@ -251,6 +251,10 @@ class ClientSampler(ABC):
     def sample(self, *, num_clients: int, round: int, seed: int) -> tuple[int, ...]:
         """Return distinct client ids in ascending order; an empty cohort is allowed."""
 
+    def population(self, *, num_clients: int, round: int) -> Sequence[int]:
+        """Return the clients that could be asked in this round, in ascending order; all unless overridden."""
+        return range(num_clients)
+
 
 @runtime_checkable
 class ClientHook(Protocol):

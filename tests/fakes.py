@@ -1,4 +1,4 @@
-"""A source for tests: images of any shape, so that configurations for data that is not at hand can run."""
+"""Sources for tests, so that configurations for data that is not at hand can run."""
 
 from __future__ import annotations
 
@@ -26,3 +26,17 @@ class RandomImages(Source):
         x = torch.randint(0, 256, (self.num_samples, *self.sample_shape), generator=generator, dtype=torch.uint8)
         labels = torch.arange(self.num_samples) % self.num_classes if self.num_classes else None
         return Samples(x=x, y=labels, columns={"folder": (torch.arange(self.num_samples) % 3).numpy()})
+
+
+class RandomSeries(Source):
+    """Sines of random phase and noise: six variables of 40 days, four seasons."""
+
+    sample_shape, class_names = (1, 24), ("winter", "spring", "summer", "autumn")
+
+    def load(self, split):
+        generator = torch.Generator().manual_seed(len(split))
+        phase = torch.rand(240, 1, 1, generator=generator)
+        hours = torch.arange(24).view(1, 1, 24) / 24
+        x = torch.sin(6.28 * (hours + phase)) + 0.1 * torch.randn(240, 1, 24, generator=generator)
+        days = torch.arange(240)
+        return Samples(x=x, y=days % 4, columns={"variable": (days // 40).numpy(), "season": (days % 4).numpy()})

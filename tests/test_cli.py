@@ -61,13 +61,16 @@ def small(name: str) -> list[str]:
         if name in ("cifar10", "celeba"):
             width = "8"
             arguments += [f"--model.generator.width={width}", f"--model.discriminator.width={width}"]
+    if name == "timeseries":
+        arguments += ["--data.source", "tests.fakes.RandomSeries", "--data.batch_size", "8"]
     if name not in ("digits", "ring8"):  # what auto measures would take longer than the two rounds
         arguments += ["--federation.executor", "SequentialExecutor"]
     return arguments
 
 
 def test_the_promised_configurations_are_there():
-    promised = "digits mnist fashion_mnist cifar10 celeba medmnist image_folder hospitals ring8 grid25 swiss_roll toy2d"
+    promised = "digits mnist fashion_mnist cifar10 celeba medmnist image_folder hospitals timeseries"
+    promised += " ring8 grid25 swiss_roll toy2d"
     assert {path.stem for path in CONFIGS} >= set(promised.split())
 
 

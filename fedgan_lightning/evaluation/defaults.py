@@ -13,13 +13,17 @@ from fedgan_lightning.evaluation.metrics import (
     SlicedWasserstein,
     SurveyedData,
 )
+from fedgan_lightning.evaluation.series import DiscriminativeScore, PredictiveScore, ProfileCentroids
 from fedgan_lightning.evaluation.utility import Memorisation, SyntheticTraining
 
 
 def default_metrics(data: FederatedDataModule) -> list[Metric]:
-    """Return the metrics that suit the data: modes where known, FID and more for images, else sliced Wasserstein."""
+    """Return what suits the data: modes where known, FID and more for images, scores for series, else Wasserstein."""
     if hasattr(data.source, "centres"):
         return [ModeCoverage()]
+    if len(data.sample_shape) == 2:
+        series: list[Metric] = [SlicedWasserstein(), ProfileCentroids(), DiscriminativeScore(), PredictiveScore()]
+        return series
     if len(data.sample_shape) != 3:
         return [SlicedWasserstein()]
     found: list[Metric] = [FrechetDistance(), ClientDistances()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,6 +131,7 @@ class Conductor:
             self.context.store.discard()
             ledger.count("abandoned")
             logger.warning(f"round {round} abandoned: {counted} of at least {needed} clients answered")
+            self._pause()
         raise QuorumError(
             message(
                 f"a round needs {self.rules.minimum:.0%} of its cohort",
@@ -137,6 +139,18 @@ class Conductor:
                 fix="find out why clients fail, lower rules.minimum, or raise rules.over_selection",
             )
         )
+
+    def _pause(self) -> None:
+        """Wait before the next try.
+
+        Raises:
+            RoundInterrupted: If the user asks to stop.
+        """
+        end = time.monotonic() + self.rules.pause
+        while time.monotonic() < end:
+            if self.context.stop_requested():
+                raise RoundInterrupted("the user asked to stop")
+            time.sleep(min(0.2, max(0.0, end - time.monotonic())))
 
     def ask(self, round: int, attempt: int) -> tuple[tuple[int, ...], list[int]]:
         """Return the cohort of a try, and those who stand by; benched clients are in neither."""
@@ -147,7 +161,7 @@ class Conductor:
         wanted = self.rules.num_reserves(len(cohort))
         if not wanted:
             return cohort, []
-        others = sorted({*range(population)} - {*cohort})
+        others = sorted({*self.sampler.population(num_clients=population, round=round)} - {*cohort})
         shuffled = make_numpy_generator(seed, "reserves", round).permutation(len(others))
         free = [others[int(place)] for place in shuffled if not self.is_benched(others[int(place)])]
         return cohort, free[:wanted]

@@ -31,6 +31,7 @@ class RoundRules:
         late: What becomes of an update that comes in the round after its own: ``drop``, or ``discount`` its weight.
         discount: Factor in (0, 1] on the weight of a late update.
         attempts: Tries of a round before the run ends; ``None`` tries for ever.
+        pause: Seconds between two tries: sites that are away need time to come back.
 
     Raises:
         ConfigurationError: If a value is out of range.
@@ -45,6 +46,7 @@ class RoundRules:
         late: Literal["drop", "discount"] = "drop",
         discount: float = 0.5,
         attempts: int | None = 10,
+        pause: float = 0.0,
     ) -> None:
         wrong = {
             "over_selection is at least 1": over_selection if over_selection < 1 else None,
@@ -53,12 +55,13 @@ class RoundRules:
             "late is drop or discount": late if late not in ("drop", "discount") else None,
             "discount lies in (0, 1]": discount if not 0 < discount <= 1 else None,
             "attempts is at least 1": attempts if attempts is not None and attempts < 1 else None,
+            "pause is at least 0": pause if pause < 0 else None,
         }
         for rule, value in wrong.items():
             if value is not None:
                 raise ConfigurationError(message(f"rules.{rule}", received=value, fix="set a value in that range"))
         self.over_selection, self.minimum, self.timeout = over_selection, minimum, timeout
-        self.late, self.discount, self.attempts = late, discount, attempts
+        self.late, self.discount, self.attempts, self.pause = late, discount, attempts, pause
 
     def num_reserves(self, goal: int) -> int:
         """Return how many clients are asked beyond the goal."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
+from pathlib import Path
 
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.protocol import ClientSampler
 from fedgan_lightning.seeding import make_numpy_generator
+
+#: Columns of a trace.
+COLUMNS = ("client", "first_round", "last_round")
 
 
 class AllClients(ClientSampler):
@@ -71,6 +76,51 @@ class SelectedClients(ClientSampler):
                 )
             )
         return self.clients
+
+
+class AvailableClients(ClientSampler):
+    """Only clients that a trace says are there: devices at night, hospitals that join late or leave.
+
+    Args:
+        trace: CSV file with the columns ``client``, ``first_round`` and ``last_round``, both inclusive; a client may
+            have several rows, and one without rows is never there.
+        among: Chooses among those that are there; default all of them.
+
+    Raises:
+        ConfigurationError: If the file cannot be read as such.
+    """
+
+    def __init__(self, trace: str, *, among: ClientSampler | None = None) -> None:
+        self.among = among if among is not None else AllClients()
+        try:
+            with Path(trace).open(encoding="utf-8", newline="") as file:
+                rows = [{name: int(row[name]) for name in COLUMNS} for row in csv.DictReader(file)]
+        except (OSError, KeyError, ValueError, TypeError) as error:
+            raise ConfigurationError(
+                message(
+                    f"a trace is a CSV file of whole numbers with the columns {', '.join(COLUMNS)}",
+                    received=f"{trace} ({type(error).__name__}: {error})",
+                    fix="check path and header",
+                )
+            ) from error
+        self.spans = [(row["client"], row["first_round"], row["last_round"]) for row in rows]
+
+    def population(self, *, num_clients: int, round: int) -> Sequence[int]:
+        there = {client for client, first, last in self.spans if first <= round <= last}
+        beyond = sorted(client for client in there if not 0 <= client < num_clients)
+        if beyond:
+            raise ConfigurationError(
+                message(
+                    f"the trace names clients in [0, {num_clients})", received=beyond[0], fix="raise data.num_clients"
+                )
+            )
+        return sorted(there)
+
+    def sample(self, *, num_clients: int, round: int, seed: int) -> tuple[int, ...]:
+        there = self.population(num_clients=num_clients, round=round)
+        if not there:
+            return ()
+        return tuple(there[place] for place in self.among.sample(num_clients=len(there), round=round, seed=seed))
 
 
 def round_half_up(value: float) -> int:

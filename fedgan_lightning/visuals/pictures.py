@@ -32,6 +32,26 @@ def grid(images: Tensor, *, columns: int) -> Picture:
     return picture
 
 
+#: Series in one plot.
+SERIES_SHOWN = 40
+
+
+def series(fake: Tensor, real: Tensor, *, title: str) -> Picture:
+    """Plot generated series (N, c, T) beside real ones, some of each on one scale; the first channel."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 3.0), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, values, name, colour in zip(panels, (real, fake), ("real", "generated"), ("#555555", "#c23b22")):
+        axes.plot(values[:SERIES_SHOWN, 0].T.numpy(), color=colour, alpha=0.35, linewidth=0.9)
+        axes.set_title(f"{name}{', ' + title if title and name == 'generated' else ''}", fontsize=10)
+    low, high = float(real.min()), float(real.max())
+    panels[0].set_ylim(low - 0.2, high + 0.2)
+    return _render(figure)
+
+
 #: Points a side at which a discriminator is read.
 FIELD_SIDE = 60
 

@@ -25,7 +25,8 @@ from fedgan_lightning.visuals.tensorboard import writers
 class SamplePictures(L.Callback):
     """Writes ``reals.png``, ``fakes_init.png`` and ``fakes_roundNNNN.png``; in ``predict``, a picture and an .npz file.
 
-    Class-conditional generators and labelled data give one class per row. Two-dimensional data gives scatter plots.
+    Class-conditional generators and labelled data give one class per row. Series give line plots, two-dimensional data
+    scatter plots.
 
     Args:
         every_n_rounds: Rounds between pictures; the last round always has one.
@@ -80,6 +81,10 @@ class SamplePictures(L.Callback):
 
     def draw(self, data: FederatedDataModule, server: ServerModule, *, title: str = "") -> pictures.Picture:
         """Return the picture of the generator from the fixed z."""
+        if len(data.sample_shape) == 2:
+            generated = server.sample(pictures.SERIES_SHOWN, generator=self._generator()).detach().cpu()
+            order = torch.randperm(len(data.train_samples), generator=make_generator(self.seed, "series"))
+            return pictures.series(generated, data.train_samples.x[order[: pictures.SERIES_SHOWN]], title=title)
         if len(data.sample_shape) != 3:
             samples = server.sample(self.num_points, generator=self._generator()).detach().cpu().flatten(1)[:, :2]
             real = data.train_samples.x.flatten(1)[:, :2]

@@ -86,6 +86,11 @@ def r3gan(condition):
     )
 
 
+def profile(condition):
+    options = {"width": 4, "blocks": 2, "num_classes": 0 if condition == "none" else 10}
+    return networks.ProfileGenerator(64, output="tanh", **options), networks.ProfileDiscriminator(64, **options)
+
+
 #: Family -> (makes the pair, conditions it has).
 FAMILIES = {
     "MLP": (mlp, CONDITIONS),
@@ -96,6 +101,7 @@ FAMILIES = {
     "ACGAN": (acgan, ("auxiliary",)),
     "ResNet": (resnet, CONDITIONS),
     "R3GAN": (r3gan, CONDITIONS),
+    "profile": (profile, ("none", "channels")),
 }
 CASES = [
     (loss, penalty, family, condition)
@@ -192,7 +198,7 @@ def gentler(parameters):
 
 def check(case, dtype, rtol, *, seed=0):
     optimizer = gentler if case[2] == "ResNet" else gentle
-    data = digits_data(num_clients=3) if case[2] != "ACGAN" else big_digits()
+    data = {"ACGAN": big_digits, "profile": digit_series}.get(case[2], lambda: digits_data(num_clients=3))()
     reference = updates(SequentialExecutor(), make(*case, dtype=dtype, optimizer=optimizer), data, seed=seed)
     stacked = updates(VectorizedExecutor(), make(*case, dtype=dtype, optimizer=optimizer), data, seed=seed)
     assert_same(stacked, reference, rtol=rtol)
@@ -217,6 +223,16 @@ def big_digits():
     big = torch.nn.functional.interpolate(small.x.float(), size=28).to(torch.uint8)
     data.__dict__["train_samples"] = type(small)(x=big, y=small.y, columns=small.columns)
     data.sample_shape = (1, 28, 28)
+    return data
+
+
+def digit_series():
+    """Digits as series of 64 numbers in [-1, 1]."""
+    data = digits_data(num_clients=3)
+    images = data.train_samples
+    rows = images.x.float().div(127.5).sub(1).view(len(images), 1, 64)
+    data.__dict__["train_samples"] = type(images)(x=rows, y=images.y, columns=images.columns)
+    data.sample_shape = (1, 64)
     return data
 
 

@@ -7,9 +7,11 @@ import pytest
 from fedgan_lightning.errors import ConfigurationError
 from fedgan_lightning.federation import sampling
 from fedgan_lightning.protocol import ClientSampler
+from tests.conftest import ROOT
 
 SAMPLERS = [sampling.AllClients(), sampling.FractionOfClients(0.3), sampling.PoissonSampling(0.3)]
-SAMPLERS += [sampling.SelectedClients([4, 1])]
+TRACE = str(ROOT / "tests" / "data" / "trace.csv")
+SAMPLERS += [sampling.SelectedClients([4, 1]), sampling.AvailableClients(TRACE)]
 CONSTANT = (sampling.AllClients, sampling.SelectedClients)
 
 
@@ -60,3 +62,27 @@ def test_selected_clients_are_those_that_were_named():
     for wrong in ([], [1, 1], [-1]):
         with pytest.raises(ConfigurationError, match="takes distinct client ids"):
             sampling.SelectedClients(wrong)
+
+
+def test_only_those_that_are_there_are_chosen_and_may_stand_by():
+    there = sampling.AvailableClients(TRACE)
+    assert there.sample(num_clients=10, round=0, seed=0) == (0,)
+    assert there.sample(num_clients=10, round=8, seed=0) == tuple(range(2, 9))
+    assert there.sample(num_clients=10, round=99, seed=0) == ()
+    half = sampling.AvailableClients(TRACE, among=sampling.FractionOfClients(0.5))
+    cohorts = {half.sample(num_clients=10, round=8, seed=seed) for seed in range(20)}
+    assert len(cohorts) > 5
+    assert all(len(cohort) == 4 and set(cohort) <= set(range(2, 9)) for cohort in cohorts)
+    assert list(there.population(num_clients=10, round=8)) == list(range(2, 9))
+    assert list(sampling.AllClients().population(num_clients=3, round=8)) == [0, 1, 2]
+
+
+def test_traces_that_are_none_are_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"the columns client, first_round, last_round; received .*missing"):
+        sampling.AvailableClients(str(tmp_path / "missing.csv"))
+    wrong = tmp_path / "wrong.csv"
+    wrong.write_text("client,first_round\n1,2\n")
+    with pytest.raises(ConfigurationError, match="KeyError"):
+        sampling.AvailableClients(str(wrong))
+    with pytest.raises(ConfigurationError, match=r"clients in \[0, 5\); received 5"):
+        sampling.AvailableClients(TRACE).sample(num_clients=5, round=5, seed=0)

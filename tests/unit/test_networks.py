@@ -37,15 +37,19 @@ PAIRS = {
         nets.R3GANGenerator(28, 1, latent_dim=8, width=8, num_classes=c, group_size=4),
         nets.R3GANDiscriminator(28, 1, width=8, num_classes=c, conditioning=how, group_size=4),
     ),
+    "profile": lambda c, how: (
+        nets.ProfileGenerator(8, 2, width=4, blocks=2, num_classes=c, output="tanh"),
+        nets.ProfileDiscriminator(8, 2, width=4, blocks=2, num_classes=c),
+    ),
     "acgan": lambda c, how: (
         nets.ACGANGenerator(28, 1, latent_dim=8, num_classes=c, width=4),
         nets.ACGANDiscriminator(28, 1, num_classes=c, width=4),
     ),
 }
 CASES = [(name, 0, "none") for name in PAIRS if name != "acgan"]
-CASES += [
-    (name, 3, how) for name in PAIRS for how in ("projection", "auxiliary") if (name, how) != ("acgan", "projection")
-]
+LACKING = {("acgan", "projection"), ("profile", "projection"), ("profile", "auxiliary")}
+CASES += [(name, 3, how) for name in PAIRS for how in ("projection", "auxiliary") if (name, how) not in LACKING]
+CASES += [("profile", 3, "channels")]
 
 
 @pytest.mark.parametrize("name, classes, conditioning", CASES)
@@ -90,6 +94,14 @@ def test_the_orders_mlp_pair_has_its_layers():
     assert shapes == [(256, 100), (512, 256), (784, 512)]
     shapes = [tuple(p.shape) for p in nets.MLPDiscriminator().parameters() if p.dim() == 2]
     assert shapes == [(512, 784), (256, 512), (1, 256)]
+
+
+def test_fedgans_pair_for_time_series():
+    generator, discriminator = nets.ProfileGenerator(num_classes=4), nets.ProfileDiscriminator(num_classes=4)
+    shapes = [tuple(p.shape) for p in generator.parameters() if p.dim() > 1]
+    assert shapes == [(64, 5, 5), *[(64, 64, 5)] * 15, (1, 64, 1)]
+    shapes = [tuple(p.shape) for p in discriminator.parameters() if p.dim() > 1]
+    assert shapes == [(64, 5, 5), *[(64, 64, 5)] * 15, (1, 64 * 24)]
 
 
 def test_fedgans_table_of_layers():

@@ -179,6 +179,15 @@ def test_a_lost_quorum_ends_the_run_with_a_named_error():
         run(executor=faulty(always={0: "hang"}), rules=RoundRules(attempts=3))
 
 
+def test_tries_of_a_round_are_apart():
+    import time
+
+    started = time.monotonic()
+    with pytest.raises(QuorumError):
+        run(executor=faulty(always={0: "hang"}), rules=RoundRules(attempts=2, pause=0.4))
+    assert time.monotonic() - started > 0.7
+
+
 def test_reserves_stand_in_for_clients_that_fail():
     rules = RoundRules(over_selection=1.5)
     always = {0: "crash", 1: "hang"}
@@ -302,6 +311,7 @@ def test_faults_and_rules_that_cannot_be_are_refused():
         lambda: RoundRules(late="keep"),
         lambda: RoundRules(discount=0.0),
         lambda: RoundRules(attempts=0),
+        lambda: RoundRules(pause=-1.0),
         lambda: Screening(max_norm=0.0),
         lambda: Screening(max_examples=0),
         lambda: Screening(strikes=0),

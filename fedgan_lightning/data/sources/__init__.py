@@ -3,9 +3,11 @@
 from fedgan_lightning.data.sources.base import Source
 from fedgan_lightning.data.sources.bundled import Digits
 from fedgan_lightning.data.sources.images import CelebA, ImageFolder, MedMNISTFile, TorchvisionImages
+from fedgan_lightning.data.sources.series import CSVProfiles
 from fedgan_lightning.data.sources.toys import GaussianMixture, Grid, Ring, Segments, SwissRoll
 
 __all__ = [
+    "CSVProfiles",
     "CelebA",
     "Digits",
     "GaussianMixture",

@@ -5,6 +5,7 @@
 from fedgan_lightning.gan.networks.acgan import ACGANDiscriminator, ACGANGenerator
 from fedgan_lightning.gan.networks.dcgan import DCGANDiscriminator, DCGANGenerator
 from fedgan_lightning.gan.networks.mlp import MLPDiscriminator, MLPGenerator
+from fedgan_lightning.gan.networks.profile import ProfileDiscriminator, ProfileGenerator
 from fedgan_lightning.gan.networks.r3gan import R3GANDiscriminator, R3GANGenerator
 from fedgan_lightning.gan.networks.resnet import ResNetDiscriminator, ResNetGenerator
 from fedgan_lightning.gan.networks.scalar import QuadraticDiscriminator, ScaleGenerator
@@ -16,6 +17,8 @@ __all__ = [
     "DCGANGenerator",
     "MLPDiscriminator",
     "MLPGenerator",
+    "ProfileDiscriminator",
+    "ProfileGenerator",
     "QuadraticDiscriminator",
     "R3GANDiscriminator",
     "R3GANGenerator",
