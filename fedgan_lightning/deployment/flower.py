@@ -208,6 +208,7 @@ class FlowerExecutor(Executor):
             accepted = int(self._context.store.read(task.client_id).get(ACCEPTED, torch.tensor(-1)))
             content = wire.from_task(task, accepted=accepted, digest=self.sites.digest)
             node_id = self.sites.node_of(task.client_id)
+            assert node_id is not None  # checked by run
             messages.append(Message(content, dst_node_id=node_id, message_type=wire.TRAIN, group_id=str(task.round)))
         keys = self.sites.grid.push_messages(messages) if messages else []
         return dict(zip(keys, tasks))

@@ -158,8 +158,10 @@ def _rows(heads: str, rows: Sequence[tuple[str, Sequence[Any]]]) -> str:
 
 
 def _test_values(run: Run) -> dict[str, Any]:
-    found = run.summary.get("test", {})
-    return {f"{name} (test command)": value for name, value in found.items() if isinstance(value, float)}
+    """Return what the full evaluation found beyond the last one in training; what is drawn as bars is left out."""
+    known = {**run.summary.get("final", {}), **run.summary.get("evaluation", {})}
+    found = {name: v for name, v in run.summary.get("test", {}).items() if isinstance(v, float) and "/" not in name}
+    return {f"{name} (test command)": value for name, value in found.items() if known.get(name) != value}
 
 
 # ---------------------------------------------------------------------- curves
@@ -229,7 +231,8 @@ def _breakdown(run: Run, name: str) -> str:
 
 def _by(values: Mapping[str, Any], metric: str) -> dict[str, float]:
     """Return the values of ``metric/LABEL`` by label."""
-    return {name.split("/", 1)[1]: value for name, value in values.items() if name.split("/", 1)[0] == metric}
+    found = {name.split("/", 1)[1]: value for name, value in values.items() if name.split("/", 1)[0] == metric}
+    return {label: value for label, value in found.items() if not label.endswith("_raw")}
 
 
 def _partition(run: Run, name: str) -> str:

@@ -34,7 +34,7 @@ WORTH_IT = 1.05
 #: Largest stacks tried, and the memory that the weights, gradients and moments of one may take.
 STACK_SIZES, STACK_BYTES = (16, 64, 256), 2 * 1024**3
 #: A step as long as this keeps a CPU busy with arithmetic.
-BUSY_SECONDS = 0.05
+BUSY_SECONDS = 0.1
 #: Steps that bring mapped networks to speed.
 WARM_UP = 6
 

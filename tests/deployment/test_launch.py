@@ -1,0 +1,84 @@
+"""The roles of a federation between machines: what they start, and what they refuse in one line."""
+
+from __future__ import annotations
+
+import stat
+import subprocess
+
+import pytest
+
+from fedgan_lightning.__main__ import main
+from fedgan_lightning.deployment import launch
+from tests.conftest import ROOT
+
+CONFIG = str(ROOT / "configs" / "digits.yaml")
+
+
+def refused(capsys, *arguments: str) -> str:
+    assert main(["federation", *arguments]) == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ")
+    assert text.count("\n") == 1
+    return text
+
+
+def test_without_flower_a_federation_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setattr(launch, "program", lambda name: None)
+    text = refused(capsys, "trial", "--sites", "2", "--config", CONFIG, "--run_dir", "r")
+    assert "pip install 'fedgan-lightning[flower]'" in text
+
+
+def test_bad_options_are_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(launch, "program", lambda name: name)
+    assert "federation --help" in refused(capsys, "hospital")
+    assert "--sites" in refused(capsys, "keys", "folder")
+    site = ["--superlink", "h:1", "--ca", "ca", "--key", "k", "--client-id", "0", "--config", CONFIG]
+    assert "unknown options --frobnicate" in refused(capsys, "site", *site, "--frobnicate", "1")
+    assert "files that are named exist; received ca" in refused(capsys, "site", *site)
+    text = refused(capsys, "trial", "--sites", "2", "--config", "none.yaml", "--run_dir", "r")
+    assert "received none.yaml" in text
+    server = ["server", "--keys", "keys", "--config", CONFIG, "--run_dir", "r"]
+    assert "received keys/ca.crt" in refused(capsys, *server)
+
+
+def test_a_site_is_told_its_own_settings_and_nothing_else(tmp_path):
+    command = launch.supernode(
+        superlink="fedgan.example.org:8000", ca=tmp_path / "ca.crt", key=tmp_path / "site1", port=9094,
+        node={"client-id": 1, "config": "/srv/mnist.yaml", "state": "/srv/state"},
+    )  # fmt: skip
+    options = dict(zip(command[1::2], command[2::2]))
+    assert options["--node-config"] == 'client-id=1 config="/srv/mnist.yaml" state="/srv/state"'
+    assert options["--root-certificates"] == str(tmp_path / "ca.crt")
+    assert "--insecure" not in command
+
+
+def test_keys_are_private_and_the_certificate_is_the_authority_s(tmp_path):
+    pytest.importorskip("cryptography", reason="comes with the extra 'flower'")
+    from cryptography import x509
+    from cryptography.hazmat.primitives import serialization
+
+    from fedgan_lightning.deployment.keys import make_authority, make_node_key
+
+    make_authority(tmp_path, hosts=["fedgan.example.org", "10.0.0.1"])
+    make_node_key(tmp_path / "site0")
+    for name in ("ca.key", "server.key", "site0"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
+    ca, server = (x509.load_pem_x509_certificate((tmp_path / f"{n}.crt").read_bytes()) for n in ("ca", "server"))
+    server.verify_directly_issued_by(ca)
+    names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["fedgan.example.org"]
+    assert [str(own) for own in names.get_values_for_type(x509.IPAddress)] == ["10.0.0.1"]
+    key = serialization.load_ssh_private_key((tmp_path / "site0").read_bytes(), password=None)
+    public = serialization.load_ssh_public_key((tmp_path / "site0.pub").read_bytes())
+    assert key.public_key().public_numbers() == public.public_numbers()
+    assert key.curve.name == "secp384r1"
+
+
+def test_processes_end_with_the_body_and_with_their_children(tmp_path):
+    with pytest.raises(RuntimeError, match="stop"), launch._processes() as started:
+        started.append(launch._start(["sh", "-c", "sleep 60 & wait"], tmp_path, log="log"))
+        raise RuntimeError("stop")
+    (process,) = started
+    assert process.poll() is not None
+    left = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True, check=False)
+    assert left.stdout == ""
