@@ -275,7 +275,8 @@ def test_defaults_for_images_have_everything_and_training_only_what_is_quick():
     module = digits_data()
     module.setup("fit")
     full = {type(metric).__name__ for metric in default_metrics(module) if metric.full}
-    assert full == {"PrecisionRecall", "Memorisation", "IntraClassDistance", "SyntheticTraining"}
+    named = {"PrecisionRecall", "Memorisation", "IntraClassDistance", "SyntheticTraining"}
+    assert full == named | {"ClassBreakdown", "ClientDistances"}
 
 
 def test_only_test_makes_the_full_evaluation(tmp_path):

@@ -125,7 +125,7 @@ class TestPolicy:
                 {"sync": {"discriminator": "local"}, "optimizer_state": {"discriminator": "average"}},
                 "only the moments of averaged networks",
             ),
-            ({"buffers": "drop"}, "one of merge, local; received 'drop'"),
+            ({"buffers": "drop"}, "one of merge, local, estimate; received 'drop'"),
         ],
     )
     def test_what_makes_no_sense_is_refused(self, options, words):
