@@ -42,6 +42,7 @@ def run_cell(grid: Grid, label: str, seed: int, folder: Path, *, shared: str) ->
     for options_of in (["fit", *options, *resume], ["test", *options, "--ckpt_path", str(last)]):
         done = subprocess.run([*command, *options_of], env=environment, stdout=subprocess.DEVNULL)
         if done.returncode:  # weights that are not finite, say: the table counts it
+            run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "failed").write_text(" ".join(options_of))
             return
     print(f"{label}, seed {seed}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)

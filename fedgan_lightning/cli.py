@@ -198,10 +198,10 @@ class FederatedCLI(LightningCLI):
         )
         text = self._parser(self.subcommand).dump(settings, skip_none=False, skip_link_targets=True)
         recorder = RunRecorder(config=without_command(text), seed=int(settings.seed_everything), resuming=self.resuming)
-        callbacks = [*(config.get("callbacks") or []), layout, recorder]
+        callbacks = [*listed(config.get("callbacks")), layout, recorder]
         if config.get("enable_progress_bar") is not False:
             callbacks.append(RoundProgressBar())
-        plugins = [*(config.get("plugins") or []), AtomicCheckpointIO()]
+        plugins = [*listed(config.get("plugins")), AtomicCheckpointIO()]
         logger = config.get("logger")
         if logger in (None, True):
             found = self.subcommand == "fit" and settings.ckpt_path is not None
@@ -260,6 +260,13 @@ def resolve_checkpoint(ckpt_path: str | None, run_dir: str) -> str | None:
             )
         )
     return ckpt_path
+
+
+def listed(value: Any) -> list[Any]:
+    """Return several, one or no values as a list: Lightning takes either form."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def without_command(text: str) -> str:

@@ -105,6 +105,16 @@ def finished(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("form", ["HeldAbsentGap", "[{class_path: HeldAbsentGap, init_args: {every_n_rounds: 1}}]"])
+def test_one_callback_or_several_are_added(form, tmp_path, capsys):
+    arguments = [*small("digits"), "--run_dir", tmp_path / "run", "--trainer.callbacks", form]
+    code, _, err = run("fit", *arguments, "--trainer.callbacks.every_n_rounds", "1", capsys=capsys)
+    assert code == 0, err
+    from fedgan_lightning.visuals.runs import read_run
+
+    assert read_run(tmp_path / "run").scalars["gap/held_minus_absent"][0] == [1, 2]
+
+
 class TestCommands:
     def test_summary_says_what_the_numbers_rest_on(self, finished):
         summary = json.loads((finished / "summary.json").read_text())
