@@ -22,15 +22,13 @@ from fedgan_lightning.gan.checks import check_networks, check_settings
 from fedgan_lightning.gan.objectives import AdversarialLoss, NonSaturating
 from fedgan_lightning.gan.penalties import Penalty
 from fedgan_lightning.gan.priors import Normal, Prior
-from fedgan_lightning.gan.sampling import estimate_statistics, follow, generated
+from fedgan_lightning.gan.sampling import RECALIBRATION_SAMPLES, estimate_statistics, follow, generated
 from fedgan_lightning.gan.steps import Draws, DuePenalty, Stats, discriminator_step, generator_step
 from fedgan_lightning.protocol import RoundInfo
 from fedgan_lightning.seeding import make_generator
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
 SchedulerCallable = Callable[[Optimizer], LRScheduler]
-#: Generated samples from which BatchNorm statistics are estimated.
-RECALIBRATION_SAMPLES = 2000
 
 
 def dcgan_adam(parameters: Iterable[Any]) -> Optimizer:

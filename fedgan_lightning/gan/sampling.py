@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+#: Generated samples from which BatchNorm statistics are estimated.
+RECALIBRATION_SAMPLES = 2000
+
 
 @torch.no_grad()
 def generated(network: nn.Module, latents: Tensor, labels: Tensor, *, chunk_size: int) -> Tensor:
