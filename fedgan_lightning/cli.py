@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
@@ -113,8 +113,10 @@ class FederatedCLI(LightningCLI):
 
     #: Whether the user asked to continue a run, whatever there is of it.
     resuming = False
-    #: Called with the command line when everything is built, before the command runs.
-    prepare: ClassVar[Callable[[FederatedCLI], None] | None] = None
+
+    def __init__(self, *args: Any, prepare: Callable[[FederatedCLI], None] | None = None, **kwargs: Any) -> None:
+        self.prepare = prepare  # before the rest, which builds everything and runs the command
+        super().__init__(*args, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -172,8 +174,8 @@ class FederatedCLI(LightningCLI):
         super().instantiate_classes()
         server = self._get(self.config_init, "server")
         self.model = ServerModule(self.model, optimizer=server.optimizer, scheduler=server.scheduler)
-        if (prepare := type(self).prepare) is not None:
-            prepare(self)
+        if self.prepare is not None:
+            self.prepare(self)
 
     @property
     def orchestrator(self) -> FederatedOrchestrator:
@@ -315,8 +317,8 @@ def run(arguments: list[str] | None = None, *, prepare: Callable[[FederatedCLI],
         own.addHandler(logging.StreamHandler())
     for pattern in NOISE:
         warnings.filterwarnings("ignore", message=pattern)
-    kind = type("FederatedCLI", (FederatedCLI,), {"prepare": prepare and staticmethod(prepare)})
-    cli: FederatedCLI = kind(
+    return FederatedCLI(
+        prepare=prepare,
         model_class=L.LightningModule,
         datamodule_class=FederatedDataModule,
         subclass_mode_model=True,
@@ -334,4 +336,3 @@ def run(arguments: list[str] | None = None, *, prepare: Callable[[FederatedCLI],
         load_from_checkpoint_support=False,
         args=arguments,
     )
-    return cli

@@ -15,7 +15,6 @@ import numpy as np
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.callback import Evaluation
-from fedgan_lightning.evaluation.metrics import SurveyedData
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
 from fedgan_lightning.files import replacing, write_text
 from fedgan_lightning.protocol import Executor
@@ -72,7 +71,7 @@ class RunRecorder(L.Callback):
         if self.config is not None and not (root / "config.yaml").exists():
             write_text(root / "config.yaml", self.config)
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(data, FederatedDataModule) and not isinstance(data, SurveyedData):
+        if isinstance(data, FederatedDataModule) and data.has_client_samples:
             arrays: dict[str, Any] = {f"client_{k:05d}": indices for k, indices in enumerate(data.indices)}
             with replacing(root / "partition.npz") as file:
                 np.savez_compressed(file, **arrays)

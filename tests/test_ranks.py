@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -97,6 +98,9 @@ def test_two_ranks_train_like_one_and_resume(tmp_path):
     for name, value in one.items():
         assert (value - two[name]).norm() <= 1e-6 * value.norm(), name
     assert text.count("rounds 5") == 1, "only the first rank speaks"
+    ledgers = [json.loads((tmp_path / name / "summary.json").read_text()) for name in runs]
+    for counted in ("bytes_down", "bytes_up", "client_steps", "client_runs"):
+        assert ledgers[0][counted] == ledgers[1][counted], counted
 
 
 def test_a_rank_that_dies_ends_the_run_with_a_named_error_and_a_usable_checkpoint(tmp_path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import numpy as np
@@ -47,7 +47,10 @@ class FederatedDataModule(L.LightningDataModule):
     Attributes:
         sample_shape: Shape of one sample, known before ``setup``.
         num_classes: Number of classes, known before ``setup``.
+        has_client_samples: Whether clients' samples are at hand, as in simulation.
     """
+
+    has_client_samples: ClassVar[bool] = True
 
     def __init__(
         self,

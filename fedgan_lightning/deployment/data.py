@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ class SurveyedDataModule(FederatedDataModule):
         own: The data module of the server's configuration.
         survey: Asks the sites.
     """
+
+    has_client_samples: ClassVar[bool] = False
 
     def __init__(self, own: FederatedDataModule, survey: Survey) -> None:
         super().__init__(

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from fedgan_lightning.deployment import wire
-from fedgan_lightning.errors import ConfigurationError, QuorumError, RoundInterrupted, message
+from fedgan_lightning.errors import QuorumError, RoundInterrupted, message
 from fedgan_lightning.federation.local import ClientContext
 from fedgan_lightning.protocol import ClientFailure, ClientTask, ClientUpdate, Executor, State
 
@@ -21,6 +21,8 @@ logger = logging.getLogger("fedgan_lightning")
 
 #: Seconds between two looks for answers: Flower's own loop takes three.
 POLL_SECONDS = 0.2
+#: Seconds to wait for all sites at the start, and for the answer to a question.
+JOIN_SECONDS, ANSWER_SECONDS = 600.0, 600.0
 #: Where the server notes, among a client's private state, which task it let in last.
 ACCEPTED = "accepted/seed"
 
@@ -32,15 +34,10 @@ class Sites:
         grid: Flower's grid.
         num_clients: Sites that the federation has.
         digest: Hash of the settings that all share.
-        join_timeout: Seconds to wait for them at the start.
-        answer_timeout: Seconds that a question may take.
     """
 
-    def __init__(
-        self, grid: Any, *, num_clients: int, digest: str, join_timeout: float = 600.0, answer_timeout: float = 600.0
-    ) -> None:
+    def __init__(self, grid: Any, *, num_clients: int, digest: str) -> None:
         self.grid, self.num_clients, self.digest = grid, num_clients, digest
-        self.join_timeout, self.answer_timeout = join_timeout, answer_timeout
         self._facts: dict[int, dict[str, Any]] = {}
         self._nodes: dict[int, int] = {}
         self._connected: set[int] = set()
@@ -52,7 +49,7 @@ class Sites:
         Raises:
             QuorumError: If they are not, in time.
         """
-        deadline = time.monotonic() + self.join_timeout
+        deadline = time.monotonic() + JOIN_SECONDS
         while True:
             self.refresh()
             missing = [client_id for client_id in range(self.num_clients) if client_id not in self._facts]
@@ -62,7 +59,7 @@ class Sites:
                 raise QuorumError(
                     message(
                         f"a federation begins when its {self.num_clients} sites are there",
-                        received=f"none for clients {missing} within {self.join_timeout:.0f} s",
+                        received=f"none for clients {missing} within {JOIN_SECONDS:.0f} s",
                         fix="start their SuperNodes, or lower data.num_clients",
                     )
                 )
@@ -75,21 +72,30 @@ class Sites:
         for node_id, facts in self._ask({node_id: wire.content({"ask": "facts"}) for node_id in new}).items():
             self._introduce(node_id, wire.facts_of(facts))
 
-    def _introduce(self, node_id: int, facts: dict[str, Any]) -> None:
-        client_id = int(facts.get("client_id", -1))
-        reason = None
-        if not 0 <= client_id < self.num_clients:
-            reason = f"says that it is client {client_id} of {self.num_clients}"
-        elif facts["digest"] != self.digest:
-            reason = f"has other settings of model or federation ({facts['digest']}, here {self.digest})"
-        elif self._nodes.get(client_id) in self._connected - {node_id}:
-            reason = f"says that it is client {client_id}, which another site is"
+    def _introduce(self, node_id: int, answer: dict[str, Any]) -> None:
+        """Let a site take part, or refuse it by name."""
+        try:
+            facts: dict[str, Any] = {name: int(answer[name]) for name in ("client_id", "num_examples")}
+            facts["label_counts"] = [int(count) for count in answer["label_counts"]]
+            reason = self._objection(node_id, facts["client_id"], str(answer["digest"]))
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"answers with no facts ({type(error).__name__}: {error})"
         if reason is not None:
             self._refused.add(node_id)
             logger.warning(f"site {node_id} refused: it {reason}")
             return
-        self._nodes[client_id], self._facts[client_id] = node_id, facts
-        logger.info(f"client {client_id} joined with {facts['num_examples']} samples")
+        self._nodes[facts["client_id"]], self._facts[facts["client_id"]] = node_id, facts
+        logger.info(f"client {facts['client_id']} joined with {facts['num_examples']} samples")
+
+    def _objection(self, node_id: int, client_id: int, digest: str) -> str | None:
+        """Return why a site must not take part, or ``None``."""
+        if not 0 <= client_id < self.num_clients:
+            return f"says that it is client {client_id} of {self.num_clients}"
+        if digest != self.digest:
+            return f"has other settings of model or federation ({digest}, here {self.digest})"
+        if self._nodes.get(client_id) in self._connected - {node_id}:
+            return f"says that it is client {client_id}, which another site is"
+        return None
 
     def node_of(self, client_id: int) -> int | None:
         """Return the node of a client; ``None`` if it is not connected."""
@@ -106,16 +112,22 @@ class Sites:
         question = {**facts, "ask": "feature_sums", "limit": -1 if limit is None else limit}
         nodes = {client_id: self._nodes[client_id] for client_id in range(self.num_clients)}
         answers = self._ask({node: wire.content(question, net=state) for node in nodes.values()})
-        silent = [client_id for client_id, node in nodes.items() if node not in answers]
+        found: list[State] = []
+        silent: list[int] = []
+        for client_id, node in nodes.items():
+            try:
+                found.append(wire.state_of(answers[node], "sums"))
+            except (KeyError, ValueError, TypeError):  # no answer, or one without sums
+                silent.append(client_id)
         if silent:
             raise QuorumError(
                 message(
                     "every site answers what the evaluation asks",
-                    received=f"nothing from clients {silent} within {self.answer_timeout:.0f} s",
+                    received=f"no sums from clients {silent} within {ANSWER_SECONDS:.0f} s",
                     fix="look at their logs, and start again with --ckpt_path last",
                 )
             )
-        return [wire.state_of(answers[node], "sums") for node in nodes.values()]
+        return found
 
     def _ask(self, contents: Mapping[int, Any]) -> dict[int, Any]:
         """Return the answers by node, of those that answer in time and without an error."""
@@ -128,7 +140,7 @@ class Sites:
         ]
         waiting = dict(zip(self.grid.push_messages(messages), contents))
         found: dict[int, Any] = {}
-        deadline = time.monotonic() + self.answer_timeout
+        deadline = time.monotonic() + ANSWER_SECONDS
         while waiting and time.monotonic() < deadline:
             for reply in self.grid.pull_messages(list(waiting)):
                 node_id = waiting.pop(reply.metadata.reply_to_message_id)
@@ -157,14 +169,7 @@ class FlowerExecutor(Executor):
         self._overdue: dict[str, ClientTask] = {}
 
     def setup(self, context: ClientContext) -> None:
-        if context.ranks.world_size > 1:
-            raise ConfigurationError(
-                message(
-                    "the server of a deployment is one process",
-                    received=f"{context.ranks.world_size} devices",
-                    fix="set trainer.devices to 1; sites use what they have",
-                )
-            )
+        context.ranks.refuse_several("the server of a deployment is one process")
         self._context = context
 
     def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
@@ -172,9 +177,11 @@ class FlowerExecutor(Executor):
         if not listed:
             return
         self.sites.refresh()
-        reachable = [task for task in listed if self.sites.node_of(task.client_id) is not None]
+        reachable = []
         for task in listed:
-            if task not in reachable:
+            if self.sites.node_of(task.client_id) is not None:
+                reachable.append(task)
+            else:
                 yield ClientFailure(task.client_id, task.round, stage="connect", cause="its site is not connected")
         late = {key: task for key, task in self._overdue.items() if task.round == listed[0].round - 1}
         open_ = self._push(reachable)

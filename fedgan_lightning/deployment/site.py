@@ -144,7 +144,7 @@ class Site:
 
     def feature_sums(self, facts: Mapping[str, Any], state: State, *, limit: int | None) -> dict[str, Tensor]:
         """Return the sums of the features of this site's samples."""
-        net, _ = from_facts(facts, state, sample_shape=self.sample_shape, is_image=self.is_image)
+        net = from_facts(facts, state, sample_shape=self.sample_shape, is_image=self.is_image)
         return sums_to_state(feature_sums(net, chunks(self.data.view, limit)))
 
     # ------------------------------------------------------------------ private state

@@ -11,7 +11,6 @@ from fedgan_lightning.evaluation.metrics import (
     Metric,
     ModeCoverage,
     SlicedWasserstein,
-    SurveyedData,
 )
 from fedgan_lightning.evaluation.series import DiscriminativeScore, PredictiveScore, ProfileCentroids
 from fedgan_lightning.evaluation.utility import Memorisation, SyntheticTraining
@@ -27,9 +26,9 @@ def default_metrics(data: FederatedDataModule) -> list[Metric]:
     if len(data.sample_shape) != 3:
         return [SlicedWasserstein()]
     found: list[Metric] = [FrechetDistance(), ClientDistances()]
-    if not isinstance(data, SurveyedData):  # these look at the clients' samples one by one
+    if data.has_client_samples:  # these look at the clients' samples one by one
         found += [KernelDistance(), PrecisionRecall(), Memorisation()]
     if data.num_classes > 1:
         found += [ClassCoverage(), ClassBreakdown(), ClassifierScore(), SyntheticTraining()]
-        found += [] if isinstance(data, SurveyedData) else [IntraClassDistance()]
+        found += [IntraClassDistance()] if data.has_client_samples else []
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedgan_lightning.errors import ConfigurationError, message
-from fedgan_lightning.evaluation.features import Classifier, ClassifierFeatures, FrozenNet, PixelFeatures
+from fedgan_lightning.evaluation.features import Classifier, ClassifierFeatures, FrozenNet
 from fedgan_lightning.evaluation.fid import FeatureSums
 from fedgan_lightning.protocol import State
 
@@ -34,19 +35,16 @@ def to_facts(net: FrozenNet) -> tuple[dict[str, Any], dict[str, Tensor]]:
     )
 
 
-def from_facts(
-    facts: Mapping[str, Any], state: State, *, sample_shape: tuple[int, ...], is_image: bool
-) -> tuple[FrozenNet, int]:
-    """Return the network that :func:`to_facts` described, and its number of features."""
+def from_facts(facts: Mapping[str, Any], state: State, *, sample_shape: tuple[int, ...], is_image: bool) -> FrozenNet:
+    """Return the network that :func:`to_facts` described."""
     if facts["kind"] == "classifier":
         net = Classifier(sample_shape, int(facts["num_classes"]), is_image=is_image)
         net.load_state_dict(dict(state))
-        size = ClassifierFeatures.num_features
-        return FrozenNet(net, num_features=size, name="classifier", digest=""), size
+        return FrozenNet(net, num_features=ClassifierFeatures.num_features, name="classifier", digest="")
     side = int(facts["side"])
     layers = [nn.AdaptiveAvgPool2d(side), nn.Flatten()] if side else [nn.Flatten()]
-    size = sample_shape[0] * side**2 if side else int(torch.tensor(sample_shape).prod())
-    return FrozenNet(nn.Sequential(*layers), num_features=size, name=PixelFeatures.__name__, digest=""), size
+    size = sample_shape[0] * side**2 if side else math.prod(sample_shape)
+    return FrozenNet(nn.Sequential(*layers), num_features=size, name="pixels", digest="")
 
 
 def sums_to_state(sums: FeatureSums) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from fedgan_lightning.federation.ledger import Incident, Ledger, bytes_by_networ
 from fedgan_lightning.federation.local import ClientContext
 from fedgan_lightning.federation.ranks import flattened
 from fedgan_lightning.federation.reference import expected_update
-from fedgan_lightning.federation.rounds import ClientRecord, RoundSummary
+from fedgan_lightning.federation.rounds import ClientRecord, RoundSummary, bytes_up
 from fedgan_lightning.federation.rules import RoundRules, Screening
 from fedgan_lightning.protocol import (
     Aggregate,
@@ -45,15 +46,46 @@ class Outcome:
     ledger: Ledger
 
 
+@dataclass(frozen=True)
+class Order:
+    """What is the same for every try of a round.
+
+    Attributes:
+        round: Rounds completed before.
+        state: What clients receive.
+        work: What they are to do.
+        on_update: Called for every update that is let in.
+        expected: What updates must look like, where they are screened.
+    """
+
+    round: int
+    state: State
+    work: LocalWork
+    on_update: Callable[[ClientUpdate], object]
+    expected: Mapping[str, State] | None
+
+
 @dataclass
 class Reports:
-    """What has come in during one try of a round, on this rank."""
+    """What has come in during one try of a round, on this rank.
 
-    info: RoundInfo
+    Attributes:
+        cohort: Clients whose answers are the goal.
+        accumulator: The aggregator's.
+        open: Clients that were asked and have not answered.
+        num_accepted: Updates of this round that were let in.
+        records: Their statistics.
+        received: Bytes and metrics of every update, let in or not.
+        incidents: What went wrong.
+        drift: How updates agree.
+    """
+
+    cohort: tuple[int, ...]
     accumulator: Any
     open: set[int] = field(default_factory=set)
     num_accepted: int = 0
     records: list[ClientRecord] = field(default_factory=list)
+    received: list[tuple[dict[str, int], dict[str, float]]] = field(default_factory=list)
     incidents: list[Incident] = field(default_factory=list)
     drift: Drift = field(default_factory=Drift)
 
@@ -111,27 +143,31 @@ class Conductor:
             QuorumError: If too few answered in every try.
             RoundInterrupted: If the user asks to stop.
         """
-        ledger, expected = Ledger(), expected_update(self.context, state) if self.screening is not None else None
+        expected = expected_update(self.context, state) if self.screening is not None else None
+        order = Order(round=round, state=state, work=work, on_update=on_update, expected=expected)
+        ledger, sent = Ledger(), bytes_by_network(state)
         tries = itertools.count() if self.rules.attempts is None else range(self.rules.attempts)
         for attempt in tries:
+            if attempt:
+                self._pause()
             cohort, reserves = self.ask(round, attempt)
             info = RoundInfo(round=round, cohort=cohort)
             on_start(info)
-            reports = Reports(info=info, accumulator=self.aggregator.init())
+            reports = Reports(cohort=cohort, accumulator=self.aggregator.init())
             try:
-                reports = self._collect(reports, reserves, attempt, state, work, expected, on_update, ledger)
+                asked = self._collect(order, reports, reserves, attempt)
             except BaseException:
                 self.context.store.discard()
                 raise
-            counted = sum(self.context.ranks.exchange(reports.num_accepted))
+            ledger.send(sent, asked)
             self._note(reports, ledger)
+            counted = sum(self.context.ranks.exchange(reports.num_accepted))
             needed = max(self.rules.needed(len(cohort)), min(self.aggregator.needed, len(cohort)))
             if counted >= needed:
-                return self._finish(reports, ledger)
+                return self._finish(info, reports, ledger)
             self.context.store.discard()
             ledger.count("abandoned")
             logger.warning(f"round {round} abandoned: {counted} of at least {needed} clients answered")
-            self._pause()
         raise QuorumError(
             message(
                 f"a round needs {self.rules.minimum:.0%} of its cohort",
@@ -173,30 +209,19 @@ class Conductor:
 
     # ------------------------------------------------------------------ one try
 
-    def _collect(
-        self,
-        reports: Reports,
-        reserves: list[int],
-        attempt: int,
-        state: State,
-        work: LocalWork,
-        expected: Mapping[str, State] | None,
-        on_update: Callable[[ClientUpdate], object],
-        ledger: Ledger,
-    ) -> Reports:
-        """Ask clients until the goal is reached or nobody is left to ask."""
-        goal, ranks = len(reports.info.cohort), self.context.ranks
-        wave = list(reports.info.cohort)
+    def _collect(self, order: Order, reports: Reports, reserves: list[int], attempt: int) -> int:
+        """Ask clients until the goal is reached or nobody is left to ask; return how many were asked."""
+        ranks, goal, asked = self.context.ranks, len(reports.cohort), 0
+        wave = list(reports.cohort)
         if self.executor.concurrent:
             wave, reserves = wave + reserves, []
-        sent = bytes_by_network(state)
         while wave:
             failure: Exception | None = None
             reports.open |= {*wave}
-            ledger.send(sent, len(wave))
+            asked += len(wave)
             try:
-                for answer in self.executor.run(self._tasks(reports.info, wave, attempt, state, work)):
-                    self._receive(answer, reports, expected, on_update, ledger)
+                for answer in self.executor.run(self._tasks(order, wave, attempt)):
+                    self._receive(answer, order, reports)
                     if self.context.stop_requested():
                         raise RoundInterrupted("the user asked to stop")
                     if self.executor.concurrent and reports.num_accepted >= goal:
@@ -206,82 +231,70 @@ class Conductor:
             ranks.agree(failure)
             missing = goal - sum(ranks.exchange(reports.num_accepted)) if reserves else 0
             wave, reserves = reserves[:missing], reserves[missing:]
-        return reports
+        return asked
 
-    def _tasks(
-        self, info: RoundInfo, clients: Sequence[int], attempt: int, state: State, work: LocalWork
-    ) -> Iterator[ClientTask]:
-        data = self.context.data
-        costs = {k: work.span(round=info.round, steps_per_epoch=data.steps_per_epoch(k))[1] for k in clients}
+    def _tasks(self, order: Order, clients: Sequence[int], attempt: int) -> Iterator[ClientTask]:
+        data, round = self.context.data, order.round
+        costs = {k: order.work.span(round=round, steps_per_epoch=data.steps_per_epoch(k))[1] for k in clients}
         again = (attempt,) if attempt else ()
         for client_id in self.context.ranks.share(costs):
-            seed = derive_seed(self.seed, "client", info.round, client_id, *again)
-            yield ClientTask(client_id=client_id, round=info.round, seed=seed, state=state, local=work)
+            seed = derive_seed(self.seed, "client", round, client_id, *again)
+            yield ClientTask(client_id=client_id, round=round, seed=seed, state=order.state, local=order.work)
 
-    def _receive(
-        self,
-        answer: ClientUpdate | ClientFailure,
-        reports: Reports,
-        expected: Mapping[str, State] | None,
-        on_update: Callable[[ClientUpdate], object],
-        ledger: Ledger,
-    ) -> None:
+    def _receive(self, answer: ClientUpdate | ClientFailure, order: Order, reports: Reports) -> None:
+        """Take one answer: into the aggregate, or among the incidents."""
+        client_id = answer.client_id
         if isinstance(answer, ClientFailure):
-            reports.open.discard(answer.client_id)
-            self._incident(reports, answer.client_id, "failed", f"{answer.stage}: {answer.cause}")
+            reports.open.discard(client_id)
+            self._incident(reports, order.round, client_id, "failed", f"{answer.stage}: {answer.cause}")
             return
-        record = ClientRecord.of(answer, networks=self._networks)
-        ledger.record(record.bytes_up, record.metrics)
+        finite = {name: value for name, value in answer.metrics.items() if math.isfinite(value)}
+        reports.received.append((bytes_up(answer), finite))
+        is_late = answer.round is not None and answer.round == order.round - 1
+        if is_late and self.rules.late == "drop":
+            self._incident(reports, order.round, client_id, "late", f"answers round {answer.round}")
+            return
+        update = dataclasses.replace(answer, discount=self.rules.discount) if is_late else answer
         try:
-            update = self._admitted(answer, reports, expected)
-            if update is not None:
-                reports.accumulator = self.aggregator.accumulate(reports.accumulator, update)
+            self._check(update, order, reports, is_late=is_late)
+            reports.accumulator = self.aggregator.accumulate(reports.accumulator, update)
         except UpdateError as error:
             if self.screening is None:
                 raise
-            reports.open.discard(answer.client_id)
-            self._incident(reports, answer.client_id, "rejected", str(error))
+            reports.open.discard(client_id)
+            self._incident(reports, order.round, client_id, "rejected", str(error))
             return
-        if update is None:
+        if is_late:  # its round is over: it is in the average, and in no statistics
+            self._incident(reports, order.round, client_id, "late", f"answers round {answer.round}, at a discount")
             return
-        if update.discount < 1.0:
-            return  # of a round that is over: it is in the average, and in no statistics
-        reports.open.discard(update.client_id)
+        record = ClientRecord.of(update, networks=self._networks)
+        reports.open.discard(client_id)
         reports.num_accepted += 1
         reports.records.append(record)
         reports.drift.add(update.delta, record.lengths)
-        on_update(update)
+        order.on_update(update)
 
-    def _admitted(
-        self, update: ClientUpdate, reports: Reports, expected: Mapping[str, State] | None
-    ) -> ClientUpdate | None:
-        """Return the update, with a discount if it is late; ``None`` if it is late and late ones are dropped.
+    def _check(self, update: ClientUpdate, order: Order, reports: Reports, *, is_late: bool) -> None:
+        """Refuse an update of another round, of somebody who was not asked, or one that does not pass the screening.
 
         Raises:
             UpdateError: If it is not let in.
         """
-        round = reports.info.round
-        is_late = update.round is not None and update.round == round - 1
-        if is_late and self.rules.late == "drop":
-            self._incident(reports, update.client_id, "late", f"answers round {update.round} in round {round}")
-            return None
-        if update.round is not None and update.round != round and not is_late:
-            raise UpdateError(f"client {update.client_id}: answers round {update.round} in round {round}")
+        if update.round is not None and update.round != order.round and not is_late:
+            raise UpdateError(f"client {update.client_id}: answers round {update.round} in round {order.round}")
         if not is_late and update.client_id not in reports.open:
             raise UpdateError(f"client {update.client_id}: was not asked, or has answered already")
-        if self.screening is not None and expected is not None:
-            self.screening.check(update, expected=expected)
-        if is_late:
-            self._incident(reports, update.client_id, "late", f"answers round {update.round}, at a discount")
-            return dataclasses.replace(update, discount=self.rules.discount)
-        return update
+        if self.screening is not None and order.expected is not None:
+            self.screening.check(update, expected=order.expected)
 
-    def _incident(self, reports: Reports, client_id: int, kind: str, reason: str) -> None:
-        reports.incidents.append(Incident(round=reports.info.round, client_id=client_id, kind=kind, reason=reason))
-        logger.warning(f"round {reports.info.round}: client {client_id} {kind}: {reason}")
+    def _incident(self, reports: Reports, round: int, client_id: int, kind: str, reason: str) -> None:
+        reports.incidents.append(Incident(round=round, client_id=client_id, kind=kind, reason=reason))
+        logger.warning(f"round {round}: client {client_id} {kind}: {reason}")
 
     def _note(self, reports: Reports, ledger: Ledger) -> None:
-        """Count what went wrong on any rank."""
+        """Count what came in, and what went wrong, on any rank."""
+        for sizes, metrics in flattened(self.context.ranks.exchange(reports.received)):
+            ledger.record(sizes, metrics)
         plain = flattened(self.context.ranks.exchange([vars(incident) for incident in reports.incidents]))
         for incident in (Incident(**fields) for fields in plain):
             ledger.note(incident)
@@ -290,7 +303,7 @@ class Conductor:
                 if self.is_benched(incident.client_id):
                     logger.warning(f"client {incident.client_id} is not asked any more")
 
-    def _finish(self, reports: Reports, ledger: Ledger) -> Outcome:
+    def _finish(self, info: RoundInfo, reports: Reports, ledger: Ledger) -> Outcome:
         """Bring the shares of all ranks together."""
         ranks = self.context.ranks
         plain = flattened(ranks.exchange([record.plain() for record in reports.records]))
@@ -298,4 +311,4 @@ class Conductor:
         summary = RoundSummary(records, networks=self._networks, drift=reports.drift.values(ranks))
         self.context.store.exchange(ranks.exchange_states)
         aggregate = self.aggregator.finalize(self.aggregator.reduce(reports.accumulator, ranks))
-        return Outcome(info=reports.info, aggregate=aggregate, summary=summary, ledger=ledger)
+        return Outcome(info=info, aggregate=aggregate, summary=summary, ledger=ledger)

@@ -135,9 +135,8 @@ class FederatedOrchestrator(L.Callback):
         server.attach(policy)
         for line in policy.blind_spots():
             warnings.warn(line, stacklevel=2)
-        cohort = self.clients.sample(
-            num_clients=data.num_clients, round=0, seed=self.seed
-        )  # what cannot work fails here
+        # A cohort that cannot be sampled, or is too small, fails here.
+        cohort = self.clients.sample(num_clients=data.num_clients, round=0, seed=self.seed)
         if len(cohort) < self.aggregator.needed > 1:
             name = type(self.aggregator).__name__
             raise ConfigurationError(

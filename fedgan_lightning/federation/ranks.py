@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
 
-from fedgan_lightning.errors import RankError, RoundInterrupted, message
+from fedgan_lightning.errors import ConfigurationError, RankError, RoundInterrupted, message
 from fedgan_lightning.protocol import State
 
 
@@ -54,6 +54,17 @@ class Ranks:
             loads[lightest] += costs[client_id]
             shares[lightest].append(client_id)
         return sorted(shares[self.rank])
+
+    def refuse_several(self, rule: str) -> None:
+        """Refuse a run of several processes.
+
+        Raises:
+            ConfigurationError: If there are several; it states ``rule``.
+        """
+        if self.world_size > 1:
+            raise ConfigurationError(
+                message(rule, received=f"{self.world_size} devices", fix="set trainer.devices to 1")
+            )
 
     def exchange(self, value: Any) -> list[Any]:
         """Return the plain values of all ranks, by rank."""

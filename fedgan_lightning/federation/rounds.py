@@ -29,14 +29,12 @@ class ClientRecord:
         num_examples: Size N_k of its data set.
         metrics: What it reported, and the norm of its update by network.
         positions: Where its learning-rate schedules stand.
-        bytes_up: What it sent, by network.
     """
 
     client_id: int
     num_examples: int
     metrics: dict[str, float]
     positions: list[int]
-    bytes_up: dict[str, int]
 
     @classmethod
     def of(cls, update: ClientUpdate, *, networks: Sequence[str]) -> ClientRecord:
@@ -47,7 +45,6 @@ class ClientRecord:
             num_examples=update.num_examples,
             metrics={**metrics, **{f"update_norm/{n}": value for n, value in norms(update.delta, networks).items()}},
             positions=[int(value) for name, value in update.metrics.items() if name.startswith(SCHEDULE)],
-            bytes_up=dict(Counter(bytes_by_network(update.delta)) + Counter(bytes_by_network(update.extras))),
         )
 
     @property
@@ -109,6 +106,11 @@ class RoundSummary:
             known = [record.metrics[name] for record in self.records if name in record.metrics]
             values |= {f"clients/{name}/min": min(known), f"clients/{name}/max": max(known)}
         return values
+
+
+def bytes_up(update: ClientUpdate) -> dict[str, int]:
+    """Return what a client sent, in bytes by network."""
+    return dict(Counter(bytes_by_network(update.delta)) + Counter(bytes_by_network(update.extras)))
 
 
 def norms(state: State, networks: Sequence[str]) -> dict[str, float]:

@@ -109,6 +109,9 @@ class Screening:
         who = f"client {update.client_id}"
         for part, own in (("delta", update.delta), ("extras", update.extras)):
             _check_entries(who, part, own, expected[part])
+        wrong = [name for name, value in update.metrics.items() if not math.isfinite(value)]
+        if wrong:
+            raise UpdateError(f"{who}: metric {wrong[0]} is not finite")
         if update.num_examples < 1:
             raise UpdateError(f"{who}: counts {update.num_examples} examples, not at least 1")
         if self.max_examples is not None and update.num_examples > self.max_examples:

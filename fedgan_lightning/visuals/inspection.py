@@ -12,7 +12,6 @@ from torch import Tensor
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation import neighbours
-from fedgan_lightning.evaluation.metrics import SurveyedData
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.gan.priors import Normal, Prior
 from fedgan_lightning.seeding import make_generator
@@ -58,7 +57,7 @@ class Inspection(L.Callback):
             pictures.save(drawn, root / "interpolation.png")
             for writer in writers(trainer):
                 writer.add_image("samples/interpolation", drawn, trainer.global_step, dataformats="HWC")
-        if isinstance(data, SurveyedData):
+        if not data.has_client_samples:
             return
         for client_id in range(min(self.clients, data.num_clients)):
             path = root / "on_clients" / f"client{client_id:05d}" / "neighbours.png"

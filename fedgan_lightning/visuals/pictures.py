@@ -38,12 +38,7 @@ SERIES_SHOWN = 40
 
 def series(fake: Tensor, real: Tensor, *, title: str) -> Picture:
     """Plot generated series (N, c, T) beside real ones, some of each on one scale; the first channel."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.2, 3.0), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2, sharey=True)
+    figure, panels = _figure(7.2, 3.0, ncols=2, sharey=True)
     for axes, values, name, colour in zip(panels, (real, fake), ("real", "generated"), ("#555555", "#c23b22")):
         axes.plot(values[:SERIES_SHOWN, 0].T.numpy(), color=colour, alpha=0.35, linewidth=0.9)
         axes.set_title(f"{name}{', ' + title if title and name == 'generated' else ''}", fontsize=10)
@@ -119,13 +114,13 @@ def save(picture: Picture, path: Path) -> None:
         Image.fromarray(picture).save(file, format="PNG")
 
 
-def _figure(width: float, height: float) -> Any:
+def _figure(width: float, height: float, **panels: Any) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)  # without pyplot, hence without its process-wide state
-    return figure, figure.subplots()
+    return figure, figure.subplots(**panels)
 
 
 def _render(figure: Any) -> Picture:

@@ -14,7 +14,6 @@ from torch import Tensor
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.callback import quantise
-from fedgan_lightning.evaluation.metrics import SurveyedData
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.gan.steps import split_heads
 from fedgan_lightning.seeding import make_generator
@@ -65,7 +64,7 @@ class SamplePictures(L.Callback):
         data = _data(trainer)
         drawn = pictures.partition(data.label_counts(), class_names=data.class_names)
         self._publish(trainer, drawn, name="partition.png", tag="partition", step=0)
-        if len(data.sample_shape) == 3 and not isinstance(data, SurveyedData):
+        if len(data.sample_shape) == 3 and data.has_client_samples:
             self._publish(trainer, self._reals(data), name="reals.png", tag="samples/real", step=0)
         if trainer.global_step == 0:
             self._draw(trainer, pl_module, name="fakes_init.png")

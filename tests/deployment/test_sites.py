@@ -149,17 +149,17 @@ def test_what_a_site_says_of_its_data_counts(tmp_path):
         "data:\n  source: {class_path: tests.fakes.RandomImages, init_args: {shape: [1, 8, 8], classes: 10}}\n"
     )
     options = [*SHORT, "--data.source", "Digits"]
-    grid = grid_of(tmp_path, options, told={2: {"site": str(own)}})
+    grid, told = grid_of(tmp_path, options, told={2: {"site": str(own)}}), {}
+
+    def listen(node, kind, reply):
+        facts = wire.facts_of(reply.content)
+        if "num_examples" in facts and kind == "query":
+            told[node] = facts["num_examples"]
+
+    grid.edit = listen
     serve_over(grid, ["--config", CONFIG, *options, "--run_dir", str(tmp_path / "own")])
-    from fedgan_lightning.visuals.runs import read_run
-
-    assert read_run(tmp_path / "own").summary["status"] == "finished"
-    picture = tmp_path / "own" / "partition.png"
-    assert picture.exists()
-    site = grid.contexts[102]
-    from fedgan_lightning.deployment.apps import _site
-
-    assert _site(site).facts()["num_examples"] == 700
+    assert told[102] == 700
+    assert max(told[100], told[101]) < 400
 
 
 # ---------------------------------------------------------------------- bad sites
@@ -218,28 +218,38 @@ def test_a_late_answer_is_counted_and_dropped(tmp_path):
     assert events == {"failed": 1, "late": 1}
 
 
-def test_a_site_with_other_settings_or_another_s_number_is_refused(tmp_path, monkeypatch):
-    grid = grid_of(tmp_path, SHORT, told={2: {"client-id": 1}})
+def test_a_site_with_other_settings_another_s_number_or_no_facts_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedgan_lightning.deployment.flower.JOIN_SECONDS", 0.0)
+
+    def refused(name, **told):
+        grid = grid_of(tmp_path, SHORT, told=told.get("told"))
+        grid.edit = told.get("edit", grid.edit)
+        serve_over(grid, ["--config", CONFIG, *SHORT, "--run_dir", str(tmp_path / name)])
+
     with pytest.raises(QuorumError, match=r"none for clients \[2\] within 0 s"):
-        serve_with_patience(monkeypatch, grid, tmp_path / "number", 0.0)
+        refused("number", told={2: {"client-id": 1}})
     other = tmp_path / "other.yaml"
     other.write_text("model:\n  class_path: GAN\n  init_args:\n    d_steps: 2\n")
-    grid = grid_of(tmp_path, SHORT, told={0: {"site": str(other)}})
     with pytest.raises(QuorumError, match=r"none for clients \[0\]"):
-        serve_with_patience(monkeypatch, grid, tmp_path / "settings", 0.0)
+        refused("settings", told={0: {"site": str(other)}})
+
+    def lie(node, kind, reply):
+        if node == 101:
+            reply.content = wire.content({"client_id": 1, "num_examples": "many"})
+
+    with pytest.raises(QuorumError, match=r"none for clients \[1\]"):
+        refused("facts", edit=lie)
 
 
-def serve_with_patience(monkeypatch, grid, run_dir, seconds):
-    from fedgan_lightning.deployment import flower
+def test_sums_that_are_none_end_the_run_by_name(tmp_path):
+    def lie(node, kind, reply):
+        if node == 102 and "num_examples" not in wire.facts_of(reply.content):
+            reply.content = wire.content({})
 
-    plain = flower.Sites.__init__
-    monkeypatch.setattr(
-        flower.Sites, "__init__", lambda self, grid, **o: plain(self, grid, **{**o, "join_timeout": seconds})
-    )
-    try:
-        serve_over(grid, ["--config", CONFIG, *SHORT, "--run_dir", str(run_dir)])
-    finally:
-        monkeypatch.setattr(flower.Sites, "__init__", plain)
+    grid = grid_of(tmp_path, SHORT)
+    grid.edit = lie
+    with pytest.raises(QuorumError, match=r"no sums from clients \[2\]"):
+        deploy(tmp_path, grid=grid)
 
 
 def test_metrics_that_look_at_samples_are_refused(tmp_path):

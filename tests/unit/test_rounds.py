@@ -20,6 +20,7 @@ from fedgan_lightning import (
     VectorizedExecutor,
 )
 from fedgan_lightning.errors import ConfigurationError, QuorumError, UpdateError
+from fedgan_lightning.federation.conduct import Conductor
 from fedgan_lightning.protocol import ClientUpdate
 from tests.conftest import adam, assert_states_equal, federate, quiet_trainer, ring_data, ring_gan, sgd
 
@@ -184,8 +185,35 @@ def test_tries_of_a_round_are_apart():
 
     started = time.monotonic()
     with pytest.raises(QuorumError):
-        run(executor=faulty(always={0: "hang"}), rules=RoundRules(attempts=2, pause=0.4))
-    assert time.monotonic() - started > 0.7
+        run(executor=faulty(always={0: "hang"}), rules=RoundRules(attempts=3, pause=0.4))
+    assert time.monotonic() - started > 0.8
+    slept: list[float] = []
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(QuorumError):
+        patch.setattr(Conductor, "_pause", lambda self: slept.append(self.rules.pause))
+        run(executor=faulty(always={0: "hang"}), rules=RoundRules(attempts=3, pause=60.0))
+    assert slept == [60.0, 60.0], "between tries, and not after the last"
+
+
+def test_a_late_update_at_full_weight_is_still_late():
+    """It counts in the average, and not toward the goal."""
+    rules = RoundRules(minimum=0.5, late="discount", discount=1.0)
+    _, orchestrator, _ = run(rounds=3, executor=faulty(always={1: "slow"}), rules=rules)
+    assert orchestrator.ledger.events == {"failed": 3, "late": 2}
+    assert orchestrator.ledger.client_runs == 3 * 3 + 2
+
+
+def test_metrics_that_are_no_numbers_are_refused_and_end_nothing():
+    import dataclasses
+
+    class Odd(SequentialExecutor):
+        def run(self, tasks):
+            for own in super().run(tasks):
+                odd = {"schedule/0": math.nan, "steps": math.inf} if own.client_id == 2 else {}
+                yield dataclasses.replace(own, metrics={**own.metrics, **odd})
+
+    _, orchestrator, _ = run(executor=Odd(), rules=RoundRules(minimum=0.5), screening=Screening())
+    assert orchestrator.ledger.events == {"rejected": 3}
+    assert "metric steps is not finite" in orchestrator.ledger.incidents[0]["reason"]
 
 
 def test_reserves_stand_in_for_clients_that_fail():
@@ -276,9 +304,6 @@ def test_a_resumed_run_meets_the_same_faults(tmp_path):
 
 def test_events_are_in_the_metrics_and_the_summary():
     seen = []
-
-    class Listening:
-        pass
 
     import lightning as L
 

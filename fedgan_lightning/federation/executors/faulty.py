@@ -89,14 +89,7 @@ class FaultyExecutor(Executor):
         self._late: list[ClientUpdate] = []
 
     def setup(self, context: ClientContext) -> None:
-        if context.ranks.world_size > 1:
-            raise ConfigurationError(
-                message(
-                    "faults are simulated in one process",
-                    received=f"{context.ranks.world_size} devices",
-                    fix="set trainer.devices to 1",
-                )
-            )
+        context.ranks.refuse_several("faults are simulated in one process")
         self.executor.setup(context)
 
     def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
