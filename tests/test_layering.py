@@ -27,6 +27,7 @@ LAYERS = {
     "data.sources.series": 3,
     "data.sources": 4,
     "data.datamodule": 5,
+    "gan.conditions": 0,
     "gan.objectives": 1,
     "gan.penalties": 1,
     "gan.priors": 1,
