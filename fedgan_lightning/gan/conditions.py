@@ -1,4 +1,4 @@
-"""What a GAN is told beside noise, and how its samples are written: the seams for uses other than class-conditional ones.
+"""What a GAN is told beside noise, and how its samples are written: the seams for uses beyond classes of images.
 
 Both are pure functions of tensors: stacked clients map them over clients by ``torch.vmap``.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Condition(ABC):
-    """A condition made from the real samples: a picture with a hole, a user's past. Both networks get it instead of labels.
+    """A condition made from real samples: a picture with a hole, a user's past. Both networks get it instead of labels.
 
     Attributes:
         num_random: Uniform numbers per sample that :meth:`make` takes.
