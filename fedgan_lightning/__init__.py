@@ -91,6 +91,7 @@ if TYPE_CHECKING:
     )
     from fedgan_lightning.federation.server import ServerModule
     from fedgan_lightning.gan.augment import Augmentation, LeCam
+    from fedgan_lightning.gan.conditions import Codec, Condition
     from fedgan_lightning.gan.module import GAN
     from fedgan_lightning.gan.networks import (
         ACGANDiscriminator,
@@ -201,6 +202,7 @@ _HOMES = {
     ],
     "fedgan_lightning.federation.server": ["ServerModule"],
     "fedgan_lightning.gan.augment": ["Augmentation", "LeCam"],
+    "fedgan_lightning.gan.conditions": ["Codec", "Condition"],
     "fedgan_lightning.gan.module": ["GAN"],
     "fedgan_lightning.gan.networks": [
         "ACGANDiscriminator",
@@ -252,7 +254,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "AdversarialLoss", "Minimax", "NonSaturating", "LeastSquares", "Wasserstein", "Hinge", "RelativisticPairing",
-    "Penalty", "R1", "R2", "GradientPenalty", "Augmentation", "LeCam",
+    "Penalty", "R1", "R2", "GradientPenalty", "Augmentation", "LeCam", "Codec", "Condition",
     "GAN", "MLPGenerator", "MLPDiscriminator", "DCGANGenerator", "DCGANDiscriminator", "ACGANGenerator",
     "ACGANDiscriminator", "ResNetGenerator", "ResNetDiscriminator", "R3GANGenerator", "R3GANDiscriminator",
     "ProfileGenerator", "ProfileDiscriminator",

@@ -41,6 +41,8 @@ LAYERS = {
     "gan.networks.r3gan": 3,
     "gan.networks": 4,
     "gan.steps": 2,
+    "gan.statistics": 0,
+    "gan.optimizers": 0,
     "gan.augment": 1,
     "gan.sampling": 0,
     "gan.checks": 1,

@@ -19,6 +19,7 @@ from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.defaults import default_metrics
 from fedgan_lightning.evaluation.metrics import Metric
 from fedgan_lightning.federation.server import ServerModule
+from fedgan_lightning.protocol import SampleSource
 from fedgan_lightning.seeding import make_generator
 
 
@@ -74,7 +75,7 @@ class Evaluation(L.Callback):
             )
         if self.metrics is None:
             self.metrics = default_metrics(data)
-        if isinstance(pl_module, ServerModule) and not pl_module.can_sample:
+        if isinstance(pl_module, ServerModule) and not isinstance(pl_module.model, SampleSource):
             name = type(pl_module.model).__name__
             warnings.warn(
                 f"{name} has no sample method: there are no sample metrics and no pictures of it", stacklevel=2

@@ -158,8 +158,8 @@ class ServerModule(L.LightningModule):
 
     @property
     def can_sample(self) -> bool:
-        """Whether the module has ``sample``."""
-        return isinstance(self.model, SampleSource)
+        """Whether the module has ``sample``, and needs no conditions for it."""
+        return isinstance(self.model, SampleSource) and getattr(self.model, "condition", None) is None
 
     def sample(
         self,

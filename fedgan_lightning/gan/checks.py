@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -54,12 +56,41 @@ def check_settings(gan: Any) -> None:
                 fix="set both to 1, or updates: alternating",
             )
         )
+    aids = {
+        "augment": gan.augment is not None,
+        "fake_labels": gan.fake_labels != "held",
+        "num_classes": gan.num_classes,
+    }
+    if gan.condition is not None and any(aids.values()):
+        raise ConfigurationError(
+            message(
+                "with a condition, samples are not augmented, and networks are not told labels",
+                received=", ".join(name for name, value in aids.items() if value),
+                fix="leave these out",
+            )
+        )
     if gan.ema_half_life_images is not None and gan.ema_half_life_images <= 0:
         raise ConfigurationError(
             message(
                 "ema_half_life_images is positive",
                 received=gan.ema_half_life_images,
                 fix="set null to switch it off",
+            )
+        )
+
+
+def check_conditions(gan: Any, conditions: torch.Tensor | None) -> None:
+    """Refuse to generate without the conditions that a generator needs, or with some that it does not take.
+
+    Raises:
+        ConfigurationError: If they are missing, or given to a generator that takes none.
+    """
+    if (gan.condition is None) != (conditions is None):
+        raise ConfigurationError(
+            message(
+                "a GAN is sampled with conditions exactly if it has been built with one",
+                received="no conditions" if conditions is None else "conditions without one",
+                fix="pass conditions=condition.make(x, y, u)" if conditions is None else "leave them out",
             )
         )
 
@@ -78,29 +109,43 @@ def check_networks(gan: Any, *, sample_shape: tuple[int, ...], num_classes: int)
                 fix=f"set num_classes of both networks to {num_classes}",
             )
         )
-    made = tuple(gan.sample(2, latents=torch.zeros(2, gan.latent_dim)).shape[1:])
-    wanted = sample_shape
+    wanted = list(sample_shape)
+    real, told = _zeros(gan, sample_shape)
+    conditions = None if gan.condition is None else told
+    with _accepting(f"the generator accepts latents ({gan.latent_dim},) and conditions", fix="set its sizes to theirs"):
+        made = list(gan.sample(2, latents=torch.zeros(2, gan.latent_dim), conditions=conditions).shape[1:])
     if made != wanted:
         raise ConfigurationError(
             message(
                 "the generator's samples have the shape of the data's",
-                received=f"{list(made)} from the generator, {list(wanted)} in the data",
+                received=f"{made} from the generator, {wanted} in the data",
                 fix="set the networks' image_size and channels (or sample_shape), or the source's image_size",
             )
         )
-    parameter = next(gan.discriminator.parameters())
     mode = gan.discriminator.training
+    fix = "set its image_size and channels (or sample_shape) to the data's"
     try:
-        with torch.no_grad():
-            labels = torch.zeros(2, dtype=torch.int64, device=parameter.device)
-            gan.discriminator.eval()(parameter.new_zeros(2, *wanted), labels)
-    except RuntimeError as error:
-        raise ConfigurationError(
-            message(
-                f"the discriminator accepts samples of shape {list(wanted)}",
-                received=str(error).splitlines()[0],
-                fix="set its image_size and channels (or sample_shape) to the data's",
-            )
-        ) from error
+        with _accepting(f"the discriminator accepts samples of shape {wanted}", fix=fix), torch.no_grad():
+            gan.discriminator.eval()(real, told)
     finally:
         gan.discriminator.train(mode)
+
+
+def _zeros(gan: Any, sample_shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return two samples as the networks see them, and what these are told of them."""
+    own = next(gan.discriminator.parameters())
+    labels, real = torch.zeros(2, dtype=torch.int64, device=own.device), own.new_zeros(2, *sample_shape)
+    if gan.codec is not None:
+        real = gan.codec.encode(real.long()).to(own.dtype)
+    if gan.condition is None:
+        return real, labels
+    return real, gan.condition.make(real, labels, own.new_full((2, gan.condition.num_random), 0.5))
+
+
+@contextlib.contextmanager
+def _accepting(rule: str, *, fix: str) -> Iterator[None]:
+    """Say of a network that does not take its inputs which rule it breaks."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConfigurationError(message(rule, received=str(error).splitlines()[0], fix=fix)) from error

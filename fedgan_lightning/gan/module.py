@@ -7,33 +7,28 @@ client by a per-round Trainer.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from fedgan_lightning.errors import DataError, message
 from fedgan_lightning.gan.augment import Augmentation, LeCam
-from fedgan_lightning.gan.checks import check_networks, check_settings
+from fedgan_lightning.gan.checks import check_conditions, check_networks, check_settings
+from fedgan_lightning.gan.conditions import Codec, Condition
 from fedgan_lightning.gan.objectives import AdversarialLoss, NonSaturating
+from fedgan_lightning.gan.optimizers import OptimizerCallable, SchedulerCallable, dcgan_adam
 from fedgan_lightning.gan.penalties import Penalty
 from fedgan_lightning.gan.priors import Normal, Prior
-from fedgan_lightning.gan.sampling import RECALIBRATION_SAMPLES, estimate_statistics, follow, generated
+from fedgan_lightning.gan.sampling import RECALIBRATION_SAMPLES, estimate_statistics, follow, generated, inputs
+from fedgan_lightning.gan.statistics import StepMeans
 from fedgan_lightning.gan.steps import Draws, DuePenalty, Stats, discriminator_step, generator_step
 from fedgan_lightning.protocol import RoundInfo
 from fedgan_lightning.seeding import make_generator
-
-OptimizerCallable = Callable[[Iterable], Optimizer]
-SchedulerCallable = Callable[[Optimizer], LRScheduler]
-
-
-def dcgan_adam(parameters: Iterable[Any]) -> Optimizer:
-    """Adam, learning rate 2e-4, betas (.5, .999): DCGAN's (Radford et al. 2016, section 4)."""
-    return torch.optim.Adam(parameters, lr=2e-4, betas=(0.5, 0.999))
 
 
 class GAN(L.LightningModule):
@@ -67,6 +62,8 @@ class GAN(L.LightningModule):
         clip_gradient_norm: Largest norm of each network's gradient; ``None`` does not clip.
         augment: Augmentation of the images that the discriminator sees.
         anchor: Anchors for the discriminator's logits.
+        condition: Makes what the networks are told from the real samples, instead of their labels.
+        codec: Translates between the data's samples and what the networks see.
 
     Raises:
         ConfigurationError: If the arguments contradict each other.
@@ -93,6 +90,8 @@ class GAN(L.LightningModule):
         clip_gradient_norm: float | None = None,
         augment: Augmentation | None = None,
         anchor: LeCam | None = None,
+        condition: Condition | None = None,
+        codec: Codec | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -107,6 +106,7 @@ class GAN(L.LightningModule):
         self.ema_half_life_images = ema_half_life_images
         self.clip_gradient_norm = clip_gradient_norm
         self.augment, self.anchor = augment, anchor
+        self.condition, self.codec = condition, codec
         #: Dimension of z.
         self.latent_dim = int(generator.latent_dim)  # type: ignore[arg-type]
         self.num_classes = int(getattr(generator, "num_classes", 0))
@@ -116,8 +116,7 @@ class GAN(L.LightningModule):
             self.generator_ema = copy.deepcopy(generator).requires_grad_(False)
         #: Local steps since the start of training; schedules and lazy penalties count in these.
         self.local_step = 0
-        self._sums: Stats = {}
-        self._num_summed = 0
+        self._means = StepMeans()
         self._in_federation = False
 
     @property
@@ -168,6 +167,8 @@ class GAN(L.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x, y = batch
+        if self.codec is not None:
+            x = self.lift(self.codec.encode)(x)
         x = x.to(next(self.discriminator.parameters()).dtype)
         num_images = y.shape[-1]
         if num_images % self.d_steps:
@@ -199,11 +200,13 @@ class GAN(L.LightningModule):
             if scheduler is not None:
                 scheduler.step()  # type: ignore[call-arg]
         self.local_step += 1
-        self._num_summed += 1
+        self._means.step()
         self.update_ema(num_images=num_images)
 
     def _backward_discriminator(self, optimizer: Any, x: Tensor, y: Tensor) -> None:
         due = self.due_penalties()
+        draws = self.draw(y, dtype=x.dtype, mix=any(penalty.needs_mix for penalty, _ in due))
+        told, draws = self.conditioned(x, y, draws)
         step = discriminator_step(
             self.generate,
             self.discriminate,
@@ -211,31 +214,33 @@ class GAN(L.LightningModule):
             penalties=due,
             auxiliary_weight=self.auxiliary_weight,
             x=x,
-            y=y,
-            draws=self.draw(y, dtype=x.dtype, mix=any(penalty.needs_mix for penalty, _ in due)),
+            y=told,
+            draws=draws,
             anchor=self.anchored if self.anchor is not None else None,
             lift=self.lift,
         )
         self._backward(optimizer, step.loss)
-        self._collect(step.stats, scale=1.0 / self.d_steps)
+        self._means.add(step.stats, scale=1.0 / self.d_steps)
         if self.augment is not None:
             self.augment.adapt(step.real_logits, num_images=y.shape[-1])
         if self.anchor is not None:
             self.anchor.follow(step.real_logits, step.fake_logits)
 
     def _backward_generator(self, optimizer: Any, x: Tensor, y: Tensor) -> None:
+        told, draws = self.conditioned(x, y, self.draw(y, dtype=x.dtype))
         loss, stats = generator_step(
             self.generate,
             self.discriminate,
             loss=self.loss,
             auxiliary_weight=self.auxiliary_weight,
             x=x,
-            y=y,
-            draws=self.draw(y, dtype=x.dtype),
+            y=told,
+            draws=draws,
+            terms=None if self.condition is None else self.lift(self.condition.terms),
             lift=self.lift,
         )
         self._backward(optimizer, loss)
-        self._collect(stats, scale=1.0 / self.g_steps)
+        self._means.add(stats, scale=1.0 / self.g_steps)
 
     def _backward(self, optimizer: Any, loss: Tensor) -> None:
         """Compute the gradients of this optimizer's parameters, and of no others.
@@ -281,6 +286,15 @@ class GAN(L.LightningModule):
         """Return ``function`` for the clients that this module trains: here one, so the function itself."""
         return function
 
+    def conditioned(self, x: Tensor, y: Tensor, draws: Draws) -> tuple[Tensor, Draws]:
+        """Return what the networks are told of real samples, and the draws with what they are told of generated
+        ones.
+        """
+        if self.condition is None or draws.condition is None:
+            return y, draws
+        told = self.lift(self.condition.make)(x, y, draws.condition)
+        return told, replace(draws, y=told)
+
     def due_penalties(self) -> list[DuePenalty]:
         """Return the penalties of the coming step."""
         return [(penalty, None) for penalty in self.penalties if penalty.is_due(self.local_step)]
@@ -302,10 +316,10 @@ class GAN(L.LightningModule):
         if self.fake_labels != "held" and self.num_classes:
             classes = y.unique() if self.fake_labels == "balanced" else torch.arange(self.num_classes, device=device)
             y = classes[torch.randint(len(classes), (count,), device=device, generator=generator)]
-        u = None
-        if self.augment is not None:
-            u = torch.rand(2, count, self.augment.num_random, generator=generator, device=device, dtype=dtype)
-        return Draws(z=z, y=y, mix=weights, augment=u)
+        where: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
+        u = None if self.augment is None else torch.rand(2, count, self.augment.num_random, **where)
+        told = None if self.condition is None else torch.rand(count, self.condition.num_random, **where)
+        return Draws(z=z, y=y, mix=weights, augment=u, condition=told)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.clip_gradient_norm is not None:
@@ -314,20 +328,14 @@ class GAN(L.LightningModule):
     # ------------------------------------------------------------------ statistics: summed on the device, logged per
     # epoch
 
-    def _collect(self, stats: Stats, *, scale: float) -> None:
-        for name, value in stats.items():
-            term = value if scale == 1.0 else scale * value
-            self._sums[name] = self._sums[name] + term if name in self._sums else term
-
     def on_train_epoch_start(self) -> None:
-        zeros = torch.zeros((), device=self.device)
-        self._sums, self._num_summed = ({"penalty": zeros} if self.penalties else {}), 0
+        self._means.clear(**({"penalty": torch.zeros((), device=self.device)} if self.penalties else {}))
 
     def round_statistics(self) -> Stats:
         """Return the means over the epoch so far: ``loss_d``, ``loss_g``, ``d_real`` = E D(x), ``d_fake`` = E
-        D(G(z)), ``penalty``.
+        D(G(z)), ``penalty``, and the condition's terms.
         """
-        return {name: value / max(self._num_summed, 1) for name, value in self._sums.items()}
+        return self._means.values()
 
     def on_train_epoch_end(self) -> None:
         if not self._in_federation:  # there, the client's Trainer has no logger, and round_statistics is asked for
@@ -352,13 +360,14 @@ class GAN(L.LightningModule):
     # ------------------------------------------------------------------ sampling
 
     def recalibrate(self) -> None:
-        """Set the generator's BatchNorm statistics to those of its own activations; needs noise, and no data."""
-        own, noise = next(self.generator.parameters()), make_generator(0, "statistics")
-        where = {"device": own.device, "dtype": own.dtype}
-        latents = self.prior.sample(RECALIBRATION_SAMPLES, self.latent_dim, generator=noise, **where)  # type: ignore[arg-type]
-        estimate_statistics(
-            self.generator, latents, torch.arange(len(latents)).to(own.device) % max(self.num_classes, 1)
-        )
+        """Set the generator's BatchNorm statistics to those of its own activations; needs noise, and no data.
+
+        Raises:
+            ConfigurationError: If the generator needs more than noise and labels.
+        """
+        check_conditions(self, None)
+        noise = make_generator(0, "statistics")
+        estimate_statistics(self.generator, *inputs(self, self.generator, RECALIBRATION_SAMPLES, generator=noise))
 
     @torch.no_grad()
     def sample(
@@ -368,6 +377,7 @@ class GAN(L.LightningModule):
         labels: Tensor | None = None,
         generator: torch.Generator | None = None,
         latents: Tensor | None = None,
+        conditions: Tensor | None = None,
         raw: bool = False,
         chunk_size: int = 500,
     ) -> Tensor:
@@ -378,18 +388,19 @@ class GAN(L.LightningModule):
             labels: Classes to generate (num_samples,); default all classes in turn.
             generator: Source of the latents; a seeded CPU generator gives the same latents on every device.
             latents: Latents (num_samples, latent_dim) to use instead.
+            conditions: What the generator is told (num_samples, ...), instead of labels, where it has a ``condition``.
             raw: Use the raw weights, those that are federated.
             chunk_size: Samples per forward pass.
+
+        Raises:
+            ConfigurationError: If conditions are missing, or given to a generator that takes none.
         """
+        check_conditions(self, conditions)
         network = self.generator if raw or self.generator_ema is None else self.generator_ema
-        parameter = next(network.parameters())
-        where = {"device": parameter.device, "dtype": parameter.dtype}
-        if latents is None:
-            latents = self.prior.sample(num_samples, self.latent_dim, generator=generator, **where)  # type: ignore[arg-type]
-        if labels is None:
-            labels = torch.arange(num_samples) % max(self.num_classes, 1)
-        latents, labels = latents.to(**where), labels.to(parameter.device)  # type: ignore[call-overload]
-        return generated(network, latents, labels[: len(latents)], chunk_size=chunk_size)
+        given = {"labels": labels, "latents": latents, "conditions": conditions}
+        z, told = inputs(self, network, num_samples, generator=generator, **given)
+        samples = generated(network, z, told, chunk_size=chunk_size)
+        return samples if self.codec is None else self.codec.decode(samples)
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 #: Generated samples from which BatchNorm statistics are estimated.
 RECALIBRATION_SAMPLES = 2000
+
+
+def inputs(
+    gan: Any,
+    network: nn.Module,
+    num_samples: int,
+    *,
+    labels: Tensor | None = None,
+    latents: Tensor | None = None,
+    conditions: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return what a generator takes, on its device: latents, and labels (all classes in turn) or conditions.
+
+    Args:
+        gan: The GAN, with its prior.
+        network: The generator, or its moving average.
+        num_samples: How many latents to draw.
+        labels: Classes to generate.
+        latents: Latents to use instead of drawn ones.
+        conditions: Conditions to use instead of labels.
+        generator: Source of the latents.
+    """
+    own = next(network.parameters())
+    where: dict[str, Any] = {"device": own.device, "dtype": own.dtype}
+    if latents is None:
+        latents = gan.prior.sample(num_samples, gan.latent_dim, generator=generator, **where)
+    if conditions is not None:
+        return latents.to(**where), conditions.to(**where)
+    told = torch.arange(len(latents)) % max(gan.num_classes, 1) if labels is None else labels[: len(latents)]
+    return latents.to(**where), told.to(own.device)
 
 
 @torch.no_grad()
@@ -17,7 +50,7 @@ def generated(network: nn.Module, latents: Tensor, labels: Tensor, *, chunk_size
     Args:
         network: The generator.
         latents: (N, latent_dim).
-        labels: (N,).
+        labels: (N,), or conditions (N, ...).
         chunk_size: Samples per forward pass.
     """
     mode = network.training

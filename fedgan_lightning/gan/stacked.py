@@ -30,6 +30,7 @@ TRAINING = (
     "discriminate",
     "augmented",
     "anchored",
+    "conditioned",
     "since",
     "draw",
     "due_penalties",
@@ -98,7 +99,7 @@ class StackedGAN(GAN):
     def keep_clients(self, count: int) -> None:
         """Go on with the first ``count`` clients; the others have done their steps."""
         self._first_steps, self._generators = self._first_steps[:count], self._generators[:count]
-        self._sums = {name: value[:count] if value.dim() else value for name, value in self._sums.items()}
+        self._means.keep(count)
         self._latents = [latents[:count] for latents in self._latents]
         self._values = {}
 
@@ -157,17 +158,20 @@ class StackedGAN(GAN):
         unused = torch.zeros(y.shape[1], device=y.device, dtype=dtype)  # of clients whose penalty is not due
         weights = [unused if own.mix is None else own.mix for own in drawn]
         numbers = [own.augment for own in drawn if own.augment is not None]
+        conditions = [own.condition for own in drawn if own.condition is not None]
         return Draws(
             z=torch.stack([own.z for own in drawn]),
             y=torch.stack([own.y for own in drawn]) if self.fake_labels != "held" else y,
             mix=torch.stack(weights) if mix else None,
             augment=torch.stack(numbers) if numbers else None,
+            condition=torch.stack(conditions) if conditions else None,
         )
 
     @property
     def _draws_more_than_latents(self) -> bool:
         labels = self.fake_labels != "held" and self.num_classes > 0
-        return labels or self.augment is not None or any(penalty.needs_mix for penalty in self.penalties)
+        others = self.augment is not None or self.condition is not None
+        return labels or others or any(penalty.needs_mix for penalty in self.penalties)
 
     def _next_latents(self, count: int, *, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return latents (clients, count, latent_dim), drawn for many steps at a time: a call for each client and step

@@ -30,15 +30,17 @@ class Draws:
 
     Attributes:
         z: Latents (N, latent_dim).
-        y: Labels to generate (N,).
+        y: Labels to generate (N,), or conditions (N, ...).
         mix: Uniform numbers (N,), where a penalty interpolates.
         augment: Uniform numbers (2, N, k) for real and for generated samples, where they are augmented.
+        condition: Uniform numbers (N, k) from which conditions are made, where there are any.
     """
 
     z: Tensor
     y: Tensor
     mix: Tensor | None = None
     augment: Tensor | None = None
+    condition: Tensor | None = None
 
     @property
     def sides(self) -> tuple[Tensor | None, Tensor | None]:
@@ -88,7 +90,7 @@ def discriminator_step(
         penalties: Those due on this step.
         auxiliary_weight: Weight of ACGAN's classification terms.
         x: Real samples (N, ...).
-        y: Their labels (N,).
+        y: Their labels (N,), or conditions (N, ...).
         draws: All randomness of the step.
         anchor: (real logits, fake logits) -> a term that holds them.
         lift: Maps a function of one client's tensors over clients.
@@ -130,20 +132,25 @@ def generator_step(
     x: Tensor,
     y: Tensor,
     draws: Draws,
+    terms: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]] | None = None,
     lift: Lift = once,
 ) -> tuple[Tensor, Stats]:
     """Return the generator's loss on one minibatch, and detached statistics; arguments as in
-    :func:`discriminator_step`.
+    :func:`discriminator_step`, and ``terms``, (generated, real, conditions) -> weighted terms by name to add.
 
-    Real samples enter only where the loss pairs them with generated ones.
+    Real samples enter only where the loss pairs them with generated ones, and in ``terms``.
     """
     y_fake, (on_real, on_fake) = draws.y, draws.sides
-    fake_logits, fake_classes = split_heads(discriminate(generate(draws.z, y_fake), y_fake, on_fake))
+    fake = generate(draws.z, y_fake)
+    fake_logits, fake_classes = split_heads(discriminate(fake, y_fake, on_fake))
     logits = (fake_logits, split_heads(discriminate(x, y, on_real))[0]) if loss.pairs_real else (fake_logits,)
     total = lift(loss.generator)(*logits)
     if fake_classes is not None:
         total = total + auxiliary_weight * lift(auxiliary_classifier)(fake_classes, y_fake)
-    return total, {"loss_g": total.detach()}
+    stats: Stats = {}
+    for name, term in (terms(fake, x, y_fake) if terms is not None else {}).items():
+        total, stats[name] = total + term, term.detach()
+    return total, {"loss_g": total.detach(), **stats}
 
 
 def mean_probability(logits: Tensor) -> Tensor:
