@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         IID,
         ClassesPerClient,
         ClassLists,
+        ClassMixes,
         Dirichlet,
         FeatureShift,
         Natural,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         Digits,
         Grid,
         ImageFolder,
+        MedMNIST,
         MedMNISTFile,
         Ring,
         Segments,
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
         QuorumError,
         UpdateError,
     )
+    from fedgan_lightning.evaluation.audit import MembershipInference
     from fedgan_lightning.evaluation.breakdown import ClassBreakdown, ClientDistances
     from fedgan_lightning.evaluation.callback import Evaluation
     from fedgan_lightning.evaluation.features import (
@@ -71,7 +74,7 @@ if TYPE_CHECKING:
         SlicedWasserstein,
     )
     from fedgan_lightning.evaluation.series import DiscriminativeScore, PredictiveScore, ProfileCentroids
-    from fedgan_lightning.evaluation.utility import Memorisation, SyntheticTraining
+    from fedgan_lightning.evaluation.utility import ClientAugmentation, Memorisation, SyntheticTraining
     from fedgan_lightning.federation.aggregation import WeightedMean
     from fedgan_lightning.federation.executors import (
         AutoExecutor,
@@ -128,6 +131,7 @@ _HOMES = {
     "fedgan_lightning.data.partition": [
         "IID",
         "ClassLists",
+        "ClassMixes",
         "ClassesPerClient",
         "Dirichlet",
         "FeatureShift",
@@ -142,6 +146,7 @@ _HOMES = {
         "Digits",
         "Grid",
         "ImageFolder",
+        "MedMNIST",
         "MedMNISTFile",
         "Ring",
         "Segments",
@@ -158,6 +163,7 @@ _HOMES = {
         "QuorumError",
         "UpdateError",
     ],
+    "fedgan_lightning.evaluation.audit": ["MembershipInference"],
     "fedgan_lightning.evaluation.breakdown": ["ClassBreakdown", "ClientDistances"],
     "fedgan_lightning.evaluation.callback": ["Evaluation"],
     "fedgan_lightning.evaluation.features": [
@@ -175,7 +181,7 @@ _HOMES = {
     ],
     "fedgan_lightning.evaluation.gap": ["HeldAbsentGap"],
     "fedgan_lightning.evaluation.series": ["DiscriminativeScore", "PredictiveScore", "ProfileCentroids"],
-    "fedgan_lightning.evaluation.utility": ["Memorisation", "SyntheticTraining"],
+    "fedgan_lightning.evaluation.utility": ["ClientAugmentation", "Memorisation", "SyntheticTraining"],
     "fedgan_lightning.evaluation.metrics": [
         "ClassCoverage",
         "FrechetDistance",
@@ -258,9 +264,10 @@ __all__ = [
     "GAN", "MLPGenerator", "MLPDiscriminator", "DCGANGenerator", "DCGANDiscriminator", "ACGANGenerator",
     "ACGANDiscriminator", "ResNetGenerator", "ResNetDiscriminator", "R3GANGenerator", "R3GANDiscriminator",
     "ProfileGenerator", "ProfileDiscriminator",
-    "FederatedDataModule", "Samples", "Source", "Digits", "TorchvisionImages", "CelebA", "ImageFolder", "MedMNISTFile",
-    "Ring", "Grid", "SwissRoll", "Segments", "CSVProfiles",
-    "Partition", "IID", "Dirichlet", "ClassesPerClient", "ClassLists", "QuantitySkew", "Natural", "FeatureShift",
+    "FederatedDataModule", "Samples", "Source", "Digits", "TorchvisionImages", "CelebA", "ImageFolder", "MedMNIST",
+    "MedMNISTFile", "Ring", "Grid", "SwissRoll", "Segments", "CSVProfiles",
+    "Partition", "IID", "Dirichlet", "ClassesPerClient", "ClassLists", "ClassMixes", "QuantitySkew", "Natural",
+    "FeatureShift",
     "Federation", "FederatedOrchestrator", "ServerModule", "AutoExecutor", "SequentialExecutor", "VectorizedExecutor",
     "FaultyExecutor", "RoundRules", "Screening",
     "WeightedMean", "CoordinateMedian", "TrimmedMean", "Krum", "GeometricMedian",
@@ -268,7 +275,7 @@ __all__ = [
     "Aggregator", "ClientSampler", "ClientTask", "ClientUpdate", "ClientFailure", "Executor",
     "Evaluation", "Metric", "FrechetDistance", "ClassCoverage", "ModeCoverage", "SlicedWasserstein",
     "KernelDistance", "PrecisionRecall", "ClassifierScore", "IntraClassDistance", "SyntheticTraining", "Memorisation",
-    "ClassBreakdown", "ClientDistances", "HeldAbsentGap",
+    "ClassBreakdown", "ClientDistances", "HeldAbsentGap", "ClientAugmentation", "MembershipInference",
     "ProfileCentroids", "DiscriminativeScore", "PredictiveScore",
     "FeatureNet", "ClassifierFeatures", "PixelFeatures", "InceptionFeatures", "ModuleFeatures",
     "SamplePictures", "Inspection", "AtomicCheckpointIO", "BestCheckpoint", "LastCheckpoint",

@@ -21,19 +21,15 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-# Imported for their names: what is imported here can be written without its module path in a configuration.
+import fedgan_lightning
 from fedgan_lightning.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, read_checkpoint
-from fedgan_lightning.data import partition, sources
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.errors import CheckpointError, ConfigurationError, message
-from fedgan_lightning.evaluation import features, metrics
 from fedgan_lightning.evaluation.callback import Evaluation
-from fedgan_lightning.evaluation.gap import HeldAbsentGap
-from fedgan_lightning.federation import aggregation, executors, robust, rules, sampling
+from fedgan_lightning.federation.executors import AutoExecutor
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
 from fedgan_lightning.federation.server import ServerModule
-from fedgan_lightning.gan import networks, objectives, penalties, priors
-from fedgan_lightning.gan.module import GAN
+from fedgan_lightning.gan import networks, priors
 from fedgan_lightning.recorder import RunRecorder, check_run_directory
 from fedgan_lightning.visuals import pictures
 from fedgan_lightning.visuals.inspection import Inspection
@@ -41,23 +37,8 @@ from fedgan_lightning.visuals.progress import RoundProgressBar
 from fedgan_lightning.visuals.samples import SamplePictures
 from fedgan_lightning.visuals.tensorboard import TensorBoardLayout
 
-SHORT_NAMES = (
-    GAN,
-    HeldAbsentGap,
-    aggregation,
-    executors,
-    features,
-    metrics,
-    networks,
-    objectives,
-    partition,
-    penalties,
-    priors,
-    robust,
-    rules,
-    sampling,
-    sources,
-)
+#: What is in memory can be written without its module path in a configuration: every public name, and these.
+SHORT_NAMES = (networks, priors, *(getattr(fedgan_lightning, name) for name in fedgan_lightning.__all__))
 #: Settings that a resumed run may change.
 MAY_CHANGE = ("rounds",)
 
@@ -188,7 +169,7 @@ class FederatedCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         run_dir, plain = settings.run_dir, self.plain_settings
         orchestrator = self.orchestrator
-        if isinstance(orchestrator.executor, executors.AutoExecutor) and orchestrator.executor.num_threads is None:
+        if isinstance(orchestrator.executor, AutoExecutor) and orchestrator.executor.num_threads is None:
             orchestrator.executor.num_threads = settings.num_threads
         orchestrator.settings = {
             group: {name: value for name, value in plain[group].items() if name not in MAY_CHANGE}

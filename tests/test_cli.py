@@ -36,7 +36,7 @@ STAND_INS = {
     "mnist": ("[1, 28, 28]", 10),
     "cifar10": ("[3, 32, 32]", 10),
     "celeba": ("[3, 48, 48]", 16),
-    "medmnist": ("[1, 28, 28]", 2),
+    "medical": ("[1, 28, 28]", 2),
     "image_folder": ("[3, 32, 32]", 0),
     "hospitals": ("[1, 28, 28]", 2),
 }
@@ -69,7 +69,7 @@ def small(name: str) -> list[str]:
 
 
 def test_the_promised_configurations_are_there():
-    promised = "digits mnist fashion_mnist cifar10 celeba medmnist image_folder hospitals timeseries"
+    promised = "digits mnist fashion_mnist cifar10 celeba medical image_folder hospitals timeseries"
     promised += " ring8 grid25 swiss_roll toy2d"
     assert {path.stem for path in CONFIGS} >= set(promised.split())
 

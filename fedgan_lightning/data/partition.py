@@ -172,6 +172,52 @@ class ClassLists(Partition):
         return _by_class_lists(labels, self.classes, generator)
 
 
+class ClassMixes(Partition):
+    """Sizes and label skew by hand: the size of every client, and the share of every class in it.
+
+    As many samples are dealt out as the scarcest class allows; the rest is dropped.
+
+    Args:
+        sizes: Relative size of every client, > 0.
+        mixes: For every client the shares of all classes, >= 0; they are divided by their sum.
+        min_samples: Fewest samples of any client.
+    """
+
+    def __init__(self, sizes: Sequence[float], mixes: Sequence[Sequence[float]], *, min_samples: int = 1) -> None:
+        super().__init__(min_samples=min_samples)
+        if len(sizes) != len(mixes) or min(sizes, default=0) <= 0 or any(min(mix, default=-1) < 0 for mix in mixes):
+            raise DataError(
+                message(
+                    "ClassMixes has a positive size and shares of classes for every client",
+                    received=f"sizes {list(sizes)}, mixes {[list(mix) for mix in mixes]}",
+                    fix="give one size and one list of shares per client",
+                )
+            )
+        self.sizes, self.mixes = list(sizes), [list(mix) for mix in mixes]
+
+    def assign(self, samples: Samples, *, num_clients: int, generator: np.random.Generator) -> list[Indices]:
+        labels = labels_of(samples, self)
+        held = np.bincount(labels)
+        if len(self.sizes) != num_clients or any(len(mix) != len(held) or sum(mix) <= 0 for mix in self.mixes):
+            raise DataError(
+                message(
+                    f"ClassMixes describes {num_clients} clients by shares of {len(held)} classes",
+                    received=f"{len(self.sizes)} clients, mixes {self.mixes}",
+                    fix="set data.num_clients, or the lists",
+                )
+            )
+        mixes = np.array(self.mixes, dtype=float)
+        wanted = np.array(self.sizes)[:, None] * mixes / mixes.sum(1, keepdims=True)
+        asked = wanted.sum(0)
+        counts = np.floor(wanted * (held[asked > 0] / asked[asked > 0]).min() + 1e-9).astype(np.int64)
+        parts: list[list[Indices]] = [[] for _ in range(num_clients)]
+        for label in range(len(held)):
+            order = generator.permutation(np.flatnonzero(labels == label))
+            for client, part in enumerate(np.split(order, counts[:, label].cumsum())[:-1]):
+                parts[client].append(part)
+        return [np.concatenate(own) for own in parts]
+
+
 class QuantitySkew(Partition):
     """Same distribution, unequal sizes: shares ~ Dirichlet(alpha) over the clients.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
+from fedgan_lightning.evaluation.audit import MembershipInference
 from fedgan_lightning.evaluation.breakdown import ClassBreakdown, ClientDistances
 from fedgan_lightning.evaluation.fidelity import ClassifierScore, IntraClassDistance, KernelDistance, PrecisionRecall
 from fedgan_lightning.evaluation.metrics import (
@@ -27,7 +28,7 @@ def default_metrics(data: FederatedDataModule) -> list[Metric]:
         return [SlicedWasserstein()]
     found: list[Metric] = [FrechetDistance(), ClientDistances()]
     if data.has_client_samples:  # these look at the clients' samples one by one
-        found += [KernelDistance(), PrecisionRecall(), Memorisation()]
+        found += [KernelDistance(), PrecisionRecall(), Memorisation(), MembershipInference()]
     if data.num_classes > 1:
         found += [ClassCoverage(), ClassBreakdown(), ClassifierScore(), SyntheticTraining()]
         found += [IntraClassDistance()] if data.has_client_samples else []

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics.functional.classification import multiclass_auroc
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
-from fedgan_lightning.data.samples import Samples
+from fedgan_lightning.data.samples import ClientSamples, Samples
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation import neighbours
 from fedgan_lightning.evaluation.features import Classifier, FeatureNet, FrozenNet, PixelFeatures, train_classifier
@@ -19,10 +21,11 @@ from fedgan_lightning.seeding import isolated_rng, make_generator
 
 
 class SyntheticTraining(Metric):
-    """Accuracy on the real test split of a classifier trained on generated samples alone: ``tstr_accuracy``.
+    """Accuracy and AUC on the real test split of a classifier trained on generated samples alone: ``tstr_accuracy``
+    and ``tstr_auc``, in [0, 1].
 
-    Beside it stands ``trtr_accuracy``, once: the same classifier trained on as many real samples. Source: Ravuri and
-    Vinyals 2019 (classification accuracy score).
+    Beside them stand ``trtr_accuracy`` and ``trtr_auc``: the same classifier trained on as many real samples. The AUC
+    is the mean over classes of each against the rest. Source: Ravuri and Vinyals 2019 (classification accuracy score).
 
     Args:
         epochs: Passes over the samples.
@@ -50,28 +53,112 @@ class SyntheticTraining(Metric):
             return {}
         assert self.train is not None
         assert self.train.y is not None
-        x = ((samples + 1) * 127.5).round().clamp(0, 255).to(torch.uint8) if self.train.is_image else samples
+        assert self.test is not None
         chosen = torch.randperm(len(self.train), generator=make_generator(self.seed, "tstr"))[: len(samples)]
         real = Samples(x=self.train.x[chosen], y=self.train.y[chosen])
-        return {
-            "tstr_accuracy": self._accuracy(Samples(x=x.cpu(), y=labels.cpu())),
-            "trtr_accuracy": self._accuracy(real),
-        }
+        values: dict[str, float] = {}
+        for name, own in (("tstr", stored(samples, labels, is_image=self.train.is_image)), ("trtr", real)):
+            options = {"num_classes": self.num_classes, "epochs": self.epochs, "seed": self.seed}
+            values[f"{name}_accuracy"], values[f"{name}_auc"] = classified(own, everything(self.test), **options)
+        return values
 
-    def _accuracy(self, samples: Samples) -> float:
-        assert self.test is not None
-        # Trainer.test forbids gradients, and what was made there cannot take part in any: hence the copy.
-        with isolated_rng(self.seed), torch.inference_mode(False), torch.enable_grad():
-            net = Classifier(tuple(samples.x.shape[1:]), self.num_classes, is_image=samples.is_image)
-            assert samples.y is not None
-            copied = Samples(x=samples.x.clone(), y=samples.y.clone())
-            train_classifier(net, copied, epochs=self.epochs, seed=self.seed)
-        net.eval()
-        right = 0
-        with torch.no_grad():
-            for x, y in everything(self.test).chunks(CHUNK):
-                right += int((net(x.float())[1].argmax(1) == y).sum())
-        return right / len(self.test)
+
+class ClientAugmentation(Metric):
+    """What generated samples do for a client's own classifier: its AUC on the test split, with and without them.
+
+    Reports ``auc_own_data/NUMBER`` for a classifier trained on the client's samples, and ``auc_with_synthetic/NUMBER``
+    for one trained on these and generated ones, for as many steps; the test split is seen as the client sees the world.
+    Both are means over ``repeats`` classifiers.
+
+    Args:
+        clients: Which clients; default the one with fewest samples.
+        steps: Training steps, of 64 samples.
+        repeats: Classifiers, which differ in initial weights and order.
+        ratio: Most generated samples per sample of the client.
+        seed: Seed of the first.
+    """
+
+    full = True
+
+    def __init__(
+        self,
+        *,
+        clients: Sequence[int] | None = None,
+        steps: int = 400,
+        repeats: int = 3,
+        ratio: float = 4.0,
+        seed: int = 0,
+    ) -> None:
+        self.clients, self.steps, self.repeats = None if clients is None else list(clients), steps, repeats
+        self.ratio, self.seed = ratio, seed
+        self.own: dict[int, tuple[Samples, ClientSamples]] = {}
+        self.is_image, self.num_classes = True, 0
+
+    def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
+        if data.num_classes < 2 or data.test_samples.y is None:
+            raise ConfigurationError(
+                message("ClientAugmentation needs labelled data", received="no labels", fix="leave it out")
+            )
+        self.is_image, self.num_classes = data.train_samples.is_image, data.num_classes
+        smallest = min(range(data.num_clients), key=data.num_examples)
+        for client_id in [smallest] if self.clients is None else self.clients:
+            if not 0 <= client_id < data.num_clients:
+                raise ConfigurationError(
+                    message(
+                        f"ClientAugmentation names clients 0 to {data.num_clients - 1}",
+                        received=client_id,
+                        fix="change its clients",
+                    )
+                )
+            view = data.client_samples(client_id)
+            own = stored(*view.take(torch.arange(len(view))), is_image=self.is_image)
+            self.own[client_id] = own, replace(everything(data.test_samples), shift=view.shift)
+        return {f"auc_own_data/{k}": self._auc(own, test) for k, (own, test) in self.own.items()}
+
+    def compute(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
+        if labels is None:
+            return {}
+        values = {}
+        for client_id, (own, test) in self.own.items():
+            count = min(len(samples), round(self.ratio * len(own)))
+            made = stored(samples[:count], labels[:count], is_image=self.is_image)
+            assert own.y is not None
+            assert made.y is not None
+            both = Samples(x=torch.cat([own.x, made.x]), y=torch.cat([own.y, made.y]))
+            values[f"auc_with_synthetic/{client_id}"] = self._auc(both, test)
+        return values
+
+    def _auc(self, samples: Samples, test: ClientSamples) -> float:
+        epochs = max(1, round(self.steps * 64 / len(samples)))
+        found = [
+            classified(samples, test, num_classes=self.num_classes, epochs=epochs, seed=self.seed + number)[1]
+            for number in range(self.repeats)
+        ]
+        return sum(found) / len(found)
+
+
+def stored(x: Tensor, y: Tensor, *, is_image: bool) -> Samples:
+    """Return samples in [-1, 1] with their labels as a data set; images become bytes."""
+    x = x.cpu()
+    return Samples(x=((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8) if is_image else x, y=y.cpu())
+
+
+def classified(
+    samples: Samples, test: ClientSamples, *, num_classes: int, epochs: int, seed: int
+) -> tuple[float, float]:
+    """Return accuracy and AUC on ``test`` of a classifier trained on ``samples``."""
+    # Trainer.test forbids gradients, and what was made there cannot take part in any: hence the copy.
+    with isolated_rng(seed), torch.inference_mode(False), torch.enable_grad():
+        net = Classifier(tuple(samples.x.shape[1:]), num_classes, is_image=samples.is_image)
+        assert samples.y is not None
+        copied = Samples(x=samples.x.clone(), y=samples.y.clone())
+        train_classifier(net, copied, epochs=epochs, seed=seed)
+    net.eval()
+    with torch.no_grad():
+        parts = [(net(x.float())[1].softmax(1), y) for x, y in test.chunks(CHUNK)]
+    beliefs, labels = torch.cat([belief for belief, _ in parts]), torch.cat([y for _, y in parts])
+    accuracy = float((beliefs.argmax(1) == labels).float().mean())
+    return accuracy, float(multiclass_auroc(beliefs, labels, num_classes=num_classes))
 
 
 class Memorisation(Metric):

@@ -27,6 +27,7 @@ PARTITIONS = {
     "classes": parts.ClassesPerClient(2),
     "shuffled": parts.ClassesPerClient(2, shuffle=True),
     "lists": parts.ClassLists([[0, 1], [2, 3], [4, 5], [0, 5]]),
+    "mixes": parts.ClassMixes([2, 1, 1, 2], [[1, 1, 0, 0, 0, 0], *[[0, 0, 0, 0, 1, 1]] * 2, [0, 0, 3, 3, 0, 0]]),
     "quantity": parts.QuantitySkew(0.5, min_samples=3),
     "natural": parts.Natural("site"),
     "label": parts.Natural("label"),
@@ -50,10 +51,24 @@ class TestPartitionContract:
         again = PARTITIONS[name].split(samples, num_clients=4, seed=1)
         assert all(np.array_equal(first, second) for first, second in zip(split, again))
 
-    @pytest.mark.parametrize("name", ["iid", "dirichlet", "shuffled", "quantity", "classes"])
+    @pytest.mark.parametrize("name", ["iid", "dirichlet", "shuffled", "quantity", "classes", "mixes"])
     def test_the_seed_matters(self, name):
         splits = [PARTITIONS[name].split(labelled(), num_clients=4, seed=seed) for seed in (1, 2)]
         assert not all(np.array_equal(*pair) for pair in zip(*splits))
+
+    def test_mixes_give_sizes_and_shares(self):
+        """Class 0 is scarcest: 40 of 240 are all dealt out, and the rest of the others is dropped."""
+        split = parts.ClassMixes([3, 1], [[1, 1, 1, 1, 1, 1], [7, 1, 1, 1, 0, 0]]).split(
+            labelled(), num_clients=2, seed=0
+        )
+        counts = np.stack([np.bincount(np.arange(240)[own] % 6, minlength=6) for own in split])
+        assert counts[0].tolist() == [16] * 6
+        assert counts[1].tolist() == [23, 3, 3, 3, 0, 0]
+
+    @pytest.mark.parametrize("sizes, mixes", [([1], [[1.0] * 6]), ([1, 1, 1, 1], [[1.0] * 5] * 4), ([0], [[1.0]])])
+    def test_mixes_that_do_not_fit_are_refused(self, sizes, mixes):
+        with pytest.raises(DataError, match="ClassMixes"):
+            parts.ClassMixes(sizes, mixes).split(labelled(), num_clients=4, seed=0)
 
     @pytest.mark.parametrize("name", PARTITIONS)
     def test_a_client_below_the_minimum_is_an_error(self, name):
@@ -278,6 +293,12 @@ class TestSources:
         assert (source.sample_shape, source.num_classes) == ((1, 32, 32), 2)
         assert tuple(source.load("train").x.shape) == (4708, 1, 32, 32)
         assert source.load("test").y.shape == (624,)
+
+    def test_a_set_of_medmnist_by_its_name(self, shared):
+        source = sources.MedMNIST("pneumoniamnist", root=str(shared / "medmnist"))
+        assert (source.sample_shape, source.num_classes, len(source.load("train"))) == ((1, 28, 28), 2, 4708)
+        with pytest.raises(DataError, match="pneumoniamnist_64.npz lies in the folder"):
+            sources.MedMNIST("pneumoniamnist", root=str(shared / "medmnist"), size=64)
 
     def test_missing_torchvision_data_is_one_clear_error(self):
         with pytest.raises(DataError, match="MNIST lies in the folder.*root='nowhere', download=False"):

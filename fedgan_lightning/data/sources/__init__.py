@@ -2,7 +2,8 @@
 
 from fedgan_lightning.data.sources.base import Source
 from fedgan_lightning.data.sources.bundled import Digits
-from fedgan_lightning.data.sources.images import CelebA, ImageFolder, MedMNISTFile, TorchvisionImages
+from fedgan_lightning.data.sources.images import CelebA, ImageFolder, TorchvisionImages
+from fedgan_lightning.data.sources.medical import MedMNIST, MedMNISTFile
 from fedgan_lightning.data.sources.series import CSVProfiles
 from fedgan_lightning.data.sources.toys import GaussianMixture, Grid, Ring, Segments, SwissRoll
 
@@ -13,6 +14,7 @@ __all__ = [
     "GaussianMixture",
     "Grid",
     "ImageFolder",
+    "MedMNIST",
     "MedMNISTFile",
     "Ring",
     "Segments",

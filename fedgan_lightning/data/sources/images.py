@@ -1,8 +1,7 @@
-"""Image sources on disk: torchvision's data sets, folders of pictures, and .npz files in MedMNIST's layout."""
+"""Image sources on disk: torchvision's data sets and folders of pictures."""
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -215,65 +214,3 @@ class ImageFolder(Source):
                 message("every picture can be read", received=f"{path} ({error})", fix="remove or repair the file")
             ) from error
         return resize(pixels.unsqueeze(0), self.image_size)[0]
-
-
-class MedMNISTFile(Source):
-    """An .npz file in MedMNIST's layout: ``{train,val,test}_images`` and ``{train,val,test}_labels`` of shape (n, 1).
-
-    Further arrays ``train_NAME`` and ``test_NAME`` of length n become columns, for a natural partition.
-
-    Args:
-        path: The file.
-        image_size: Side in pixels; default the file's own.
-        class_names: Names of the classes; default their numbers.
-    """
-
-    def __init__(self, path: str, *, image_size: int | None = None, class_names: tuple[str, ...] | None = None) -> None:
-        self.path = Path(path)
-        with self._open() as arrays:
-            shape, highest = arrays["train_images"].shape, int(arrays["train_labels"].max(initial=0))
-        self.image_size = image_size or int(shape[1])
-        self.sample_shape = (3 if len(shape) == 4 else 1, self.image_size, self.image_size)
-        self.class_names = class_names or tuple(str(label) for label in range(highest + 1))
-
-    def load(self, split: Split) -> Samples:
-        with self._open() as arrays:
-            labels = torch.from_numpy(np.asarray(arrays[f"{split}_labels"], dtype=np.int64))
-            if labels.dim() == 2 and labels.shape[1] > 1:
-                raise DataError(
-                    message(
-                        "labels are single: shape (n,) or (n, 1)",
-                        received=f"multi-label {tuple(labels.shape)}",
-                        fix="choose one column as the label and save the file anew",
-                    )
-                )
-            pixels = to_pixels(torch.from_numpy(np.asarray(arrays[f"{split}_images"])))
-            known = {f"{split}_images", f"{split}_labels"}
-            columns = {
-                name[len(split) + 1 :]: np.asarray(arrays[name])
-                for name in arrays.files
-                if name.startswith(f"{split}_") and name not in known
-            }
-        return Samples(x=resize(pixels, self.image_size), y=labels.flatten(), columns=columns)
-
-    def _open(self) -> Any:
-        try:
-            arrays = np.load(self.path, allow_pickle=False)
-            missing = sorted({"train_images", "train_labels", "test_images", "test_labels"} - set(arrays.files))
-        except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-            raise DataError(
-                message(
-                    "an .npz file in MedMNIST's layout",
-                    received=f"{self.path} ({type(error).__name__}: {error})",
-                    fix="set data.source.path to the downloaded file",
-                )
-            ) from error
-        if missing:
-            raise DataError(
-                message(
-                    "an .npz file in MedMNIST's layout",
-                    received=f"no arrays {missing} in {self.path}",
-                    fix="rename them",
-                )
-            )
-        return arrays

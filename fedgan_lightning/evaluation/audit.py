@@ -1,0 +1,128 @@
+"""Attacks on what a generator gives away about those it was trained on, per client."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional.classification import binary_auroc
+
+from fedgan_lightning.data.datamodule import FederatedDataModule
+from fedgan_lightning.data.samples import ClientSamples
+from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.evaluation import neighbours
+from fedgan_lightning.evaluation.metrics import Metric, clients_of, everything
+from fedgan_lightning.seeding import make_generator
+
+Labelled = tuple[Tensor, Tensor]
+
+
+class MembershipInference(Metric):
+    """How well an attacker tells a client's training samples from samples that nobody trained on.
+
+    Two attacks, each scored by its AUC, .5 at best: ``membership_auc/NUMBER`` by the distance to the nearest generated
+    sample (Chen et al. 2020, GAN-Leaks, full black-box), ``membership_auc_discriminator/NUMBER`` by the logit of the
+    global discriminator (Hayes et al. 2019, LOGAN). Members and others are compared within each class, and the others,
+    from the test split, are seen as the client sees the world. Where training and test split differ in themselves, the
+    attack succeeds without any memory: ``membership_auc_of_split/NUMBER`` is its AUC with distances to held-out reals
+    in the place of generated ones.
+
+    Args:
+        max_samples: Most members, and most others, per client.
+        seed: Seed of their choice.
+    """
+
+    full = True
+
+    def __init__(self, *, max_samples: int = 500, seed: int = 0) -> None:
+        self.max_samples, self.seed = max_samples, seed
+        self.members: dict[int, Labelled] = {}
+        self.others: dict[int, Labelled] = {}
+
+    def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
+        if not data.has_client_samples:
+            raise ConfigurationError(
+                message(
+                    "MembershipInference looks at clients' samples, as in simulation",
+                    received="a deployment",
+                    fix="leave it out",
+                )
+            )
+        facts = {}
+        held_out = everything(data.test_samples)
+        first, second = torch.randperm(len(held_out), generator=make_generator(self.seed, "halves")).tensor_split(2)
+        for client_id, view in enumerate(clients_of(data)):
+            seen = ClientSamples(samples=data.test_samples, indices=held_out.indices, shift=view.shift)
+            self.members[client_id] = self._some(view, torch.arange(len(view)))
+            self.others[client_id] = self._some(seen, first)
+            score = distance_score(self._some(seen, second)[0])
+            facts[f"membership_auc_of_split/{client_id}"] = self._auc(client_id, score)
+        return facts
+
+    def compute(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
+        score = distance_score(samples.cpu())
+        return {f"membership_auc/{client_id}": self._auc(client_id, score) for client_id in self.members}
+
+    def inspect(self, model: nn.Module) -> dict[str, float]:
+        discriminator = getattr(model, "discriminator", None)
+        if not isinstance(discriminator, nn.Module):
+            return {}
+        score = logit_score(discriminator)
+        return {f"membership_auc_discriminator/{client_id}": self._auc(client_id, score) for client_id in self.members}
+
+    def _some(self, view: ClientSamples, positions: Tensor) -> Labelled:
+        generator = make_generator(self.seed, "members")
+        return view.take(positions[torch.randperm(len(positions), generator=generator)[: self.max_samples]])
+
+    def _auc(self, client_id: int, score: Callable[[Tensor, Tensor], Tensor]) -> float:
+        return membership_auc(self.members[client_id], self.others[client_id], score)
+
+
+def membership_auc(members: Labelled, others: Labelled, score: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """Return the AUC of ``score`` between members and others, the mean over classes weighted by their members; .5
+    where no class has both.
+    """
+    (x, y), (other_x, other_y) = members, others
+    inside, outside = score(x, y), score(other_x, other_y)
+    found: Mapping[int, tuple[float, int]] = {
+        int(label): (_auc(inside[y == label], outside[other_y == label]), int((y == label).sum()))
+        for label in y.unique()
+        if bool((other_y == label).any())
+    }
+    total = sum(count for _, count in found.values())
+    return sum(auc * count for auc, count in found.values()) / total if total else 0.5
+
+
+def distance_score(generated: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a score that is high for what lies near a generated sample: minus the distance to the nearest one."""
+    rows = generated.float().flatten(1)
+    return lambda x, y: -neighbours.nearest(x.float().flatten(1), rows)[0]
+
+
+def logit_score(discriminator: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a score that is high for what a discriminator takes for real: its mean logit."""
+    own = next(discriminator.parameters())
+
+    def score(x: Tensor, y: Tensor) -> Tensor:
+        mode = discriminator.training
+        discriminator.eval()
+        try:
+            with torch.no_grad():
+                output = discriminator(x.to(own.device, own.dtype), y.to(own.device))
+        finally:
+            discriminator.train(mode)
+        logits = output[0] if isinstance(output, tuple) else output
+        scores: Tensor = logits.float().cpu().reshape(len(x), -1).mean(1)
+        return scores
+
+    return score
+
+
+def _auc(inside: Tensor, outside: Tensor) -> float:
+    truth = torch.cat([torch.ones(len(inside)), torch.zeros(len(outside))]).long()
+    scores = torch.cat([inside, outside])
+    # Ranks, because the function takes numbers outside [0, 1] for logits and loses differences of large ones.
+    _, ranks = torch.unique(scores, return_inverse=True)
+    return float(binary_auroc(ranks.double() / max(int(ranks.max()), 1), truth))
