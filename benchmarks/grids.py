@@ -18,6 +18,7 @@ class Grid:
         seeds: Seeds of every cell.
         columns: Metrics of the table, as in test.json.
         common: Options of all cells.
+        controls: Kind and generator steps (see benchmarks/controls.py) of the cells that are no federation, by label.
     """
 
     title: str
@@ -26,6 +27,10 @@ class Grid:
     columns: tuple[str, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
     common: list[str] = field(default_factory=list)
+    controls: dict[str, tuple[str, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.cells.update({label: [] for label in self.controls})
 
 
 def rounds(total: int, local_steps: int) -> list[str]:
@@ -225,5 +230,18 @@ GRIDS = {
         cells=losses(),
         columns=RING_COLUMNS,
         seeds=(0, 1, 2, 3, 4),
+    ),
+    "medical": Grid(
+        title="PneumoniaMNIST, five hospitals unequal in size, in pneumonia and in contrast: 1 200 generator steps",
+        config="medical.yaml",
+        common=["--data.source.root", "{shared}/medmnist", "--federation.executor", "SequentialExecutor"],
+        cells={"federated, K = 20": rounds(1200, 20)},
+        controls={"centralised": ("centralised", 1200), "local only (hospital 4)": ("local:4", 1200)},
+        columns=(
+            *("fid", "fid_test", "tstr_auc", "trtr_auc", "tstr_accuracy", "trtr_accuracy"),
+            *("auc_own_data/4", "auc_with_synthetic/4", "nearest_distance_ratio"),
+            *(f"membership_auc/{k}" for k in range(5)),
+            *(f"membership_auc_discriminator/{k}" for k in range(5)),
+        ),
     ),
 }

@@ -35,12 +35,17 @@ def run_cell(grid: Grid, label: str, seed: int, folder: Path, *, shared: str) ->
     options = ["--config", str(ROOT / "configs" / grid.config), *options, "--seed_everything", str(seed)]
     options += ["--run_dir", str(run_dir), "--evaluation.raw", "true", "--trainer.enable_progress_bar", "false"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "ignore", "-m", "fedgan_lightning"]
+    python = [sys.executable, "-W", "ignore", "-m"]
     last = run_dir / "checkpoints" / "last.ckpt"
     started = time.perf_counter()
     resume = ["--ckpt_path", "last"] if last.exists() else []
-    for options_of in (["fit", *options, *resume], ["test", *options, "--ckpt_path", str(last)]):
-        done = subprocess.run([*command, *options_of], env=environment, stdout=subprocess.DEVNULL)
+    commands = [["fit", *options, *resume], ["test", *options, "--ckpt_path", str(last)]]
+    commands = [["fedgan_lightning", *own] for own in commands]
+    if label in grid.controls:
+        kind, num_steps = grid.controls[label]
+        commands = [["benchmarks.controls", kind, str(num_steps), *options]]
+    for options_of in commands:
+        done = subprocess.run([*python, *options_of], env=environment, stdout=subprocess.DEVNULL)
         if done.returncode:  # weights that are not finite, say: the table counts it
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "failed").write_text(" ".join(options_of))

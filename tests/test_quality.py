@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from benchmarks import grids, quality
+from benchmarks import controls, grids, quality
 from fedgan_lightning.__main__ import main
 from tests.conftest import ROOT
 
@@ -23,6 +23,17 @@ def test_every_kind_of_cell_trains(label, tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["rounds"] == 2
     assert summary["client_runs"] == 2 * {"centralised": 1, "local only (client 0)": 1}.get(label, 5)
+
+
+def test_a_control_is_trained_and_measured_like_the_federation(tmp_path, monkeypatch):
+    options = ["--config", str(ROOT / "configs" / "digits.yaml"), "--run_dir", str(tmp_path / "run"), *CHEAP]
+    monkeypatch.setattr(
+        "sys.argv", ["controls", "local:3", "30", *options, "--evaluation.metrics", "[FrechetDistance]"]
+    )
+    controls.main()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["test"]["fid"] > summary["evaluation"]["fid_floor"] > 0
+    assert summary["evaluation"]["fid_num_reals"] == 1438, "all clients' data, whoever trained"
 
 
 def test_cells_of_a_sweep_take_equal_generator_steps():
