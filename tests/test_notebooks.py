@@ -9,6 +9,7 @@ from nbclient import NotebookClient
 from tests.conftest import ROOT
 
 
+@pytest.mark.notebooks
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_the_notebook_runs(path, tmp_path, monkeypatch, request):
     notebook = nbformat.read(path, as_version=4)
