@@ -244,4 +244,12 @@ GRIDS = {
             *(f"membership_auc_discriminator/{k}" for k in range(5)),
         ),
     ),
+    "timeseries": Grid(
+        title="ETTh1, one client per variable: 2 000 generator steps",
+        config="timeseries.yaml",
+        common=["--data.source.path", "{shared}/energy/ETTh1.csv"],
+        cells={"federated, K = 20": rounds(2000, 20)},
+        controls={"centralised": ("centralised", 2000), "local only (client 0)": ("local:0", 2000)},
+        columns=("centroid_distance", "discriminative_score", "predictive_error", "predictive_error_of_reals"),
+    ),
 }
