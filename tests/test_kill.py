@@ -12,6 +12,9 @@ import pytest
 from benchmarks import kill_resume
 
 
+pytestmark = pytest.mark.processes
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("whole") / "run"

@@ -17,6 +17,8 @@ from fedgan_lightning.checkpoints import read_checkpoint
 from fedgan_lightning.federation.ranks import Ranks
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.processes
+
 SETTINGS = """
 seed_everything: 1
 model:
