@@ -11,7 +11,6 @@ import pytest
 
 from benchmarks import kill_resume
 
-
 pytestmark = pytest.mark.processes
 
 
