@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from fedgan_lightning import (
     GAN,
+    R1,
     CFGANDiscriminator,
     CFGANGenerator,
     FederatedDataModule,
@@ -22,11 +24,15 @@ from fedgan_lightning import (
     Purchases,
     RankingQuality,
     Recommendations,
+    SequentialExecutor,
+    ServerModule,
+    VectorizedExecutor,
 )
 from fedgan_lightning.errors import ConfigurationError, DataError
 from fedgan_lightning.evaluation.defaults import default_metrics
 from fedgan_lightning.evaluation.ranking import histories, preferences, ranked, ranking_values
-from tests.conftest import ROOT, adam, ring_data
+from tests.conftest import ROOT, adam, federate, quiet_trainer, ring_data, ring_gan, sgd
+from tests.contracts.test_executors import assert_same, updates
 
 DATA = ROOT / "tests" / "data"
 CPU = torch.device("cpu")
@@ -43,10 +49,11 @@ def module(**options) -> FederatedDataModule:
     return FederatedDataModule(source(catalogue=str(DATA / "movies.csv")), **options)
 
 
-def gan(items: int = ITEMS, **condition) -> GAN:
+def gan(items: int = ITEMS, **options) -> GAN:
     torch.manual_seed(0)
+    options = {"generator_optimizer": adam, "discriminator_optimizer": adam, **options}
     pair = CFGANGenerator(items, hidden=(16,)), CFGANDiscriminator(items, hidden=(8,))
-    return GAN(*pair, condition=Purchases(items, **condition), generator_optimizer=adam, discriminator_optimizer=adam)
+    return GAN(*pair, condition=Purchases(items), **options)
 
 
 def write(path, rows, header="userId,movieId,rating,timestamp"):
@@ -368,3 +375,64 @@ class TestRanking:
         assert [type(metric) for metric in default_metrics(module())] == [RankingQuality]
         with pytest.raises(ConfigurationError, match="the same users in both splits.*received Ring"):
             RankingQuality().prepare(ring_data(), device=CPU)
+
+    def test_a_model_without_purchases_is_refused(self):
+        metric = RankingQuality()
+        metric.prepare(module(), device=CPU)
+        with pytest.raises(ConfigurationError, match="received GAN without a condition"):
+            metric.inspect(ring_gan())
+
+
+class TestFederation:
+    def test_stacked_clients_train_as_one_by_one(self):
+        options = {"generator_optimizer": sgd, "discriminator_optimizer": sgd, "penalties": [R1(0.1)]}
+        one, other = (
+            updates(executor, gan(**options), module(partition=Natural("genre")))
+            for executor in (VectorizedExecutor(), SequentialExecutor())
+        )
+        assert_same(one, other, rtol=1e-5)
+        assert all(update.metrics["zero_reconstruction"] > 0 for update in one[0].values())
+
+    def test_single_users_federate(self):
+        data = module(partition=Natural("user"), num_clients=41, batch_size=1)
+        server, *_ = federate(gan(), data, rounds=2, local_steps=1, executor=VectorizedExecutor())
+        before, after = gan().generator.state_dict(), server.model.generator.state_dict()
+        assert all(not torch.equal(before[name], after[name]) for name in before)
+
+    def test_training_beats_popularity_and_the_untrained_generator(self):
+        data, metric = module(batch_size=32), RankingQuality()
+        own = gan(
+            generator_optimizer=lambda parameters: torch.optim.Adam(parameters, lr=1e-2),
+            discriminator_optimizer=lambda parameters: torch.optim.Adam(parameters, lr=3e-3),
+            g_steps=2,
+        )
+        facts, untrained = metric.prepare(data, device=CPU), metric.inspect(own)
+        torch.manual_seed(1)
+        quiet_trainer(max_epochs=1).fit(own, datamodule=data.pooled(num_steps=200))
+        assert metric.inspect(own)["ndcg20"] > 1.2 * max(facts["ndcg20_popularity"], untrained["ndcg20"])
+
+
+class TestRecommendations:
+    def test_predict_writes_the_best_unseen_items_of_every_user(self, capsys):
+        data, callback = module(), Recommendations(top=7)
+        server = ServerModule(gan())
+        quiet_trainer(callback).predict(server, datamodule=data)
+        assert "wrote" in capsys.readouterr().out
+        with Path("predictions/recommendations.csv").open() as file:
+            lines = list(csv.DictReader(file))
+        samples, names = data.train_samples, data.source.items
+        assert len(lines) == 41 * 7
+        scores = preferences(server.model, samples.x).masked_fill(samples.x > 0, -1)
+        for row in (0, 17, 40):
+            mine = [line for line in lines if line["user"] == data.source.users[row]]
+            assert [int(line["rank"]) for line in mine] == list(range(1, 8))
+            best = scores[row].topk(7)
+            assert [line["item"] for line in mine] == [names[item] for item in best.indices]
+            assert [float(line["score"]) for line in mine] == pytest.approx(best.values.tolist(), rel=1e-4)
+            assert mine[0]["title"] == f"Film {mine[0]['item']}, The ({1959 + int(mine[0]['item'])})"
+
+    def test_other_data_and_empty_lists_are_refused(self):
+        with pytest.raises(ConfigurationError, match="1 item or more; received 0"):
+            Recommendations(top=0)
+        with pytest.raises(ConfigurationError, match="users of Interactions; received Ring"):
+            quiet_trainer(Recommendations()).predict(ServerModule(ring_gan()), datamodule=ring_data())
