@@ -224,7 +224,8 @@ class Interactions(Source):
         seen = np.zeros((len(table.users), len(table.items)))
         seen[table.rows[~table.held], table.columns[~table.held]] = 1
         shares = seen @ member / seen.sum(1, keepdims=True)
-        return np.array(names)[np.argmax(shares - shares.mean(0), axis=1)]
+        favourites: NDArray = np.array(names)[np.argmax(shares - shares.mean(0), axis=1)]
+        return favourites
 
 
 def _core(pairs: NDArray[np.str_], *, min_user: int, min_item: int) -> Integers:
