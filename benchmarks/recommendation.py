@@ -114,6 +114,9 @@ ROWS: dict[str, Callable[[argparse.Namespace, int], dict[str, float]]] = {
     "federated": lambda options, seed: federation(options, seed, []),
     "federated, IID": lambda options, seed: federation(options, seed, ["--data.partition", "IID"]),
     "centralised": lambda options, seed: federation(options, seed, CENTRALISED),
+    "centralised, twice the steps": lambda options, seed: federation(
+        options, seed, [*CENTRALISED, "--federation.rounds", str(2 * build(options, seed, []).orchestrator.rounds)]
+    ),
 }
 
 
@@ -127,8 +130,9 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
             values = [each[column] for each in done]
             cells.append(f"{statistics.mean(values):.3f} ± {statistics.pstdev(values):.3f}")
         ratios = [each["ndcg20"] / popular[each["seed"]] for each in done if each["seed"] in popular]
+        ratio = f"{statistics.mean(ratios):.2f}" if ratios else "-"
         seconds = statistics.mean(each["seconds"] for each in done)
-        lines.append(f"| {name} | {len(done)} | {' | '.join(cells)} | {statistics.mean(ratios):.2f} | {seconds:.0f} |")
+        lines.append(f"| {name} | {len(done)} | {' | '.join(cells)} | {ratio} | {seconds:.0f} |")
     return "\n".join(lines)
 
 
@@ -146,7 +150,7 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {}
     for seed in options.seeds:
         for name in options.rows:
-            path = options.folder / f"{name.replace(', ', '_')}_seed{seed}.json"
+            path = options.folder / f"{name.replace(', ', '_').replace(' ', '_')}_seed{seed}.json"
             if not path.exists():
                 started = time.perf_counter()
                 values = ROWS[name](options, seed)

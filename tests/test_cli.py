@@ -154,22 +154,11 @@ class TestCommands:
         assert (tmp_path / "out" / "predictions" / "samples.png").exists()
 
     def test_predict_writes_recommendations(self, tmp_path, capsys):
-        arguments = [*small("recommendation"), "--run_dir", tmp_path / "run"]
-        assert run("fit", *arguments, capsys=capsys)[0] == 0
-        last = [
-            "--config",
-            tmp_path / "run" / "config.yaml",
-            "--ckpt_path",
-            tmp_path / "run" / "checkpoints" / "last.ckpt",
-        ]
-        code, out, err = run("predict", *last, "--run_dir", tmp_path / "out", capsys=capsys)
+        code, out, err = run("predict", *small("recommendation"), "--run_dir", tmp_path / "out", capsys=capsys)
         assert code == 0, err
         assert "wrote" in out
         lines = (tmp_path / "out" / "predictions" / "recommendations.csv").read_text().splitlines()
         assert lines[0] == "user,rank,item,title,score"
-        summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-        assert 0 < summary["evaluation"]["ndcg20_popularity"] < 1
-        assert set(summary["final"]) >= {"ndcg20", "precision5", "precision20", "recall20", "mrr"}
 
     def test_partition_prints_who_holds_what(self, tmp_path, capsys):
         code, out, _ = run("partition", "--config", DIGITS, "--run_dir", tmp_path / "p", capsys=capsys)
