@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         Digits,
         Grid,
         ImageFolder,
+        Interactions,
         MedMNIST,
         MedMNISTFile,
         Ring,
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
         ModeCoverage,
         SlicedWasserstein,
     )
+    from fedgan_lightning.evaluation.ranking import RankingQuality
     from fedgan_lightning.evaluation.series import DiscriminativeScore, PredictiveScore, ProfileCentroids
     from fedgan_lightning.evaluation.utility import ClientAugmentation, Memorisation, SyntheticTraining
     from fedgan_lightning.federation.aggregation import WeightedMean
@@ -99,6 +101,8 @@ if TYPE_CHECKING:
     from fedgan_lightning.gan.networks import (
         ACGANDiscriminator,
         ACGANGenerator,
+        CFGANDiscriminator,
+        CFGANGenerator,
         DCGANDiscriminator,
         DCGANGenerator,
         MLPDiscriminator,
@@ -120,8 +124,10 @@ if TYPE_CHECKING:
         Wasserstein,
     )
     from fedgan_lightning.gan.penalties import R1, R2, GradientPenalty, Penalty
+    from fedgan_lightning.gan.purchases import Purchases
     from fedgan_lightning.protocol import Aggregator, ClientFailure, ClientSampler, ClientTask, ClientUpdate, Executor
     from fedgan_lightning.visuals.inspection import Inspection
+    from fedgan_lightning.visuals.recommendations import Recommendations
     from fedgan_lightning.visuals.samples import SamplePictures
 
 _HOMES = {
@@ -146,6 +152,7 @@ _HOMES = {
         "Digits",
         "Grid",
         "ImageFolder",
+        "Interactions",
         "MedMNIST",
         "MedMNISTFile",
         "Ring",
@@ -180,6 +187,7 @@ _HOMES = {
         "PrecisionRecall",
     ],
     "fedgan_lightning.evaluation.gap": ["HeldAbsentGap"],
+    "fedgan_lightning.evaluation.ranking": ["RankingQuality"],
     "fedgan_lightning.evaluation.series": ["DiscriminativeScore", "PredictiveScore", "ProfileCentroids"],
     "fedgan_lightning.evaluation.utility": ["ClientAugmentation", "Memorisation", "SyntheticTraining"],
     "fedgan_lightning.evaluation.metrics": [
@@ -213,6 +221,8 @@ _HOMES = {
     "fedgan_lightning.gan.networks": [
         "ACGANDiscriminator",
         "ACGANGenerator",
+        "CFGANDiscriminator",
+        "CFGANGenerator",
         "DCGANDiscriminator",
         "DCGANGenerator",
         "MLPDiscriminator",
@@ -234,6 +244,7 @@ _HOMES = {
         "Wasserstein",
     ],
     "fedgan_lightning.gan.penalties": ["R1", "R2", "GradientPenalty", "Penalty"],
+    "fedgan_lightning.gan.purchases": ["Purchases"],
     "fedgan_lightning.protocol": [
         "Aggregator",
         "ClientFailure",
@@ -243,6 +254,7 @@ _HOMES = {
         "Executor",
     ],
     "fedgan_lightning.visuals.inspection": ["Inspection"],
+    "fedgan_lightning.visuals.recommendations": ["Recommendations"],
     "fedgan_lightning.visuals.samples": ["SamplePictures"],
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -263,9 +275,9 @@ __all__ = [
     "Penalty", "R1", "R2", "GradientPenalty", "Augmentation", "LeCam", "Codec", "Condition",
     "GAN", "MLPGenerator", "MLPDiscriminator", "DCGANGenerator", "DCGANDiscriminator", "ACGANGenerator",
     "ACGANDiscriminator", "ResNetGenerator", "ResNetDiscriminator", "R3GANGenerator", "R3GANDiscriminator",
-    "ProfileGenerator", "ProfileDiscriminator",
+    "ProfileGenerator", "ProfileDiscriminator", "CFGANGenerator", "CFGANDiscriminator", "Purchases",
     "FederatedDataModule", "Samples", "Source", "Digits", "TorchvisionImages", "CelebA", "ImageFolder", "MedMNIST",
-    "MedMNISTFile", "Ring", "Grid", "SwissRoll", "Segments", "CSVProfiles",
+    "MedMNISTFile", "Ring", "Grid", "SwissRoll", "Segments", "CSVProfiles", "Interactions",
     "Partition", "IID", "Dirichlet", "ClassesPerClient", "ClassLists", "ClassMixes", "QuantitySkew", "Natural",
     "FeatureShift",
     "Federation", "FederatedOrchestrator", "ServerModule", "AutoExecutor", "SequentialExecutor", "VectorizedExecutor",
@@ -276,9 +288,9 @@ __all__ = [
     "Evaluation", "Metric", "FrechetDistance", "ClassCoverage", "ModeCoverage", "SlicedWasserstein",
     "KernelDistance", "PrecisionRecall", "ClassifierScore", "IntraClassDistance", "SyntheticTraining", "Memorisation",
     "ClassBreakdown", "ClientDistances", "HeldAbsentGap", "ClientAugmentation", "MembershipInference",
-    "ProfileCentroids", "DiscriminativeScore", "PredictiveScore",
+    "ProfileCentroids", "DiscriminativeScore", "PredictiveScore", "RankingQuality",
     "FeatureNet", "ClassifierFeatures", "PixelFeatures", "InceptionFeatures", "ModuleFeatures",
-    "SamplePictures", "Inspection", "AtomicCheckpointIO", "BestCheckpoint", "LastCheckpoint",
+    "SamplePictures", "Inspection", "Recommendations", "AtomicCheckpointIO", "BestCheckpoint", "LastCheckpoint",
     "FedGANError", "ConfigurationError", "DataError", "CheckpointError", "UpdateError", "ClientError",
     "QuorumError",
     "__version__",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
+from fedgan_lightning.data.sources import Interactions
 from fedgan_lightning.evaluation.audit import MembershipInference
 from fedgan_lightning.evaluation.breakdown import ClassBreakdown, ClientDistances
 from fedgan_lightning.evaluation.fidelity import ClassifierScore, IntraClassDistance, KernelDistance, PrecisionRecall
@@ -13,14 +14,19 @@ from fedgan_lightning.evaluation.metrics import (
     ModeCoverage,
     SlicedWasserstein,
 )
+from fedgan_lightning.evaluation.ranking import RankingQuality
 from fedgan_lightning.evaluation.series import DiscriminativeScore, PredictiveScore, ProfileCentroids
 from fedgan_lightning.evaluation.utility import Memorisation, SyntheticTraining
 
 
 def default_metrics(data: FederatedDataModule) -> list[Metric]:
-    """Return what suits the data: modes where known, FID and more for images, scores for series, else Wasserstein."""
+    """Return what suits the data: modes where known, rankings of items, FID and more for images, scores for series;
+    else Wasserstein.
+    """
     if hasattr(data.source, "centres"):
         return [ModeCoverage()]
+    if isinstance(data.source, Interactions):
+        return [RankingQuality()]
     if len(data.sample_shape) == 2:
         series: list[Metric] = [SlicedWasserstein(), ProfileCentroids(), DiscriminativeScore(), PredictiveScore()]
         return series

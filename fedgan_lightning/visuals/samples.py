@@ -135,7 +135,7 @@ class SamplePictures(L.Callback):
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write ``predictions/samples.png`` and ``predictions/samples.npz`` (x, and y for conditional generators)."""
         assert isinstance(pl_module, ServerModule)
-        if not trainer.is_global_zero:
+        if not (trainer.is_global_zero and pl_module.can_sample):
             return
         data, folder = _data(trainer), Path(trainer.default_root_dir) / "predictions"
         classes = int(getattr(pl_module.model, "num_classes", 0))

@@ -3,6 +3,7 @@
 from fedgan_lightning.data.sources.base import Source
 from fedgan_lightning.data.sources.bundled import Digits
 from fedgan_lightning.data.sources.images import CelebA, ImageFolder, TorchvisionImages
+from fedgan_lightning.data.sources.interactions import Interactions
 from fedgan_lightning.data.sources.medical import MedMNIST, MedMNISTFile
 from fedgan_lightning.data.sources.series import CSVProfiles
 from fedgan_lightning.data.sources.toys import GaussianMixture, Grid, Ring, Segments, SwissRoll
@@ -14,6 +15,7 @@ __all__ = [
     "GaussianMixture",
     "Grid",
     "ImageFolder",
+    "Interactions",
     "MedMNIST",
     "MedMNISTFile",
     "Ring",

@@ -4,6 +4,7 @@
 
 from fedgan_lightning.gan.networks.acgan import ACGANDiscriminator, ACGANGenerator
 from fedgan_lightning.gan.networks.dcgan import DCGANDiscriminator, DCGANGenerator
+from fedgan_lightning.gan.networks.interactions import CFGANDiscriminator, CFGANGenerator
 from fedgan_lightning.gan.networks.mlp import MLPDiscriminator, MLPGenerator
 from fedgan_lightning.gan.networks.profile import ProfileDiscriminator, ProfileGenerator
 from fedgan_lightning.gan.networks.r3gan import R3GANDiscriminator, R3GANGenerator
@@ -13,6 +14,8 @@ from fedgan_lightning.gan.networks.scalar import QuadraticDiscriminator, ScaleGe
 __all__ = [
     "ACGANDiscriminator",
     "ACGANGenerator",
+    "CFGANDiscriminator",
+    "CFGANGenerator",
     "DCGANDiscriminator",
     "DCGANGenerator",
     "MLPDiscriminator",

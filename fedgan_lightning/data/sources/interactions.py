@@ -1,0 +1,265 @@
+"""Who bought, watched or rated what, from CSV files: one sample is one user, a vector over items."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedgan_lightning.data.samples import Samples
+from fedgan_lightning.data.sources.base import Source, Split
+from fedgan_lightning.errors import ConfigurationError, DataError, message
+from fedgan_lightning.seeding import make_numpy_generator
+
+Integers = NDArray[np.int64]
+
+
+class Table(NamedTuple):
+    """Interactions after all filters: pair i is user ``users[rows[i]]`` with item ``items[columns[i]]``."""
+
+    users: list[str]
+    items: list[str]
+    rows: Integers
+    columns: Integers
+    held: NDArray[np.bool_]
+
+
+class Interactions(Source):
+    """Implicit feedback: one sample is one user, the vector in {0, 1}^items of the items she interacted with.
+
+    Of every user a share of the interactions is held out. ``load("train")`` gives the vectors of the others, and
+    ``load("test")``, **row by row for the same users**, those of the held-out ones; the column ``user`` names them. A
+    recommender sees the first and is asked for the second. Other columns allow natural partitions: ``activity``, the
+    user's tenth by number of interactions (0 the least active), and with a catalogue ``genre``, the genre whose share
+    among the user's training interactions exceeds its share among all users' by most.
+
+    Filters, in this order: ratings of at least ``threshold`` count, repeated pairs count once; users with fewer than
+    ``min_user`` and items with fewer than ``min_item`` interactions leave until none is left to leave (a k-core); the
+    ``num_items`` items with most interactions stay, and users with ``min_user`` of these.
+
+    Args:
+        path: CSV file of interactions, with a header: MovieLens' ``ratings.csv``, or any other by column names.
+        num_items: Items to keep, the length of the vector; both networks need the same number.
+        catalogue: CSV file of items (MovieLens' ``movies.csv``); its column ``item`` joins it.
+        user: Column of the user.
+        item: Column of the item, in both files.
+        rating: Column of the rating; ``None`` counts every row.
+        time: Column of the time, a number; needed by ``holdout: latest`` only.
+        title: Column of the item's name in the catalogue.
+        genre: Column of the item's genres in the catalogue, separated by ``|``.
+        threshold: Least rating that counts as an interaction.
+        min_user: Fewest interactions of a user, at least 2: one is held out, one is not.
+        min_item: Fewest interactions of an item.
+        holdout: What is held out of every user: ``random`` interactions by ``seed``, or the ``latest``.
+        holdout_fraction: Share that is held out, in (0, 1); at least one interaction.
+        seed: Seed of the random hold-out.
+
+    Raises:
+        ConfigurationError: If a number is out of range.
+        DataError: If a file is missing, has not these columns or numbers, or too few items stay.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        num_items: int,
+        catalogue: str | None = None,
+        user: str = "userId",
+        item: str = "movieId",
+        rating: str | None = "rating",
+        time: str = "timestamp",
+        title: str = "title",
+        genre: str = "genres",
+        threshold: float = 0.0,
+        min_user: int = 10,
+        min_item: int = 10,
+        holdout: Literal["random", "latest"] = "random",
+        holdout_fraction: float = 0.2,
+        seed: int = 0,
+    ) -> None:
+        if num_items < 1 or min_user < 2 or min_item < 1 or not 0 < holdout_fraction < 1:
+            raise ConfigurationError(
+                message(
+                    "num_items and min_item are at least 1, min_user at least 2, holdout_fraction lies in (0, 1)",
+                    received=f"{num_items}, {min_item}, {min_user} and {holdout_fraction}",
+                    fix="correct data.source",
+                )
+            )
+        self.path, self.catalogue = Path(path), None if catalogue is None else Path(catalogue)
+        self.user, self.item, self.rating, self.time, self.title, self.genre = user, item, rating, time, title, genre
+        self.threshold, self.min_user, self.min_item = threshold, min_user, min_item
+        self.holdout, self.holdout_fraction, self.seed = holdout, holdout_fraction, seed
+        self.sample_shape = (num_items,)
+
+    def load(self, split: Split) -> Samples:
+        table = self._table
+        counted = table.held if split == "test" else ~table.held
+        x = torch.zeros(len(table.users), len(table.items))
+        x[table.rows[counted], table.columns[counted]] = 1.0
+        return Samples(x=x, columns=self._columns(table))
+
+    @property
+    def users(self) -> list[str]:
+        """Users' names in the file, in the order of the samples."""
+        return list(self._table.users)
+
+    @property
+    def items(self) -> list[str]:
+        """Items' names in the file, in the order of the vector."""
+        return list(self._table.items)
+
+    @cached_property
+    def titles(self) -> list[str]:
+        """Items' titles from the catalogue, in the order of the vector; without one, or for items that it lacks, their
+        names.
+        """
+        return [self._entries.get(item, {}).get(self.title) or item for item in self._table.items]
+
+    # ------------------------------------------------------------------ reading
+
+    @cached_property
+    def _entries(self) -> dict[str, dict[str, str]]:
+        """The catalogue's rows by item."""
+        if self.catalogue is None:
+            return {}
+        wanted = [self.item, self.title, self.genre]
+        return {row[self.item]: row for row in _read(self.catalogue, wanted, option="catalogue")}
+
+    @cached_property
+    def _table(self) -> Table:
+        pairs, times = self._pairs()
+        kept = _core(pairs, min_user=self.min_user, min_item=self.min_item)
+        survivors, counts = np.unique(pairs[kept, 1], return_counts=True)
+        (num_items,) = self.sample_shape
+        if len(survivors) < num_items:
+            raise DataError(
+                message(
+                    f"{num_items} items have {self.min_item} interactions or more",
+                    received=f"{len(survivors)} such items in {self.path}",
+                    fix="lower data.source.num_items (and both networks' items), or min_item, min_user or threshold",
+                )
+            )
+        popular = survivors[np.argsort(-counts, kind="stable")[:num_items]]
+        kept = kept[np.isin(pairs[kept, 1], popular)]
+        active, counts = np.unique(pairs[kept, 0], return_counts=True)
+        kept = kept[np.isin(pairs[kept, 0], active[counts >= self.min_user])]
+        if not len(kept):
+            raise DataError(
+                message(
+                    f"some user has {self.min_user} interactions with the {num_items} items that stay",
+                    received=f"none in {self.path}",
+                    fix="lower data.source.min_user or raise num_items",
+                )
+            )
+        return self._named(pairs[kept], None if times is None else times[kept])
+
+    def _named(self, pairs: NDArray[np.str_], times: NDArray[np.float64] | None) -> Table:
+        users, items = (sorted(set(names.tolist()), key=_by_number) for names in pairs.T)
+        places = ({name: place for place, name in enumerate(names)} for names in (users, items))
+        rows, columns = (np.array([place[name] for name in names.tolist()]) for place, names in zip(places, pairs.T))
+        if times is None:
+            order = np.lexsort((columns, rows))  # the draw depends on who has what, not on the order of the file
+            keys = np.empty(len(order))
+            keys[order] = make_numpy_generator(self.seed, "held-out interactions").random(len(order))
+        else:
+            keys = -times
+        held = np.zeros(len(rows), dtype=bool)
+        for row in range(len(users)):
+            own = np.flatnonzero(rows == row)
+            count = min(max(1, round(len(own) * self.holdout_fraction)), len(own) - 1)
+            held[own[np.lexsort((columns[own], keys[own]))[:count]]] = True
+        return Table(users, items, rows, columns, held)
+
+    def _pairs(self) -> tuple[NDArray[np.str_], NDArray[np.float64] | None]:
+        """Return the (user, item) pairs that count, each once, and the last time of each where times are needed."""
+        dated = self.holdout == "latest"
+        wanted = [self.user, self.item, *([self.rating] if self.rating else []), *([self.time] if dated else [])]
+        found: dict[tuple[str, str], float] = {}
+        try:
+            for row in _read(self.path, wanted, option="path"):
+                if self.rating is None or float(row[self.rating]) >= self.threshold:
+                    pair = (row[self.user], row[self.item])
+                    found[pair] = max(float(row[self.time]), found.get(pair, -np.inf)) if dated else 0.0
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                message(
+                    "ratings and times are numbers",
+                    received=f"{self.path} ({error})",
+                    fix="repair or leave out the rows",
+                )
+            ) from error
+        pairs = np.array(list(found), dtype=np.str_).reshape(-1, 2)
+        return pairs, np.array(list(found.values())) if dated else None
+
+    # ------------------------------------------------------------------ natural groups of users
+
+    def _columns(self, table: Table) -> dict[str, NDArray]:
+        counts = np.bincount(table.rows)
+        ranks = np.empty(len(counts), dtype=np.int64)
+        ranks[np.argsort(counts, kind="stable")] = np.arange(len(counts))
+        columns: dict[str, NDArray] = {"user": np.array(table.users), "activity": 10 * ranks // len(counts)}
+        if self.catalogue is not None:
+            columns["genre"] = self._favourites(table)
+        return columns
+
+    def _favourites(self, table: Table) -> NDArray:
+        listed = [self._entries.get(item, {}).get(self.genre, "").split("|") for item in table.items]
+        names = sorted({name for own in listed for name in own if name})
+        if not names:
+            raise DataError(
+                message(
+                    "the catalogue names genres of the items",
+                    received=f"none for the {len(listed)} items in {self.catalogue}",
+                    fix="check data.source.item and data.source.genre, or set catalogue: null",
+                )
+            )
+        member = np.array([[name in own for name in names] for own in listed], dtype=np.float64)
+        seen = np.zeros((len(table.users), len(table.items)))
+        seen[table.rows[~table.held], table.columns[~table.held]] = 1
+        shares = seen @ member / seen.sum(1, keepdims=True)
+        favourites: NDArray = np.array(names)[np.argmax(shares - shares.mean(0), axis=1)]
+        return favourites
+
+
+def _core(pairs: NDArray[np.str_], *, min_user: int, min_item: int) -> Integers:
+    """Return the positions of the pairs whose user and item have enough pairs among those returned."""
+    kept = np.arange(len(pairs))
+    while True:
+        before = len(kept)
+        for column, least in ((0, min_user), (1, min_item)):
+            _, inverse, counts = np.unique(pairs[kept, column], return_inverse=True, return_counts=True)
+            kept = kept[counts[inverse] >= least]
+        if len(kept) == before:
+            return kept
+
+
+def _read(path: Path, wanted: Sequence[str], *, option: str) -> list[dict[str, str]]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            header, rows = list(reader.fieldnames or []), list(reader)
+    except OSError as error:
+        raise DataError(
+            message(f"data.source.{option} is a CSV file", received=f"{path} ({error})", fix="check the path")
+        ) from error
+    if missing := [name for name in wanted if name not in header]:
+        raise DataError(
+            message(
+                f"{path} has the columns {', '.join(wanted)}",
+                received=f"{', '.join(header) or 'no header'}",
+                fix=f"name the file's own columns in data.source: {', '.join(missing)} is missing",
+            )
+        )
+    return rows
+
+
+def _by_number(name: str) -> tuple[bool, int, str]:
+    """Sort 2 before 10, and numbers before words."""
+    return (True, 0, name) if not name.isdecimal() else (False, int(name), name)

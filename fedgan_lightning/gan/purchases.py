@@ -1,0 +1,67 @@
+"""CFGAN's condition: a user's purchases, and which of the other items count as not wanted.
+
+Source: Chae et al. 2018 (CIKM), sections 4.2 to 4.4.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.gan.conditions import Condition
+
+
+class Purchases(Condition):
+    """c = (r, k_PM, k_ZR): the purchases r in {0, 1}^I of a user and two masks of items that she did not buy.
+
+    Without masks the generator could answer 1 everywhere: the discriminator sees only what was bought. So the
+    discriminator also sees the items of k_PM (partial masking), where a real user has zeros; and the generator pays
+
+        zero_reconstruction = alpha * mean over users of sum_j k_ZR_j (rhat_j - x_j)^2
+
+    on the items of k_ZR (zero-reconstruction). Each mask holds an item that was not bought with the ratio's chance, and
+    is drawn anew for every step. Ratio 0 switches a part off: both positive is the paper's CFGAN_ZP, one its CFGAN_PM
+    or CFGAN_ZR. The paper draws a fixed number of items instead, for every user and epoch.
+
+    Args:
+        items: I.
+        partial_masking: Chance of an item to be in k_PM, in [0, 1].
+        zero_reconstruction: Chance of an item to be in k_ZR, in [0, 1].
+        alpha: Weight of the term, at least 0.
+
+    Raises:
+        ConfigurationError: If a number is out of range.
+    """
+
+    def __init__(
+        self, items: int, *, partial_masking: float = 0.7, zero_reconstruction: float = 0.7, alpha: float = 0.1
+    ) -> None:
+        for name, ratio in (("partial_masking", partial_masking), ("zero_reconstruction", zero_reconstruction)):
+            if not 0 <= ratio <= 1:
+                raise ConfigurationError(
+                    message(f"{name} is a chance in [0, 1]", received=ratio, fix="set 0 to switch it off, or 0.7")
+                )
+        if items < 1 or alpha < 0:
+            raise ConfigurationError(
+                message("items is at least 1, and alpha at least 0", received=f"{items} and {alpha}", fix="correct it")
+            )
+        self.items, self.alpha = items, alpha
+        self.partial_masking, self.zero_reconstruction = partial_masking, zero_reconstruction
+        self.num_random = 2 * items
+
+    def make(self, x: Tensor, y: Tensor, u: Tensor) -> Tensor:
+        """Return c (N, 3, I) of purchases x (N, I) and uniform numbers u (N, 2 I); u = 1 draws no masks."""
+        for_masking, for_zeros = u.to(x.dtype).unflatten(-1, (2, self.items)).unbind(-2)
+        others = 1 - x
+        masks = (
+            others * (for_masking < self.partial_masking).to(x.dtype),
+            others * (for_zeros < self.zero_reconstruction).to(x.dtype),
+        )
+        return torch.stack([x, *masks], dim=-2)
+
+    def terms(self, fake: Tensor, x: Tensor, condition: Tensor) -> dict[str, Tensor]:
+        if not self.zero_reconstruction or not self.alpha:
+            return {}
+        errors = condition.select(-2, 2) * (fake - x).square()
+        return {"zero_reconstruction": self.alpha * errors.sum(-1).mean()}
