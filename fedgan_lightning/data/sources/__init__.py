@@ -5,6 +5,7 @@ from fedgan_lightning.data.sources.bundled import Digits
 from fedgan_lightning.data.sources.images import CelebA, ImageFolder, TorchvisionImages
 from fedgan_lightning.data.sources.medical import MedMNIST, MedMNISTFile
 from fedgan_lightning.data.sources.series import CSVProfiles
+from fedgan_lightning.data.sources.text import TextFile
 from fedgan_lightning.data.sources.toys import GaussianMixture, Grid, Ring, Segments, SwissRoll
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "Segments",
     "Source",
     "SwissRoll",
+    "TextFile",
     "TorchvisionImages",
 ]
