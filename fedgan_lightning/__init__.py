@@ -38,8 +38,10 @@ if TYPE_CHECKING:
         Segments,
         Source,
         SwissRoll,
+        TextFile,
         TorchvisionImages,
     )
+    from fedgan_lightning.data.vocabulary import Vocabulary
     from fedgan_lightning.errors import (
         CheckpointError,
         ClientError,
@@ -74,6 +76,7 @@ if TYPE_CHECKING:
         SlicedWasserstein,
     )
     from fedgan_lightning.evaluation.series import DiscriminativeScore, PredictiveScore, ProfileCentroids
+    from fedgan_lightning.evaluation.text import BLEU, HeldOutLikelihood, SelfBLEU
     from fedgan_lightning.evaluation.utility import ClientAugmentation, Memorisation, SyntheticTraining
     from fedgan_lightning.federation.aggregation import WeightedMean
     from fedgan_lightning.federation.executors import (
@@ -93,6 +96,8 @@ if TYPE_CHECKING:
         SelectedClients,
     )
     from fedgan_lightning.federation.server import ServerModule
+    from fedgan_lightning.federation.temperature import TemperatureSchedule
+    from fedgan_lightning.federation.warm_start import StartFrom
     from fedgan_lightning.gan.augment import Augmentation, LeCam
     from fedgan_lightning.gan.conditions import Codec, Condition
     from fedgan_lightning.gan.module import GAN
@@ -109,6 +114,8 @@ if TYPE_CHECKING:
         R3GANGenerator,
         ResNetDiscriminator,
         ResNetGenerator,
+        TextDiscriminator,
+        TextGenerator,
     )
     from fedgan_lightning.gan.objectives import (
         AdversarialLoss,
@@ -120,6 +127,7 @@ if TYPE_CHECKING:
         Wasserstein,
     )
     from fedgan_lightning.gan.penalties import R1, R2, GradientPenalty, Penalty
+    from fedgan_lightning.gan.text import LanguageModel, OneHot
     from fedgan_lightning.protocol import Aggregator, ClientFailure, ClientSampler, ClientTask, ClientUpdate, Executor
     from fedgan_lightning.visuals.inspection import Inspection
     from fedgan_lightning.visuals.samples import SamplePictures
@@ -152,8 +160,10 @@ _HOMES = {
         "Segments",
         "Source",
         "SwissRoll",
+        "TextFile",
         "TorchvisionImages",
     ],
+    "fedgan_lightning.data.vocabulary": ["Vocabulary"],
     "fedgan_lightning.errors": [
         "CheckpointError",
         "ClientError",
@@ -181,6 +191,7 @@ _HOMES = {
     ],
     "fedgan_lightning.evaluation.gap": ["HeldAbsentGap"],
     "fedgan_lightning.evaluation.series": ["DiscriminativeScore", "PredictiveScore", "ProfileCentroids"],
+    "fedgan_lightning.evaluation.text": ["BLEU", "HeldOutLikelihood", "SelfBLEU"],
     "fedgan_lightning.evaluation.utility": ["ClientAugmentation", "Memorisation", "SyntheticTraining"],
     "fedgan_lightning.evaluation.metrics": [
         "ClassCoverage",
@@ -207,6 +218,8 @@ _HOMES = {
         "SelectedClients",
     ],
     "fedgan_lightning.federation.server": ["ServerModule"],
+    "fedgan_lightning.federation.temperature": ["TemperatureSchedule"],
+    "fedgan_lightning.federation.warm_start": ["StartFrom"],
     "fedgan_lightning.gan.augment": ["Augmentation", "LeCam"],
     "fedgan_lightning.gan.conditions": ["Codec", "Condition"],
     "fedgan_lightning.gan.module": ["GAN"],
@@ -223,6 +236,8 @@ _HOMES = {
         "R3GANGenerator",
         "ResNetDiscriminator",
         "ResNetGenerator",
+        "TextDiscriminator",
+        "TextGenerator",
     ],
     "fedgan_lightning.gan.objectives": [
         "AdversarialLoss",
@@ -234,6 +249,7 @@ _HOMES = {
         "Wasserstein",
     ],
     "fedgan_lightning.gan.penalties": ["R1", "R2", "GradientPenalty", "Penalty"],
+    "fedgan_lightning.gan.text": ["LanguageModel", "OneHot"],
     "fedgan_lightning.protocol": [
         "Aggregator",
         "ClientFailure",
@@ -263,20 +279,20 @@ __all__ = [
     "Penalty", "R1", "R2", "GradientPenalty", "Augmentation", "LeCam", "Codec", "Condition",
     "GAN", "MLPGenerator", "MLPDiscriminator", "DCGANGenerator", "DCGANDiscriminator", "ACGANGenerator",
     "ACGANDiscriminator", "ResNetGenerator", "ResNetDiscriminator", "R3GANGenerator", "R3GANDiscriminator",
-    "ProfileGenerator", "ProfileDiscriminator",
+    "ProfileGenerator", "ProfileDiscriminator", "TextGenerator", "TextDiscriminator", "LanguageModel", "OneHot",
     "FederatedDataModule", "Samples", "Source", "Digits", "TorchvisionImages", "CelebA", "ImageFolder", "MedMNIST",
-    "MedMNISTFile", "Ring", "Grid", "SwissRoll", "Segments", "CSVProfiles",
+    "MedMNISTFile", "Ring", "Grid", "SwissRoll", "Segments", "CSVProfiles", "TextFile", "Vocabulary",
     "Partition", "IID", "Dirichlet", "ClassesPerClient", "ClassLists", "ClassMixes", "QuantitySkew", "Natural",
     "FeatureShift",
     "Federation", "FederatedOrchestrator", "ServerModule", "AutoExecutor", "SequentialExecutor", "VectorizedExecutor",
-    "FaultyExecutor", "RoundRules", "Screening",
+    "FaultyExecutor", "RoundRules", "Screening", "StartFrom", "TemperatureSchedule",
     "WeightedMean", "CoordinateMedian", "TrimmedMean", "Krum", "GeometricMedian",
     "AllClients", "AvailableClients", "FractionOfClients", "PoissonSampling", "SelectedClients",
     "Aggregator", "ClientSampler", "ClientTask", "ClientUpdate", "ClientFailure", "Executor",
     "Evaluation", "Metric", "FrechetDistance", "ClassCoverage", "ModeCoverage", "SlicedWasserstein",
     "KernelDistance", "PrecisionRecall", "ClassifierScore", "IntraClassDistance", "SyntheticTraining", "Memorisation",
     "ClassBreakdown", "ClientDistances", "HeldAbsentGap", "ClientAugmentation", "MembershipInference",
-    "ProfileCentroids", "DiscriminativeScore", "PredictiveScore",
+    "ProfileCentroids", "DiscriminativeScore", "PredictiveScore", "BLEU", "SelfBLEU", "HeldOutLikelihood",
     "FeatureNet", "ClassifierFeatures", "PixelFeatures", "InceptionFeatures", "ModuleFeatures",
     "SamplePictures", "Inspection", "AtomicCheckpointIO", "BestCheckpoint", "LastCheckpoint",
     "FedGANError", "ConfigurationError", "DataError", "CheckpointError", "UpdateError", "ClientError",

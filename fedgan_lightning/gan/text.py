@@ -124,5 +124,7 @@ class LanguageModel(L.LightningModule):
             where: dict[str, Any] = {"device": own.device, "dtype": own.dtype}
             latents = self.prior.sample(num_samples, self.latent_dim, generator=generator, **where)
         parts = latents.to(device=own.device, dtype=own.dtype).split(chunk_size)
-        ids = [generated(self.generator, z, z.new_zeros(len(z)).long(), chunk_size=chunk_size).argmax(-1) for z in parts]
+        ids = [
+            generated(self.generator, z, z.new_zeros(len(z)).long(), chunk_size=chunk_size).argmax(-1) for z in parts
+        ]
         return torch.cat(ids)
