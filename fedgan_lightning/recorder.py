@@ -21,8 +21,7 @@ from fedgan_lightning.protocol import Executor
 from fedgan_lightning.version import __version__
 
 #: Metrics of which larger values are better; of all others smaller ones are.
-LARGER_IS_BETTER = ("modes", "high_quality", "classes", "class_accuracy")
-LARGER_IS_BETTER += ("bleu_2", "bleu_3", "bleu_4", "bleu_5", "distinct")
+LARGER_IS_BETTER = ("modes", "high_quality", "classes", "class_accuracy", "bleu_2", "bleu_3", "bleu_4", "bleu_5")
 MARKS = ("config.yaml", "summary.json", "checkpoints")
 
 
@@ -44,8 +43,8 @@ def check_run_directory(path: str | Path, *, resuming: bool) -> None:
 
 
 class RunRecorder(L.Callback):
-    """Writes ``config.yaml``, ``partition.npz`` and ``summary.json`` into the run directory, and what clients agreed on,
-    such as ``vocabulary.json``.
+    """Writes ``config.yaml``, ``partition.npz`` and ``summary.json`` into the run directory, and what its
+    clients agreed on, such as ``vocabulary.json``.
 
     Args:
         config: The complete settings as YAML, as the command line knows them; ``None`` writes no ``config.yaml``.

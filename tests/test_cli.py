@@ -42,6 +42,10 @@ STAND_INS = {
 }
 
 
+#: What must know the number of words.
+TEXT_PARTS = {"text_mle": ["generator"], "text": ["generator", "discriminator", "codec"]}
+
+
 def run(*arguments: str, capsys=None) -> tuple[int, str, str]:
     try:
         code = main([str(argument) for argument in arguments])
@@ -61,6 +65,12 @@ def small(name: str) -> list[str]:
         if name in ("cifar10", "celeba"):
             width = "8"
             arguments += [f"--model.generator.width={width}", f"--model.discriminator.width={width}"]
+    if name in ("text", "text_mle"):
+        folder, small_text = ROOT / "tests" / "data", "num_words=60"
+        arguments += ["--data.source.path", str(folder / "sentences.txt"), "--data.source.test_path", "null"]
+        arguments += ["--data.source.max_words", "60", "--data.batch_size", "8"]
+        arguments += [f"--model.{part}.{small_text}" for part in TEXT_PARTS[name]]
+        arguments += ["--trainer.callbacks", "TemperatureSchedule"] if name == "text" else []
     if name == "timeseries":
         arguments += ["--data.source", "tests.fakes.RandomSeries", "--data.batch_size", "8"]
     if name not in ("digits", "ring8"):  # what auto measures would take longer than the two rounds
@@ -70,7 +80,7 @@ def small(name: str) -> list[str]:
 
 def test_the_promised_configurations_are_there():
     promised = "digits mnist fashion_mnist cifar10 celeba medical image_folder hospitals timeseries"
-    promised += " ring8 grid25 swiss_roll toy2d"
+    promised += " text text_mle ring8 grid25 swiss_roll toy2d"
     assert {path.stem for path in CONFIGS} >= set(promised.split())
 
 

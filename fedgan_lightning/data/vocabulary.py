@@ -116,11 +116,8 @@ class Vocabulary:
 
     def encode(self, sentences: Sequence[Sentence], *, length: int) -> Tensor:
         """Return ids (n, length), int64: words from the left, then id 0. Sentences that are longer are cut."""
-        rows = torch.zeros(len(sentences), length, dtype=torch.int64)
-        for row, sentence in zip(rows, sentences):
-            known = [self.ids.get(word, 1) for word in sentence[:length]]
-            row[: len(known)] = torch.tensor(known, dtype=torch.int64)
-        return rows
+        rows = [[self.ids.get(word, 1) for word in sentence[:length]] for sentence in sentences]
+        return torch.tensor([row + [0] * (length - len(row)) for row in rows], dtype=torch.int64).view(-1, length)
 
     def decode(self, ids: Tensor) -> list[list[str]]:
         """Return the words of ids (n, length), each sentence up to its first end."""

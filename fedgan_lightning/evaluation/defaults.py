@@ -19,7 +19,9 @@ from fedgan_lightning.evaluation.utility import Memorisation, SyntheticTraining
 
 
 def default_metrics(data: FederatedDataModule) -> list[Metric]:
-    """Return what suits the data: modes where known, BLEU for text, FID and more for images, scores for series, else Wasserstein."""
+    """Return what suits the data: modes where known, BLEU for text, scores for series, FID and more for images,
+    else Wasserstein.
+    """
     if hasattr(data.source, "centres"):
         return [ModeCoverage()]
     if "vocabulary" in data.state_dict():

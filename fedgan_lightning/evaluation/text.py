@@ -138,7 +138,7 @@ class SelfBLEU(Metric):
     """Mean BLEU of every generated sentence against the other ones: ``self_bleu_2`` ..., near 1 where all are alike.
 
     ``self_bleu_N_of_reals`` says, once, how alike as many held-out sentences are: values far above it are a collapse.
-    It grows with the number of sentences, so only equal numbers compare. Source: Zhu et al. 2018 (Texygen), section 3.3.
+    It grows with the number of sentences, so only equal numbers compare. Source: Zhu et al. 2018 (Texygen).
 
     Args:
         max_sentences: Generated sentences, and held-out ones, that are used.

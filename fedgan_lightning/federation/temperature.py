@@ -47,7 +47,7 @@ class TemperatureSchedule(L.Callback):
         share = min(round / max(rounds - 1, 1), 1.0)
         if self.kind == "linear":
             return self.start + (self.end - self.start) * share
-        return self.start * (self.end / self.start) ** share
+        return float(self.start * (self.end / self.start) ** share)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         _buffer(pl_module)

@@ -1,4 +1,4 @@
-"""Text beside the networks: words as one-hot rows, and the language model that a generator is before it meets a critic."""
+"""Text beside the networks: words as one-hot rows, and the language model that a generator is at first."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from fedgan_lightning.data.vocabulary import Vocabulary
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.callback import quantise
 from fedgan_lightning.federation.server import ServerModule
-from fedgan_lightning.gan.steps import split_heads
 from fedgan_lightning.files import write_text
+from fedgan_lightning.gan.steps import split_heads
 from fedgan_lightning.seeding import make_generator
 from fedgan_lightning.visuals import pictures
 from fedgan_lightning.visuals.tensorboard import writers

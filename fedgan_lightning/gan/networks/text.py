@@ -106,7 +106,8 @@ class TextGenerator(nn.Module):
         return torch.lerp(new, state, update)
 
     def _logits(self, state: Tensor) -> Tensor:
-        return self.project(state) @ self.embedding.weight.transpose(0, 1) + self.bias
+        logits: Tensor = self.project(state) @ self.embedding.weight.transpose(0, 1) + self.bias
+        return logits
 
 
 class TextDiscriminator(nn.Module):
