@@ -120,11 +120,11 @@ class Vocabulary:
         return torch.tensor([row + [0] * (length - len(row)) for row in rows], dtype=torch.int64).view(-1, length)
 
     def decode(self, ids: Tensor) -> list[list[str]]:
-        """Return the words of ids (n, length), each sentence up to its first end."""
+        """Return the words of ids (n, length), each sentence up to its first end; ids without a word are unknown."""
         found = []
         for row in ids.tolist():
             end = row.index(0) if 0 in row else len(row)
-            found.append([self.words[number] for number in row[:end]])
+            found.append([self.words[number if number < len(self) else 1] for number in row[:end]])
         return found
 
     def write(self, ids: Tensor) -> list[str]:

@@ -108,6 +108,7 @@ class TestVocabulary:
         ids = vocabulary.encode([["c", "b", "a"], ["a"]], length=2)
         assert ids.tolist() == [[2, 1], [3, 0]]
         assert vocabulary.write(torch.tensor([[2, 0, 3], [2, 1, 3]])) == ["c", "c <unk> a"]
+        assert vocabulary.decode(torch.tensor([[7, 2]])) == [[UNKNOWN, "c"]], "networks may know more words"
 
     def test_lines_become_words_and_marks_and_lines_again(self):
         words = tokens("A man's two-seat plane, parked.")
