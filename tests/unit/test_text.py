@@ -166,6 +166,17 @@ class TestSource:
         assert data.source.agreed
         assert data.train_samples.x.max() == 3
 
+    def test_a_site_of_a_deployment_needs_the_common_file(self, tmp_path):
+        from fedgan_lightning.deployment.site import Site
+
+        options = ["--config", str(ROOT / "configs" / "text_mle.yaml"), "--data.source.path", SENTENCES]
+        options += ["--data.source.test_path", "null"]
+        with pytest.raises(ConfigurationError, match="agree on a vocabulary before they train"):
+            Site(options, client_id=0, state_dir=tmp_path)
+        (tmp_path / "v.json").write_text(json.dumps([END, UNKNOWN, "jet", "the"]))
+        site = Site([*options, "--data.source.vocabulary", str(tmp_path / "v.json")], client_id=0, state_dir=tmp_path)
+        assert site.facts()["num_examples"] == 180
+
     def test_a_folder_gives_a_column_of_files(self, tmp_path):
         for name in ("north", "south"):
             (tmp_path / f"{name}.txt").write_text(f"the {name} wind\n\na wind from the {name}\n" * 4)
