@@ -39,8 +39,10 @@ if TYPE_CHECKING:
         Segments,
         Source,
         SwissRoll,
+        TextFile,
         TorchvisionImages,
     )
+    from fedgan_lightning.data.vocabulary import Vocabulary
     from fedgan_lightning.errors import (
         CheckpointError,
         ClientError,
@@ -76,6 +78,7 @@ if TYPE_CHECKING:
     )
     from fedgan_lightning.evaluation.ranking import RankingQuality
     from fedgan_lightning.evaluation.series import DiscriminativeScore, PredictiveScore, ProfileCentroids
+    from fedgan_lightning.evaluation.text import BLEU, HeldOutLikelihood, SelfBLEU
     from fedgan_lightning.evaluation.utility import ClientAugmentation, Memorisation, SyntheticTraining
     from fedgan_lightning.federation.aggregation import WeightedMean
     from fedgan_lightning.federation.executors import (
@@ -95,6 +98,8 @@ if TYPE_CHECKING:
         SelectedClients,
     )
     from fedgan_lightning.federation.server import ServerModule
+    from fedgan_lightning.federation.temperature import TemperatureSchedule
+    from fedgan_lightning.federation.warm_start import StartFrom
     from fedgan_lightning.gan.augment import Augmentation, LeCam
     from fedgan_lightning.gan.conditions import Codec, Condition
     from fedgan_lightning.gan.module import GAN
@@ -113,6 +118,8 @@ if TYPE_CHECKING:
         R3GANGenerator,
         ResNetDiscriminator,
         ResNetGenerator,
+        TextDiscriminator,
+        TextGenerator,
     )
     from fedgan_lightning.gan.objectives import (
         AdversarialLoss,
@@ -125,6 +132,7 @@ if TYPE_CHECKING:
     )
     from fedgan_lightning.gan.penalties import R1, R2, GradientPenalty, Penalty
     from fedgan_lightning.gan.purchases import Purchases
+    from fedgan_lightning.gan.text import LanguageModel, OneHot
     from fedgan_lightning.protocol import Aggregator, ClientFailure, ClientSampler, ClientTask, ClientUpdate, Executor
     from fedgan_lightning.visuals.inspection import Inspection
     from fedgan_lightning.visuals.recommendations import Recommendations
@@ -159,8 +167,10 @@ _HOMES = {
         "Segments",
         "Source",
         "SwissRoll",
+        "TextFile",
         "TorchvisionImages",
     ],
+    "fedgan_lightning.data.vocabulary": ["Vocabulary"],
     "fedgan_lightning.errors": [
         "CheckpointError",
         "ClientError",
@@ -189,6 +199,7 @@ _HOMES = {
     "fedgan_lightning.evaluation.gap": ["HeldAbsentGap"],
     "fedgan_lightning.evaluation.ranking": ["RankingQuality"],
     "fedgan_lightning.evaluation.series": ["DiscriminativeScore", "PredictiveScore", "ProfileCentroids"],
+    "fedgan_lightning.evaluation.text": ["BLEU", "HeldOutLikelihood", "SelfBLEU"],
     "fedgan_lightning.evaluation.utility": ["ClientAugmentation", "Memorisation", "SyntheticTraining"],
     "fedgan_lightning.evaluation.metrics": [
         "ClassCoverage",
@@ -215,6 +226,8 @@ _HOMES = {
         "SelectedClients",
     ],
     "fedgan_lightning.federation.server": ["ServerModule"],
+    "fedgan_lightning.federation.temperature": ["TemperatureSchedule"],
+    "fedgan_lightning.federation.warm_start": ["StartFrom"],
     "fedgan_lightning.gan.augment": ["Augmentation", "LeCam"],
     "fedgan_lightning.gan.conditions": ["Codec", "Condition"],
     "fedgan_lightning.gan.module": ["GAN"],
@@ -233,6 +246,8 @@ _HOMES = {
         "R3GANGenerator",
         "ResNetDiscriminator",
         "ResNetGenerator",
+        "TextDiscriminator",
+        "TextGenerator",
     ],
     "fedgan_lightning.gan.objectives": [
         "AdversarialLoss",
@@ -245,6 +260,7 @@ _HOMES = {
     ],
     "fedgan_lightning.gan.penalties": ["R1", "R2", "GradientPenalty", "Penalty"],
     "fedgan_lightning.gan.purchases": ["Purchases"],
+    "fedgan_lightning.gan.text": ["LanguageModel", "OneHot"],
     "fedgan_lightning.protocol": [
         "Aggregator",
         "ClientFailure",
@@ -275,20 +291,22 @@ __all__ = [
     "Penalty", "R1", "R2", "GradientPenalty", "Augmentation", "LeCam", "Codec", "Condition",
     "GAN", "MLPGenerator", "MLPDiscriminator", "DCGANGenerator", "DCGANDiscriminator", "ACGANGenerator",
     "ACGANDiscriminator", "ResNetGenerator", "ResNetDiscriminator", "R3GANGenerator", "R3GANDiscriminator",
-    "ProfileGenerator", "ProfileDiscriminator", "CFGANGenerator", "CFGANDiscriminator", "Purchases",
+    "ProfileGenerator", "ProfileDiscriminator", "CFGANGenerator", "CFGANDiscriminator", "Purchases", "TextGenerator",
+    "TextDiscriminator", "LanguageModel", "OneHot",
     "FederatedDataModule", "Samples", "Source", "Digits", "TorchvisionImages", "CelebA", "ImageFolder", "MedMNIST",
-    "MedMNISTFile", "Ring", "Grid", "SwissRoll", "Segments", "CSVProfiles", "Interactions",
+    "MedMNISTFile", "Ring", "Grid", "SwissRoll", "Segments", "CSVProfiles", "Interactions", "TextFile", "Vocabulary",
     "Partition", "IID", "Dirichlet", "ClassesPerClient", "ClassLists", "ClassMixes", "QuantitySkew", "Natural",
     "FeatureShift",
     "Federation", "FederatedOrchestrator", "ServerModule", "AutoExecutor", "SequentialExecutor", "VectorizedExecutor",
-    "FaultyExecutor", "RoundRules", "Screening",
+    "FaultyExecutor", "RoundRules", "Screening", "StartFrom", "TemperatureSchedule",
     "WeightedMean", "CoordinateMedian", "TrimmedMean", "Krum", "GeometricMedian",
     "AllClients", "AvailableClients", "FractionOfClients", "PoissonSampling", "SelectedClients",
     "Aggregator", "ClientSampler", "ClientTask", "ClientUpdate", "ClientFailure", "Executor",
     "Evaluation", "Metric", "FrechetDistance", "ClassCoverage", "ModeCoverage", "SlicedWasserstein",
     "KernelDistance", "PrecisionRecall", "ClassifierScore", "IntraClassDistance", "SyntheticTraining", "Memorisation",
     "ClassBreakdown", "ClientDistances", "HeldAbsentGap", "ClientAugmentation", "MembershipInference",
-    "ProfileCentroids", "DiscriminativeScore", "PredictiveScore", "RankingQuality",
+    "ProfileCentroids", "DiscriminativeScore", "PredictiveScore", "RankingQuality", "BLEU", "SelfBLEU",
+    "HeldOutLikelihood",
     "FeatureNet", "ClassifierFeatures", "PixelFeatures", "InceptionFeatures", "ModuleFeatures",
     "SamplePictures", "Inspection", "Recommendations", "AtomicCheckpointIO", "BestCheckpoint", "LastCheckpoint",
     "FedGANError", "ConfigurationError", "DataError", "CheckpointError", "UpdateError", "ClientError",

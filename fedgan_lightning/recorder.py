@@ -21,7 +21,7 @@ from fedgan_lightning.protocol import Executor
 from fedgan_lightning.version import __version__
 
 #: Metrics of which larger values are better; of all others smaller ones are.
-LARGER_IS_BETTER = ("modes", "high_quality", "classes", "class_accuracy")
+LARGER_IS_BETTER = ("modes", "high_quality", "classes", "class_accuracy", "bleu_2", "bleu_3", "bleu_4", "bleu_5")
 MARKS = ("config.yaml", "summary.json", "checkpoints")
 
 
@@ -43,7 +43,8 @@ def check_run_directory(path: str | Path, *, resuming: bool) -> None:
 
 
 class RunRecorder(L.Callback):
-    """Writes ``config.yaml``, ``partition.npz`` and ``summary.json`` into the run directory.
+    """Writes ``config.yaml``, ``partition.npz`` and ``summary.json`` into the run directory, and what its
+    clients agreed on, such as ``vocabulary.json``.
 
     Args:
         config: The complete settings as YAML, as the command line knows them; ``None`` writes no ``config.yaml``.
@@ -71,6 +72,9 @@ class RunRecorder(L.Callback):
         if self.config is not None and not (root / "config.yaml").exists():
             write_text(root / "config.yaml", self.config)
         data = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, FederatedDataModule):
+            for name, value in data.state_dict().items():
+                write_text(root / f"{name}.json", json.dumps(value))
         if isinstance(data, FederatedDataModule) and data.has_client_samples:
             arrays: dict[str, Any] = {f"client_{k:05d}": indices for k, indices in enumerate(data.indices)}
             with replacing(root / "partition.npz") as file:

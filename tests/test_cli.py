@@ -45,6 +45,10 @@ STAND_INS = {
 }
 
 
+#: What must know the number of words.
+TEXT_PARTS = {"text_mle": ["generator"], "text": ["generator", "discriminator", "codec"]}
+
+
 def run(*arguments: str, capsys=None) -> tuple[int, str, str]:
     try:
         code = main([str(argument) for argument in arguments])
@@ -64,6 +68,12 @@ def small(name: str) -> list[str]:
         if name in ("cifar10", "celeba"):
             width = "8"
             arguments += [f"--model.generator.width={width}", f"--model.discriminator.width={width}"]
+    if name in ("text", "text_mle"):
+        folder, small_text = ROOT / "tests" / "data", "num_words=60"
+        arguments += ["--data.source.path", str(folder / "sentences.txt"), "--data.source.test_path", "null"]
+        arguments += ["--data.source.max_words", "60", "--data.batch_size", "8"]
+        arguments += [f"--model.{part}.{small_text}" for part in TEXT_PARTS[name]]
+        arguments += ["--trainer.callbacks", "TemperatureSchedule"] if name == "text" else []
     if name == "timeseries":
         arguments += ["--data.source", "tests.fakes.RandomSeries", "--data.batch_size", "8"]
     if name == "recommendation":
@@ -78,7 +88,7 @@ def small(name: str) -> list[str]:
 
 def test_the_promised_configurations_are_there():
     promised = "digits mnist fashion_mnist cifar10 celeba medical image_folder hospitals timeseries"
-    promised += " ring8 grid25 swiss_roll toy2d recommendation"
+    promised += " ring8 grid25 swiss_roll toy2d recommendation text text_mle"
     assert {path.stem for path in CONFIGS} >= set(promised.split())
 
 

@@ -7,7 +7,7 @@ Lightning data modules: :meth:`FederatedDataModule.pooled` (centralised) and :me
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from fedgan_lightning.data.partition import IID, Partition
 from fedgan_lightning.data.samples import BatchStream, ClientSamples, CohortStream, Samples, Shift, check_batch_size
 from fedgan_lightning.data.sources import Source
-from fedgan_lightning.errors import ConfigurationError, DataError, message
+from fedgan_lightning.errors import CheckpointError, ConfigurationError, DataError, message
 from fedgan_lightning.seeding import derive_seed
 
 
@@ -98,6 +98,18 @@ class FederatedDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> RoundTick:
         return RoundTick()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the clients agreed on; it rides in checkpoints."""
+        return self.source.agreement()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a checkpoint of clients that agreed on something else.
+
+        Raises:
+            CheckpointError: If they did.
+        """
+        check_agreement(self, state_dict, path="a checkpoint")
+
     # ------------------------------------------------------------------ the federation's view
 
     @property
@@ -108,6 +120,14 @@ class FederatedDataModule(L.LightningDataModule):
     @cached_property
     def train_samples(self) -> Samples:
         """The training split of the source, all clients together."""
+        samples = self._training_split()
+        if self.source.agreed:
+            return samples
+        parts = self.partition.split(samples, num_clients=self.num_clients, seed=self.seed)
+        self.source = self.source.agree(samples, parts)
+        return self._training_split()
+
+    def _training_split(self) -> Samples:
         samples = self.source.load("train")
         if tuple(samples.x.shape[1:]) != self.sample_shape:
             raise DataError(
@@ -130,6 +150,8 @@ class FederatedDataModule(L.LightningDataModule):
     @cached_property
     def test_samples(self) -> Samples:
         """The test split of the source, which no client holds."""
+        if not self.source.agreed:
+            self.train_samples  # noqa: B018 - what clients agree on decides what test samples look like, too
         return self.source.load("test")
 
     @cached_property
@@ -216,6 +238,32 @@ class FederatedDataModule(L.LightningDataModule):
         """Return one client's data as a plain data module, for a local-only control of ``num_steps`` minibatches."""
         data = self.client_samples(client_id)
         return PlainDataModule(data, batch_size=self.batch_size, seed=self.seed, stream=client_id, num_steps=num_steps)
+
+
+def check_agreement(data: FederatedDataModule, found: Mapping[str, Any], *, path: str) -> None:
+    """Refuse the networks of a run whose clients agreed on something else, such as another vocabulary.
+
+    Args:
+        data: The data of this run.
+        found: What a checkpoint holds of the other's agreement.
+        path: The checkpoint, for the error.
+
+    Raises:
+        CheckpointError: If the two differ.
+    """
+    data.train_samples  # noqa: B018 - by now the clients have agreed
+    own = data.source.agreement()
+    differing = [name for name in {*own, *found} if own.get(name) != found.get(name)]
+    if differing:
+        name = min(differing)
+        sizes = [len(values.get(name, ())) for values in (found, own)]
+        raise CheckpointError(
+            message(
+                f"a checkpoint is used with the {name} that it was trained with",
+                received=f"{path} with another {name} ({sizes[0]} entries, {sizes[1]} here)",
+                fix="use the data settings of that run, or train anew",
+            )
+        )
 
 
 class PlainDataModule(L.LightningDataModule):

@@ -81,6 +81,14 @@ class Site:
         self.trainer = cli.trainer
         data: FederatedDataModule = cli.datamodule
         data.prepare_data()
+        if part is None and not data.source.agreed:
+            raise ConfigurationError(
+                message(
+                    "sites agree on a vocabulary before they train",
+                    received="data.source.vocabulary: null",
+                    fix="name the same vocabulary.json at the server and at all sites",
+                )
+            )
         if part is None:
             view = ClientSamples(samples=data.train_samples, indices=torch.arange(len(data.train_samples)))
         else:

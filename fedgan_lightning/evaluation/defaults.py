@@ -16,17 +16,20 @@ from fedgan_lightning.evaluation.metrics import (
 )
 from fedgan_lightning.evaluation.ranking import RankingQuality
 from fedgan_lightning.evaluation.series import DiscriminativeScore, PredictiveScore, ProfileCentroids
+from fedgan_lightning.evaluation.text import BLEU, HeldOutLikelihood, SelfBLEU
 from fedgan_lightning.evaluation.utility import Memorisation, SyntheticTraining
 
 
 def default_metrics(data: FederatedDataModule) -> list[Metric]:
-    """Return what suits the data: modes where known, rankings of items, FID and more for images, scores for series;
-    else Wasserstein.
+    """Return what suits the data: modes where known, rankings of items, BLEU for text, scores for series, FID and more
+    for images, else Wasserstein.
     """
     if hasattr(data.source, "centres"):
         return [ModeCoverage()]
     if isinstance(data.source, Interactions):
         return [RankingQuality()]
+    if "vocabulary" in data.state_dict():
+        return [HeldOutLikelihood(), BLEU(), SelfBLEU()]
     if len(data.sample_shape) == 2:
         series: list[Metric] = [SlicedWasserstein(), ProfileCentroids(), DiscriminativeScore(), PredictiveScore()]
         return series

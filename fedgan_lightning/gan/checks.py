@@ -56,6 +56,15 @@ def check_settings(gan: Any) -> None:
                 fix="set both to 1, or updates: alternating",
             )
         )
+    prior = getattr(gan.generator, "prior", None)
+    if prior is not None and not isinstance(gan.prior, prior):
+        raise ConfigurationError(
+            message(
+                f"{type(gan.generator).__name__} takes noise from {prior.__name__}",
+                received=f"model.prior={type(gan.prior).__name__}",
+                fix=f"set prior: {prior.__name__}",
+            )
+        )
     aids = {
         "augment": gan.augment is not None,
         "fake_labels": gan.fake_labels != "held",

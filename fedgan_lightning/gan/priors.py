@@ -80,6 +80,18 @@ class Uniform(Prior):
         return 2 * torch.rand(num_samples, latent_dim, **where) - 1
 
 
+class Gumbel(Prior):
+    """z ~ Gumbel(0, 1), independently: z = -log(-log U); argmax(logits + z) is a sample of softmax(logits).
+
+    Source: Gumbel 1954; Maddison et al. 2014, section 2.
+    """
+
+    def draw(self, num_samples: int, latent_dim: int, **where: Any) -> Tensor:
+        uniform = torch.rand(num_samples, latent_dim, **where)  # from 0 up to just below 1
+        tiny = torch.finfo(uniform.dtype).tiny
+        return uniform.clamp_min_(tiny).log_().neg_().log_().neg_()
+
+
 class MidpointNodes(Prior):
     """The quadrature nodes of U[-1, 1] under the midpoint rule: expectations over z become exact, without noise.
 

@@ -47,6 +47,22 @@ def series(fake: Tensor, real: Tensor, *, title: str) -> Picture:
     return _render(figure)
 
 
+#: Sentences on one page.
+SENTENCES_SHOWN = 24
+
+
+def page(lines: Sequence[str], *, title: str) -> Picture:
+    """Set lines of text on a page, one below the other."""
+    shown = lines[:SENTENCES_SHOWN]
+    figure, axes = _figure(7.2, 0.5 + 0.22 * len(shown))
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=10)
+    for place, line in enumerate(shown):
+        height = 1 - (place + 0.5) / len(shown)
+        axes.text(0.0, height, line, fontsize=9, va="center", transform=axes.transAxes, parse_math=False)
+    return _render(figure)
+
+
 #: Points a side at which a discriminator is read.
 FIELD_SIDE = 60
 

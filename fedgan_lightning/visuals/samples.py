@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
+from fedgan_lightning.data.vocabulary import Vocabulary
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.callback import quantise
 from fedgan_lightning.federation.server import ServerModule
+from fedgan_lightning.files import write_text
 from fedgan_lightning.gan.steps import split_heads
 from fedgan_lightning.seeding import make_generator
 from fedgan_lightning.visuals import pictures
@@ -25,12 +27,12 @@ class SamplePictures(L.Callback):
     """Writes ``reals.png``, ``fakes_init.png`` and ``fakes_roundNNNN.png``; in ``predict``, a picture and an .npz file.
 
     Class-conditional generators and labelled data give one class per row. Series give line plots, two-dimensional data
-    scatter plots.
+    scatter plots. Text gives a page of sentences, and the sentences as ``.txt`` files of the same names.
 
     Args:
         every_n_rounds: Rounds between pictures; the last round always has one.
         columns: Images per row.
-        rows: Rows, where there are no classes.
+        rows: Rows, where there are no classes; columns times rows sentences.
         num_points: Points of a scatter plot.
         predict_samples: Samples that ``predict`` writes.
         seed: Seed of the fixed z. ``predict`` takes the same.
@@ -80,6 +82,8 @@ class SamplePictures(L.Callback):
 
     def draw(self, data: FederatedDataModule, server: ServerModule, *, title: str = "") -> pictures.Picture:
         """Return the picture of the generator from the fixed z."""
+        if vocabulary_of(data) is not None:
+            return pictures.page(self.sentences(data, server), title=title)
         if len(data.sample_shape) == 2:
             generated = server.sample(pictures.SERIES_SHOWN, generator=self._generator()).detach().cpu()
             order = torch.randperm(len(data.train_samples), generator=make_generator(self.seed, "series"))
@@ -94,12 +98,24 @@ class SamplePictures(L.Callback):
         images = server.sample(count, labels=labels, generator=self._generator())
         return pictures.grid(images, columns=self.columns)
 
+    def sentences(self, data: FederatedDataModule, server: ServerModule, *, count: int | None = None) -> list[str]:
+        """Return ``count`` sentences of a text generator from the fixed z, as lines; default columns * rows."""
+        vocabulary = vocabulary_of(data)
+        assert vocabulary is not None
+        wanted = self.columns * self.rows if count is None else count
+        return vocabulary.write(server.sample(wanted, generator=self._generator()).cpu())
+
     def _draw(self, trainer: L.Trainer, module: L.LightningModule, *, name: str) -> None:
         assert isinstance(module, ServerModule)
         if not module.can_sample:
             return
-        self._last_round = trainer.global_step
-        drawn = self.draw(_data(trainer), module, title=f"round {trainer.global_step}")
+        self._last_round, data = trainer.global_step, _data(trainer)
+        if vocabulary_of(data) is not None and trainer.is_global_zero:
+            lines = self.sentences(data, module)
+            write_text((Path(trainer.default_root_dir) / name).with_suffix(".txt"), "\n".join(lines) + "\n")
+            for writer in writers(trainer):
+                writer.add_text("samples/generated", "\n\n".join(lines), trainer.global_step)
+        drawn = self.draw(data, module, title=f"round {trainer.global_step}")
         self._publish(trainer, drawn, name=name, tag="samples/generated", step=trainer.global_step)
 
     def _generator(self) -> torch.Generator:
@@ -147,6 +163,9 @@ class SamplePictures(L.Callback):
             samples = ((quantise(samples) + 1) * 127.5).round().to(torch.uint8)
         else:
             pictures.save(self.draw(data, pl_module, title="samples"), folder / "samples.png")
+        if (vocabulary := vocabulary_of(data)) is not None:
+            write_text(folder / "samples.txt", "\n".join(vocabulary.write(samples)) + "\n")
+            print(f"wrote {folder / 'samples.txt'}")
         arrays: dict[str, Any] = {"x": samples.numpy(), **({} if labels is None else {"y": labels.numpy()})}
         np.savez_compressed(folder / "samples.npz", **arrays)
         print(f"wrote {folder / 'samples.png'} and {folder / 'samples.npz'}")
@@ -167,6 +186,12 @@ def _belief(data: FederatedDataModule, server: ServerModule) -> Callable[[Tensor
         return logits.flatten().float().sigmoid()
 
     return read
+
+
+def vocabulary_of(data: FederatedDataModule) -> Vocabulary | None:
+    """Return the vocabulary of text, ``None`` for other data."""
+    found = getattr(data.source, "vocabulary", None)
+    return found if isinstance(found, Vocabulary) else None
 
 
 def _data(trainer: L.Trainer) -> FederatedDataModule:

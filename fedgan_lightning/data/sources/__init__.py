@@ -6,6 +6,7 @@ from fedgan_lightning.data.sources.images import CelebA, ImageFolder, Torchvisio
 from fedgan_lightning.data.sources.interactions import Interactions
 from fedgan_lightning.data.sources.medical import MedMNIST, MedMNISTFile
 from fedgan_lightning.data.sources.series import CSVProfiles
+from fedgan_lightning.data.sources.text import TextFile
 from fedgan_lightning.data.sources.toys import GaussianMixture, Grid, Ring, Segments, SwissRoll
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "Segments",
     "Source",
     "SwissRoll",
+    "TextFile",
     "TorchvisionImages",
 ]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedgan_lightning.data.samples import Samples
@@ -20,10 +23,13 @@ class Source(ABC):
     Attributes:
         sample_shape: Shape of one sample, known before anything is read.
         class_names: Names of the classes; empty without labels.
+        agreed: Whether samples mean the same to all clients. Where they depend on something that the clients make
+            together, such as a vocabulary, they do after :meth:`agree`.
     """
 
     sample_shape: tuple[int, ...]
     class_names: tuple[str, ...] = ()
+    agreed: bool = True
 
     @property
     def num_classes(self) -> int:
@@ -40,6 +46,19 @@ class Source(ABC):
         Raises:
             DataError: If files are missing or do not hold what they should.
         """
+
+    def agree(self, samples: Samples, parts: Sequence[NDArray[np.int64]]) -> Source:
+        """Return the source as all clients use it, now that it is known who holds what.
+
+        Args:
+            samples: Those of the training split, as :meth:`load` gave them.
+            parts: The positions in it that each client holds.
+        """
+        return self
+
+    def agreement(self) -> dict[str, Any]:
+        """Return, as plain values for checkpoints, what the clients agreed on; nothing for most sources."""
+        return {}
 
 
 def to_pixels(images: Tensor) -> Tensor:

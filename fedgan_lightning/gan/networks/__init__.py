@@ -10,6 +10,7 @@ from fedgan_lightning.gan.networks.profile import ProfileDiscriminator, ProfileG
 from fedgan_lightning.gan.networks.r3gan import R3GANDiscriminator, R3GANGenerator
 from fedgan_lightning.gan.networks.resnet import ResNetDiscriminator, ResNetGenerator
 from fedgan_lightning.gan.networks.scalar import QuadraticDiscriminator, ScaleGenerator
+from fedgan_lightning.gan.networks.text import TextDiscriminator, TextGenerator
 
 __all__ = [
     "ACGANDiscriminator",
@@ -28,4 +29,6 @@ __all__ = [
     "ResNetDiscriminator",
     "ResNetGenerator",
     "ScaleGenerator",
+    "TextDiscriminator",
+    "TextGenerator",
 ]
