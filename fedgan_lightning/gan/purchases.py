@@ -31,7 +31,7 @@ class Purchases(Condition):
         alpha: Weight of the term, at least 0.
 
     Raises:
-        ConfigurationError: If a number is out of range.
+        ConfigurationError: If a number is out of range; when used, if samples are of another length.
     """
 
     def __init__(
@@ -52,6 +52,14 @@ class Purchases(Condition):
 
     def make(self, x: Tensor, y: Tensor, u: Tensor) -> Tensor:
         """Return c (N, 3, I) of purchases x (N, I) and uniform numbers u (N, 2 I); u = 1 draws no masks."""
+        if x.shape[-1] != self.items:
+            raise ConfigurationError(
+                message(
+                    f"model.condition.items={self.items} is the number of items of the data",
+                    received=f"samples of {x.shape[-1]} items",
+                    fix="set items of the condition and of both networks to data.source.num_items",
+                )
+            )
         for_masking, for_zeros = u.to(x.dtype).unflatten(-1, (2, self.items)).unbind(-2)
         others = 1 - x
         masks = (

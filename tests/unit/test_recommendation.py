@@ -247,6 +247,17 @@ class TestCondition:
         with pytest.raises(ConfigurationError, match=words):
             Purchases(ITEMS, **options)
 
+    def test_another_number_of_items_is_refused_before_training(self):
+        for own in (Purchases(29), Purchases(31)):
+            model = gan()
+            model.condition = own
+            with pytest.raises(ConfigurationError, match="number of items of the data; received samples of 30 items"):
+                model.check_data((ITEMS,), 0)
+        model = gan(12)
+        model.condition = Purchases(ITEMS)
+        with pytest.raises(ConfigurationError, match="the generator accepts latents .* and conditions"):
+            model.check_data((ITEMS,), 0)
+
 
 def gradients(network) -> dict[str, float]:
     return {name: float(p.grad.abs().sum()) if p.grad is not None else 0.0 for name, p in network.named_parameters()}
