@@ -24,7 +24,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 import fedgan_lightning
 from fedgan_lightning.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, read_checkpoint
 from fedgan_lightning.data.datamodule import FederatedDataModule
-from fedgan_lightning.errors import CheckpointError, ConfigurationError, message
+from fedgan_lightning.errors import CheckpointError, ConfigurationError, FedGANError, message
 from fedgan_lightning.evaluation.callback import Evaluation
 from fedgan_lightning.federation.executors import AutoExecutor
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
@@ -152,7 +152,13 @@ class FederatedCLI(LightningCLI):
             settings.ckpt_path = resolve_checkpoint(settings.ckpt_path, settings.run_dir)
 
     def instantiate_classes(self) -> None:
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # the parser recounts what it tried; what a constructor said is the cause
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, FedGANError):
+                cause = cause.__cause__
+            raise cause or error from None
         server = self._get(self.config_init, "server")
         self.model = ServerModule(self.model, optimizer=server.optimizer, scheduler=server.scheduler)
         if self.prepare is not None:

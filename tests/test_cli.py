@@ -233,6 +233,7 @@ def one_line(err: str) -> str:
 
 
 BAD = {
+    "refused by a constructor": (["--model.d_steps", "0"], "d_steps and g_steps are at least 1; received 0 and 1"),
     "unknown key": (["--federation.round", "3"], "unrecognized arguments: --federation.round 3"),
     "unknown nested key": (["--model.init_args.los", "Hinge"], "Option 'los' is not accepted"),
     "wrong type": (["--federation.rounds", "many"], "federation.rounds.*many"),
