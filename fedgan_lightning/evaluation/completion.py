@@ -113,7 +113,9 @@ def pictures_with_holes(data: FederatedDataModule, holes: Holes, *, count: int, 
     if len(data.sample_shape) != 3:
         raise ConfigurationError(
             message(
-                "pictures are completed", received=f"samples of shape {list(data.sample_shape)}", fix="use an image source"
+                "pictures are completed",
+                received=f"samples of shape {list(data.sample_shape)}",
+                fix="use an image source",
             )
         )
     samples = data.test_samples

@@ -91,7 +91,8 @@ def project(
 
     with _still(generator):
         with torch.no_grad():
-            drawn = draws.sample(starts * len(x), size, generator=noise, device=x.device, dtype=x.dtype).reshape(starts, len(x), size)
+            where = {"device": x.device, "dtype": x.dtype, "generator": noise}
+            drawn = draws.sample(starts * len(x), size, **where).reshape(starts, len(x), size)  # type: ignore[arg-type]
             samples = [_generate(generator, z, labels) for z in drawn]
             if samples[0].shape != x.shape:
                 raise DataError(

@@ -59,9 +59,7 @@ class Holes(Condition):
             )
         if min(strokes, vertices) < 1:
             raise ConfigurationError(
-                message(
-                    "strokes and vertices are at least 1", received=f"{strokes} and {vertices}", fix="raise them"
-                )
+                message("strokes and vertices are at least 1", received=f"{strokes} and {vertices}", fix="raise them")
             )
         if weight < 0:
             raise ConfigurationError(

@@ -61,7 +61,7 @@ class InpaintingGenerator(nn.Module):
             x = layer(x)
         for layer in self.up:
             x = layer(torch.cat([interpolate(x, scale_factor=2.0), maps.pop()], dim=1))
-        return known + mask * torch.tanh(self.leave(x))
+        return known + mask * self.leave(x)
 
 
 class PatchDiscriminator(nn.Module):
