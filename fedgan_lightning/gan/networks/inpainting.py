@@ -8,52 +8,66 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import elu, interpolate
+from torch.nn.functional import elu, interpolate, pixel_shuffle, pixel_unshuffle
 
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.gan.networks.spectral import spectral_norm
 
 
 class InpaintingGenerator(nn.Module):
-    """(z, c) -> x (1 - m) + m tanh(U(x (1 - m), m, z)): the known pixels as they are, the hole from a gated U-Net.
+    """(z, c) -> x (1 - m) + m U(x (1 - m), m, z): the known pixels as they are, the hole from a gated U-Net.
 
     Every layer is a gated convolution elu(a) sigmoid(b). The latents are constant channels of the input, so that there
     may be more than one completion. Halvings are strided, doublings repeat pixels, and the maps of equal size before
-    and after are joined; two layers at the coarsest, one of them dilated, see across the hole.
+    and after are joined; two layers at the coarsest, one of them dilated, see across the hole. With ``cell`` > 1 the
+    U-Net works on cells of so many pixels a side, their pixels as channels, which takes a cell^2-th of the time.
+
+    U is linear in training and cut to [-1, 1] in evaluation: a tanh saturates at the background's value, the best
+    constant under L1, and learns no more.
 
     Args:
-        image_size: Side in pixels; a multiple of 2^halvings.
+        image_size: Side in pixels; a multiple of cell 2^halvings.
         channels: Colour channels.
         latent_dim: Channels of noise.
         width: Channels at full size; doubled at every halving.
         halvings: How often the side is halved.
+        cell: Pixels a side that are one place of the U-Net.
 
     Raises:
         ConfigurationError: If the side cannot be halved so often, or a number is less than 1.
     """
 
     def __init__(
-        self, image_size: int = 28, channels: int = 1, *, latent_dim: int = 4, width: int = 16, halvings: int = 2
+        self,
+        image_size: int = 28,
+        channels: int = 1,
+        *,
+        latent_dim: int = 4,
+        width: int = 16,
+        halvings: int = 2,
+        cell: int = 1,
     ) -> None:
         super().__init__()
-        _check(image_size, width=width, halvings=halvings)
+        _check(image_size, width=width, halvings=halvings, cell=cell)
         if latent_dim < 1:
             raise ConfigurationError(
                 message("latent_dim counts channels of noise from 1", received=latent_dim, fix="set 4")
             )
         self.latent_dim, self.sample_shape, self.num_classes = latent_dim, (channels, image_size, image_size), 0
         widths = [width * 2**level for level in range(halvings + 1)]
-        self.enter = GatedConv2d(channels + 1 + latent_dim, width)
+        self.cell = cell
+        self.enter = GatedConv2d((channels + 1) * cell**2 + latent_dim, width)
         self.down = nn.ModuleList(GatedConv2d(w, 2 * w, stride=2) for w in widths[:-1])
         self.across = nn.ModuleList(GatedConv2d(widths[-1], widths[-1], dilation=dilation) for dilation in (1, 2))
         self.up = nn.ModuleList(GatedConv2d(3 * w, w) for w in reversed(widths[:-1]))
-        self.leave = nn.Conv2d(width, channels, 3, padding=1)
+        self.leave = nn.Conv2d(width, channels * cell**2, 3, padding=1)
 
     def forward(self, z: Tensor, condition: Tensor) -> Tensor:
         """Map latents (N, latent_dim) and conditions (N, channels + 1, side, side) to pictures (N, channels, ...)."""
         known, mask = condition[:, :-1], condition[:, -1:]
-        noise = z[:, :, None, None].expand(-1, -1, condition.shape[2], condition.shape[3])
-        maps = [self.enter(torch.cat([condition, noise], dim=1))]
+        seen = pixel_unshuffle(condition, self.cell)
+        noise = z[:, :, None, None].expand(-1, -1, seen.shape[2], seen.shape[3])
+        maps = [self.enter(torch.cat([seen, noise], dim=1))]
         for layer in self.down:
             maps.append(layer(maps[-1]))
         x = maps.pop()
@@ -61,7 +75,8 @@ class InpaintingGenerator(nn.Module):
             x = layer(x)
         for layer in self.up:
             x = layer(torch.cat([interpolate(x, scale_factor=2.0), maps.pop()], dim=1))
-        return known + mask * self.leave(x)
+        made = pixel_shuffle(self.leave(x), self.cell)
+        return known + mask * (made if self.training else made.clamp(-1, 1))
 
 
 class PatchDiscriminator(nn.Module):
@@ -117,16 +132,19 @@ class GatedConv2d(nn.Module):
         return elu(values) * gates.sigmoid()
 
 
-def _check(image_size: int, *, width: int, halvings: int) -> None:
-    if min(width, halvings) < 1:
-        raise ConfigurationError(
-            message("width and halvings are at least 1", received=f"{width} and {halvings}", fix="raise them")
-        )
-    if image_size < 2**halvings or image_size % 2**halvings:
+def _check(image_size: int, *, width: int, halvings: int, cell: int = 1) -> None:
+    if min(width, halvings, cell) < 1:
         raise ConfigurationError(
             message(
-                f"image_size is a multiple of {2**halvings}, for {halvings} halvings",
+                "width, halvings and cell are at least 1", received=f"{width}, {halvings} and {cell}", fix="raise them"
+            )
+        )
+    factor = cell * 2**halvings
+    if image_size < factor or image_size % factor:
+        raise ConfigurationError(
+            message(
+                f"image_size is a multiple of {factor}, for {halvings} halvings of cells of {cell}",
                 received=image_size,
-                fix="resize the source's images, or lower halvings",
+                fix="resize the source's images, or lower halvings or cell",
             )
         )
