@@ -17,17 +17,10 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-import torch
-
-from fedgan_lightning import Completion
-from fedgan_lightning.cli import FederatedCLI, built
-from fedgan_lightning.visuals import pictures
-from fedgan_lightning.visuals.completion import CompletionPictures
+import yaml
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "inpainting.yaml"
@@ -36,67 +29,46 @@ FILLS = ("mean_fill", "nearest_fill", "telea_fill")
 TRAINED = ("federated", "centralised", "local")
 
 
-def options(arguments: argparse.Namespace, seed: int, run_dir: Path) -> list[str]:
-    given = ["--config", str(CONFIG), "--seed_everything", str(seed), "--run_dir", str(run_dir)]
-    given += ["--data.source.root", arguments.shared, "--trainer.enable_progress_bar", "false"]
-    given += ["--federation.executor", "SequentialExecutor"]
-    return given + (["--federation.rounds", str(arguments.rounds)] if arguments.rounds else [])
+def commands(kind: str, seed: int, folder: Path, arguments: argparse.Namespace) -> list[list[str]]:
+    """Return what is run for one row and seed: one command, or one for each client."""
+    settings = yaml.safe_load(CONFIG.read_text())
+    rounds = arguments.rounds or settings["federation"]["rounds"]
+    shared = ["--config", str(CONFIG), "--seed_everything", str(seed), "--data.source.root", arguments.shared]
+    shared += ["--trainer.enable_progress_bar", "false", "--federation.executor", "SequentialExecutor"]
+    shared += ["--federation.rounds", str(rounds)]
+    if kind == "federated":
+        resume = ["--ckpt_path", "last"] if (folder / "checkpoints" / "last.ckpt").exists() else []
+        return [["fedgan_lightning", "fit", *shared, "--run_dir", str(folder), *resume]]
+    clients, steps = settings["data"]["num_clients"], rounds * settings["federation"]["local_steps"]
+    half_life = settings["model"]["init_args"]["ema_half_life_images"] / clients
+    shared += ["--model.ema_half_life_images", str(half_life)]
+    ways = ["centralised"] if kind == "centralised" else [f"local:{client}" for client in range(clients)]
+    return [
+        ["benchmarks.controls", way, str(steps), *shared, "--run_dir", str(folder / way.replace(":", ""))]
+        for way in ways
+        if not (folder / way.replace(":", "") / "summary.json").exists()
+    ]
 
 
-def federated(arguments: argparse.Namespace, seed: int, folder: Path) -> None:
-    """Run the command line; its summary holds the values, and the fills as facts."""
-    command = [sys.executable, "-W", "ignore", "-m", "fedgan_lightning", "fit", *options(arguments, seed, folder)]
-    resume = ["--ckpt_path", "last"] if (folder / "checkpoints" / "last.ckpt").exists() else []
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    subprocess.run([*command, *resume], env={**os.environ, "PYTHONPATH": path}, check=True)
-
-
-def control(arguments: argparse.Namespace, seed: int, folder: Path, *, alone: bool) -> None:
-    """Train on all data, or each client on its own; write the values of each."""
-    values: dict[str, Any] = {}
-    started, first = time.perf_counter(), build(arguments, seed, folder)
-    data, clients = first.datamodule, first.datamodule.num_clients if alone else 1
-    steps = first.orchestrator.rounds * first.orchestrator.local_steps
-    metric = Completion()
-    metric.prepare(data, device=torch.device("cpu"))
-    for client_id in range(clients):
-        gan = build(arguments, seed, folder).model.model
-        gan.ema_half_life_images /= data.num_clients
-        L.seed_everything(seed, verbose=False)
-        trainer = L.Trainer(
-            accelerator="cpu",
-            max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(gan, datamodule=data.client(client_id, num_steps=steps) if alone else data.pooled(num_steps=steps))
-        values[str(client_id)] = metric.inspect(gan)
-        folder.mkdir(parents=True, exist_ok=True)
-        pictures.save(CompletionPictures().draw(data, gan), folder / f"completed{client_id}.png")
-    values["seconds"] = time.perf_counter() - started
-    (folder / "values.json").write_text(json.dumps(values))
-
-
-def build(arguments: argparse.Namespace, seed: int, folder: Path) -> FederatedCLI:
-    cli = built(options(arguments, seed, folder))
-    cli.datamodule.setup()
-    return cli
+def train(kind: str, seed: int, folder: Path, arguments: argparse.Namespace) -> None:
+    """Run what is missing of one row and seed."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    for command in commands(kind, seed, folder, arguments):
+        subprocess.run([sys.executable, "-W", "ignore", "-m", *command], env=environment, check=True)
 
 
 def read(kind: str, folder: Path) -> dict[str, Any] | None:
     """Return the values of one row and seed, means over clients, if it is finished."""
-    path = folder / ("summary.json" if kind == "federated" else "values.json")
-    if not path.exists():
-        return None
-    contents = json.loads(path.read_text())
+    paths = [folder / "summary.json"] if kind == "federated" else sorted(folder.glob("*/summary.json"))
+    found = [json.loads(path.read_text()) for path in paths if path.exists()]
     if kind == "federated":
-        final = {**contents["final"], "seconds": contents["wall_seconds"], "facts": contents["evaluation"]}
-        return final if contents["status"] == "finished" else None
-    seconds = contents.pop("seconds")
-    names = next(iter(contents.values()))
-    return {name: statistics.mean(own[name] for own in contents.values()) for name in names} | {"seconds": seconds}
+        found = [summary for summary in found if summary["status"] == "finished"]
+    if len(found) < (5 if kind == "local" else 1):
+        return None
+    values = [summary["final"] if kind == "federated" else summary["test"] for summary in found]
+    means = {name: statistics.mean(own[name] for own in values) for name in values[0] if name.startswith("completion")}
+    seconds = sum(summary["wall_seconds"] for summary in found)
+    return {**means, "seconds": seconds, "facts": found[0]["evaluation"]}
 
 
 def table(out: Path, seeds: list[int]) -> str:
@@ -137,12 +109,8 @@ def main() -> None:
     for seed in [] if arguments.table else arguments.seeds:
         for kind in arguments.only:
             folder = out / kind / f"seed{seed}"
-            if read(kind, folder) is not None:
-                continue
-            if kind == "federated":
-                federated(arguments, seed, folder)
-            else:
-                control(arguments, seed, folder, alone=kind == "local")
+            if read(kind, folder) is None:
+                train(kind, seed, folder, arguments)
     print(table(out, arguments.seeds))
 
 

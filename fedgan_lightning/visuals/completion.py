@@ -26,8 +26,8 @@ WHITE = 128
 
 
 class CompletionPictures(L.Callback):
-    """Writes ``completed_init.png`` and ``completed_roundNNNN.png``, rows of real, with a hole, completed; in
-    ``predict`` completes the pictures of a folder.
+    """Writes ``completed_init.png`` and ``completed_roundNNNN.png``, rows of real, with a hole, completed;
+    ``completed_test.png`` in ``test``; in ``predict`` completes the pictures of a folder.
 
     The pictures are of the test split, with holes and noise from a fixed seed. ``predict`` reads ``NAME.png`` and
     ``NAME_mask.png``, white where the hole is, of the size that the generator has, and writes
@@ -88,6 +88,10 @@ class CompletionPictures(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._last_round != trainer.global_step:
             self._publish(trainer, pl_module, name=f"completed_round{trainer.global_step:04d}.png")
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write ``completed_test.png``."""
+        self._publish(trainer, pl_module, name="completed_test.png")
 
     def draw(self, data: Any, module: L.LightningModule) -> pictures.Picture:
         """Return the picture of the test split's pictures, with their holes, completed by the global generator."""

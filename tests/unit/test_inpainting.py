@@ -22,6 +22,7 @@ from fedgan_lightning import (
     PatchDiscriminator,
     PixelFeatures,
     SequentialExecutor,
+    ServerModule,
     VectorizedExecutor,
 )
 from fedgan_lightning.errors import ConfigurationError, DataError
@@ -30,7 +31,7 @@ from fedgan_lightning.evaluation.completion import pictures_with_holes, similari
 from fedgan_lightning.gan.holes import masked
 from fedgan_lightning.protocol import LocalWork
 from fedgan_lightning.visuals.completion import before_after, read_folder
-from tests.conftest import adam, digits_data, federate, ring_data, ring_gan, sgd
+from tests.conftest import adam, digits_data, federate, quiet_trainer, ring_data, ring_gan, sgd
 from tests.contracts.test_executors import assert_same, updates
 
 CPU = torch.device("cpu")
@@ -199,7 +200,7 @@ class TestNetworks:
         assert made.min().item() > 1
         made.sum().backward()
         assert generator.leave.bias.grad.item() == pytest.approx(64)
-        assert float(generator.eval()(torch.zeros(1, 2), condition).max()) == 1
+        assert generator.eval()(torch.zeros(1, 2), condition).max().item() == 1
 
     def test_the_completion_depends_on_pixels_across_the_hole(self):
         torch.manual_seed(0)
@@ -242,8 +243,11 @@ class TestFederation:
         facts = metric.prepare(data, device=CPU)
         gan = digits_gan(holes=Holes(weight=10), generator_optimizer=fast)
         before = metric.inspect(gan)
-        federate(gan, data, rounds=2, local_steps=10, optimizer_state="average")
+        shown = CompletionPictures(every_n_rounds=1, columns=4, rows=2)
+        federate(gan, data, shown, rounds=2, local_steps=10, optimizer_state="average")
         after = metric.inspect(gan)
+        drawn = [Image.open(f"completed_{when}.png").size for when in ("init", "round0001", "round0002")]
+        assert drawn == [(4 * 50 + 2, 6 * 50 + 2)] * 3
         assert after["completion_l1"] < 0.8 * before["completion_l1"]
         assert after["completion_psnr"] > before["completion_psnr"] + 1
         assert after["completion_spread"] > 0
@@ -360,6 +364,33 @@ class TestFolders:
         picture = before_after(real, holed, made, columns=2)
         assert picture[[26 + 50 * row for row in range(6)], 26, 0].tolist() == [0, 128, 255, 0, 128, 255]
         assert picture[[26 + 50 * row for row in range(6)], 76, 0].tolist() == [0, 128, 255, 255, 255, 255]
+
+    def test_predict_completes_a_folder_and_keeps_what_is_known(self, tmp_path, capsys):
+        for name, value in (("a", 10), ("b", 250)):
+            write(tmp_path / "own", f"{name}.png", value=value)
+            hole = np.zeros((8, 8), dtype=np.uint8)
+            hole[2:5, 2:5] = 255
+            Image.fromarray(hole).save(tmp_path / "own" / f"{name}_mask.png")
+        trainer = quiet_trainer(CompletionPictures(folder=str(tmp_path / "own")), limit_val_batches=1)
+        trainer.predict(ServerModule(digits_gan()), datamodule=few_digits(), return_predictions=False)
+        assert "wrote 2 completed pictures" in capsys.readouterr().out
+        made = np.array(Image.open("predictions/a_completed.png").convert("L"))
+        assert (made[hole == 0] == 10).all()
+        assert (made[hole > 0] != 10).any()
+        assert Image.open("predictions/before_after.png").size == (2 * 50 + 2, 3 * 50 + 2)
+
+    def test_predict_writes_nothing_where_a_mask_is_missing(self, tmp_path):
+        write(tmp_path / "own", "a.png")
+        trainer = quiet_trainer(CompletionPictures(folder=str(tmp_path / "own")))
+        with pytest.raises(DataError, match="no a_mask.png"):
+            trainer.predict(ServerModule(digits_gan()), datamodule=few_digits())
+        assert not (tmp_path / "predictions").exists()
+
+    def test_predict_without_a_folder_completes_test_pictures(self):
+        quiet_trainer(CompletionPictures(columns=3, rows=1)).predict(
+            ServerModule(digits_gan()), datamodule=few_digits(), return_predictions=False
+        )
+        assert Image.open("predictions/before_after.png").size == (3 * 50 + 2, 3 * 50 + 2)
 
     def test_settings_of_the_callback_are_checked(self):
         with pytest.raises(ConfigurationError, match="CompletionPictures are at least 1; received 0"):
