@@ -5,8 +5,7 @@ network, on the same holes of the same test pictures. Continues where it stopped
     python -m benchmarks.inpainting --only federated     # one row; the table shows what there is
     python -m benchmarks.inpainting --table              # only the table
 
-All rows take the same number of generator steps: rounds x local steps. The half-life of the moving average counts
-images; controls see 1 / clients of the federation's, and have a half-life as much shorter.
+All rows take the same number of generator steps: rounds x local steps. A client alone is scored on all ten digits.
 """
 
 from __future__ import annotations
@@ -40,8 +39,6 @@ def commands(kind: str, seed: int, folder: Path, arguments: argparse.Namespace) 
         resume = ["--ckpt_path", "last"] if (folder / "checkpoints" / "last.ckpt").exists() else []
         return [["fedgan_lightning", "fit", *shared, "--run_dir", str(folder), *resume]]
     clients, steps = settings["data"]["num_clients"], rounds * settings["federation"]["local_steps"]
-    half_life = settings["model"]["init_args"]["ema_half_life_images"] / clients
-    shared += ["--model.ema_half_life_images", str(half_life)]
     ways = ["centralised"] if kind == "centralised" else [f"local:{client}" for client in range(clients)]
     return [
         ["benchmarks.controls", way, str(steps), *shared, "--run_dir", str(folder / way.replace(":", ""))]

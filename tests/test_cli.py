@@ -84,6 +84,8 @@ def small(name: str) -> list[str]:
         arguments += ["--data.source.num_items=30", "--data.source.min_user=5", "--data.source.min_item=3"]
         arguments += ["--model.generator.items=30", "--model.discriminator.items=30", "--model.condition.items=30"]
         arguments += ["--data.num_clients=4", "--data.batch_size=8"]
+    if name == "inpainting":
+        arguments += ["--evaluation.metrics", "[{class_path: Completion, init_args: {num_images: 50}}]"]
     if name not in ("digits", "ring8"):  # what auto measures would take longer than the two rounds
         arguments += ["--federation.executor", "SequentialExecutor"]
     return arguments

@@ -82,7 +82,7 @@ def project(
     parameter, draws = next(generator.parameters()), prior if prior is not None else Normal()
     x = x.to(parameter)
     weights = torch.ones_like(x) if known is None else known.to(x).expand_as(x)
-    wanted = None if features is None else features(x).detach()
+    wanted = x if features is None else features(x).detach()
     size = int(generator.latent_dim)  # type: ignore[arg-type]
 
     def errors(made: Tensor) -> Tensor:

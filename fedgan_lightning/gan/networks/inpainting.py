@@ -129,7 +129,8 @@ class GatedConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, before, h, w) to (N, after, h / stride, w / stride)."""
         values, gates = self.both(x).chunk(2, dim=1)
-        return elu(values) * gates.sigmoid()
+        gated: Tensor = elu(values) * gates.sigmoid()
+        return gated
 
 
 def _check(image_size: int, *, width: int, halvings: int, cell: int = 1) -> None:
