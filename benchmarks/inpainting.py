@@ -55,17 +55,17 @@ def train(kind: str, seed: int, folder: Path, arguments: argparse.Namespace) -> 
 
 
 def read(kind: str, folder: Path) -> dict[str, Any] | None:
-    """Return the values of one row and seed, means over clients, if it is finished."""
+    """Return the values of one row and seed, means over the clients that are finished, if any is."""
     paths = [folder / "summary.json"] if kind == "federated" else sorted(folder.glob("*/summary.json"))
     found = [json.loads(path.read_text()) for path in paths if path.exists()]
     if kind == "federated":
         found = [summary for summary in found if summary["status"] == "finished"]
-    if len(found) < (5 if kind == "local" else 1):
+    if not found:
         return None
     values = [summary["final"] if kind == "federated" else summary["test"] for summary in found]
     means = {name: statistics.mean(own[name] for own in values) for name in values[0] if name.startswith("completion")}
     seconds = sum(summary["wall_seconds"] for summary in found)
-    return {**means, "seconds": seconds, "facts": found[0]["evaluation"]}
+    return {**means, "seconds": seconds, "runs": len(found), "facts": found[0]["evaluation"]}
 
 
 def table(out: Path, seeds: list[int]) -> str:
@@ -81,10 +81,16 @@ def table(out: Path, seeds: list[int]) -> str:
         if runs:
             cells = [spread([run[f"completion_{column}"] for run in runs]) for column in COLUMNS]
             lines.append(
-                f"| {kind} | {len(runs)} | " + " | ".join(cells) + f" | {spread([r['seconds'] for r in runs])} |"
+                f"| {title(kind, runs)} | {len(runs)} | "
+                + " | ".join(cells)
+                + f" | {spread([r['seconds'] for r in runs])} |"
             )
     floor = f"Floor of the FID, whole test pictures: {facts['completion_fid_floor']:.3g}." if facts else ""
     return "\n".join([*lines, "", floor])
+
+
+def title(kind: str, runs: list[dict[str, Any]]) -> str:
+    return f"alone, mean of {runs[0]['runs']} clients" if kind == "local" else kind
 
 
 def spread(values: list[float]) -> str:
@@ -106,7 +112,7 @@ def main() -> None:
     for seed in [] if arguments.table else arguments.seeds:
         for kind in arguments.only:
             folder = out / kind / f"seed{seed}"
-            if read(kind, folder) is None:
+            if kind == "local" or read(kind, folder) is None:
                 train(kind, seed, folder, arguments)
     print(table(out, arguments.seeds))
 
