@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from fedgan_lightning.evaluation.audit import MembershipInference
     from fedgan_lightning.evaluation.breakdown import ClassBreakdown, ClientDistances
     from fedgan_lightning.evaluation.callback import Evaluation
+    from fedgan_lightning.evaluation.completion import Completion
     from fedgan_lightning.evaluation.features import (
         ClassifierFeatures,
         FeatureNet,
@@ -102,6 +103,8 @@ if TYPE_CHECKING:
     from fedgan_lightning.federation.warm_start import StartFrom
     from fedgan_lightning.gan.augment import Augmentation, LeCam
     from fedgan_lightning.gan.conditions import Codec, Condition
+    from fedgan_lightning.gan.editing import Projection, direction, edited, interpolate, project
+    from fedgan_lightning.gan.holes import Holes
     from fedgan_lightning.gan.module import GAN
     from fedgan_lightning.gan.networks import (
         ACGANDiscriminator,
@@ -110,8 +113,10 @@ if TYPE_CHECKING:
         CFGANGenerator,
         DCGANDiscriminator,
         DCGANGenerator,
+        InpaintingGenerator,
         MLPDiscriminator,
         MLPGenerator,
+        PatchDiscriminator,
         ProfileDiscriminator,
         ProfileGenerator,
         R3GANDiscriminator,
@@ -134,6 +139,7 @@ if TYPE_CHECKING:
     from fedgan_lightning.gan.purchases import Purchases
     from fedgan_lightning.gan.text import LanguageModel, OneHot
     from fedgan_lightning.protocol import Aggregator, ClientFailure, ClientSampler, ClientTask, ClientUpdate, Executor
+    from fedgan_lightning.visuals.completion import CompletionPictures
     from fedgan_lightning.visuals.inspection import Inspection
     from fedgan_lightning.visuals.recommendations import Recommendations
     from fedgan_lightning.visuals.samples import SamplePictures
@@ -183,6 +189,7 @@ _HOMES = {
     "fedgan_lightning.evaluation.audit": ["MembershipInference"],
     "fedgan_lightning.evaluation.breakdown": ["ClassBreakdown", "ClientDistances"],
     "fedgan_lightning.evaluation.callback": ["Evaluation"],
+    "fedgan_lightning.evaluation.completion": ["Completion"],
     "fedgan_lightning.evaluation.features": [
         "ClassifierFeatures",
         "FeatureNet",
@@ -230,6 +237,8 @@ _HOMES = {
     "fedgan_lightning.federation.warm_start": ["StartFrom"],
     "fedgan_lightning.gan.augment": ["Augmentation", "LeCam"],
     "fedgan_lightning.gan.conditions": ["Codec", "Condition"],
+    "fedgan_lightning.gan.editing": ["Projection", "direction", "edited", "interpolate", "project"],
+    "fedgan_lightning.gan.holes": ["Holes"],
     "fedgan_lightning.gan.module": ["GAN"],
     "fedgan_lightning.gan.networks": [
         "ACGANDiscriminator",
@@ -238,8 +247,10 @@ _HOMES = {
         "CFGANGenerator",
         "DCGANDiscriminator",
         "DCGANGenerator",
+        "InpaintingGenerator",
         "MLPDiscriminator",
         "MLPGenerator",
+        "PatchDiscriminator",
         "ProfileDiscriminator",
         "ProfileGenerator",
         "R3GANDiscriminator",
@@ -269,6 +280,7 @@ _HOMES = {
         "ClientUpdate",
         "Executor",
     ],
+    "fedgan_lightning.visuals.completion": ["CompletionPictures"],
     "fedgan_lightning.visuals.inspection": ["Inspection"],
     "fedgan_lightning.visuals.recommendations": ["Recommendations"],
     "fedgan_lightning.visuals.samples": ["SamplePictures"],
@@ -293,6 +305,8 @@ __all__ = [
     "ACGANDiscriminator", "ResNetGenerator", "ResNetDiscriminator", "R3GANGenerator", "R3GANDiscriminator",
     "ProfileGenerator", "ProfileDiscriminator", "CFGANGenerator", "CFGANDiscriminator", "Purchases", "TextGenerator",
     "TextDiscriminator", "LanguageModel", "OneHot",
+    "Holes", "InpaintingGenerator", "PatchDiscriminator", "Completion", "CompletionPictures",
+    "Projection", "project", "interpolate", "direction", "edited",
     "FederatedDataModule", "Samples", "Source", "Digits", "TorchvisionImages", "CelebA", "ImageFolder", "MedMNIST",
     "MedMNISTFile", "Ring", "Grid", "SwissRoll", "Segments", "CSVProfiles", "Interactions", "TextFile", "Vocabulary",
     "Partition", "IID", "Dirichlet", "ClassesPerClient", "ClassLists", "ClassMixes", "QuantitySkew", "Natural",

@@ -42,7 +42,10 @@ STAND_INS = {
     "medical": ("[1, 28, 28]", 2),
     "image_folder": ("[3, 32, 32]", 0),
     "hospitals": ("[1, 28, 28]", 2),
+    "inpainting": ("[1, 28, 28]", 10),
 }
+#: How pictures of generated samples are called, where they are more than samples.
+PICTURES = {"inpainting": "completed"}
 
 
 #: What must know the number of words.
@@ -81,13 +84,15 @@ def small(name: str) -> list[str]:
         arguments += ["--data.source.num_items=30", "--data.source.min_user=5", "--data.source.min_item=3"]
         arguments += ["--model.generator.items=30", "--model.discriminator.items=30", "--model.condition.items=30"]
         arguments += ["--data.num_clients=4", "--data.batch_size=8"]
+    if name == "inpainting":
+        arguments += ["--evaluation.metrics", "[{class_path: Completion, init_args: {num_images: 50}}]"]
     if name not in ("digits", "ring8"):  # what auto measures would take longer than the two rounds
         arguments += ["--federation.executor", "SequentialExecutor"]
     return arguments
 
 
 def test_the_promised_configurations_are_there():
-    promised = "digits mnist fashion_mnist cifar10 celeba medical image_folder hospitals timeseries"
+    promised = "digits mnist fashion_mnist cifar10 celeba medical image_folder hospitals timeseries inpainting"
     promised += " ring8 grid25 swiss_roll toy2d recommendation text text_mle"
     assert {path.stem for path in CONFIGS} >= set(promised.split())
 
@@ -99,7 +104,8 @@ def test_every_configuration_runs_two_rounds_and_fills_its_directory(path, tmp_p
     assert code == 0, err
     names = {item.name for item in (tmp_path / "run").iterdir()}
     wanted = {"config.yaml", "summary.json", "partition.png", "partition.npz"}
-    wanted |= set() if path.stem in CONDITIONAL else {"fakes_init.png", "fakes_round0002.png"}
+    drawn = PICTURES.get(path.stem, "" if path.stem in CONDITIONAL else "fakes")
+    wanted |= {f"{drawn}_init.png", f"{drawn}_round0002.png"} if drawn else set()
     assert wanted <= names
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
     assert any(name.startswith("events.out.tfevents") for name in names)

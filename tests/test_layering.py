@@ -43,10 +43,13 @@ LAYERS = {
     "gan.networks.interactions": 1,
     "gan.networks.text": 2,
     "gan.networks.dcgan": 2,
+    "gan.networks.inpainting": 2,
     "gan.networks.acgan": 2,
     "gan.networks.resnet": 3,
     "gan.networks.r3gan": 3,
     "gan.networks": 4,
+    "gan.holes": 1,
+    "gan.editing": 2,
     "gan.steps": 2,
     "gan.statistics": 0,
     "gan.optimizers": 0,
@@ -100,6 +103,8 @@ LAYERS = {
     "evaluation.gap": 12,
     "evaluation.defaults": 9,
     "evaluation.callback": 10,
+    "evaluation.fills": 1,
+    "evaluation.completion": 11,
     "visuals.pictures": 1,
     "visuals.progress": 1,
     "visuals.runs": 1,
@@ -108,6 +113,7 @@ LAYERS = {
     "visuals.tensorboard": 11,
     "visuals.samples": 12,
     "visuals.recommendations": 12,
+    "visuals.completion": 12,
     "visuals.inspection": 12,
     "evaluation.portable": 4,
     "deployment.wire": 3,
@@ -126,6 +132,7 @@ LAYERS = {
 #: Packages that bare modules (documentation only) and entry points may import freely.
 EXEMPT = {"", "__main__", "data", "gan", "federation", "evaluation", "visuals", "deployment"}
 LAZY = {"cryptography", "sklearn", "matplotlib", "PIL", "torchvision", "flwr", "opacus", "dp_accounting", "scipy"}
+LAZY |= {"cv2"}
 #: The pure core: no Lightning.
 NO_LIGHTNING = ("errors", "seeding", "protocol", "states", "gan.objectives", "gan.penalties", "gan.priors", "gan.steps")
 NO_LIGHTNING += ("gan.networks", "data.samples", "data.partition", "data.sources", "evaluation.fid", "evaluation.modes")

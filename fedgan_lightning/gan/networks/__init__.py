@@ -4,6 +4,7 @@
 
 from fedgan_lightning.gan.networks.acgan import ACGANDiscriminator, ACGANGenerator
 from fedgan_lightning.gan.networks.dcgan import DCGANDiscriminator, DCGANGenerator
+from fedgan_lightning.gan.networks.inpainting import InpaintingGenerator, PatchDiscriminator
 from fedgan_lightning.gan.networks.interactions import CFGANDiscriminator, CFGANGenerator
 from fedgan_lightning.gan.networks.mlp import MLPDiscriminator, MLPGenerator
 from fedgan_lightning.gan.networks.profile import ProfileDiscriminator, ProfileGenerator
@@ -19,8 +20,10 @@ __all__ = [
     "CFGANGenerator",
     "DCGANDiscriminator",
     "DCGANGenerator",
+    "InpaintingGenerator",
     "MLPDiscriminator",
     "MLPGenerator",
+    "PatchDiscriminator",
     "ProfileDiscriminator",
     "ProfileGenerator",
     "QuadraticDiscriminator",
