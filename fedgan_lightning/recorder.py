@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections.abc import Collection
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,6 @@ from fedgan_lightning.files import replacing, write_text
 from fedgan_lightning.protocol import Executor
 from fedgan_lightning.version import __version__
 
-#: Metrics of which larger values are better; of all others smaller ones are.
-LARGER_IS_BETTER = ("modes", "high_quality", "classes", "class_accuracy", "bleu_2", "bleu_3", "bleu_4", "bleu_5")
 MARKS = ("config.yaml", "summary.json", "checkpoints")
 
 
@@ -110,13 +109,15 @@ class RunRecorder(L.Callback):
             return
         orchestrator, evaluation = _find(trainer, FederatedOrchestrator), _find(trainer, Evaluation)
         history = evaluation.history if evaluation is not None else []
+        metrics = evaluation.metrics or [] if evaluation is not None else []
+        larger = {name for metric in metrics for name in metric.larger_is_better}
         summary: dict[str, Any] = {
             "status": status,
             "rounds": trainer.global_step,
             "seed": self.seed,
             "wall_seconds": round(self._elapsed(), 3),
             "final": history[-1] if history else {},
-            "best": best_values(history),
+            "best": best_values(history, larger_is_better=larger),
             "evaluation": evaluation.facts if evaluation is not None else {},
             **({} if orchestrator is None else orchestrator.ledger.summary()),
             "executor": {} if orchestrator is None else _executor(orchestrator.executor),
@@ -135,14 +136,14 @@ class RunRecorder(L.Callback):
         self._wall_seconds = float(state_dict["wall_seconds"])
 
 
-def best_values(history: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+def best_values(history: list[dict[str, float]], *, larger_is_better: Collection[str]) -> dict[str, dict[str, float]]:
     """Return, for every metric, its best value and the round that gave it."""
     best: dict[str, dict[str, float]] = {}
     for entry in history:
         for name, value in entry.items():
             if name == "rounds":
                 continue
-            sign = -1 if name.removesuffix("_raw") in LARGER_IS_BETTER else 1
+            sign = -1 if name.removesuffix("_raw") in larger_is_better else 1
             if name not in best or sign * value < sign * best[name]["value"]:
                 best[name] = {"value": value, "rounds": entry["rounds"]}
     return best

@@ -39,6 +39,8 @@ class Completion(Metric):
         features: Feature network; default the small classifier for labelled data, else pixels.
     """
 
+    larger_is_better = ("completion_psnr", "completion_ssim", "completion_spread")
+
     def __init__(
         self,
         holes: Holes | None = None,

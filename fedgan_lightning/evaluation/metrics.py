@@ -32,9 +32,11 @@ class Metric(ABC):
 
     Attributes:
         full: Whether it takes so long that it belongs to the full evaluation, which ``test`` makes.
+        larger_is_better: Which of its values are; of all others smaller ones are better.
     """
 
     full: ClassVar[bool] = False
+    larger_is_better: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
@@ -106,6 +108,8 @@ class ClassCoverage(Metric):
         features: The classifier; its accuracy on the test split is reported as ``classifier_accuracy``.
     """
 
+    larger_is_better = ("classes", "class_accuracy")
+
     def __init__(self, features: ClassifierFeatures | None = None) -> None:
         self.features = features if features is not None else ClassifierFeatures()
         self.net: FrozenNet | None = None
@@ -138,6 +142,8 @@ class ModeCoverage(Metric):
 
     See :func:`fedgan_lightning.evaluation.modes.mode_statistics`.
     """
+
+    larger_is_better = ("modes", "high_quality")
 
     def __init__(self) -> None:
         self.centres, self.sigma = torch.empty(0), 0.0

@@ -112,6 +112,8 @@ class BLEU(Metric):
         max_sentences: Sentences of the test split, and of the training split for the fact, that are used at most.
     """
 
+    larger_is_better = (*(f"bleu_{n}" for n in ORDERS), "distinct")
+
     def __init__(self, *, max_sentences: int = 5000) -> None:
         self.max_sentences = _positive(max_sentences)
         self.vocabulary: Vocabulary | None = None

@@ -226,3 +226,19 @@ def test_quantise_rounds_to_bytes():
 def test_evaluation_settings(options, words):
     with pytest.raises(ConfigurationError, match=words):
         Evaluation(**options)
+
+
+def test_the_best_value_is_the_largest_where_the_metric_says_so(tmp_path):
+    from fedgan_lightning.recorder import best_values
+
+    history = [{"rounds": 0.0, "modes": 3.0, "fid": 9.0}, {"rounds": 5.0, "modes": 7.0, "fid_raw": 2.0, "fid": 4.0}]
+    best = best_values(history, larger_is_better={"modes"})
+    assert best["modes"] == {"value": 7.0, "rounds": 5.0}
+    assert best["fid"] == {"value": 4.0, "rounds": 5.0}
+    assert best_values(history, larger_is_better=())["modes"] == {"value": 3.0, "rounds": 0.0}
+
+
+def test_metrics_name_values_of_theirs_as_better_when_larger():
+    data, metric = ring_data(), ModeCoverage()
+    metric.prepare(data, device=torch.device("cpu"))
+    assert set(metric.larger_is_better) <= set(metric.compute(data.test_samples.x, None))
