@@ -21,8 +21,10 @@ from fedgan_lightning.protocol import Executor
 from fedgan_lightning.version import __version__
 
 #: Metrics of which larger values are better; of all others smaller ones are.
-LARGER_IS_BETTER = ("modes", "high_quality", "classes", "class_accuracy", "bleu_2", "bleu_3", "bleu_4", "bleu_5")
-LARGER_IS_BETTER += ("completion_psnr", "completion_ssim", "completion_spread")
+LARGER_IS_BETTER = (
+    *("modes", "high_quality", "classes", "class_accuracy", "bleu_2", "bleu_3", "bleu_4", "bleu_5"),
+    *("completion_psnr", "completion_ssim", "completion_spread"),
+)
 MARKS = ("config.yaml", "summary.json", "checkpoints")
 
 
