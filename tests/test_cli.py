@@ -85,7 +85,8 @@ def small(name: str) -> list[str]:
         arguments += ["--model.generator.items=30", "--model.discriminator.items=30", "--model.condition.items=30"]
         arguments += ["--data.num_clients=4", "--data.batch_size=8"]
     if name == "inpainting":
-        arguments += ["--evaluation.metrics", "[{class_path: Completion, init_args: {num_images: 50}}]"]
+        small_metric = "{class_path: Completion, init_args: {num_images: 50, features: PixelFeatures}}"
+        arguments += ["--evaluation.metrics", f"[{small_metric}]"]
     if name not in ("digits", "ring8"):  # what auto measures would take longer than the two rounds
         arguments += ["--federation.executor", "SequentialExecutor"]
     return arguments

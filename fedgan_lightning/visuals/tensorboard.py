@@ -21,6 +21,8 @@ LAYOUT = {
         "classes": ["Multiline", ["^classes$", "^class_accuracy$", "^class_distance$"]],
         "modes": ["Multiline", ["^modes$", "^high_quality$", "^mode_divergence$"]],
         "distance": ["Multiline", ["^sliced_wasserstein$"]],
+        "completed pictures, PSNR": ["Multiline", ["^completion_psnr$"]],
+        "completed pictures, Fréchet distance": ["Multiline", ["^completion_fid$"]],
     },
     "Clients": {
         "discriminator loss": ["Multiline", ["client/.*/loss_d"]],
