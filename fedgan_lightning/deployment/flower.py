@@ -170,7 +170,7 @@ class Sites:
         found: dict[int, Any] = {}
         troubles: dict[int, str] = {}
         deadline = None if seconds is None else time.monotonic() + seconds
-        while waiting and (deadline is None or time.monotonic() < deadline):
+        while waiting:
             if stop_requested():
                 raise RoundInterrupted("the user asked to stop")
             for reply in self.grid.pull_messages(list(waiting)):
@@ -179,6 +179,8 @@ class Sites:
                     found[node_id] = reply.content
                 else:
                     troubles[node_id] = trouble
+            if deadline is not None and time.monotonic() > deadline:
+                break
             if waiting:
                 time.sleep(POLL_SECONDS)
         silent = "" if seconds is None else f"no answer within {seconds:.0f} s"

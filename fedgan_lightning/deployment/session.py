@@ -100,7 +100,8 @@ class Session:
         """Return shares of this site's two secrets, sealed for each other member.
 
         Raises:
-            ProtocolError: If it is told of too few members, of equal keys, or of other keys than its own.
+            ProtocolError: If it is told of too few members, of equal keys, of no examples, or of keys that are not its
+                own.
         """
         known = self._read(session, ADVERTISED)
         keys = [key for own in members.values() for key in (own.mask, own.seal)]
@@ -108,6 +109,8 @@ class Session:
             raise _refused("members have keys of their own", "equal ones, or others than this site's")
         if len(members) < FEWEST:
             raise _refused(f"a session has at least {FEWEST} members", len(members))
+        if min(own.num_examples for own in members.values()) < 1:
+            raise _refused("members count at least one example", min(own.num_examples for own in members.values()))
         needed, seed = self.secure.needed(len(members)), secrets.token_bytes(masking.SEED_BYTES)
         split = [masking.split(secret, needed=needed, number=len(members)) for secret in (seed, known.keys.mask)]
         shares = {k: Shares(*pair) for k, pair in zip(sorted(members), zip(*split))}
