@@ -32,7 +32,7 @@ from fedgan_lightning.deployment.session import (
 from fedgan_lightning.errors import QuorumError, UpdateError, message
 from fedgan_lightning.federation.ledger import network_in_ledger
 from fedgan_lightning.federation.local import ClientContext, never
-from fedgan_lightning.federation.secure import FEWEST, NARROW, SecureAggregation, Summand, words_of
+from fedgan_lightning.federation.secure import NARROW, SecureAggregation, Summand, words_of
 from fedgan_lightning.packing import Layout
 from fedgan_lightning.protocol import ClientFailure, ClientTask, Executor, Participant, State, UpdateSum
 
@@ -114,7 +114,7 @@ class _Run:
 
     def opened(self, clients: Sequence[int], question: Callable[[int], Any]) -> Opened:
         members = self._advertised(clients)
-        needed = max(self.owner.secure.needed(len(members)), FEWEST if len(members) < FEWEST else 0)
+        needed = self.owner.secure.needed(len(members))
         if not self._enough(members, needed, "advertise"):
             return self.result
         self.result.members = members

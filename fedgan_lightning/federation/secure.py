@@ -82,7 +82,7 @@ class SecureAggregation:
 
     Args:
         threshold: Share of a round's clients that must stay to its end, in (0.5, 1]; always more than half, so that no
-            server can get both secrets of one client from two halves of the others.
+            server can get both secrets of one client from two halves of the others, and at least three clients.
         max_update: Largest absolute entry of a parameter update; step = max_update / 2^30.
         max_value: Largest absolute entry of a shared buffer or moment; step = max_value / 2^62.
 
@@ -102,8 +102,8 @@ class SecureAggregation:
         self.threshold, self.max_update, self.max_value = threshold, max_update, max_value
 
     def needed(self, num_clients: int) -> int:
-        """Return how many of so many clients must stay: more than half of them."""
-        return max(math.ceil(self.threshold * num_clients - 1e-9), num_clients // 2 + 1)
+        """Return how many of so many clients must stay: more than half of them, and never fewer than three."""
+        return max(math.ceil(self.threshold * num_clients - 1e-9), num_clients // 2 + 1, FEWEST)
 
     def check(self, *, aggregator: Aggregator, rules: RoundRules, screening: Screening | None) -> None:
         """Refuse what needs single updates.

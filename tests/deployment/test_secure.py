@@ -128,7 +128,7 @@ def assert_mean(found, hand, kept) -> None:
 def test_the_server_learns_the_mean_of_those_that_stay(tmp_path_factory, data):
     """Whoever is lost, at whatever stage, as long as enough are left."""
     sizes = data.draw(st.lists(st.integers(1, 1_000), min_size=3, max_size=5))
-    at_most = len(sizes) - max(SecureAggregation().needed(len(sizes)), 2)
+    at_most = len(sizes) - SecureAggregation().needed(len(sizes))
     stages = st.sampled_from(["share", "mask", "unmask"])
     lost = data.draw(st.dictionaries(st.integers(0, len(sizes) - 1), stages, max_size=at_most))
     weighting = data.draw(st.sampled_from(["examples", "uniform"]))
@@ -147,7 +147,7 @@ def test_below_the_threshold_nothing_is_opened(tmp_path, stage):
 
 
 def test_secrets_lie_in_a_file_of_their_own_until_the_sum_is_opened(tmp_path):
-    hand, modes = Hand(tmp_path, [10, 20, 30], lost={2: "mask"}), []
+    hand, modes = Hand(tmp_path, [10, 20, 30, 40], lost={2: "mask"}), []
     hand.edit_answer = lambda k, stage, content: (
         modes.append(stat.S_IMODE((tmp_path / str(k) / "secure.json").stat().st_mode)) if stage != "unmask" else None,
         content,
@@ -230,11 +230,15 @@ def test_members_that_cannot_be_are_refused(tmp_path, edit, reason):
 
 @pytest.mark.parametrize(
     "survivors, reason",
-    [([0], "2 members are left; received 1"), ([1, 2], "survivors are members"), ([0, 1, 9], "survivors are members")],
+    [
+        ([0, 1], "3 members are left; received 2"),
+        ([1, 2, 3], "survivors are mem"),
+        ([0, 1, 9], "survivors are mem"),
+    ],
 )
 def test_a_server_cannot_have_a_sum_of_too_few_opened(tmp_path, survivors, reason):
     """Nor ask again: the secrets are gone with the question."""
-    hand = Hand(tmp_path, [10, 20, 30], lost=dict.fromkeys(range(3), "unmask"))
+    hand = Hand(tmp_path, [10, 20, 30, 40], lost=dict.fromkeys(range(4), "unmask"))
     assert hand.run().means == {}
     session = int(hand.seen[-1][1]["session"])
     with pytest.raises(ProtocolError, match=reason):
@@ -244,7 +248,7 @@ def test_a_server_cannot_have_a_sum_of_too_few_opened(tmp_path, survivors, reaso
 
 
 def test_shares_that_were_tampered_with_open_nothing(tmp_path):
-    hand = Hand(tmp_path, [10, 20, 30], lost={1: "mask"})
+    hand = Hand(tmp_path, [10, 20, 30, 40], lost={1: "mask"})
 
     def spoil(k, stage, content):
         if stage == "unmask" and k == 0:
@@ -256,7 +260,7 @@ def test_shares_that_were_tampered_with_open_nothing(tmp_path):
     hand.edit_answer = spoil
     found = hand.run()
     assert found.means == {}
-    assert {*found.lost} == {0, 1, 2}
+    assert {*found.lost} == {0, 1, 2, 3}
 
 
 def test_an_update_of_another_shape_is_left_out_and_the_others_are_opened(tmp_path):

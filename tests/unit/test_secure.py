@@ -149,9 +149,9 @@ def test_settings_out_of_range_are_refused(option, reason):
         SecureAggregation(**option)
 
 
-def test_the_threshold_is_always_more_than_half():
-    assert [SecureAggregation().needed(n) for n in (3, 4, 5, 10)] == [2, 3, 3, 6]
-    assert [SecureAggregation(threshold=0.51).needed(n) for n in (3, 4, 10, 100)] == [2, 3, 6, 51]
+def test_the_threshold_is_always_more_than_half_and_three():
+    assert [SecureAggregation().needed(n) for n in (3, 4, 5, 10)] == [3, 3, 3, 6]
+    assert [SecureAggregation(threshold=0.51).needed(n) for n in (3, 4, 10, 100)] == [3, 3, 6, 51]
     assert SecureAggregation(threshold=1.0).needed(7) == 7
 
 
