@@ -98,6 +98,7 @@ if TYPE_CHECKING:
         PoissonSampling,
         SelectedClients,
     )
+    from fedgan_lightning.federation.secure import SecureAggregation
     from fedgan_lightning.federation.server import ServerModule
     from fedgan_lightning.federation.temperature import TemperatureSchedule
     from fedgan_lightning.federation.warm_start import StartFrom
@@ -138,7 +139,16 @@ if TYPE_CHECKING:
     from fedgan_lightning.gan.penalties import R1, R2, GradientPenalty, Penalty
     from fedgan_lightning.gan.purchases import Purchases
     from fedgan_lightning.gan.text import LanguageModel, OneHot
-    from fedgan_lightning.protocol import Aggregator, ClientFailure, ClientSampler, ClientTask, ClientUpdate, Executor
+    from fedgan_lightning.protocol import (
+        Aggregator,
+        ClientFailure,
+        ClientSampler,
+        ClientTask,
+        ClientUpdate,
+        Executor,
+        Participant,
+        UpdateSum,
+    )
     from fedgan_lightning.visuals.completion import CompletionPictures
     from fedgan_lightning.visuals.inspection import Inspection
     from fedgan_lightning.visuals.recommendations import Recommendations
@@ -225,6 +235,7 @@ _HOMES = {
     "fedgan_lightning.federation.orchestrator": ["FederatedOrchestrator"],
     "fedgan_lightning.federation.robust": ["CoordinateMedian", "GeometricMedian", "Krum", "TrimmedMean"],
     "fedgan_lightning.federation.rules": ["RoundRules", "Screening"],
+    "fedgan_lightning.federation.secure": ["SecureAggregation"],
     "fedgan_lightning.federation.sampling": [
         "AllClients",
         "AvailableClients",
@@ -279,6 +290,8 @@ _HOMES = {
         "ClientTask",
         "ClientUpdate",
         "Executor",
+        "Participant",
+        "UpdateSum",
     ],
     "fedgan_lightning.visuals.completion": ["CompletionPictures"],
     "fedgan_lightning.visuals.inspection": ["Inspection"],
@@ -312,10 +325,11 @@ __all__ = [
     "Partition", "IID", "Dirichlet", "ClassesPerClient", "ClassLists", "ClassMixes", "QuantitySkew", "Natural",
     "FeatureShift",
     "Federation", "FederatedOrchestrator", "ServerModule", "AutoExecutor", "SequentialExecutor", "VectorizedExecutor",
-    "FaultyExecutor", "RoundRules", "Screening", "StartFrom", "TemperatureSchedule",
+    "FaultyExecutor", "RoundRules", "Screening", "SecureAggregation", "StartFrom", "TemperatureSchedule",
     "WeightedMean", "CoordinateMedian", "TrimmedMean", "Krum", "GeometricMedian",
     "AllClients", "AvailableClients", "FractionOfClients", "PoissonSampling", "SelectedClients",
-    "Aggregator", "ClientSampler", "ClientTask", "ClientUpdate", "ClientFailure", "Executor",
+    "Aggregator", "ClientSampler", "ClientTask", "ClientUpdate", "ClientFailure", "Participant",
+    "UpdateSum", "Executor",
     "Evaluation", "Metric", "FrechetDistance", "ClassCoverage", "ModeCoverage", "SlicedWasserstein",
     "KernelDistance", "PrecisionRecall", "ClassifierScore", "IntraClassDistance", "SyntheticTraining", "Memorisation",
     "ClassBreakdown", "ClientDistances", "HeldAbsentGap", "ClientAugmentation", "MembershipInference",

@@ -23,6 +23,10 @@ class UpdateError(FedGANError, ValueError):
     """A client update must not reach the aggregator."""
 
 
+class ProtocolError(FedGANError, RuntimeError):
+    """A message of secure aggregation must not be answered: it does not fit what was agreed before."""
+
+
 class QuorumError(FedGANError, RuntimeError):
     """Too few clients answered, however often the round was tried."""
 

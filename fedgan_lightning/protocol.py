@@ -98,6 +98,42 @@ class ClientFailure:
 
 
 @dataclass(frozen=True)
+class Participant:
+    """What is known of a client whose update went into a sum.
+
+    Attributes:
+        client_id: The client.
+        num_examples: Size N_k of its data set.
+        metrics: What follows from sizes and clocks: ``steps``, ``images``, ``seconds``, positions of schedules.
+        bytes_up: What it sent, in bytes by network.
+    """
+
+    client_id: int
+    num_examples: int
+    metrics: Mapping[str, float]
+    bytes_up: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class UpdateSum:
+    """What several clients send back where only their sum can be read, as under secure aggregation.
+
+    Attributes:
+        round: The round whose tasks it answers.
+        participants: Those whose updates are in it, and no others.
+        delta: Mean of their parameter updates, with the aggregator's weights.
+        extras: Mean of their extras, with the same weights.
+        metrics: Means of their other scalars, weighted by N_k.
+    """
+
+    round: int
+    participants: tuple[Participant, ...]
+    delta: State
+    extras: State
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Aggregate:
     """The server's view of a round: what all accepted updates amount to.
 
@@ -173,18 +209,20 @@ class Executor(ABC):
 
     Attributes:
         concurrent: Whether all clients of a round work at the same time, so that the first to answer count.
+        sums_only: Whether it yields an :class:`UpdateSum` and no single updates.
     """
 
     concurrent: ClassVar[bool] = False
+    sums_only: ClassVar[bool] = False
 
     @abstractmethod
     def setup(self, context: Any) -> None:
         """Prepare for a run; ``context`` is a :class:`fedgan_lightning.federation.local.ClientContext`."""
 
     @abstractmethod
-    def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
-        """Yield one update per task, in any order, as soon as each is ready; a failure for a client that is out of
-        reach.
+    def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientUpdate | UpdateSum | ClientFailure]:
+        """Yield one update per task, in any order, as soon as each is ready, or one for several; a failure for a client
+        that is out of reach.
 
         Raises:
             ClientError: If a client's code fails in this process; it names client, round and stage.
@@ -229,6 +267,14 @@ class Aggregator(ABC):
     @abstractmethod
     def merge(self, first: Any, second: Any) -> Any:
         """Return the accumulator of both sets of updates."""
+
+    def weight(self, num_examples: int) -> float:
+        """Return the weight of a client that holds so many examples; additive aggregators have one."""
+        raise NotImplementedError(f"{type(self).__name__}.weight. Fix: implement it.")
+
+    def accumulate_sum(self, accumulator: Any, total: UpdateSum) -> Any:
+        """Return the accumulator with the updates in it of which only the sum is known; for additive aggregators."""
+        raise NotImplementedError(f"{type(self).__name__}.accumulate_sum. Fix: implement it.")
 
     def reduce(self, accumulator: Any, ranks: Any) -> Any:
         """Return the accumulator over all ranks; ``ranks`` is a :class:`fedgan_lightning.federation.ranks.Ranks`.

@@ -48,9 +48,11 @@ class FederatedDataModule(L.LightningDataModule):
         sample_shape: Shape of one sample, known before ``setup``.
         num_classes: Number of classes, known before ``setup``.
         has_client_samples: Whether clients' samples are at hand, as in simulation.
+        has_client_sums: Whether sums over each client's samples are, or only those over all clients'.
     """
 
     has_client_samples: ClassVar[bool] = True
+    has_client_sums: bool = True
 
     def __init__(
         self,

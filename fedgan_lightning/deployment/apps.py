@@ -18,6 +18,8 @@ from typing import Any
 
 from fedgan_lightning.deployment import wire
 from fedgan_lightning.deployment.flower import FlowerExecutor, Sites, only_plain
+from fedgan_lightning.deployment.secure import SecureExecutor, SecureSessions, SecureSurvey
+from fedgan_lightning.deployment.session import members_of_facts, members_to_facts, sealed_of_facts, sealed_to_facts
 from fedgan_lightning.errors import FedGANError
 
 
@@ -75,21 +77,51 @@ def _train(received: Any, context: Any) -> Any:
         time.sleep(3600)
     if fault == "crash":
         os._exit(1)
-    digest = str(wire.facts_of(received.content)["digest"])
-    update = _site(context).train(task, accepted=accepted, digest=digest)
+    facts, site = wire.facts_of(received.content), _site(context)
+    _open(site, facts)
+    update = site.train(task, accepted=accepted, digest=str(facts["digest"]))
     if fault:
         from fedgan_lightning.federation.executors.faulty import CORRUPTIONS
 
         update = CORRUPTIONS[fault](update, task.round, task.seed)
-    return wire.from_update(update)
+    return wire.from_update(update) if "session" not in facts else site.masked_update(int(facts["session"]), update)
+
+
+def _open(site: Any, facts: dict[str, Any]) -> None:
+    """Begin an answer: under masks, or in the clear where the site's own configuration has no secure aggregation."""
+    if "session" in facts:
+        site.session().open(int(facts["session"]), sealed_of_facts(facts))
+    else:
+        site.check_plain()
 
 
 def _query(received: Any, context: Any) -> Any:
     facts, site = wire.facts_of(received.content), _site(context)
     if facts["ask"] == "facts":
         return wire.content(site.facts())
+    if facts["ask"] in STAGES:
+        return wire.content(STAGES[facts["ask"]](site, int(facts["session"]), facts))
+    _open(site, facts)
     limit = None if facts["limit"] < 0 else int(facts["limit"])
-    return wire.content({}, sums=site.feature_sums(facts, wire.state_of(received.content, "net"), limit=limit))
+    sums = site.feature_sums(facts, wire.state_of(received.content, "net"), limit=limit)
+    return wire.content({}, sums=sums) if "session" not in facts else site.masked_sums(int(facts["session"]), sums)
+
+
+def _advertise(site: Any, session: int, facts: dict[str, Any]) -> dict[str, Any]:
+    own = site.session().advertise(session, num_examples=site.facts()["num_examples"])
+    return members_to_facts({site.client_id: own})
+
+
+def _share(site: Any, session: int, facts: dict[str, Any]) -> dict[str, Any]:
+    return sealed_to_facts(site.session().share(session, members_of_facts(facts)))
+
+
+def _unmask(site: Any, session: int, facts: dict[str, Any]) -> dict[str, Any]:
+    return sealed_to_facts(site.session().unmask(session, [int(k) for k in facts["survivors"]]))
+
+
+#: Messages of secure aggregation beside the one that asks for the work itself.
+STAGES = {"advertise": _advertise, "share": _share, "unmask": _unmask}
 
 
 def server_app() -> Any:
@@ -120,8 +152,15 @@ def serve_over(grid: Any, arguments: list[str]) -> None:
 
     def prepare(cli: Any) -> None:
         sites = Sites(grid, num_clients=cli.datamodule.num_clients, digest=digest_of(cli.plain_settings))
-        cli.orchestrator.executor = FlowerExecutor(sites, timeout=cli.orchestrator.rules.timeout)
-        cli.datamodule = SurveyedDataModule(cli.datamodule, sites)
+        orchestrator, timeout = cli.orchestrator, cli.orchestrator.rules.timeout
+        if orchestrator.secure is None:
+            orchestrator.executor = FlowerExecutor(sites, timeout=timeout)
+            cli.datamodule = SurveyedDataModule(cli.datamodule, sites)
+            return
+        weight = orchestrator.aggregator.weight
+        sessions = SecureSessions(sites, secure=orchestrator.secure, weight=weight, timeout=timeout)
+        orchestrator.executor = SecureExecutor(sessions)
+        cli.datamodule = SurveyedDataModule(cli.datamodule, SecureSurvey(sessions))
 
     try:
         run(["fit", *arguments, "--ckpt_path", "last"], prepare=prepare)

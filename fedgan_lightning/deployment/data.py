@@ -20,7 +20,10 @@ from fedgan_lightning.protocol import State
 
 
 class Survey(Protocol):
-    """Asks all sites, and returns their answers by client."""
+    """Asks all sites, and returns their answers by client; sums, where ``sums_only``, of all of them together."""
+
+    @property
+    def sums_only(self) -> bool: ...
 
     def facts(self) -> dict[int, dict[str, Any]]: ...
 
@@ -50,6 +53,7 @@ class SurveyedDataModule(FederatedDataModule):
             seed=own.seed,
         )
         self._survey = survey
+        self.has_client_sums = not survey.sums_only
         self._facts: dict[int, dict[str, Any]] = {}
 
     def setup(self, stage: str | None = None) -> None:
@@ -70,7 +74,7 @@ class SurveyedDataModule(FederatedDataModule):
         return torch.multinomial(shares, num_samples, replacement=True, generator=generator)
 
     def feature_sums(self, net: FrozenNet, *, limit: int | None = None) -> Iterator[FeatureSums]:
-        """Yield the sums of each client's features, computed where its samples are."""
+        """Yield the sums of each client's features, or those of all, computed where the samples are."""
         facts, state = to_facts(net)
         yield from sums_from_states(self._survey.feature_sums(facts, state, limit=limit), num_features=net.num_features)
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 
 from fedgan_lightning.deployment import wire
 from fedgan_lightning.errors import QuorumError, RoundInterrupted, message
-from fedgan_lightning.federation.local import ClientContext
+from fedgan_lightning.federation.local import ClientContext, never
 from fedgan_lightning.protocol import ClientFailure, ClientTask, ClientUpdate, Executor, State
 
 logger = logging.getLogger("fedgan_lightning")
@@ -35,6 +35,9 @@ class Sites:
         num_clients: Sites that the federation has.
         digest: Hash of the settings that all share.
     """
+
+    #: Whether :meth:`feature_sums` are those of all sites together.
+    sums_only: ClassVar[bool] = False
 
     def __init__(self, grid: Any, *, num_clients: int, digest: str) -> None:
         self.grid, self.num_clients, self.digest = grid, num_clients, digest
@@ -131,26 +134,57 @@ class Sites:
 
     def _ask(self, contents: Mapping[int, Any]) -> dict[int, Any]:
         """Return the answers by node, of those that answer in time and without an error."""
+        found, troubles = self.exchange(contents, seconds=ANSWER_SECONDS)
+        for node_id, trouble in troubles.items():
+            logger.warning(f"site {node_id} could not answer: {trouble}")
+        return found
+
+    def exchange(
+        self,
+        contents: Mapping[int, Any],
+        *,
+        seconds: float | None,
+        kind: str = wire.QUERY,
+        group: str = "",
+        stop_requested: Callable[[], bool] = never,
+    ) -> tuple[dict[int, Any], dict[int, str]]:
+        """Ask nodes, and wait for all of them; return the answers, and what went wrong with the others, by node.
+
+        Args:
+            contents: What each is asked.
+            seconds: Time they have; ``None`` waits as long as they are connected.
+            kind: Type of the messages.
+            group: Name under which Flower lists them.
+            stop_requested: Whether to give up.
+
+        Raises:
+            RoundInterrupted: If the user asks to stop.
+        """
         from flwr.app import Message
 
-        if not contents:
-            return {}
         messages = [
-            Message(content, dst_node_id=node_id, message_type=wire.QUERY) for node_id, content in contents.items()
+            Message(content, dst_node_id=node_id, message_type=kind, group_id=group)
+            for node_id, content in contents.items()
         ]
-        waiting = dict(zip(self.grid.push_messages(messages), contents))
+        waiting = dict(zip(self.grid.push_messages(messages), contents)) if messages else {}
         found: dict[int, Any] = {}
-        deadline = time.monotonic() + ANSWER_SECONDS
-        while waiting and time.monotonic() < deadline:
+        troubles: dict[int, str] = {}
+        deadline = None if seconds is None else time.monotonic() + seconds
+        while waiting:
+            if stop_requested():
+                raise RoundInterrupted("the user asked to stop")
             for reply in self.grid.pull_messages(list(waiting)):
-                node_id = waiting.pop(reply.metadata.reply_to_message_id)
-                trouble = _trouble(reply)
+                node_id, trouble = waiting.pop(reply.metadata.reply_to_message_id), _trouble(reply)
                 if trouble is None:
                     found[node_id] = reply.content
                 else:
-                    logger.warning(f"site {node_id} could not answer: {trouble}")
-            time.sleep(POLL_SECONDS)
-        return found
+                    troubles[node_id] = trouble
+            if deadline is not None and time.monotonic() > deadline:
+                break
+            if waiting:
+                time.sleep(POLL_SECONDS)
+        silent = "" if seconds is None else f"no answer within {seconds:.0f} s"
+        return found, {**troubles, **dict.fromkeys(waiting.values(), silent)}
 
 
 class FlowerExecutor(Executor):

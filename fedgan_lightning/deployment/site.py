@@ -17,20 +17,27 @@ from torch import Tensor
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.samples import BatchStream, ClientSamples
-from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.deployment import wire
+from fedgan_lightning.deployment.session import Session, summand_to_content
+from fedgan_lightning.errors import ConfigurationError, UpdateError, message
 from fedgan_lightning.evaluation.fid import feature_sums
 from fedgan_lightning.evaluation.metrics import chunks
 from fedgan_lightning.evaluation.portable import from_facts, sums_to_state
 from fedgan_lightning.federation.aggregation import check_update
 from fedgan_lightning.federation.local import ClientContext, LocalTrainer
+from fedgan_lightning.federation.optimizer_state import SCHEDULE
 from fedgan_lightning.federation.policy import resolve
+from fedgan_lightning.federation.rounds import lengths
 from fedgan_lightning.federation.store import ClientStore
 from fedgan_lightning.packing import Packed
 from fedgan_lightning.protocol import ClientTask, ClientUpdate, State
+from fedgan_lightning.states import network_of
 from fedgan_lightning.version import __version__
 
 #: Private states that a site keeps, for a server that goes back to an older checkpoint.
 STATES_KEPT = 20
+#: Scalars that sites say in the clear under secure aggregation: they follow from sizes and clocks, not from data.
+CLEAR = ("images", "steps", "seconds")
 #: Settings of ``federation`` that both sides must share.
 SHARED = ("local_steps", "local_epochs", "sync", "optimizer_state", "buffers")
 
@@ -155,6 +162,66 @@ class Site:
         net = from_facts(facts, state, sample_shape=self.sample_shape, is_image=self.is_image)
         return sums_to_state(feature_sums(net, chunks(self.data.view, limit)))
 
+    # ------------------------------------------------------------------ secure aggregation
+
+    def session(self) -> Session:
+        """Return this site's side of a session of secure aggregation.
+
+        Raises:
+            ConfigurationError: If its own configuration asks for none.
+        """
+        options = self.orchestrator
+        if options.secure is None:
+            raise ConfigurationError(
+                message(
+                    "a site takes part in secure aggregation where its own configuration says so",
+                    received="federation.secure=null",
+                    fix="give server and sites the same configuration file",
+                )
+            )
+        return Session(
+            self.state_dir, client_id=self.client_id, secure=options.secure, weight=options.aggregator.weight
+        )
+
+    def check_plain(self) -> None:
+        """Refuse to answer in the clear what this site's configuration wants masked.
+
+        Raises:
+            ConfigurationError: If it does.
+        """
+        if self.orchestrator.secure is not None:
+            raise ConfigurationError(
+                message(
+                    "a site whose configuration has federation.secure answers under masks",
+                    received="a question outside of a session",
+                    fix="give server and sites the same configuration file",
+                )
+            )
+
+    def masked_update(self, session: int, update: ClientUpdate) -> Any:
+        """Return an update under masks as records, and beside it what follows from sizes and clocks.
+
+        Raises:
+            UpdateError: If it is not finite or out of range; names the client.
+        """
+        states = (Packed.of(update.delta), Packed.of(update.extras))
+        check_update(self.client_id, num_examples=update.num_examples, states=states)
+        metrics = {**update.metrics, **lengths(update.delta, sorted({network_of(name) for name in update.delta}))}
+        clear = {n: v for n, v in metrics.items() if n in CLEAR or n.startswith(SCHEDULE)}
+        others = {n: torch.tensor(v, dtype=torch.float64) for n, v in sorted(metrics.items()) if n not in clear}
+        return self._masked(session, {"delta": states[0], "extras": states[1], "metrics": others}, clear)
+
+    def masked_sums(self, session: int, sums: State) -> Any:
+        """Return sums of features under masks as records."""
+        return self._masked(session, {"sums": sums}, {})
+
+    def _masked(self, session: int, groups: Mapping[str, State], clear: Mapping[str, float]) -> Any:
+        try:
+            summand = self.session().masked(session, groups)
+        except UpdateError as error:
+            raise UpdateError(f"client {self.client_id}: {error}") from error
+        return summand_to_content(summand, facts=wire.from_metrics(clear))
+
     # ------------------------------------------------------------------ private state
 
     def _path(self, seed: int) -> Path:
@@ -181,5 +248,7 @@ class Site:
 def digest_of(settings: Mapping[str, Any]) -> str:
     """Return a hash of what server and sites share: the version, model, local work, policies, batch size, seed."""
     federation = {name: settings["federation"][name] for name in SHARED}
+    if (secure := settings["federation"]["secure"]) is not None:  # then a client weights its own update
+        federation |= {"secure": secure, "aggregator": settings["federation"]["aggregator"]}
     shared = [__version__, settings["model"], federation, settings["data"]["batch_size"], settings["seed_everything"]]
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]

@@ -97,20 +97,29 @@ def to_task(records: Any) -> tuple[ClientTask, int]:
 
 def from_update(update: ClientUpdate) -> Any:
     """Return an update as records."""
-    metrics = {f"metric{SEPARATOR}{name}": float(value) for name, value in update.metrics.items()}
-    facts = {"num_examples": update.num_examples, "round": -1 if update.round is None else update.round, **metrics}
-    return content(facts, delta=update.delta, extras=update.extras)
+    facts = {"num_examples": update.num_examples, "round": -1 if update.round is None else update.round}
+    return content({**facts, **from_metrics(update.metrics)}, delta=update.delta, extras=update.extras)
 
 
 def to_update(records: Any, *, client_id: int) -> ClientUpdate:
     """Return the update; who sent it is known from the connection, and not asked of the sender."""
     facts = facts_of(records)
-    prefix = f"metric{SEPARATOR}"
     return ClientUpdate(
         client_id=client_id,
         num_examples=int(facts["num_examples"]),
         delta=state_of(records, "delta"),
-        metrics={name.removeprefix(prefix): float(v) for name, v in facts.items() if name.startswith(prefix)},
+        metrics=metrics_of(facts),
         extras=state_of(records, "extras"),
         round=int(facts["round"]),
     )
+
+
+def from_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return scalars as plain values that are not mistaken for others."""
+    return {f"metric{SEPARATOR}{name}": float(value) for name, value in metrics.items()}
+
+
+def metrics_of(facts: Mapping[str, Any]) -> dict[str, float]:
+    """Undo :func:`from_metrics`."""
+    prefix = f"metric{SEPARATOR}"
+    return {name.removeprefix(prefix): float(v) for name, v in facts.items() if name.startswith(prefix)}

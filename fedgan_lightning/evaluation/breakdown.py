@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
+from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.features import ClassifierFeatures, FeatureNet, FrozenNet
 from fedgan_lightning.evaluation.fid import FeatureSums, feature_sums, frechet_distance
 from fedgan_lightning.evaluation.metrics import CHUNK, Metric, client_sums, suitable
@@ -70,6 +71,14 @@ class ClientDistances(Metric):
         self.clients: list[FeatureSums] = []
 
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
+        if not data.has_client_sums:
+            raise ConfigurationError(
+                message(
+                    "ClientDistances needs sums of features client by client",
+                    received="secure aggregation, which hides them",
+                    fix="take it out of evaluation.metrics",
+                )
+            )
         self.net = suitable(self.features, data).build(data.train_samples, num_classes=data.num_classes).to(device)
         self.clients = list(client_sums(data, self.net))
         return {}

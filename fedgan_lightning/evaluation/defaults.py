@@ -35,7 +35,8 @@ def default_metrics(data: FederatedDataModule) -> list[Metric]:
         return series
     if len(data.sample_shape) != 3:
         return [SlicedWasserstein()]
-    found: list[Metric] = [FrechetDistance(), ClientDistances()]
+    found: list[Metric] = [FrechetDistance()]
+    found += [ClientDistances()] if data.has_client_sums else []
     if data.has_client_samples:  # these look at the clients' samples one by one
         found += [KernelDistance(), PrecisionRecall(), Memorisation(), MembershipInference()]
     if data.num_classes > 1:

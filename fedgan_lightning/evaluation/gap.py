@@ -64,6 +64,15 @@ class HeldAbsentGap(L.Callback):
                     fix="take it out of trainer.callbacks",
                 )
             )
+        orchestrator = next((c for c in trainer.callbacks if isinstance(c, FederatedOrchestrator)), None)  # type: ignore[attr-defined]
+        if getattr(orchestrator, "secure", None) is not None:
+            raise ConfigurationError(
+                message(
+                    "HeldAbsentGap looks at single updates",
+                    received="secure aggregation, which hides them",
+                    fix="take it out of trainer.callbacks",
+                )
+            )
         test = data.test_samples
         chosen = torch.randperm(len(test), generator=make_generator(0, "gap"))[: self.num_samples]
         self._x, self._y = test.take(chosen)

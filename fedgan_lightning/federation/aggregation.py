@@ -11,7 +11,7 @@ from torch import Tensor
 from fedgan_lightning.errors import UpdateError, message
 from fedgan_lightning.federation.ranks import Ranks, first_known
 from fedgan_lightning.packing import Layout, Packed
-from fedgan_lightning.protocol import Aggregate, Aggregator, ClientUpdate
+from fedgan_lightning.protocol import Aggregate, Aggregator, ClientUpdate, UpdateSum
 
 
 @dataclass
@@ -69,10 +69,13 @@ class WeightedMean(Aggregator):
     def init(self) -> WeightedSums:
         return WeightedSums()
 
+    def weight(self, num_examples: int) -> float:
+        return float(num_examples) if self.weighting == "examples" else 1.0
+
     def accumulate(self, accumulator: WeightedSums, update: ClientUpdate) -> WeightedSums:
         delta, extras = Packed.of(update.delta), Packed.of(update.extras)
         check_update(update.client_id, num_examples=update.num_examples, states=(delta, extras))
-        weight = update.discount * (float(update.num_examples) if self.weighting == "examples" else 1.0)
+        weight = update.discount * self.weight(update.num_examples)
         for sums, state in ((accumulator.delta, delta), (accumulator.extras, extras)):
             check_layout(update.client_id, expected=sums.layout, received=state.layout)
             sums.add(state, weight=weight)
@@ -93,6 +96,13 @@ class WeightedMean(Aggregator):
         first.num_clients += second.num_clients
         first.num_examples += second.num_examples
         return first
+
+    def accumulate_sum(self, accumulator: WeightedSums, total: UpdateSum) -> WeightedSums:
+        sizes = [own.num_examples for own in total.participants]
+        fresh = WeightedSums(weight=sum(map(self.weight, sizes)), num_clients=len(sizes), num_examples=sum(sizes))
+        for sums, state in ((fresh.delta, total.delta), (fresh.extras, total.extras)):
+            sums.add(Packed.of(state), weight=fresh.weight)
+        return self.merge(accumulator, fresh)
 
     def reduce(self, accumulator: WeightedSums, ranks: Ranks) -> WeightedSums:
         facts = ranks.exchange(

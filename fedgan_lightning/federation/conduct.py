@@ -30,6 +30,7 @@ from fedgan_lightning.protocol import (
     LocalWork,
     RoundInfo,
     State,
+    UpdateSum,
 )
 from fedgan_lightning.seeding import derive_seed, make_numpy_generator
 
@@ -78,6 +79,7 @@ class Reports:
         received: Bytes and metrics of every update, let in or not.
         incidents: What went wrong.
         drift: How updates agree.
+        pooled: Means of scalars that clients did not say one by one.
     """
 
     cohort: tuple[int, ...]
@@ -88,6 +90,7 @@ class Reports:
     received: list[tuple[dict[str, int], dict[str, float]]] = field(default_factory=list)
     incidents: list[Incident] = field(default_factory=list)
     drift: Drift = field(default_factory=Drift)
+    pooled: dict[str, float] = field(default_factory=dict)
 
 
 class Conductor:
@@ -241,8 +244,11 @@ class Conductor:
             seed = derive_seed(self.seed, "client", round, client_id, *again)
             yield ClientTask(client_id=client_id, round=round, seed=seed, state=order.state, local=order.work)
 
-    def _receive(self, answer: ClientUpdate | ClientFailure, order: Order, reports: Reports) -> None:
+    def _receive(self, answer: ClientUpdate | UpdateSum | ClientFailure, order: Order, reports: Reports) -> None:
         """Take one answer: into the aggregate, or among the incidents."""
+        if isinstance(answer, UpdateSum):
+            self._receive_sum(answer, order, reports)
+            return
         client_id = answer.client_id
         if isinstance(answer, ClientFailure):
             reports.open.discard(client_id)
@@ -273,6 +279,23 @@ class Conductor:
         reports.records.append(record)
         reports.drift.add(update.delta, record.lengths)
         order.on_update(update)
+
+    def _receive_sum(self, total: UpdateSum, order: Order, reports: Reports) -> None:
+        """Take the sum of several updates into the aggregate; what was wrong with any of them, its client has found.
+
+        Raises:
+            UpdateError: If it answers another round, or holds updates of clients that were not asked.
+        """
+        members = {own.client_id for own in total.participants}
+        if total.round != order.round or len(members) < len(total.participants) or not members <= reports.open:
+            raise UpdateError(f"a sum of clients {sorted(members)} of round {total.round} answers round {order.round}")
+        reports.accumulator = self.aggregator.accumulate_sum(reports.accumulator, total)
+        for own in total.participants:
+            reports.received.append((dict(own.bytes_up), dict(own.metrics)))
+            reports.records.append(ClientRecord.of_participant(own))
+        reports.open -= members
+        reports.num_accepted += len(members)
+        reports.pooled |= total.metrics
 
     def _check(self, update: ClientUpdate, order: Order, reports: Reports, *, is_late: bool) -> None:
         """Refuse an update of another round, of somebody who was not asked, or one that does not pass the screening.
@@ -308,7 +331,8 @@ class Conductor:
         ranks = self.context.ranks
         plain = flattened(ranks.exchange([record.plain() for record in reports.records]))
         records = (ClientRecord(**fields) for fields in plain)
-        summary = RoundSummary(records, networks=self._networks, drift=reports.drift.values(ranks))
+        drift = reports.drift.values(ranks)
+        summary = RoundSummary(records, networks=self._networks, drift=drift, pooled=reports.pooled)
         self.context.store.exchange(ranks.exchange_states)
         aggregate = self.aggregator.finalize(self.aggregator.reduce(reports.accumulator, ranks))
         return Outcome(info=info, aggregate=aggregate, summary=summary, ledger=ledger)

@@ -24,11 +24,16 @@ def bytes_by_network(state: State) -> dict[str, int]:
     return dict(_sizes(state.layout if isinstance(state, Packed) else Layout.of(state)))
 
 
+def network_in_ledger(name: str) -> str:
+    """Return under which name the bytes of an entry are counted."""
+    return OPTIMIZER if is_optimizer_entry(name) else network_of(name)
+
+
 @lru_cache(maxsize=64)
 def _sizes(layout: Layout) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for name, shape, dtype in zip(layout.names, layout.shapes, layout.dtypes):
-        network = OPTIMIZER if is_optimizer_entry(name) else network_of(name)
+        network = network_in_ledger(name)
         sizes[network] = sizes.get(network, 0) + math.prod(shape) * dtype.itemsize
     return sizes
 

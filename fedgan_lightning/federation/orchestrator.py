@@ -28,6 +28,7 @@ from fedgan_lightning.federation.ranks import Ranks
 from fedgan_lightning.federation.rounds import differences
 from fedgan_lightning.federation.rules import RoundRules, Screening
 from fedgan_lightning.federation.sampling import AllClients
+from fedgan_lightning.federation.secure import SecureAggregation
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.federation.store import ClientStore, StateFiles
 from fedgan_lightning.protocol import (
@@ -51,6 +52,7 @@ class FederatedOrchestrator(L.Callback):
         aggregator: How updates become one; default the mean weighted by N_k.
         rules: When a round counts; default when every client asked has answered.
         screening: Which updates are let in; by default one that cannot be right ends the run.
+        secure: Secure aggregation between the sites of a deployment; default none, the server sees every update.
         executor: Who runs the clients; ``auto`` measures whether one after the other or stacked, and the threads.
         sync: For every network ``average`` (shared), ``local`` (private to each client) or ``server`` (not on
             clients); default ``average``.
@@ -76,6 +78,7 @@ class FederatedOrchestrator(L.Callback):
         aggregator: Aggregator | None = None,
         rules: RoundRules | None = None,
         screening: Screening | None = None,
+        secure: SecureAggregation | None = None,
         executor: Executor | Literal["auto"] = "auto",
         sync: dict[str, str] | None = None,
         optimizer_state: str | dict[str, str] = "average",
@@ -111,6 +114,9 @@ class FederatedOrchestrator(L.Callback):
         self.clients = clients if clients is not None else AllClients()
         self.aggregator = aggregator if aggregator is not None else WeightedMean()
         self.rules, self.screening = rules if rules is not None else RoundRules(), screening
+        self.secure = secure
+        if secure is not None:
+            secure.check(aggregator=self.aggregator, rules=self.rules, screening=screening)
         self.executor: Executor = AutoExecutor() if executor == "auto" else executor
         self.sync, self.optimizer_state, self.buffers, self.seed = sync, optimizer_state, buffers, seed
         self.client_state = client_state
@@ -146,6 +152,8 @@ class FederatedOrchestrator(L.Callback):
                     fix="ask more clients per round, or withstand fewer bad ones",
                 )
             )
+        if self.secure is not None:
+            self.secure.check_cohort(len(cohort), sums_only=self.executor.sums_only)
         model: Any = server.model
         if hasattr(model, "check_data") and hasattr(data, "sample_shape"):
             model.check_data(data.sample_shape, getattr(data, "num_classes", 0))

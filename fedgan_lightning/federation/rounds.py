@@ -12,7 +12,7 @@ import torch
 from fedgan_lightning.federation.ledger import bytes_by_network
 from fedgan_lightning.federation.optimizer_state import SCHEDULE
 from fedgan_lightning.packing import Packed
-from fedgan_lightning.protocol import Aggregate, ClientUpdate, State
+from fedgan_lightning.protocol import Aggregate, ClientUpdate, Participant, State
 
 #: Above this many clients per-client curves are replaced by minimum, mean and maximum.
 MAX_CLIENT_CURVES = 50
@@ -39,12 +39,17 @@ class ClientRecord:
     @classmethod
     def of(cls, update: ClientUpdate, *, networks: Sequence[str]) -> ClientRecord:
         """Return the record of an update; ``networks`` are those that travel."""
-        metrics = {name: value for name, value in update.metrics.items() if not name.startswith(SCHEDULE)}
+        own = Participant(update.client_id, update.num_examples, {**update.metrics, **lengths(update.delta, networks)})
+        return cls.of_participant(own)
+
+    @classmethod
+    def of_participant(cls, own: Participant) -> ClientRecord:
+        """Return the record of a client of whom no more is known than this."""
         return cls(
-            client_id=update.client_id,
-            num_examples=update.num_examples,
-            metrics={**metrics, **{f"update_norm/{n}": value for n, value in norms(update.delta, networks).items()}},
-            positions=[int(value) for name, value in update.metrics.items() if name.startswith(SCHEDULE)],
+            client_id=own.client_id,
+            num_examples=own.num_examples,
+            metrics={name: value for name, value in own.metrics.items() if not name.startswith(SCHEDULE)},
+            positions=[int(value) for name, value in own.metrics.items() if name.startswith(SCHEDULE)],
         )
 
     @property
@@ -65,11 +70,19 @@ class RoundSummary:
         records: One record per update.
         networks: Networks that travel.
         drift: Mean cosine between clients' updates, as ``drift/NETWORK``.
+        pooled: Weighted means over all clients of what no single record says.
     """
 
-    def __init__(self, records: Iterable[ClientRecord], *, networks: Sequence[str], drift: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        records: Iterable[ClientRecord],
+        *,
+        networks: Sequence[str],
+        drift: Mapping[str, float],
+        pooled: Mapping[str, float] | None = None,
+    ) -> None:
         self.records = sorted(records, key=lambda record: record.client_id)
-        self.networks, self.drift = networks, drift
+        self.networks, self.drift, self.pooled = networks, drift, dict(pooled or {})
         self.total_weight = sum(record.num_examples for record in self.records)
 
     @property
@@ -88,7 +101,7 @@ class RoundSummary:
         for record in self.records:
             for name, value in record.metrics.items():
                 sums[name] = sums.get(name, 0.0) + record.num_examples * value
-        return {name: total / self.total_weight for name, total in sums.items()}
+        return {**{name: total / self.total_weight for name, total in sums.items()}, **self.pooled}
 
     def metrics(self, aggregate: Aggregate) -> dict[str, float]:
         """Return means over the cohort, per-client values of small cohorts, extremes of large ones."""
@@ -111,6 +124,11 @@ class RoundSummary:
 def bytes_up(update: ClientUpdate) -> dict[str, int]:
     """Return what a client sent, in bytes by network."""
     return dict(Counter(bytes_by_network(update.delta)) + Counter(bytes_by_network(update.extras)))
+
+
+def lengths(delta: State, networks: Sequence[str]) -> dict[str, float]:
+    """Return the norm of an update by network, as the metrics ``update_norm/NETWORK``."""
+    return {f"update_norm/{network}": value for network, value in norms(delta, networks).items()}
 
 
 def norms(state: State, networks: Sequence[str]) -> dict[str, float]:

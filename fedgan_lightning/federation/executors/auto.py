@@ -76,7 +76,7 @@ class AutoExecutor(Executor):
         self.num_threads, self.cache = num_threads, cache
         self.plan: Plan | None = None
         self._context: ClientContext | None = None
-        self._executor: Executor | None = None
+        self._executor: VectorizedExecutor | SequentialExecutor | None = None
 
     def setup(self, context: ClientContext) -> None:
         self._context, self._executor = context, None

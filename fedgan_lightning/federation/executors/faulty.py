@@ -12,7 +12,7 @@ from torch import Tensor
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation.executors.auto import AutoExecutor
 from fedgan_lightning.federation.local import ClientContext
-from fedgan_lightning.protocol import ClientFailure, ClientTask, ClientUpdate, Executor, State
+from fedgan_lightning.protocol import ClientFailure, ClientTask, ClientUpdate, Executor, State, UpdateSum
 from fedgan_lightning.seeding import make_generator
 
 #: Length of an update that is as long as ``huge_norm`` makes it, over its own.
@@ -92,7 +92,7 @@ class FaultyExecutor(Executor):
         context.ranks.refuse_several("faults are simulated in one process")
         self.executor.setup(context)
 
-    def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
+    def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientUpdate | UpdateSum | ClientFailure]:
         listed = list(tasks)
         faults = {task.client_id: self.fault(task) for task in listed}
         if not listed:
@@ -106,7 +106,7 @@ class FaultyExecutor(Executor):
                 yield ClientFailure(client_id=task.client_id, round=task.round, stage="train", cause=fault)
         seeds = {task.client_id: task.seed for task in listed}
         for answer in self.executor.run(task for task in listed if faults[task.client_id] not in SILENT):
-            if isinstance(answer, ClientFailure):
+            if not isinstance(answer, ClientUpdate):  # a single client's fault cannot be put into a sum
                 yield answer
                 continue
             fault_of = faults[answer.client_id]

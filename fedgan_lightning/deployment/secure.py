@@ -1,0 +1,396 @@
+"""The server's side of secure aggregation: four rounds of messages, after which it knows a sum and no summand.
+
+Advertise keys, share secrets, collect masked vectors, unmask: Bonawitz et al. 2017, protocol 1, as in Flower's SecAgg+
+but over the messages of this package, since Flower's own runs on its legacy interface only. Every client shares a mask
+with every other: the sparse graph of SecAgg+ (Bell et al. 2020) pays off from hundreds of clients a round.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fedgan_lightning.deployment import masking, wire
+from fedgan_lightning.deployment.flower import ACCEPTED, ANSWER_SECONDS, Sites
+from fedgan_lightning.deployment.masking import Member
+from fedgan_lightning.deployment.session import (
+    members_of_facts,
+    members_to_facts,
+    sealed_of_facts,
+    sealed_to_facts,
+    shares_of,
+    summand_of_content,
+)
+from fedgan_lightning.errors import QuorumError, UpdateError, message
+from fedgan_lightning.federation.ledger import network_in_ledger
+from fedgan_lightning.federation.local import ClientContext, never
+from fedgan_lightning.federation.secure import NARROW, SecureAggregation, Summand, words_of
+from fedgan_lightning.packing import Layout
+from fedgan_lightning.protocol import ClientFailure, ClientTask, Executor, Participant, State, UpdateSum
+
+logger = logging.getLogger("fedgan_lightning")
+
+#: Under this name the ledger counts keys, shares and metrics.
+OVERHEAD = "secure"
+#: What malformed answers raise.
+MALFORMED = (KeyError, ValueError, TypeError)
+
+
+@dataclass
+class Opened:
+    """What came of a session.
+
+    Attributes:
+        members: Everybody's public keys and sizes.
+        means: The states that the sum amounts to, by group; empty where it could not be opened.
+        facts: What each client in the sum says beside its vector.
+        bytes_up: What each client sent, by network.
+        lost: Stage and cause of every client that is not in the sum.
+    """
+
+    members: dict[int, Member] = field(default_factory=dict)
+    means: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    facts: dict[int, dict[str, Any]] = field(default_factory=dict)
+    bytes_up: dict[int, Counter[str]] = field(default_factory=dict)
+    lost: dict[int, tuple[str, str]] = field(default_factory=dict)
+
+
+class SecureSessions:
+    """Sums over sites that no single summand can be told from.
+
+    Args:
+        sites: The sites.
+        secure: Bounds and threshold.
+        weight: The aggregator's weight of N_k examples.
+        timeout: Seconds that clients have for each of the four answers; ``None`` waits for vectors as long as sites are
+            connected.
+    """
+
+    def __init__(
+        self, sites: Sites, *, secure: SecureAggregation, weight: Callable[[int], float], timeout: float | None = None
+    ) -> None:
+        self.sites, self.secure, self.weight, self.timeout = sites, secure, weight, timeout
+
+    def run(
+        self,
+        clients: Sequence[int],
+        question: Callable[[int], Any],
+        *,
+        kind: str,
+        group: str = "",
+        stop_requested: Callable[[], bool] = never,
+    ) -> Opened:
+        """Return the sum of what these clients answer to ``question``.
+
+        Args:
+            clients: Who is asked.
+            question: Records for a client; the session's are added to them.
+            kind: Type of the message that carries them.
+            group: Name under which Flower lists the messages.
+            stop_requested: Whether to give up.
+
+        Raises:
+            RoundInterrupted: If the user asks to stop.
+        """
+        return _Run(self, secrets.randbits(62), kind, group, stop_requested).opened(clients, question)
+
+
+class _Run:
+    """One session."""
+
+    def __init__(
+        self, owner: SecureSessions, session: int, kind: str, group: str, stop_requested: Callable[[], bool]
+    ) -> None:
+        self.owner, self.session, self.kind, self.group = owner, session, kind, group
+        self.stop_requested, self.result = stop_requested, Opened()
+
+    def opened(self, clients: Sequence[int], question: Callable[[int], Any]) -> Opened:
+        members = self._advertised(clients)
+        needed = self.owner.secure.needed(len(members))
+        if not self._enough(members, needed, "advertise"):
+            return self.result
+        self.result.members = members
+        sealed = self._sealed(members)
+        if not self._enough(sealed, needed, "share"):
+            return self.result
+        vectors = self._masked(sealed, question)
+        if not self._enough(vectors, needed, "mask"):
+            return self.result
+        answers = self._unmasked(vectors)
+        if len(answers) < needed:
+            return self._given_up(vectors, "unmask", f"{len(answers)} of at least {needed} clients answered")
+        try:
+            total = self._sum(sealed, vectors, answers, needed)
+            weights = shares_of(members, vectors, weight=self.owner.weight) | {"sums": 1 / len(members)}
+            self.result.means = total.means(weights, secure=self.owner.secure)
+        except (*MALFORMED, UpdateError) as error:
+            return self._given_up(vectors, "unmask", f"shares or masks do not fit: {error}")
+        return self.result
+
+    # ------------------------------------------------------------------ four stages
+
+    def _advertised(self, clients: Iterable[int]) -> dict[int, Member]:
+        contents = {k: wire.content({"ask": "advertise", "session": self.session}) for k in clients}
+        found: dict[int, Member] = {}
+        for k, records in self._ask(contents, "advertise").items():
+            try:
+                (own,) = members_of_facts(wire.facts_of(records)).values()
+                if own.num_examples < 1:
+                    raise ValueError(f"{own.num_examples} examples")
+            except MALFORMED as error:
+                self._lose(k, "advertise", f"no keys ({error})")
+                continue
+            found[k] = own
+            self._count(k, {OVERHEAD: len(own.mask) + len(own.seal)})
+        return found
+
+    def _sealed(self, members: Mapping[int, Member]) -> dict[int, dict[int, bytes]]:
+        """Return the sealed shares, by source and destination."""
+        told = {"ask": "share", "session": self.session, **members_to_facts(members)}
+        found: dict[int, dict[int, bytes]] = {}
+        for k, records in self._ask({k: wire.content(told) for k in members}, "share").items():
+            try:
+                own = sealed_of_facts(wire.facts_of(records))
+                if {*own} != {*members} - {k}:
+                    raise ValueError(f"for clients {sorted(own)}")
+            except MALFORMED as error:
+                self._lose(k, "share", f"no shares ({error})")
+                continue
+            found[k] = own
+            self._count(k, {OVERHEAD: sum(map(len, own.values()))})
+        return found
+
+    def _masked(self, sealed: Mapping[int, Mapping[int, bytes]], question: Callable[[int], Any]) -> dict[int, Summand]:
+        """Return the masked vectors of those whose entries are those of most."""
+        contents = {}
+        for k in sealed:
+            own = {source: texts[k] for source, texts in sealed.items() if source != k}
+            contents[k] = question(k)
+            for name, value in {"session": self.session, **sealed_to_facts(own)}.items():
+                contents[k]["facts"][name] = value
+        found: dict[int, Summand] = {}
+        seconds = self.owner.timeout if self.kind == wire.TRAIN else ANSWER_SECONDS
+        for k, records in self._ask(contents, "reply", kind=self.kind, seconds=seconds).items():
+            try:
+                found[k], self.result.facts[k] = summand_of_content(records)
+            except MALFORMED as error:
+                self._lose(k, "reply", f"no masked vector ({error})")
+        layouts = [own.layouts for own in found.values()]
+        usual = max(layouts, key=layouts.count, default={})
+        for k in [k for k, own in found.items() if own.layouts != usual]:
+            self._lose(k, "reply", "its update differs from the others' in entries, shapes or dtypes")
+            del found[k]
+        for k, vector in found.items():
+            self._count(k, masked_bytes(vector.layouts))
+        return found
+
+    def _unmasked(self, vectors: Mapping[int, Summand]) -> dict[int, dict[int, bytes]]:
+        """Return the shares that the secrets are made of again, by who holds them and whose they are."""
+        told = {"ask": "unmask", "session": self.session, "survivors": sorted(vectors)}
+        found: dict[int, dict[int, bytes]] = {}
+        answers = self._ask({k: wire.content(told) for k in vectors}, "unmask", is_loss=False)
+        for k, records in answers.items():
+            try:
+                found[k] = sealed_of_facts(wire.facts_of(records))
+            except MALFORMED:
+                logger.warning(f"client {k} answers the last message of a session without shares")
+                continue
+            self._count(k, {OVERHEAD: sum(map(len, found[k].values()))})
+        return found
+
+    def _sum(
+        self,
+        sealed: Mapping[int, Any],
+        vectors: Mapping[int, Summand],
+        answers: Mapping[int, Mapping[int, bytes]],
+        needed: int,
+    ) -> Summand:
+        """Return the sum of the vectors without their masks.
+
+        Raises:
+            ValueError: If shares are not of one secret.
+        """
+        members, (first, *others) = self.result.members, list(vectors.values())
+        total = first
+        for own in others:
+            total = total.plus(own.narrow, own.wide)
+        sizes = {"narrow": first.narrow.size, "wide": first.wide.size}
+
+        def secret_of(client_id: int) -> bytes:
+            known = [answers[k][client_id] for k in sorted(answers)][:needed]
+            return masking.combine(known)
+
+        for k in vectors:
+            total = total.minus(*masking.mask(secret_of(k), **sizes))
+        for k in sorted({*sealed} - {*vectors}):  # lost after the others had put its mask on
+            key = secret_of(k)
+            if masking.public(key) != members[k].mask:
+                raise ValueError(f"the shares of client {k}'s key give another key")
+            for other in vectors:
+                vectors_of_pair = masking.mask(masking.pair_seed(masking.agree(key, members[other].mask)), **sizes)
+                total = total.minus(*vectors_of_pair) if other < k else total.plus(*vectors_of_pair)
+        return total
+
+    # ------------------------------------------------------------------ messages
+
+    def _ask(
+        self,
+        contents: Mapping[int, Any],
+        stage: str,
+        *,
+        kind: str = wire.QUERY,
+        seconds: float | None = ANSWER_SECONDS,
+        is_loss: bool = True,
+    ) -> dict[int, Any]:
+        """Return the answers by client, of those that answer."""
+        sites, nodes = self.owner.sites, {k: self.owner.sites.node_of(k) for k in contents}
+        asked = {node: k for k, node in nodes.items() if node is not None}
+        if self.owner.timeout is not None:
+            seconds = self.owner.timeout
+        found, troubles = sites.exchange(
+            {node: contents[k] for node, k in asked.items()},
+            seconds=seconds,
+            kind=kind,
+            group=self.group,
+            stop_requested=self.stop_requested,
+        )
+        causes = {asked[node]: trouble for node, trouble in troubles.items()}
+        causes |= {k: "its site is not connected" for k, node in nodes.items() if node is None}
+        for k, cause in sorted(causes.items()):
+            if is_loss:
+                self._lose(k, stage, cause)
+            else:
+                logger.warning(f"client {k} does not answer the last message of a session: {cause}")
+        return {k: found[node] for node, k in sorted(asked.items(), key=lambda pair: pair[1]) if node in found}
+
+    def _lose(self, client_id: int, stage: str, cause: str) -> None:
+        self.result.lost[client_id] = (stage, cause)
+
+    def _enough(self, left: Mapping[int, Any], needed: int, stage: str) -> bool:
+        if len(left) < needed:
+            self._given_up(left, stage, f"{len(left)} of at least {needed} clients are left")
+        return len(left) >= needed
+
+    def _given_up(self, left: Iterable[int], stage: str, cause: str) -> Opened:
+        for k in left:
+            self._lose(k, stage, f"the sum cannot be opened: {cause}")
+        return self.result
+
+    def _count(self, client_id: int, sizes: Mapping[str, int]) -> None:
+        self.result.bytes_up.setdefault(client_id, Counter()).update(sizes)
+
+
+def masked_bytes(layouts: Mapping[str, Layout]) -> dict[str, int]:
+    """Return the size of masked states in bytes by network: four for an entry of a parameter, eight or sixteen for
+    others.
+    """
+    found: Counter[str] = Counter()
+    for group, layout in layouts.items():
+        for name, shape in layout.by_name.items():
+            size = (4 if group == NARROW else 8) * words_of(group, name) * math.prod(shape)
+            found[network_in_ledger(name) if group in (NARROW, "extras") else OVERHEAD] += size
+    return dict(found)
+
+
+class SecureExecutor(Executor):
+    """Runs the clients of a round at their sites, and learns the sum of their updates.
+
+    Args:
+        sessions: How sums come about.
+    """
+
+    concurrent: ClassVar[bool] = True
+    sums_only: ClassVar[bool] = True
+
+    def __init__(self, sessions: SecureSessions) -> None:
+        self.sessions = sessions
+        self._context: ClientContext | None = None
+
+    def setup(self, context: ClientContext) -> None:
+        context.ranks.refuse_several("the server of a deployment is one process")
+        self._context = context
+
+    def run(self, tasks: Iterable[ClientTask]) -> Iterator[UpdateSum | ClientFailure]:
+        assert self._context is not None
+        listed, store = {task.client_id: task for task in tasks}, self._context.store
+        if not listed:
+            return
+        self.sessions.sites.refresh()
+
+        def question(client_id: int) -> Any:
+            accepted = int(store.read(client_id).get(ACCEPTED, torch.tensor(-1)))
+            return wire.from_task(listed[client_id], accepted=accepted, digest=self.sessions.sites.digest)
+
+        (round,) = {task.round for task in listed.values()}
+        found = self.sessions.run(
+            sorted(listed),
+            question,
+            kind=wire.TRAIN,
+            group=str(round),
+            stop_requested=self._context.stop_requested,
+        )
+        for client_id, (stage, cause) in sorted(found.lost.items()):
+            yield ClientFailure(client_id, round, stage=stage, cause=cause)
+        if not found.means:
+            return
+        participants = []
+        for client_id in sorted({*listed} - {*found.lost}):
+            store.write(client_id, {ACCEPTED: torch.tensor(listed[client_id].seed)})
+            metrics = wire.metrics_of(found.facts[client_id])
+            size, sent = found.members[client_id].num_examples, dict(found.bytes_up[client_id])
+            participants.append(Participant(client_id, size, metrics, bytes_up=sent))
+        means = {name: float(value) for name, value in found.means["metrics"].items()}
+        yield UpdateSum(round, tuple(participants), found.means["delta"], found.means["extras"], means)
+
+    def teardown(self) -> None:
+        self._context = None
+
+    def facts(self) -> dict[str, Any]:
+        sites, timeout = self.sessions.sites, self.sessions.timeout
+        return {"sites": sites.num_clients, "timeout": timeout, "secure": dict(vars(self.sessions.secure))}
+
+
+class SecureSurvey:
+    """What the server's data module asks of the sites: sums of features of all of them together.
+
+    Args:
+        sessions: How sums come about.
+    """
+
+    #: Whether :meth:`feature_sums` are those of all sites together.
+    sums_only: ClassVar[bool] = True
+
+    def __init__(self, sessions: SecureSessions) -> None:
+        self.sessions = sessions
+
+    def facts(self) -> dict[int, dict[str, Any]]:
+        """Return what every site said of itself, once all are there."""
+        return self.sessions.sites.facts()
+
+    def feature_sums(self, facts: dict[str, Any], state: State, *, limit: int | None) -> list[State]:
+        """Return the sums over all sites, as one state.
+
+        Raises:
+            QuorumError: If a site is not in them: sums of some would be mistaken for those of all.
+        """
+        clients = sorted(self.facts())
+        question = {**facts, "ask": "feature_sums", "limit": -1 if limit is None else limit}
+        found = self.sessions.run(clients, lambda _: wire.content(question, net=state), kind=wire.QUERY)
+        if found.lost:
+            causes = [f"client {k} ({stage}: {cause})" for k, (stage, cause) in sorted(found.lost.items())]
+            raise QuorumError(
+                message(
+                    "every site is in the sums that the evaluation asks for",
+                    received="; ".join(causes),
+                    fix="look at their logs, and start again with --ckpt_path last",
+                )
+            )
+        return [found.means["sums"]]

@@ -1,0 +1,296 @@
+"""A site's side of secure aggregation: four messages, between which its secrets lie on its own disk.
+
+Every message may find a new process. The file can be read by its owner alone, and goes when the sum can be opened or,
+where it never comes to that, when the next session begins.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedgan_lightning.deployment import masking, wire
+from fedgan_lightning.deployment.masking import Keys, Member, Shares
+from fedgan_lightning.errors import ProtocolError, message
+from fedgan_lightning.federation.secure import FEWEST, SecureAggregation, Summand, sizes_of
+from fedgan_lightning.packing import Layout
+from fedgan_lightning.protocol import State
+
+ADVERTISED, SHARED, MASKED = "advertised", "shared", "masked"
+
+
+@dataclass(frozen=True)
+class Secrets:
+    """What a site keeps between two messages of a session.
+
+    Attributes:
+        session: Number of the session.
+        stage: What it has answered last.
+        num_examples: N_k, as it told all others.
+        keys: Its private keys.
+        members: Who takes part, itself included.
+        seed: Seed of its own mask.
+        own: Its shares of its own secrets.
+        held: Its shares of those of the others whose updates may be in the sum.
+    """
+
+    session: int
+    stage: str
+    num_examples: int
+    keys: Keys
+    members: Mapping[int, Member]
+    seed: bytes = b""
+    own: Shares | None = None
+    held: Mapping[int, Shares] | None = None
+
+    def to_text(self) -> str:
+        """Return it as text."""
+        return json.dumps(_plain(self))
+
+    @classmethod
+    def from_text(cls, text: str) -> Secrets:
+        """Undo :meth:`to_text`."""
+        found = json.loads(text)
+        return cls(
+            session=int(found["session"]),
+            stage=str(found["stage"]),
+            num_examples=int(found["num_examples"]),
+            keys=Keys(**_bytes(found["keys"])),
+            members={int(k): Member(**_bytes(own)) for k, own in found["members"].items()},
+            seed=bytes.fromhex(found["seed"]),
+            own=None if found["own"] is None else Shares(**_bytes(found["own"])),
+            held=None if found["held"] is None else {int(k): Shares(**_bytes(v)) for k, v in found["held"].items()},
+        )
+
+
+class Session:
+    """What a site answers in a session of secure aggregation.
+
+    A site gives one answer to each message and no second one: two vectors under the same masks would tell their
+    difference, and shares of both secrets of a client would tell its update.
+
+    Args:
+        folder: Where its secrets lie between messages.
+        client_id: The client.
+        secure: Bounds and threshold, from the site's own configuration.
+        weight: The aggregator's weight of N_k examples, from the site's own configuration.
+    """
+
+    def __init__(
+        self, folder: Path, *, client_id: int, secure: SecureAggregation, weight: Callable[[int], float]
+    ) -> None:
+        self.path, self.client_id, self.secure, self.weight = folder / "secure.json", client_id, secure, weight
+
+    def advertise(self, session: int, *, num_examples: int) -> Member:
+        """Begin a session; return what all others may know."""
+        keys = Keys.fresh()
+        own = Member(masking.public(keys.mask), masking.public(keys.seal), num_examples)
+        self._write(Secrets(session, ADVERTISED, num_examples, keys, {self.client_id: own}))
+        return own
+
+    def share(self, session: int, members: Mapping[int, Member]) -> dict[int, bytes]:
+        """Return shares of this site's two secrets, sealed for each other member.
+
+        Raises:
+            ProtocolError: If it is told of too few members, of equal keys, of no examples, or of keys that are not its
+                own.
+        """
+        known = self._read(session, ADVERTISED)
+        keys = [key for own in members.values() for key in (own.mask, own.seal)]
+        if members.get(self.client_id) != known.members[self.client_id] or len(set(keys)) < len(keys):
+            raise _refused("members have keys of their own", "equal ones, or others than this site's")
+        if len(members) < FEWEST:
+            raise _refused(f"a session has at least {FEWEST} members", len(members))
+        if min(own.num_examples for own in members.values()) < 1:
+            raise _refused("members count at least one example", min(own.num_examples for own in members.values()))
+        needed, seed = self.secure.needed(len(members)), secrets.token_bytes(masking.SEED_BYTES)
+        split = [masking.split(secret, needed=needed, number=len(members)) for secret in (seed, known.keys.mask)]
+        shares = {k: Shares(*pair) for k, pair in zip(sorted(members), zip(*split))}
+        told = masking.transcript(session, members)
+        sealed = {
+            k: shares[k].sealed(
+                masking.agree(known.keys.seal, own.seal), source=self.client_id, destination=k, under=told
+            )
+            for k, own in members.items()
+            if k != self.client_id
+        }
+        own = shares[self.client_id]
+        self._write(Secrets(session, SHARED, known.num_examples, known.keys, dict(members), seed, own))
+        return sealed
+
+    def open(self, session: int, sealed: Mapping[int, bytes]) -> None:
+        """Take the shares that others sealed for this site: their updates, and its own, are to be in the sum.
+
+        Raises:
+            ProtocolError: If they are too few, or not what their members sealed.
+        """
+        known = self._read(session, SHARED)
+        if not {*sealed} <= {*known.members} - {self.client_id}:
+            raise _refused("shares come from other members", sorted(sealed))
+        if len(sealed) + 1 < self.secure.needed(len(known.members)):
+            raise _refused(f"{self.secure.needed(len(known.members))} members are left", len(sealed) + 1)
+        told = masking.transcript(session, known.members)
+        assert known.own is not None
+        held = {self.client_id: known.own}
+        for k, text in sealed.items():
+            secret = masking.agree(known.keys.seal, known.members[k].seal)
+            try:
+                held[k] = Shares.opened(text, secret, source=k, destination=self.client_id, under=told)
+            except ValueError as error:
+                raise _refused("shares are for this session and its members", error) from error
+        # From here on nothing but the answer to the last message is left to be asked for: no vector is masked twice.
+        self._write(
+            Secrets(session, MASKED, known.num_examples, known.keys, known.members, known.seed, known.own, held)
+        )
+
+    def masked(self, session: int, groups: Mapping[str, State]) -> Summand:
+        """Return this site's states under its masks, weighted as :func:`shares_of` says.
+
+        Args:
+            session: The session, whose shares :meth:`open` took.
+            groups: States by group.
+
+        Raises:
+            UpdateError: If an entry is not finite or out of range.
+            ProtocolError: If the session is not as far as that.
+        """
+        known = self._read(session, MASKED)
+        assert known.held is not None
+        shares = shares_of(known.members, [self.client_id], weight=self.weight)
+        found = Summand.of(groups, shares=shares, secure=self.secure)
+        narrow, wide = sizes_of(found.layouts)
+        found = found.plus(*masking.mask(known.seed, narrow=narrow, wide=wide))
+        for k in sorted(known.held):
+            if k == self.client_id:
+                continue
+            seed = masking.pair_seed(masking.agree(known.keys.mask, known.members[k].mask))
+            vectors = masking.mask(seed, narrow=narrow, wide=wide)
+            found = found.plus(*vectors) if self.client_id < k else found.minus(*vectors)
+        return found
+
+    def unmask(self, session: int, survivors: Iterable[int]) -> dict[int, bytes]:
+        """Return a share by member, and forget everything: of the seed for those whose vectors are in, else of the key.
+
+        Raises:
+            ProtocolError: If survivors are too few, or no members.
+        """
+        known = self._read(session, MASKED)
+        assert known.held is not None
+        self.path.unlink()
+        left = {*survivors}
+        if self.client_id not in left or not left <= {*known.held}:
+            raise _refused("survivors are members whose shares are known", sorted(left))
+        if len(left) < self.secure.needed(len(known.members)):
+            raise _refused(f"{self.secure.needed(len(known.members))} members are left", len(left))
+        return {k: own.seed if k in left else own.key for k, own in known.held.items()}
+
+    # ------------------------------------------------------------------ on disk
+
+    def _read(self, session: int, stage: str) -> Secrets:
+        known = Secrets.from_text(self.path.read_text()) if self.path.exists() else None
+        if known is None or known.session != session or known.stage != stage:
+            have = "none" if known is None else f"session {known.session}, {known.stage}"
+            raise _refused(f"session {session} is {stage} and goes on from there, once", have)
+        return known
+
+    def _write(self, known: Secrets) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self.path.with_suffix(".partial")
+        fresh.unlink(missing_ok=True)
+        with os.fdopen(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+            file.write(known.to_text())
+        fresh.replace(self.path)
+
+
+def shares_of(
+    members: Mapping[int, Member], clients: Iterable[int], *, weight: Callable[[int], float]
+) -> dict[str, float]:
+    """Return the weight of these clients by group, over the sum of all members': the aggregator's for ``delta`` and
+    ``extras``, N_k for ``metrics``, 1 for ``sums``.
+    """
+    listed = list(clients)
+
+    def share(own: Callable[[int], float]) -> float:
+        total = sum(own(member.num_examples) for member in members.values())
+        return sum(own(members[k].num_examples) for k in listed) / total
+
+    weighted = share(weight)
+    return {"delta": weighted, "extras": weighted, "metrics": share(float), "sums": len(listed) / len(members)}
+
+
+def _refused(rule: str, received: object) -> ProtocolError:
+    return ProtocolError(message(rule, received=received, fix="the round is tried again; look at the server's log"))
+
+
+def _plain(value: Any) -> Any:
+    """Return nested records as plain values; bytes in hexadecimal."""
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, Mapping):
+        return {str(name): _plain(own) for name, own in value.items()}
+    return _plain(vars(value)) if hasattr(value, "__dataclass_fields__") else value
+
+
+def _bytes(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: bytes.fromhex(own) if isinstance(own, str) else own for name, own in fields.items()}
+
+
+# ---------------------------------------------------------------------- on the wire
+
+
+def members_to_facts(members: Mapping[int, Member]) -> dict[str, Any]:
+    """Return members as plain values."""
+    listed = sorted(members.items())
+    return {
+        "clients": [k for k, _ in listed],
+        "mask_keys": [own.mask for _, own in listed],
+        "seal_keys": [own.seal for _, own in listed],
+        "sizes": [own.num_examples for _, own in listed],
+    }
+
+
+def members_of_facts(facts: Mapping[str, Any]) -> dict[int, Member]:
+    """Undo :func:`members_to_facts`."""
+    columns = (facts[name] for name in ("clients", "mask_keys", "seal_keys", "sizes"))
+    return {int(k): Member(bytes(mask), bytes(seal), int(size)) for k, mask, seal, size in zip(*columns)}
+
+
+def sealed_to_facts(sealed: Mapping[int, bytes]) -> dict[str, Any]:
+    """Return bytes by client as plain values."""
+    return {"others": sorted(sealed), "texts": [sealed[k] for k in sorted(sealed)]}
+
+
+def sealed_of_facts(facts: Mapping[str, Any]) -> dict[int, bytes]:
+    """Undo :func:`sealed_to_facts`."""
+    return {int(k): bytes(text) for k, text in zip(facts["others"], facts["texts"])}
+
+
+def summand_to_content(summand: Summand, *, facts: Mapping[str, Any]) -> Any:
+    """Return masked states, and what may be known beside them, as records."""
+    layouts = json.dumps({group: layout.plain() for group, layout in summand.layouts.items()})
+    narrow, wide = torch.from_numpy(summand.narrow.view(np.int32)), torch.from_numpy(summand.wide.view(np.int64))
+    return wire.content({**facts, "layouts": layouts}, masked={"narrow": narrow, "wide": wide})
+
+
+def summand_of_content(records: Any) -> tuple[Summand, dict[str, Any]]:
+    """Undo :func:`summand_to_content`.
+
+    Raises:
+        ValueError: If layouts and numbers do not fit each other.
+    """
+    facts = wire.facts_of(records)
+    layouts = {str(group): Layout.from_plain(own) for group, own in json.loads(facts.pop("layouts")).items()}
+    found = wire.state_of(records, "masked")
+    narrow, wide = found["narrow"], found["wide"]
+    fits = (narrow.dtype, wide.dtype) == (torch.int32, torch.int64) and narrow.dim() == wide.dim() == 1
+    if not fits or (narrow.numel(), wide.numel()) != sizes_of(layouts):
+        raise ValueError(f"{narrow.numel()} and {wide.numel()} numbers, not {sizes_of(layouts)}")
+    return Summand(layouts, narrow.numpy().view(np.uint32), wide.numpy().view(np.uint64)), facts
