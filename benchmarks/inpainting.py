@@ -63,7 +63,8 @@ def read(kind: str, folder: Path) -> dict[str, Any] | None:
     if not found:
         return None
     values = [summary["final"] if kind == "federated" else summary["test"] for summary in found]
-    means = {name: statistics.mean(own[name] for own in values) for name in values[0] if name.startswith("completion")}
+    names = [f"completion_{column}" for column in COLUMNS]
+    means = {name: statistics.mean(own[name] for own in values) for name in names}
     seconds = sum(summary["wall_seconds"] for summary in found)
     return {**means, "seconds": seconds, "runs": len(found), "facts": found[0]["evaluation"]}
 
@@ -80,11 +81,8 @@ def table(out: Path, seeds: list[int]) -> str:
     for kind, runs in found.items():
         if runs:
             cells = [spread([run[f"completion_{column}"] for run in runs]) for column in COLUMNS]
-            lines.append(
-                f"| {title(kind, runs)} | {len(runs)} | "
-                + " | ".join(cells)
-                + f" | {spread([r['seconds'] for r in runs])} |"
-            )
+            seconds = statistics.mean(run["seconds"] for run in runs)
+            lines.append(f"| {title(kind, runs)} | {len(runs)} | " + " | ".join(cells) + f" | {seconds:.0f} |")
     floor = f"Floor of the FID, whole test pictures: {facts['completion_fid_floor']:.3g}." if facts else ""
     return "\n".join([*lines, "", floor])
 

@@ -103,9 +103,9 @@ class CompletionPictures(L.Callback):
 
     def _publish(self, trainer: L.Trainer, module: L.LightningModule, *, name: str) -> None:
         self._last_round = trainer.global_step
-        drawn = self.draw(trainer.datamodule, module)  # type: ignore[attr-defined]
         if not trainer.is_global_zero:
             return
+        drawn = self.draw(trainer.datamodule, module)  # type: ignore[attr-defined]
         pictures.save(drawn, Path(trainer.default_root_dir) / name)
         for writer in writers(trainer):
             writer.add_image("samples/completed", drawn, trainer.global_step, dataformats="HWC")
