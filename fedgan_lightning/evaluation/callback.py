@@ -104,17 +104,25 @@ class Evaluation(L.Callback):
         self._log(trainer, pl_module, self.evaluate(trainer, pl_module), monitor=True)
 
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, float]:
-        """Return the values of all metrics."""
+        """Return the values of all metrics, the same on all ranks."""
         assert isinstance(pl_module, ServerModule)
-        data: FederatedDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        metrics = [metric for metric in self._ready if trainer.state.fn == "test" or not metric.full]
+        values: dict[str, float] = {}
+        for metric in metrics:
+            values |= metric.inspect(pl_module.model)
+        if pl_module.can_sample:
+            data: FederatedDataModule = trainer.datamodule  # type: ignore[attr-defined]
+            values |= self._score_samples(metrics, data, pl_module)
+        agreed: dict[str, float] = trainer.strategy.broadcast(values)  # hosts may round differently
+        return agreed
+
+    def _score_samples(
+        self, metrics: Sequence[Metric], data: FederatedDataModule, pl_module: ServerModule
+    ) -> dict[str, float]:
+        """Return what metrics say of generated samples: by the moving average, and by raw weights if asked."""
         labels = data.labels_like_union(self.num_samples, generator=make_generator(self.seed, "evaluation labels"))
         requested = labels if getattr(pl_module.model, "num_classes", 0) else None
         values: dict[str, float] = {}
-        metrics = [metric for metric in self._ready if trainer.state.fn == "test" or not metric.full]
-        for metric in metrics:
-            values |= metric.inspect(pl_module.model)
-        if not pl_module.can_sample:
-            return values
         averaged = getattr(pl_module.model, "generator_ema", None) is not None
         for suffix, options in (("", {}), *([("_raw", {"raw": True})] if self.raw and averaged else [])):
             generator = make_generator(self.seed, "evaluation latents")
@@ -123,8 +131,7 @@ class Evaluation(L.Callback):
                 samples = quantise(samples)
             for metric in metrics:
                 values |= {f"{name}{suffix}": value for name, value in metric.compute(samples, requested).items()}
-        agreed: dict[str, float] = trainer.strategy.broadcast(values)  # hosts may round differently
-        return agreed
+        return values
 
     def _log(
         self, trainer: L.Trainer, pl_module: L.LightningModule, values: dict[str, float], *, monitor: bool

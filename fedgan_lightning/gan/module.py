@@ -58,7 +58,8 @@ class GAN(L.LightningModule):
             rare classes are generated as often as its common ones; ``all`` draws uniformly from all classes.
         auxiliary_weight: Weight of the classification terms of an auxiliary classifier.
         ema_half_life_images: Half-life, in images, of the moving average of the generator that is used for sampling
-            and metrics; ``None`` keeps no average. In a federation the average lives on the server.
+            and metrics; ``None`` keeps no average. In a federation the average lives on the server, and moves by the
+            mean number of images that a client of the round has seen.
         clip_gradient_norm: Largest norm of each network's gradient; ``None`` does not clip.
         augment: Augmentation of the images that the discriminator sees.
         anchor: Anchors for the discriminator's logits.
