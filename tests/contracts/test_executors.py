@@ -244,6 +244,8 @@ def test_every_loss_penalty_and_network_is_covered():
     made = {type(net).__name__ for make_pair, conditions in FAMILIES.values() for net in make_pair(conditions[0])}
     elsewhere = {"ScaleGenerator", "QuadraticDiscriminator"}  # in test_two_numbers
     elsewhere |= {"CFGANGenerator", "CFGANDiscriminator"}  # with their condition, in test_recommendation
+    elsewhere |= {"InpaintingGenerator", "PatchDiscriminator"}  # with theirs, in test_inpainting
+    elsewhere |= {"TextGenerator", "TextDiscriminator"}  # with their codec, in test_text
     assert made == set(networks.__all__) - elsewhere
     assert {case[0] for case in FEW} == set(LOSSES)
     assert {case[1] for case in FEW} == {None, *PENALTIES}

@@ -34,6 +34,8 @@ from tests.deployment.loopback import LoopbackGrid
 from tests.deployment.test_sites import quoted, summary, weights
 from tests.unit.test_secure import states_of
 
+pytestmark = pytest.mark.flower
+
 # ---------------------------------------------------------------------- the protocol, carried by hand
 
 

@@ -19,6 +19,8 @@ from fedgan_lightning.protocol import ClientTask, ClientUpdate, LocalWork  # noq
 from tests.conftest import ROOT, assert_states_equal  # noqa: E402
 from tests.deployment.loopback import LoopbackGrid  # noqa: E402
 
+pytestmark = pytest.mark.flower
+
 CONFIG = str(ROOT / "configs" / "digits.yaml")
 SHORT = [
     *("--data.num_clients", "3", "--federation.rounds", "3", "--federation.local_steps", "2"),
