@@ -11,7 +11,6 @@ from torchmetrics.functional.classification import binary_auroc
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.samples import ClientSamples
-from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation import neighbours
 from fedgan_lightning.evaluation.metrics import Metric, clients_of, everything
 from fedgan_lightning.seeding import make_generator
@@ -35,6 +34,7 @@ class MembershipInference(Metric):
     """
 
     full = True
+    needs_client_samples = True
 
     def __init__(self, *, max_samples: int = 500, seed: int = 0) -> None:
         self.max_samples, self.seed = max_samples, seed
@@ -42,14 +42,6 @@ class MembershipInference(Metric):
         self.others: dict[int, Labelled] = {}
 
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
-        if not data.has_client_samples:
-            raise ConfigurationError(
-                message(
-                    "MembershipInference looks at clients' samples, as in simulation",
-                    received="a deployment",
-                    fix="leave it out",
-                )
-            )
         facts = {}
         held_out = everything(data.test_samples)
         first, second = torch.randperm(len(held_out), generator=make_generator(self.seed, "halves")).tensor_split(2)

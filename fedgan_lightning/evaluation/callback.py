@@ -6,6 +6,7 @@ checkpoint skips that loop in its first epoch (measured), and with it a value. `
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,8 @@ from fedgan_lightning.evaluation.metrics import Metric
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.protocol import SampleSource
 from fedgan_lightning.seeding import make_generator
+
+logger = logging.getLogger("fedgan_lightning")
 
 
 class Evaluation(L.Callback):
@@ -75,6 +78,10 @@ class Evaluation(L.Callback):
             )
         if self.metrics is None:
             self.metrics = default_metrics(data)
+        if not data.has_client_samples and (blind := [own for own in self.metrics if own.needs_client_samples]):
+            self.metrics = [own for own in self.metrics if own not in blind]
+            names = ", ".join(type(own).__name__ for own in blind)
+            logger.info(f"not measured, because clients' samples are elsewhere: {names}")
         if isinstance(pl_module, ServerModule) and not isinstance(pl_module.model, SampleSource):
             name = type(pl_module.model).__name__
             warnings.warn(

@@ -37,9 +37,7 @@ def default_metrics(data: FederatedDataModule) -> list[Metric]:
         return [SlicedWasserstein()]
     found: list[Metric] = [FrechetDistance()]
     found += [ClientDistances()] if data.has_client_sums else []
-    if data.has_client_samples:  # these look at the clients' samples one by one
-        found += [KernelDistance(), PrecisionRecall(), Memorisation(), MembershipInference()]
+    found += [KernelDistance(), PrecisionRecall(), Memorisation(), MembershipInference()]
     if data.num_classes > 1:
-        found += [ClassCoverage(), ClassBreakdown(), ClassifierScore(), SyntheticTraining()]
-        found += [IntraClassDistance()] if data.has_client_samples else []
+        found += [ClassCoverage(), ClassBreakdown(), ClassifierScore(), SyntheticTraining(), IntraClassDistance()]
     return found

@@ -37,6 +37,8 @@ class KernelDistance(Metric):
             averaged down to as many.
     """
 
+    needs_client_samples = True
+
     def __init__(self, features: FeatureNet | None = None) -> None:
         self.features = features
         self.net: FrozenNet | None = None
@@ -79,6 +81,7 @@ class PrecisionRecall(Metric):
     """
 
     full = True
+    needs_client_samples = True
 
     def __init__(self, features: FeatureNet | None = None, *, k: int = 5) -> None:
         if k < 1:
@@ -159,6 +162,7 @@ class IntraClassDistance(Metric):
     """
 
     full = True
+    needs_client_samples = True
 
     def __init__(self, features: FeatureNet | None = None) -> None:
         self.features = features

@@ -32,10 +32,12 @@ class Metric(ABC):
 
     Attributes:
         full: Whether it takes so long that it belongs to the full evaluation, which ``test`` makes.
+        needs_client_samples: Whether it looks at clients' samples one by one; it is left out where they are elsewhere.
         larger_is_better: Which of its values are; of all others smaller ones are better.
     """
 
     full: ClassVar[bool] = False
+    needs_client_samples: ClassVar[bool] = False
     larger_is_better: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod

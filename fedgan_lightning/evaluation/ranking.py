@@ -27,6 +27,7 @@ class RankingQuality(Metric):
     its number of users would be all that it has to tell. Formulas: :func:`ranking_values`.
     """
 
+    needs_client_samples = True
     larger_is_better = ("precision5", "precision20", "recall20", "ndcg20", "mrr")
 
     def __init__(self) -> None:

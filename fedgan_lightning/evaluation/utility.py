@@ -79,6 +79,7 @@ class ClientAugmentation(Metric):
     """
 
     full = True
+    needs_client_samples = True
 
     def __init__(
         self,
@@ -175,6 +176,7 @@ class Memorisation(Metric):
     """
 
     full = True
+    needs_client_samples = True
 
     def __init__(self, features: FeatureNet | None = None) -> None:
         self.features = features or PixelFeatures()
