@@ -45,6 +45,7 @@ class Sites:
         self._nodes: dict[int, int] = {}
         self._connected: set[int] = set()
         self._refused: set[int] = set()
+        self._troubles: dict[int, str] = {}
 
     def facts(self) -> dict[int, dict[str, Any]]:
         """Return what every site said of itself, once all are there.
@@ -136,7 +137,9 @@ class Sites:
         """Return the answers by node, of those that answer in time and without an error."""
         found, troubles = self.exchange(contents, seconds=ANSWER_SECONDS)
         for node_id, trouble in troubles.items():
-            logger.warning(f"site {node_id} could not answer: {trouble}")
+            if self._troubles.get(node_id) != trouble:  # a site that is waited for is asked again and again
+                logger.warning(f"site {node_id} could not answer: {trouble}")
+        self._troubles |= troubles
         return found
 
     def exchange(

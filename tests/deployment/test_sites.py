@@ -164,6 +164,17 @@ def test_what_a_site_says_of_its_data_counts(tmp_path):
     assert max(told[100], told[101]) < 400
 
 
+def test_a_site_that_cannot_answer_is_waited_for_and_named_once(monkeypatch, caplog):
+    from fedgan_lightning.deployment.flower import Sites
+
+    monkeypatch.setattr("fedgan_lightning.deployment.flower.JOIN_SECONDS", 0.5)
+    sites = Sites(LoopbackGrid({100: {"client-id": 0}}, run_config={}), num_clients=1, digest="")
+    with caplog.at_level("WARNING", logger="fedgan_lightning"), pytest.raises(QuorumError, match=r"clients \[0\]"):
+        sites.facts()
+    assert sites.grid.asked.count((100, "query")) > 1
+    assert [record.message for record in caplog.records] == ["site 100 could not answer: KeyError: 'config'"]
+
+
 # ---------------------------------------------------------------------- bad sites
 
 
