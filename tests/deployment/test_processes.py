@@ -84,7 +84,7 @@ def test_a_federation_survives_the_loss_of_a_site_and_turns_strangers_away(tmp_p
                 "--federation.rules",
                 "RoundRules",
             ),
-            *("--federation.rules.minimum", "0.5", "--federation.rules.timeout", "20"),
+            *("--federation.rules.minimum", "0.5", "--federation.rules.timeout", "45"),
         ]
         code = (
             "import sys; from pathlib import Path; from fedgan_lightning.deployment import launch as l\n"
