@@ -125,10 +125,12 @@ def test_the_full_evaluation_is_drawn_by_class_and_client_and_compared_once(runs
     shutil.copytree(runs / "first", copy)
     summary = json.loads((copy / "summary.json").read_text())
     found = {"class_share/3": 0.2, "class_share/3_raw": 0.3, "class_share_of_union/3": 0.1, "client_fid/0": 7.0}
+    found |= {"membership_auc/0": 0.52, "membership_auc_of_split/0": 0.5}
     found |= {"class_recognised/3": 0.9, "recall": 0.625, "fid": summary["final"]["fid"]}
     (copy / "summary.json").write_text(json.dumps({**summary, "test": found}))
     page = Page(write_report([copy, runs / "first"], out=tmp_path / "r.html").read_text())
     assert {"Share of each class", "Recognised where asked for", "FID to each client's own data"} <= set(page.charts)
+    assert "Membership inference by client, AUC (.5 at best)" in page.charts
     assert "recall (test command)" in page.texts
     assert "fid (test command)" not in page.texts, "it stands there already"
     assert not any("class_share" in text or "3_raw" in text for text in page.texts)

@@ -225,6 +225,14 @@ def _breakdown(run: Run, name: str) -> str:
     distances = _by(found, "client_fid")
     if distances:
         charts.append(bars("FID to each client's own data", {"": distances}, owner=name))
+    attacks = {
+        "nearest sample": _by(found, "membership_auc"),
+        "discriminator": _by(found, "membership_auc_discriminator"),
+        "split alone": _by(found, "membership_auc_of_split"),
+    }
+    if attacks["nearest sample"]:
+        known = {title: values for title, values in attacks.items() if values}
+        charts.append(bars("Membership inference by client, AUC (.5 at best)", known, owner=name))
     title = f"<h2>By class and by client in {text(name)}</h2>"
     return f"{title}<div class=charts>{''.join(charts)}</div>" if charts else ""
 
