@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import warnings
 import zipfile
@@ -15,6 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from fedgan_lightning.errors import CheckpointError, ClientError, ConfigurationError, UpdateError, message
 from fedgan_lightning.files import replacing
+
+logger = logging.getLogger("fedgan_lightning")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -130,10 +133,16 @@ class BestCheckpoint(_InRunDirectory):
         )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse a metric that nobody measures, now that the untrained generator has been scored."""
+        """Refuse a metric that nobody measures, now that the untrained generator has been scored.
+
+        Where metrics had to be left out, as in a deployment, one of theirs only means that there is no best checkpoint.
+        """
         histories = histories_of(trainer)
         known = sorted({name for history in histories for name in history[-1]} - {"rounds"})
-        if self.monitor is not None and self.monitor not in known:
+        left_out = [name for item in trainer.callbacks for name in getattr(item, "left_out", [])]  # type: ignore[attr-defined]
+        if self.monitor is not None and self.monitor not in known and left_out:
+            logger.warning(f"no best checkpoint: {self.monitor} is not measured here (left out: {', '.join(left_out)})")
+        elif self.monitor is not None and self.monitor not in known:
             raise ConfigurationError(
                 message(
                     "best.monitor names a metric of the evaluation",

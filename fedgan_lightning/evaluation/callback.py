@@ -40,6 +40,7 @@ class Evaluation(L.Callback):
         facts: What is true of the whole run: floors, sample counts, hash of the feature network.
         history: Values of every evaluation, with the number of completed ``rounds``.
         latest: Values of the last evaluation, in whichever command.
+        left_out: Metrics that cannot be taken here, because clients' samples are elsewhere.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Evaluation(L.Callback):
         self.facts: dict[str, Any] = {}
         self.history: list[dict[str, float]] = []
         self.latest: dict[str, float] = {}
+        self.left_out: list[str] = []
         self._ready: list[Metric] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -80,8 +82,8 @@ class Evaluation(L.Callback):
             self.metrics = default_metrics(data)
         if not data.has_client_samples and (blind := [own for own in self.metrics if own.needs_client_samples]):
             self.metrics = [own for own in self.metrics if own not in blind]
-            names = ", ".join(type(own).__name__ for own in blind)
-            logger.info(f"not measured, because clients' samples are elsewhere: {names}")
+            self.left_out = [type(own).__name__ for own in blind]
+            logger.info(f"not measured, because clients' samples are elsewhere: {', '.join(self.left_out)}")
         if isinstance(pl_module, ServerModule) and not isinstance(pl_module.model, SampleSource):
             name = type(pl_module.model).__name__
             warnings.warn(
