@@ -106,6 +106,8 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
 def box_masks(u: Tensor, area: Tensor, *, size: tuple[int, int]) -> Tensor:
     """Return boxes (N, h, w) of about these areas (N,), elongated at most twice, anywhere within the picture.
 
+    A large box is less elongated, for it would not fit.
+
     Args:
         u: Uniform numbers (N, 3): elongation, place from above, place from the left.
         area: Shares of the picture.
@@ -113,7 +115,8 @@ def box_masks(u: Tensor, area: Tensor, *, size: tuple[int, int]) -> Tensor:
     """
     height, width = size
     elongation = ELONGATION ** (2 * u[:, 0] - 1)
-    rows = (height * (area * elongation).sqrt()).round().clamp(1, height)
+    fewest = (area * height).ceil()  # with fewer, a box of this area would be wider than the picture
+    rows = (height * (area * elongation).sqrt()).round().maximum(fewest).clamp(1, height)
     columns = (area * height * width / rows).round().clamp(1, width)
     top = (u[:, 1] * (height - rows + 1)).floor()
     left = (u[:, 2] * (width - columns + 1)).floor()

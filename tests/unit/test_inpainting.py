@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -68,6 +68,8 @@ class TestHoles:
         vertices=st.integers(1, 4),
         size=st.sampled_from([(8, 8), (28, 28), (12, 20)]),
     )
+    @example(low=0.5, extent=0.25, boxes=1.0, strokes=2, vertices=1, size=(28, 28))  # was wider than the picture
+    @example(low=0.5, extent=0.3, boxes=1.0, strokes=1, vertices=1, size=(8, 8))
     def test_holes_are_binary_and_as_large_as_asked(self, low, extent, boxes, strokes, vertices, size):
         holes = Holes(area=(low, low + extent), boxes=boxes, strokes=strokes, vertices=vertices)
         u = uniform(holes, 16)
