@@ -6,6 +6,7 @@ import torch
 
 from fedgan_lightning.data.samples import Samples
 from fedgan_lightning.data.sources import Source
+from fedgan_lightning.evaluation.metrics import Metric
 
 
 class RandomImages(Source):
@@ -40,3 +41,13 @@ class RandomSeries(Source):
         x = torch.sin(6.28 * (hours + phase)) + 0.1 * torch.randn(240, 1, 24, generator=generator)
         days = torch.arange(240)
         return Samples(x=x, y=days % 4, columns={"variable": (days // 40).numpy(), "season": (days % 4).numpy()})
+
+
+class Curious(Metric):
+    """Asks for a client's samples without saying so beforehand."""
+
+    def prepare(self, data, *, device):
+        return {"first": data.client_samples(0)}
+
+    def compute(self, samples, labels):
+        return {}

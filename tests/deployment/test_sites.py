@@ -265,11 +265,17 @@ def test_sums_that_are_none_end_the_run_by_name(tmp_path):
         deploy(tmp_path, grid=grid)
 
 
-def test_metrics_that_look_at_samples_are_refused(tmp_path):
+def test_a_metric_that_looks_at_samples_is_left_out_and_one_that_tries_anyway_is_refused(tmp_path, monkeypatch, caplog):
+    monkeypatch.syspath_prepend(str(ROOT))
     own = tmp_path / "metrics.yaml"
-    own.write_text("evaluation:\n  metrics: [fedgan_lightning.KernelDistance]\n")
+    own.write_text("evaluation:\n  metrics: [FrechetDistance, KernelDistance]\n")
+    with caplog.at_level("INFO", logger="fedgan_lightning"):
+        deploy(tmp_path, "--config", str(own), name="left_out")
+    assert "elsewhere: KernelDistance" in caplog.text
+    assert "kid" not in summary(tmp_path, "left_out")["final"]
+    own.write_text("evaluation:\n  metrics: [tests.fakes.Curious]\n")
     with pytest.raises(ConfigurationError, match="samples of clients never come to the server"):
-        deploy(tmp_path, "--config", str(own))
+        deploy(tmp_path, "--config", str(own), name="refused")
 
 
 # ---------------------------------------------------------------------- records
