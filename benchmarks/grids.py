@@ -19,6 +19,7 @@ class Grid:
         columns: Metrics of the table, as in test.json.
         common: Options of all cells.
         controls: Kind and generator steps (see benchmarks/controls.py) of the cells that are no federation, by label.
+        baselines: Ends of the names under which metrics report what needs no training, a row each.
     """
 
     title: str
@@ -28,6 +29,7 @@ class Grid:
     seeds: tuple[int, ...] = (0, 1, 2)
     common: list[str] = field(default_factory=list)
     controls: dict[str, tuple[str, int]] = field(default_factory=dict)
+    baselines: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.cells.update({label: [] for label in self.controls})
@@ -243,6 +245,18 @@ GRIDS = {
             *(f"membership_auc/{k}" for k in range(5)),
             *(f"membership_auc_discriminator/{k}" for k in range(5)),
         ),
+    ),
+    "inpainting": Grid(
+        title="MNIST with holes, five clients with two digits each: 1 000 generator steps",
+        config="inpainting.yaml",
+        common=["--data.source.root", "{shared}", "--federation.executor", "SequentialExecutor"],
+        cells={"federated, K = 20": []},
+        controls={
+            "centralised": ("centralised", 1000),
+            **{f"local only (client {client})": (f"local:{client}", 1000) for client in range(5)},
+        },
+        columns=("completion_psnr", "completion_ssim", "completion_l1", "completion_fid"),
+        baselines=("mean_fill", "nearest_fill", "telea_fill"),
     ),
     "timeseries": Grid(
         title="ETTh1, one client per variable: 2 000 generator steps",

@@ -64,6 +64,10 @@ def table(grid: Grid, folder: Path) -> str:
             facts |= summary["evaluation"]
     known = [c for c in grid.columns if any(c in s["test"] for done in found.values() for s in done)]
     lines = [f"| {grid.title} | seeds | " + " | ".join(known) + " | MB | s |", "|---" * (len(known) + 4) + "|"]
+    for name in grid.baselines:
+        cells = [facts.get(f"{column}_{name}") for column in known]
+        if any(cells):
+            lines.append(f"| {name} | | " + " | ".join("" if c is None else f"{c:.3g}" for c in cells) + " | | |")
     for label, done in found.items():
         if done:
             cells = [spread([summary["test"][c] for summary in done if c in summary["test"]]) for c in known]

@@ -10,16 +10,21 @@ from typing import BinaryIO
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[BinaryIO]:
+def replacing(path: str | Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
     """Yield a file beside ``path``, on the same disk; it takes its place when the body ends, and only then.
 
     A process that is killed at any instant leaves the old file or the new one, and perhaps a partial one whose name
     begins with a dot and ends with ``.partial``.
+
+    Args:
+        path: The file.
+        mode: Who may read and write it, before the process's own mask; 0o600 for secrets, from the first byte on.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
+    partial.unlink(missing_ok=True)  # of another process with this number: it would keep its own mode
+    with os.fdopen(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode), "wb") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())

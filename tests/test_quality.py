@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -47,12 +48,13 @@ def test_cells_of_a_sweep_take_equal_generator_steps():
 
 def test_the_table_has_mean_and_deviation_of_what_is_done(tmp_path):
     grid = grids.Grid(title="t", config="digits.yaml", cells={"a": [], "b, c": []}, columns=("fid", "classes"))
+    grid = dataclasses.replace(grid, baselines=("guess",))
     for seed, fid in enumerate((1.0, 3.0)):
         folder = tmp_path / "a" / f"seed{seed}"
         folder.mkdir(parents=True)
         summary = {
             "test": {"fid": fid},
-            "evaluation": {"fid_floor": 0.5},
+            "evaluation": {"fid_floor": 0.5, "fid_guess": 7.0},
             "bytes_up": {"generator": 1e6},
             "bytes_down": {"generator": 2e6},
             "wall_seconds": 10.0,
@@ -60,8 +62,9 @@ def test_the_table_has_mean_and_deviation_of_what_is_done(tmp_path):
         (folder / "summary.json").write_text(json.dumps(summary))
     lines = quality.table(grid, tmp_path).splitlines()
     assert lines[0] == "| t | seeds | fid | MB | s |"
-    assert lines[2] == f"| a | 2 | 2 ± {math.sqrt(2):.2g} | 3.0 | 10 |"
-    assert len(lines) == 5, "cells without runs are left out"
+    assert lines[2] == "| guess | | 7 | | |", "what needs no training"
+    assert lines[3] == f"| a | 2 | 2 ± {math.sqrt(2):.2g} | 3.0 | 10 |"
+    assert len(lines) == 6, "cells without runs are left out"
     assert lines[-1] == "Floors: fid_floor 0.5."
 
 

@@ -122,12 +122,16 @@ class FederatedDataModule(L.LightningDataModule):
     @cached_property
     def train_samples(self) -> Samples:
         """The training split of the source, all clients together."""
-        samples = self._training_split()
-        if self.source.agreed:
-            return samples
-        parts = self.partition.split(samples, num_clients=self.num_clients, seed=self.seed)
-        self.source = self.source.agree(samples, parts)
+        self.agree()
         return self._training_split()
+
+    def agree(self) -> Source:
+        """Return the source as all clients use it; they agree on what samples mean, unless they have."""
+        if not self.source.agreed:
+            samples = self._training_split()
+            parts = self.partition.split(samples, num_clients=self.num_clients, seed=self.seed)
+            self.source = self.source.agree(samples, parts)
+        return self.source
 
     def _training_split(self) -> Samples:
         samples = self.source.load("train")
@@ -152,9 +156,7 @@ class FederatedDataModule(L.LightningDataModule):
     @cached_property
     def test_samples(self) -> Samples:
         """The test split of the source, which no client holds."""
-        if not self.source.agreed:
-            self.train_samples  # noqa: B018 - what clients agree on decides what test samples look like, too
-        return self.source.load("test")
+        return self.agree().load("test")
 
     @cached_property
     def indices(self) -> list[np.ndarray]:
@@ -253,8 +255,7 @@ def check_agreement(data: FederatedDataModule, found: Mapping[str, Any], *, path
     Raises:
         CheckpointError: If the two differ.
     """
-    data.train_samples  # noqa: B018 - by now the clients have agreed
-    own = data.source.agreement()
+    own = data.agree().agreement()
     differing = [name for name in {*own, *found} if own.get(name) != found.get(name)]
     if differing:
         name = min(differing)

@@ -78,9 +78,19 @@ class Samples:
         """Return float samples and int64 labels (zeros where there are none) at ``indices``."""
         x = self.x[indices]
         if self.is_image:
-            x = x.float().div_(127.5).sub_(1.0)
+            x = of_bytes(x)
         y = torch.zeros(len(indices), dtype=torch.int64) if self.y is None else self.y[indices]
         return x, y
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Return images in [-1, 1] as bytes: what a data set keeps of them, rounded, and cut where they go beyond."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def of_bytes(pixels: Tensor) -> Tensor:
+    """Return bytes as images in [-1, 1]."""
+    return pixels.float().div_(127.5).sub_(1.0)
 
 
 @dataclass(frozen=True)

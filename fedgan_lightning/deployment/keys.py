@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedgan_lightning.files import replacing
+
 VALID_DAYS = 365
 
 
@@ -68,10 +70,8 @@ def make_node_key(path: Path) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch(mode=0o600)
-    path.chmod(0o600)
-    path.write_bytes(data)
+    with replacing(path, mode=0o600) as file:
+        file.write(data)
 
 
 def _pem(key: Any) -> bytes:

@@ -7,7 +7,6 @@ where it never comes to that, when the next session begins.
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from fedgan_lightning.deployment import masking, wire
 from fedgan_lightning.deployment.masking import Keys, Member, Shares
 from fedgan_lightning.errors import ProtocolError, message
 from fedgan_lightning.federation.secure import FEWEST, SecureAggregation, Summand, sizes_of
+from fedgan_lightning.files import replacing
 from fedgan_lightning.packing import Layout
 from fedgan_lightning.protocol import State
 
@@ -202,12 +202,8 @@ class Session:
         return known
 
     def _write(self, known: Secrets) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self.path.with_suffix(".partial")
-        fresh.unlink(missing_ok=True)
-        with os.fdopen(os.open(fresh, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
-            file.write(known.to_text())
-        fresh.replace(self.path)
+        with replacing(self.path, mode=0o600) as file:
+            file.write(known.to_text().encode())
 
 
 def shares_of(

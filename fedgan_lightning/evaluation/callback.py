@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
+from fedgan_lightning.data.samples import of_bytes, to_bytes
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.defaults import default_metrics
 from fedgan_lightning.evaluation.metrics import Metric
@@ -168,4 +168,4 @@ class Evaluation(L.Callback):
 
 def quantise(images: Tensor) -> Tensor:
     """Round images in [-1, 1] to the 256 levels of a byte: what a saved picture, and every real image, consists of."""
-    return torch.round((images.float() + 1) * 127.5).clamp(0, 255) / 127.5 - 1
+    return of_bytes(to_bytes(images))

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.errors import ConfigurationError, message
-from fedgan_lightning.evaluation import fills
 from fedgan_lightning.evaluation.callback import quantise
 from fedgan_lightning.evaluation.features import FeatureNet, FrozenNet
 from fedgan_lightning.evaluation.fid import FeatureSums, feature_sums, frechet_distance
+from fedgan_lightning.evaluation.fills import FILLS
 from fedgan_lightning.evaluation.metrics import CHUNK, Metric, client_sums, suitable
 from fedgan_lightning.gan.holes import Holes
 from fedgan_lightning.seeding import make_generator
@@ -70,13 +70,13 @@ class Completion(Metric):
             "completion_fid_features": f"{self.net.name} (d={self.net.num_features})",
         }
         mask = self.masked[:, -1:]
-        for name in ("mean", "nearest", "telea"):
+        for name, fill in FILLS.items():
             try:
-                filled = getattr(fills, f"{name}_fill")(self.masked[:, :-1], mask)
+                filled = fill(self.masked[:, :-1], mask)
             except ConfigurationError as error:
-                facts[f"completion_{name}_fill"] = f"not measured: {error}"
+                facts[f"completion_{name}"] = f"not measured: {error}"
                 continue
-            facts |= {f"completion_{key}_{name}_fill": value for key, value in self.scores(filled).items()}
+            facts |= {f"completion_{key}_{name}": value for key, value in self.scores(filled).items()}
         return facts
 
     def compute(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:

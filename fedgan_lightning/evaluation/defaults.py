@@ -16,7 +16,7 @@ from fedgan_lightning.evaluation.metrics import (
 )
 from fedgan_lightning.evaluation.ranking import RankingQuality
 from fedgan_lightning.evaluation.series import DiscriminativeScore, PredictiveScore, ProfileCentroids
-from fedgan_lightning.evaluation.text import BLEU, HeldOutLikelihood, SelfBLEU
+from fedgan_lightning.evaluation.text import BLEU, HeldOutLikelihood, SelfBLEU, vocabulary_of
 from fedgan_lightning.evaluation.utility import Memorisation, SyntheticTraining
 
 
@@ -28,7 +28,7 @@ def default_metrics(data: FederatedDataModule) -> list[Metric]:
         return [ModeCoverage()]
     if isinstance(data.source, Interactions):
         return [RankingQuality()]
-    if "vocabulary" in data.state_dict():
+    if vocabulary_of(data) is not None:
         return [HeldOutLikelihood(), BLEU(), SelfBLEU()]
     if len(data.sample_shape) == 2:
         series: list[Metric] = [SlicedWasserstein(), ProfileCentroids(), DiscriminativeScore(), PredictiveScore()]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedgan_lightning.data.samples import ClientSamples, Samples
+from fedgan_lightning.data.samples import ClientSamples, Samples, to_bytes
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.files import cache_folder, replacing
 from fedgan_lightning.seeding import isolated_rng, make_generator
@@ -243,6 +243,5 @@ class _Bytes(nn.Module):
         self.net = net
 
     def forward(self, x: Tensor) -> Tensor:
-        pixels = ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        features: Tensor = self.net(pixels.expand(-1, 3, -1, -1))
+        features: Tensor = self.net(to_bytes(x).expand(-1, 3, -1, -1))
         return features

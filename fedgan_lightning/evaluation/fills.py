@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedgan_lightning.data.samples import of_bytes, to_bytes
 from fedgan_lightning.errors import ConfigurationError, message
 
 #: Radius in pixels of the neighbourhood that Telea's method reads.
@@ -48,7 +49,11 @@ def telea_fill(pictures: Tensor, mask: Tensor) -> Tensor:
 
     filled = []
     for picture, hole in zip(pictures, mask[:, 0]):
-        pixels = ((picture + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+        pixels = to_bytes(picture).permute(1, 2, 0).contiguous().numpy()
         done = cv2.inpaint(pixels, (hole > 0.5).to(torch.uint8).numpy(), TELEA_RADIUS, cv2.INPAINT_TELEA)
         filled.append(torch.from_numpy(done).reshape(*picture.shape[1:], -1).permute(2, 0, 1))
-    return torch.stack(filled).float() / 127.5 - 1
+    return of_bytes(torch.stack(filled))
+
+
+#: Fills by the names under which they are reported.
+FILLS = {"mean_fill": mean_fill, "nearest_fill": nearest_fill, "telea_fill": telea_fill}

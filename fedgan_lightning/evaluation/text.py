@@ -120,7 +120,7 @@ class BLEU(Metric):
         self.references = References([])
 
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
-        self.vocabulary = vocabulary_of(data, self)
+        self.vocabulary = _vocabulary(data, self)
         held_out = self.vocabulary.decode(drawn(data.test_samples.x, self.max_sentences))
         self.references = References(held_out)
         real = self.vocabulary.decode(drawn(data.train_samples.x, 1000))
@@ -151,7 +151,7 @@ class SelfBLEU(Metric):
         self.vocabulary: Vocabulary | None = None
 
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
-        self.vocabulary = vocabulary_of(data, self)
+        self.vocabulary = _vocabulary(data, self)
         values = self._values(drawn(data.test_samples.x, self.max_sentences))
         return {"self_bleu_num_sentences": self.max_sentences} | {f"{n}_of_reals": v for n, v in values.items()}
 
@@ -181,7 +181,7 @@ class HeldOutLikelihood(Metric):
         self.num_words = 0
 
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
-        self.num_words = len(vocabulary_of(data, self))
+        self.num_words = len(_vocabulary(data, self))
         self.ids = drawn(data.test_samples.x, self.max_sentences)
         unknown = float((self.ids == 1).sum() / (self.ids != 0).sum())
         return {"num_words": self.num_words, "unknown_words": unknown, "nll_num_sentences": len(self.ids)}
@@ -208,15 +208,21 @@ class HeldOutLikelihood(Metric):
         return {"nll": -sum(float(values.double().sum()) for values, _ in parts) / terms}
 
 
-def vocabulary_of(data: FederatedDataModule, metric: Metric) -> Vocabulary:
-    """Return the vocabulary that the clients agreed on.
+def vocabulary_of(data: FederatedDataModule) -> Vocabulary | None:
+    """Return the vocabulary that the clients have agreed on; ``None`` before that, and for data that is no text."""
+    found = getattr(data.source, "vocabulary", None)
+    return found if isinstance(found, Vocabulary) else None
+
+
+def _vocabulary(data: FederatedDataModule, metric: Metric) -> Vocabulary:
+    """Return the vocabulary of a metric's data.
 
     Raises:
         ConfigurationError: If the data is no text.
     """
-    data.train_samples  # noqa: B018 - by now the clients have agreed
-    found = getattr(data.source, "vocabulary", None)
-    if not isinstance(found, Vocabulary):
+    data.agree()
+    found = vocabulary_of(data)
+    if found is None:
         raise ConfigurationError(
             message(
                 f"{type(metric).__name__} reads text",

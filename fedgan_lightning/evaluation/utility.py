@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_auroc
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
-from fedgan_lightning.data.samples import ClientSamples, Samples
+from fedgan_lightning.data.samples import ClientSamples, Samples, to_bytes
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation import neighbours
 from fedgan_lightning.evaluation.features import Classifier, FeatureNet, FrozenNet, PixelFeatures, train_classifier
@@ -141,7 +141,7 @@ class ClientAugmentation(Metric):
 def stored(x: Tensor, y: Tensor, *, is_image: bool) -> Samples:
     """Return samples in [-1, 1] with their labels as a data set; images become bytes."""
     x = x.cpu()
-    return Samples(x=((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8) if is_image else x, y=y.cpu())
+    return Samples(x=to_bytes(x) if is_image else x, y=y.cpu())
 
 
 def classified(

@@ -400,8 +400,8 @@ class GAN(L.LightningModule):
         network = self.generator if raw or self.generator_ema is None else self.generator_ema
         given = {"labels": labels, "latents": latents, "conditions": conditions}
         z, told = inputs(self, network, num_samples, generator=generator, **given)
-        samples = generated(network, z, told, chunk_size=chunk_size)
-        return samples if self.codec is None else self.codec.decode(samples)
+        decode = None if self.codec is None else self.codec.decode
+        return generated(network, z, told, chunk_size=chunk_size, decode=decode)
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,7 +45,14 @@ def inputs(
 
 
 @torch.no_grad()
-def generated(network: nn.Module, latents: Tensor, labels: Tensor, *, chunk_size: int) -> Tensor:
+def generated(
+    network: nn.Module,
+    latents: Tensor,
+    labels: Tensor,
+    *,
+    chunk_size: int,
+    decode: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Return G(z, y) in evaluation mode; the mode is restored.
 
     Args:
@@ -52,11 +60,13 @@ def generated(network: nn.Module, latents: Tensor, labels: Tensor, *, chunk_size
         latents: (N, latent_dim).
         labels: (N,), or conditions (N, ...).
         chunk_size: Samples per forward pass.
+        decode: Applied to every chunk: words as rows of the vocabulary would take much memory all together.
     """
     mode = network.training
     network.eval()
     try:
-        return torch.cat([network(z, y) for z, y in zip(latents.split(chunk_size), labels.split(chunk_size))])
+        parts = (network(z, y) for z, y in zip(latents.split(chunk_size), labels.split(chunk_size)))
+        return torch.cat([part if decode is None else decode(part) for part in parts])
     finally:
         network.train(mode)
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.gan.conditions import Codec
 from fedgan_lightning.gan.priors import Gumbel
-from fedgan_lightning.gan.sampling import generated
+from fedgan_lightning.gan.sampling import generated, inputs
 
 
 class OneHot(Codec):
@@ -33,7 +33,12 @@ class OneHot(Codec):
         return one_hot(x.long(), self.num_words).to(torch.get_default_dtype())
 
     def decode(self, samples: Tensor) -> Tensor:
-        return samples.argmax(-1)
+        return words(samples)
+
+
+def words(rows: Tensor) -> Tensor:
+    """Return the ids (N, T) of the largest entries of rows (N, T, V)."""
+    return rows.argmax(-1)
 
 
 def language_adam(parameters: Iterable[Any]) -> Optimizer:
@@ -119,12 +124,5 @@ class LanguageModel(L.LightningModule):
             latents: Noise (num_samples, T * V) to use instead.
             chunk_size: Sentences per forward pass.
         """
-        own = next(self.generator.parameters())
-        if latents is None:
-            where: dict[str, Any] = {"device": own.device, "dtype": own.dtype}
-            latents = self.prior.sample(num_samples, self.latent_dim, generator=generator, **where)
-        parts = latents.to(device=own.device, dtype=own.dtype).split(chunk_size)
-        ids = [
-            generated(self.generator, z, z.new_zeros(len(z)).long(), chunk_size=chunk_size).argmax(-1) for z in parts
-        ]
-        return torch.cat(ids)
+        z, told = inputs(self, self.generator, num_samples, latents=latents, generator=generator)
+        return generated(self.generator, z, told, chunk_size=chunk_size, decode=words)

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedgan_lightning.data.samples import of_bytes, to_bytes
 from fedgan_lightning.errors import ConfigurationError, DataError, message
-from fedgan_lightning.evaluation.callback import quantise
 from fedgan_lightning.evaluation.completion import check_completes, completed, pictures_with_holes
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.gan.holes import Holes, masked
 from fedgan_lightning.seeding import make_generator
 from fedgan_lightning.visuals import pictures
-from fedgan_lightning.visuals.tensorboard import writers
+from fedgan_lightning.visuals.tensorboard import publish
 
 #: Files that are read as pictures.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -103,12 +103,8 @@ class CompletionPictures(L.Callback):
 
     def _publish(self, trainer: L.Trainer, module: L.LightningModule, *, name: str) -> None:
         self._last_round = trainer.global_step
-        if not trainer.is_global_zero:
-            return
-        drawn = self.draw(trainer.datamodule, module)  # type: ignore[attr-defined]
-        pictures.save(drawn, Path(trainer.default_root_dir) / name)
-        for writer in writers(trainer):
-            writer.add_image("samples/completed", drawn, trainer.global_step, dataformats="HWC")
+        if trainer.is_global_zero:
+            publish(trainer, self.draw(trainer.datamodule, module), name=name, tag="samples/completed")  # type: ignore[attr-defined]
 
     # ------------------------------------------------------------------ predict
 
@@ -176,7 +172,7 @@ def read_folder(folder: str | Path, *, shape: tuple[int, ...]) -> tuple[list[str
     names = sorted(found)
     x = torch.stack([_read(found[name], mode=modes[shape[0]], size=size) for name in names])
     mask = torch.stack([_read(masks[name], mode="L", size=size) for name in names])
-    return names, x.float() / 127.5 - 1, (mask >= WHITE).float()
+    return names, of_bytes(x), (mask >= WHITE).float()
 
 
 def _read(path: Path, *, mode: str, size: tuple[int, int]) -> Tensor:
@@ -203,8 +199,7 @@ def _read(path: Path, *, mode: str, size: tuple[int, int]) -> Tensor:
 
 def as_bytes(picture: Tensor) -> pictures.Picture:
     """Return a picture (c, h, w) in [-1, 1] as bytes (h, w, 3)."""
-    levels = ((quantise(picture) + 1) * 127.5).round().to(torch.uint8)
-    pixels: pictures.Picture = levels.permute(1, 2, 0).expand(-1, -1, 3).contiguous().numpy()
+    pixels: pictures.Picture = to_bytes(picture).permute(1, 2, 0).expand(-1, -1, 3).contiguous().numpy()
     return pixels
 
 

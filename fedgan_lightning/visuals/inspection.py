@@ -16,7 +16,7 @@ from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.gan.priors import Normal, Prior
 from fedgan_lightning.seeding import make_generator
 from fedgan_lightning.visuals import pictures
-from fedgan_lightning.visuals.tensorboard import writers
+from fedgan_lightning.visuals.tensorboard import publish
 
 
 class Inspection(L.Callback):
@@ -53,10 +53,7 @@ class Inspection(L.Callback):
             return
         root = Path(trainer.default_root_dir)
         if hasattr(pl_module.model, "latent_dim"):
-            drawn = self.interpolation(pl_module)
-            pictures.save(drawn, root / "interpolation.png")
-            for writer in writers(trainer):
-                writer.add_image("samples/interpolation", drawn, trainer.global_step, dataformats="HWC")
+            publish(trainer, self.interpolation(pl_module), name="interpolation.png", tag="samples/interpolation")
         if not data.has_client_samples:
             return
         for client_id in range(min(self.clients, data.num_clients)):

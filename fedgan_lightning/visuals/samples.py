@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
-from fedgan_lightning.data.vocabulary import Vocabulary
+from fedgan_lightning.data.samples import to_bytes
 from fedgan_lightning.errors import ConfigurationError, message
-from fedgan_lightning.evaluation.callback import quantise
+from fedgan_lightning.evaluation.text import vocabulary_of
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.files import write_text
 from fedgan_lightning.gan.steps import split_heads
 from fedgan_lightning.seeding import make_generator
 from fedgan_lightning.visuals import pictures
-from fedgan_lightning.visuals.tensorboard import writers
+from fedgan_lightning.visuals.tensorboard import publish, writers
 
 
 class SamplePictures(L.Callback):
@@ -65,9 +65,9 @@ class SamplePictures(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = _data(trainer)
         drawn = pictures.partition(data.label_counts(), class_names=data.class_names)
-        self._publish(trainer, drawn, name="partition.png", tag="partition", step=0)
+        publish(trainer, drawn, name="partition.png", tag="partition", step=0)
         if len(data.sample_shape) == 3 and data.has_client_samples:
-            self._publish(trainer, self._reals(data), name="reals.png", tag="samples/real", step=0)
+            publish(trainer, self._reals(data), name="reals.png", tag="samples/real", step=0)
         if trainer.global_step == 0:
             self._draw(trainer, pl_module, name="fakes_init.png")
 
@@ -110,13 +110,15 @@ class SamplePictures(L.Callback):
         if not module.can_sample:
             return
         self._last_round, data = trainer.global_step, _data(trainer)
-        if vocabulary_of(data) is not None and trainer.is_global_zero:
+        title, tag = f"round {trainer.global_step}", "samples/generated"
+        if vocabulary_of(data) is None:
+            publish(trainer, self.draw(data, module, title=title), name=name, tag=tag)
+        elif trainer.is_global_zero:
             lines = self.sentences(data, module)
             write_text((Path(trainer.default_root_dir) / name).with_suffix(".txt"), "\n".join(lines) + "\n")
             for writer in writers(trainer):
-                writer.add_text("samples/generated", "\n\n".join(lines), trainer.global_step)
-        drawn = self.draw(data, module, title=f"round {trainer.global_step}")
-        self._publish(trainer, drawn, name=name, tag="samples/generated", step=trainer.global_step)
+                writer.add_text(tag, "\n\n".join(lines), trainer.global_step)
+            publish(trainer, pictures.page(lines, title=title), name=name, tag=tag)
 
     def _generator(self) -> torch.Generator:
         return make_generator(self.seed, "fixed z")
@@ -139,13 +141,6 @@ class SamplePictures(L.Callback):
             rows.append(torch.cat([images, -torch.ones(missing, *data.sample_shape)]))
         return pictures.grid(torch.cat(rows), columns=self.columns)
 
-    def _publish(self, trainer: L.Trainer, picture: pictures.Picture, *, name: str, tag: str, step: int) -> None:
-        if not trainer.is_global_zero:
-            return
-        pictures.save(picture, Path(trainer.default_root_dir) / name)
-        for writer in writers(trainer):
-            writer.add_image(tag, picture, step, dataformats="HWC")
-
     # ------------------------------------------------------------------ predict
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -160,7 +155,7 @@ class SamplePictures(L.Callback):
         folder.mkdir(parents=True, exist_ok=True)
         if len(data.sample_shape) == 3:
             pictures.save(pictures.grid(samples, columns=self.columns), folder / "samples.png")
-            samples = ((quantise(samples) + 1) * 127.5).round().to(torch.uint8)
+            samples = to_bytes(samples)
         else:
             pictures.save(self.draw(data, pl_module, title="samples"), folder / "samples.png")
         if (vocabulary := vocabulary_of(data)) is not None:
@@ -186,12 +181,6 @@ def _belief(data: FederatedDataModule, server: ServerModule) -> Callable[[Tensor
         return logits.flatten().float().sigmoid()
 
     return read
-
-
-def vocabulary_of(data: FederatedDataModule) -> Vocabulary | None:
-    """Return the vocabulary of text, ``None`` for other data."""
-    found = getattr(data.source, "vocabulary", None)
-    return found if isinstance(found, Vocabulary) else None
 
 
 def _data(trainer: L.Trainer) -> FederatedDataModule:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from fedgan_lightning.evaluation.callback import Evaluation
+from fedgan_lightning.visuals import pictures
 
 LAYOUT = {
     "Training": {
@@ -38,6 +40,15 @@ LAYOUT = {
 def writers(trainer: L.Trainer) -> list[Any]:
     """Return the SummaryWriters of the Trainer's TensorBoard loggers."""
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def publish(trainer: L.Trainer, picture: pictures.Picture, *, name: str, tag: str, step: int | None = None) -> None:
+    """Write a picture into the run directory and to TensorBoard, of this round unless told; on the first rank only."""
+    if not trainer.is_global_zero:
+        return
+    pictures.save(picture, Path(trainer.default_root_dir) / name)
+    for writer in writers(trainer):
+        writer.add_image(tag, picture, trainer.global_step if step is None else step, dataformats="HWC")
 
 
 class TensorBoardLayout(L.Callback):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 
@@ -13,7 +12,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from benchmarks import inpainting as benchmark
 from fedgan_lightning import (
     GAN,
     Completion,
@@ -399,21 +397,3 @@ class TestFolders:
     def test_settings_of_the_callback_are_checked(self):
         with pytest.raises(ConfigurationError, match="CompletionPictures are at least 1; received 0"):
             CompletionPictures(rows=0)
-
-
-def test_the_benchmark_shows_what_is_finished(tmp_path):
-    values = {f"completion_{column}": 1.0 for column in benchmark.COLUMNS}
-    facts = {"completion_fid_floor": 4.0, **{f"{name}_mean_fill": 3.0 for name in values}, "completion_telea_fill": "-"}
-    runs = {"federated/seed0": {"final": values, "status": "finished"}}
-    runs |= {f"local/seed0/local{k}": {"test": {**facts, **values, "completion_l1": k}} for k in (1, 2)}
-    for place, contents in runs.items():
-        (tmp_path / place).mkdir(parents=True)
-        summary = {"evaluation": facts, "wall_seconds": 10.0, **contents}
-        (tmp_path / place / "summary.json").write_text(json.dumps(summary))
-    lines = benchmark.table(tmp_path, [0, 1]).splitlines()
-    assert lines[2:5] == [
-        "| mean fill | | 3 | 3 | 3 | 3 | |",
-        "| federated | 1 | 1 | 1 | 1 | 1 | 10 |",
-        "| alone, mean of 2 clients | 1 | 1 | 1 | 1.5 | 1 | 20 |",
-    ]
-    assert lines[-1].endswith("4.")
