@@ -55,6 +55,7 @@ LAYERS = {
     "gan.optimizers": 0,
     "gan.augment": 1,
     "gan.sampling": 0,
+    "gan.average": 0,
     "gan.checks": 1,
     "gan.tracing": 1,
     "gan.module": 3,

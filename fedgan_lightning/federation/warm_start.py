@@ -12,6 +12,7 @@ from fedgan_lightning.checkpoints import read_checkpoint
 from fedgan_lightning.data.datamodule import FederatedDataModule, check_agreement
 from fedgan_lightning.errors import CheckpointError, message
 from fedgan_lightning.federation.server import ServerModule
+from fedgan_lightning.gan.average import IMAGES_SEEN
 from fedgan_lightning.states import load_entries
 
 
@@ -54,10 +55,11 @@ class StartFrom(L.Callback):
         if prefix is None or name not in own:
             raise self._unfit(f"no network {name} in {'the file' if name in own else 'this run'}", "set networks")
         values = {entry[len(prefix) :]: value for entry, value in state.items() if entry.startswith(prefix)}
+        values.pop(IMAGES_SEEN, None)  # an average begins to count anew
         for target in (own[name], own.get(f"{name}_ema")):
             if target is None:
                 continue
-            mine = target.state_dict()
+            mine = {entry: value for entry, value in target.state_dict().items() if entry != IMAGES_SEEN}
             differing = [
                 e for e in {*mine, *values} if e not in mine or e not in values or mine[e].shape != values[e].shape
             ]

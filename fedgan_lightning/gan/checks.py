@@ -86,6 +86,10 @@ def check_settings(gan: Any) -> None:
                 fix="set null to switch it off",
             )
         )
+    if gan.ema_rampup is not None and gan.ema_rampup <= 0:
+        raise ConfigurationError(
+            message("ema_rampup is positive", received=gan.ema_rampup, fix="set null for a constant half-life")
+        )
 
 
 def check_conditions(gan: Any, conditions: torch.Tensor | None) -> None:

@@ -6,7 +6,6 @@ client by a per-round Trainer.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -18,13 +17,14 @@ from torch.optim import Optimizer
 
 from fedgan_lightning.errors import DataError, message
 from fedgan_lightning.gan.augment import Augmentation, LeCam
+from fedgan_lightning.gan.average import averaged, follow
 from fedgan_lightning.gan.checks import check_conditions, check_networks, check_settings
 from fedgan_lightning.gan.conditions import Codec, Condition
 from fedgan_lightning.gan.objectives import AdversarialLoss, NonSaturating
 from fedgan_lightning.gan.optimizers import OptimizerCallable, SchedulerCallable, dcgan_adam
 from fedgan_lightning.gan.penalties import Penalty
 from fedgan_lightning.gan.priors import Normal, Prior
-from fedgan_lightning.gan.sampling import RECALIBRATION_SAMPLES, estimate_statistics, follow, generated, inputs
+from fedgan_lightning.gan.sampling import RECALIBRATION_SAMPLES, estimate_statistics, generated, inputs
 from fedgan_lightning.gan.statistics import StepMeans
 from fedgan_lightning.gan.steps import Draws, DuePenalty, Stats, discriminator_step, generator_step
 from fedgan_lightning.protocol import RoundInfo
@@ -60,6 +60,8 @@ class GAN(L.LightningModule):
         ema_half_life_images: Half-life, in images, of the moving average of the generator that is used for sampling
             and metrics; ``None`` keeps no average. In a federation the average lives on the server, and moves by the
             mean number of images that a client of the round has seen.
+        ema_rampup: Share of the images seen so far that the half-life does not exceed, so that the average does not
+            lag behind weights that still improve fast; ``None`` keeps the half-life constant.
         clip_gradient_norm: Largest norm of each network's gradient; ``None`` does not clip.
         augment: Augmentation of the images that the discriminator sees.
         anchor: Anchors for the discriminator's logits.
@@ -88,6 +90,7 @@ class GAN(L.LightningModule):
         fake_labels: Literal["held", "balanced", "all"] = "held",
         auxiliary_weight: float = 1.0,
         ema_half_life_images: float | None = None,
+        ema_rampup: float | None = 0.05,
         clip_gradient_norm: float | None = None,
         augment: Augmentation | None = None,
         anchor: LeCam | None = None,
@@ -104,7 +107,7 @@ class GAN(L.LightningModule):
         self.updates, self.d_steps, self.g_steps = updates, d_steps, g_steps
         self.prior = prior if prior is not None else Normal()
         self.fake_labels, self.auxiliary_weight = fake_labels, auxiliary_weight
-        self.ema_half_life_images = ema_half_life_images
+        self.ema_half_life_images, self.ema_rampup = ema_half_life_images, ema_rampup
         self.clip_gradient_norm = clip_gradient_norm
         self.augment, self.anchor = augment, anchor
         self.condition, self.codec = condition, codec
@@ -114,7 +117,7 @@ class GAN(L.LightningModule):
         check_settings(self)
         self.generator_ema: nn.Module | None = None
         if ema_half_life_images is not None:
-            self.generator_ema = copy.deepcopy(generator).requires_grad_(False)
+            self.generator_ema = averaged(generator)
         #: Local steps since the start of training; schedules and lazy penalties count in these.
         self.local_step = 0
         self._means = StepMeans()
@@ -346,13 +349,11 @@ class GAN(L.LightningModule):
     # ------------------------------------------------------------------ moving average
 
     def update_ema(self, *, num_images: float) -> None:
-        """Move the average by ``num_images``: w_ema <- b w_ema + (1 - b) w with b = 2^(-num_images / half-life).
-
-        Buffers are copied. Source: Karras et al. 2018, section 4.
-        """
+        """Move the average by ``num_images``; the formula is that of :func:`~fedgan_lightning.gan.average.follow`."""
         if self.generator_ema is None or self.ema_half_life_images is None:
             return
-        follow(self.generator_ema, self.generator, weight=1 - 0.5 ** (num_images / self.ema_half_life_images))
+        half_life, rampup = self.ema_half_life_images, self.ema_rampup
+        follow(self.generator_ema, self.generator, num_images=num_images, half_life=half_life, rampup=rampup)
 
     def on_server_round_end(self, *, num_images: float) -> None:
         """Average over rounds on the server."""

@@ -72,17 +72,6 @@ def generated(
 
 
 @torch.no_grad()
-def follow(average: nn.Module, network: nn.Module, *, weight: float) -> None:
-    """Move ``average`` towards ``network``: w_average <- (1 - weight) w_average + weight w; buffers are copied."""
-    averages: list[Tensor] = list(average.parameters())
-    values: list[Tensor] = list(network.parameters())
-    if averages:
-        torch._foreach_lerp_(averages, values, weight)
-    for buffer, value in zip(average.buffers(), network.buffers()):
-        buffer.copy_(value)
-
-
-@torch.no_grad()
 def estimate_statistics(network: nn.Module, latents: Tensor, labels: Tensor, *, chunk_size: int = 500) -> None:
     """Set the running mean and variance of every BatchNorm to their means over chunks of generated activations.
 

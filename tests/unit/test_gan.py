@@ -107,7 +107,7 @@ def test_wgan_gp_relativistic_and_uniform_prior_train():
 
 class TestMovingAverage:
     def test_half_life_is_counted_in_images(self):
-        model = ring_gan(ema_half_life_images=100.0)
+        model = ring_gan(ema_half_life_images=100.0, ema_rampup=None)
         for average in model.generator_ema.parameters():
             average.data.zero_()
         for value in model.generator.parameters():
@@ -120,7 +120,7 @@ class TestMovingAverage:
     def test_does_not_depend_on_how_images_are_divided(self):
         averages = []
         for parts in (1, 5):
-            model = ring_gan(ema_half_life_images=64.0)
+            model = ring_gan(ema_half_life_images=64.0, ema_rampup=None)
             for value in model.generator.parameters():
                 value.data.add_(1.0)
             for _ in range(parts):
@@ -128,8 +128,23 @@ class TestMovingAverage:
             averages.append(torch.cat([value.flatten() for value in model.generator_ema.parameters()]))
         torch.testing.assert_close(*averages)
 
+    def test_the_half_life_grows_with_the_images_seen(self):
+        model = ring_gan(ema_half_life_images=100.0, ema_rampup=0.5)
+        for average, value in zip(model.generator_ema.parameters(), model.generator.parameters()):
+            average.data.zero_()
+            value.data.fill_(1.0)
+        left = 1.0
+        for seen in (40, 80, 120, 160, 200, 240):
+            model.update_ema(num_images=40)
+            left *= 0.5 ** (40 / min(100.0, 0.5 * seen))
+            for average in model.generator_ema.parameters():
+                torch.testing.assert_close(average, torch.full_like(average, 1 - left))
+        model.update_ema(num_images=0)
+        assert all(torch.isfinite(average).all() for average in model.generator_ema.parameters())
+        assert float(model.state_dict()["generator_ema.images_seen"]) == 240, "a resumed run goes on from there"
+
     def test_is_used_for_sampling_and_is_not_trained(self):
-        model = ring_gan(ema_half_life_images=1e9)
+        model = ring_gan(ema_half_life_images=1e9, ema_rampup=None)
         fit(model)
         z = torch.randn(5, 4)
         assert not torch.allclose(model.sample(5, latents=z), model.sample(5, latents=z, raw=True))
@@ -165,6 +180,7 @@ def test_fake_labels_are_held_or_all():
         (lambda: ring_gan(updates="simultaneous", d_steps=2), "d_steps=2, g_steps=1"),
         (lambda: ring_gan(d_steps=0), "received 0 and 1"),
         (lambda: ring_gan(ema_half_life_images=0), "received 0"),
+        (lambda: ring_gan(ema_half_life_images=10, ema_rampup=0), "ema_rampup is positive"),
     ],
 )
 def test_contradictions_are_refused_in_the_constructor(build, words):

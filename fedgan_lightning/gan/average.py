@@ -1,0 +1,49 @@
+"""The moving average of a generator: its samples are less noisy than those of the weights that training has reached."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+#: Buffer of an average that its network does not have.
+IMAGES_SEEN = "images_seen"
+
+
+def averaged(network: nn.Module) -> nn.Module:
+    """Return a copy of ``network`` to average into: without gradients, with a count of the images that it has seen."""
+    average = copy.deepcopy(network).requires_grad_(False)
+    average.register_buffer(IMAGES_SEEN, torch.zeros((), dtype=torch.float64))
+    return average
+
+
+@torch.no_grad()
+def follow(
+    average: nn.Module, network: nn.Module, *, num_images: float, half_life: float, rampup: float | None = None
+) -> None:
+    """Move ``average`` towards ``network``: w_average <- b w_average + (1 - b) w with b = 2^(-num_images / h).
+
+    h is the half-life; with a ramp-up, h = min(half-life, rampup x images seen so far, these included). Buffers are
+    copied. Sources: Karras et al. 2018, section 4; the ramp-up: Karras et al. 2020, training settings.
+
+    Args:
+        average: What :func:`averaged` returned; perhaps with a leading dimension of clients in all tensors.
+        network: The network that it follows.
+        num_images: Images that ``network`` has seen since the last call.
+        half_life: Half-life in images.
+        rampup: Share of the images seen that the half-life does not exceed; ``None``: none.
+    """
+    if not num_images:  # a round without clients
+        return
+    seen: Tensor = average.images_seen  # type: ignore[assignment]
+    seen += num_images
+    lives = torch.full_like(seen, half_life) if rampup is None else (rampup * seen).clamp(max=half_life)
+    weight = 1 - 0.5 ** (num_images / lives)  # stays on the device: nobody waits for it
+    averages: list[Tensor] = list(average.parameters())
+    if averages:
+        shaped = [weight.to(own.dtype).reshape(weight.shape + (1,) * (own.dim() - weight.dim())) for own in averages]
+        torch._foreach_lerp_(averages, list(network.parameters()), shaped)
+    own = dict(average.named_buffers())
+    for name, value in network.named_buffers():
+        own[name].copy_(value)
