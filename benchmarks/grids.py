@@ -100,8 +100,9 @@ def optimizers(*, lr: float, server: float) -> dict[str, list[str]]:
 
 
 STAY = ["--federation.sync", "{discriminator: local}"]
-#: What two of ten clients do.
+#: What two of ten clients do, at so many times the length of an honest update.
 ATTACK = ["--federation.executor", "FaultyExecutor", "--federation.executor.always", "{3: sign_flip, 7: noise}"]
+STRONG = [*ATTACK, "--federation.executor.attack_scale", "10"]
 AGGREGATORS = {
     "mean": [],
     "coordinate median": ["--federation.aggregator", "CoordinateMedian"],
@@ -196,7 +197,8 @@ GRIDS = {
         common=IID,
         cells={
             "mean, all honest": [],
-            **{f"{name}, attacked": [*ATTACK, *options] for name, options in AGGREGATORS.items()},
+            "mean, attacked at equal length": ATTACK,
+            **{f"{name}, attacked": [*STRONG, *options] for name, options in AGGREGATORS.items()},
         },
         columns=IMAGE_COLUMNS[:6],
     ),

@@ -96,6 +96,23 @@ def test_a_failing_client_changes_nothing_for_the_others(fault):
         assert events["late"] == 2, "what came a round too late was dropped"
 
 
+@pytest.mark.parametrize("fault", ["sign_flip", "noise"])
+def test_attackers_send_updates_as_long_as_they_are_told(fault):
+    data, lengths = ring_data(), {}
+    for scale in (1.0, 10.0):
+        executor = faulty(always={1: fault}, attack_scale=scale)
+        server, *_ = federate(
+            ring_gan(), data, rounds=1, local_steps=2, clients=SelectedClients([1]), executor=executor
+        )
+        start = ring_gan().state_dict()
+        moved = [value - start[name] for name, value in server.model.state_dict().items()]
+        lengths[scale] = float(sum(value.square().sum() for value in moved) ** 0.5)
+        assert executor.facts()["attack_scale"] == scale
+    assert lengths[10.0] == pytest.approx(10 * lengths[1.0], rel=1e-4)
+    with pytest.raises(ConfigurationError, match="attack_scale is positive; received 0"):
+        faulty(attack_scale=0)
+
+
 def test_without_screening_an_update_that_cannot_be_right_ends_the_run():
     with pytest.raises(UpdateError, match="client 1"):
         run(executor=faulty(always={1: "nan"}))

@@ -17,6 +17,8 @@ from fedgan_lightning.seeding import make_generator
 
 #: Length of an update that is as long as ``huge_norm`` makes it, over its own.
 HUGE = 1e6
+#: Faults that are meant.
+ATTACKS = ("sign_flip", "noise")
 SILENT = {"crash": "the client's process ended", "hang": "no answer in time"}
 
 
@@ -38,7 +40,9 @@ class FaultyExecutor(Executor):
         stale: Rate of updates that answer a round long past.
         huge_norm: Rate of updates a million times as long.
         sign_flip: Rate of updates that point the other way.
-        noise: Rate of updates replaced by normal noise of the same length.
+        noise: Rate of updates replaced by normal noise.
+        attack_scale: Length of updates of ``sign_flip`` and ``noise``, over that of the client's own; attackers who
+            mean to break a mean send long ones.
         always: Faults of clients that always fail in the same way, by client id.
 
     Raises:
@@ -59,6 +63,7 @@ class FaultyExecutor(Executor):
         huge_norm: float = 0.0,
         sign_flip: float = 0.0,
         noise: float = 0.0,
+        attack_scale: float = 1.0,
         always: dict[int, str] | None = None,
     ) -> None:
         self.executor = executor if executor is not None else AutoExecutor()
@@ -86,6 +91,9 @@ class FaultyExecutor(Executor):
                     "faults have names", received=", ".join(unknown), fix=f"choose from {', '.join(sorted(self.rates))}"
                 )
             )
+        if attack_scale <= 0:
+            raise ConfigurationError(message("attack_scale is positive", received=attack_scale, fix="raise it"))
+        self.attack_scale = attack_scale
         self._late: list[ClientUpdate] = []
 
     def setup(self, context: ClientContext) -> None:
@@ -116,7 +124,8 @@ class FaultyExecutor(Executor):
             elif fault_of is None:
                 yield answer
             else:
-                yield CORRUPTIONS[fault_of](answer, round, seeds[answer.client_id])
+                changed = CORRUPTIONS[fault_of](answer, round, seeds[answer.client_id])
+                yield _scaled(changed, self.attack_scale) if fault_of in ATTACKS else changed
 
     def fault(self, task: ClientTask) -> str | None:
         """Return how the client fails, or ``None``."""
@@ -149,6 +158,7 @@ class FaultyExecutor(Executor):
         return {
             "faults": rates,
             "always": dict(self.always),
+            "attack_scale": self.attack_scale,
             "runs": type(self.executor).__name__,
             **self.executor.facts(),
         }
@@ -160,6 +170,10 @@ class FaultyExecutor(Executor):
 
 def _changed(update: ClientUpdate, function: Callable[[Tensor], Tensor]) -> ClientUpdate:
     return dataclasses.replace(update, delta={name: function(value) for name, value in update.delta.items()})
+
+
+def _scaled(update: ClientUpdate, scale: float) -> ClientUpdate:
+    return _changed(update, lambda value: scale * value)
 
 
 def _first_entry(update: ClientUpdate, function: Callable[[str, Tensor], tuple[str, Tensor]]) -> ClientUpdate:
@@ -186,7 +200,7 @@ CORRUPTIONS: dict[str, Callable[[ClientUpdate, int, int], ClientUpdate]] = {
     ),
     "wrong_keys": lambda update, round, seed: _first_entry(update, lambda name, value: (f"{name}_", value)),
     "stale": lambda update, round, seed: dataclasses.replace(update, round=round - 2),
-    "huge_norm": lambda update, round, seed: _changed(update, lambda value: HUGE * value),
+    "huge_norm": lambda update, round, seed: _scaled(update, HUGE),
     "sign_flip": lambda update, round, seed: _changed(update, torch.neg),
     "noise": _noise,
 }
