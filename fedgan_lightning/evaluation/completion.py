@@ -154,8 +154,8 @@ def check_completes(model: nn.Module) -> None:
 def similarity(first: Tensor, second: Tensor) -> dict[str, float]:
     """Return ``psnr`` in dB and ``ssim`` of pictures (n, c, h, w) in [-1, 1]; a perfect copy has PSNR infinity.
 
-    PSNR = 10 log10(4 / MSE). SSIM: Wang et al. 2004, with their Gaussian window of 1.5 pixels; of 0.5 pixels for
-    pictures of less than 16 pixels a side, in which it does not fit.
+    PSNR = 10 log10(4 / MSE), MSE over all pictures. SSIM: Wang et al. 2004, with their Gaussian window of 1.5 pixels;
+    of 0.5 pixels for pictures of less than 16 pixels a side, in which it does not fit.
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
