@@ -7,9 +7,12 @@ import json
 import math
 
 import pytest
+import torch
+import yaml
 
-from benchmarks import controls, grids, quality
+from benchmarks import controls, grids, quality, site_folders
 from fedgan_lightning.__main__ import main
+from fedgan_lightning.data.sources import ImageFolder, TorchvisionImages
 from tests.conftest import ROOT
 
 CHEAP = ["--evaluation.num_samples", "50", "--federation.executor", "SequentialExecutor"]
@@ -93,3 +96,14 @@ def test_curves_of_a_run_end_in_the_table(tmp_path):
         scalars={"train/loss_g": ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0], [float(n) for n in range(10)])},
     )  # fmt: skip
     assert quality.ends(run) == {"fid": 1.0, "train/loss_g, first": 0.5, "train/loss_g, last": 8.5}
+
+
+def test_folders_of_sites_hold_their_own_digits(tmp_path, shared):
+    assert site_folders.write(tmp_path, root=str(shared), sites=3, per_class=5) == [20, 15, 15]
+    settings = yaml.safe_load((tmp_path / "site1.yaml").read_text())["data"]["source"]
+    assert settings["class_path"] == "ImageFolder"
+    found = ImageFolder(**settings["init_args"]).load("train")
+    assert set(found.y.tolist()) == {4, 5, 6}, "labels are those of all ten digits"
+    original = TorchvisionImages("MNIST", root=str(shared)).load("train")
+    fours = original.x[original.y == 4][:5]
+    assert all(any(torch.equal(x, four) for four in fours) for x in found.x[found.y == 4]), "not a pixel is changed"
