@@ -1,10 +1,9 @@
-"""One federation of real processes over TLS, one without, at the same time; their wires are recorded."""
+"""A federation of real processes, whose wires are recorded; for the tests of the proxies and of what a wire shows."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,24 +11,19 @@ import pytest
 
 from fedgan_lightning.deployment import launch
 from tests.conftest import ROOT
-from tests.deployment.processes import (
-    CONFIG,
-    Relay,
-    answers,
-    nginx,
-    open_site_command,
-    open_superlink,
-    server_proxy,
-    site_proxy,
-    wait_for,
-)
+from tests.deployment.processes import CONFIG, OpeningRelay, Relay, nginx, server_proxy, site_proxy
 
 SITES = 2
 #: Two rounds: what the first one makes travels in the second.
 OPTIONS = [
     *("--data.num_clients", str(SITES), "--federation.rounds", "2", "--federation.local_steps", "5"),
     *("--model.generator.init_args.hidden", "[64, 64]", "--model.discriminator.init_args.hidden", "[64, 64]"),
-    *("--evaluation.metrics", "[{class_path: FrechetDistance}]", "--evaluation.num_samples", "100"),
+    *(
+        "--evaluation.metrics",
+        "[{class_path: FrechetDistance, init_args: {features: PixelFeatures}}]",
+        "--evaluation.num_samples",
+        "100",
+    ),
     *("--pictures.every_n_rounds", "2", "--evaluation.every_n_rounds", "2"),
 ]
 
@@ -39,16 +33,16 @@ class Recorded:
     """A federation that came to its end.
 
     Attributes:
-        run_dir: Directory of the run.
+        home: Where its logs and its run directory ``run`` lie.
         code: What the run ended with.
         wires: What passed between sites and server: streams by section of the way.
-        seen_by_server_proxy: Its log, where there is one.
+        opened: What passed on the last section, without TLS.
     """
 
-    run_dir: Path
+    home: Path
     code: int
     wires: dict[str, list[bytes]]
-    seen_by_server_proxy: str
+    opened: list[bytes]
 
 
 @pytest.fixture(scope="package")
@@ -61,30 +55,18 @@ def as_installed() -> Iterator[None]:
 
 
 @pytest.fixture(scope="package")
-def federations(tmp_path_factory, as_installed) -> tuple[Recorded, Recorded]:
-    """The same federation as the documentation has it (TLS, node keys, proxies where there is nginx), and in the open."""
-    with ThreadPoolExecutor() as threads:
-        running = [threads.submit(run, tmp_path_factory.mktemp(run.__name__)) for run in (closed, in_the_open)]
-        return running[0].result(), running[1].result()
-
-
-def closed(home: Path) -> Recorded:
-    keys, port, log = home / "keys", launch.free_port(), home / "server-proxy" / "fedgan.log"
+def federation(tmp_path_factory, as_installed) -> Recorded:
+    """A federation as the documentation has it: TLS, node keys, and proxies where there is nginx."""
+    home = tmp_path_factory.mktemp("federation")
+    keys, port = home / "keys", launch.free_port()
     assert launch.main(["keys", str(keys), "--sites", str(SITES), "--host", "fedgan.example.org"]) == 0
     with launch._processes() as started, contextlib.ExitStack() as relays:
         started.append(launch.superlink(home, keys=keys, host="127.0.0.1", port=port))
-        wires = {"to the SuperLink": opened(relays, port)}
+        opened = relays.enter_context(contextlib.closing(OpeningRelay(port, keys=keys)))
+        wires = {"to the SuperLink": relays.enter_context(contextlib.closing(Relay(opened.port)))}
         doors = [wires["to the SuperLink"].port] * SITES
         if nginx() is not None:
-            ports = [launch.free_port() for _ in range(1 + SITES)]
-            started.append(server_proxy(log.parent, keys=keys, superlink=doors[0], port=ports[0]))
-            wires["between the proxies"] = between = opened(relays, ports[0])
-            for number in range(SITES):
-                own = {"number": number, "server": between.port, "port": ports[1 + number]}
-                started.append(site_proxy(home / f"site-proxy{number}", keys=keys, **own))
-            near = [opened(relays, port) for port in ports[1:]]
-            wires |= {f"at site {number}": relay for number, relay in enumerate(near)}
-            doors = [relay.port for relay in near]
+            doors = through_proxies(home, doors[0], keys=keys, started=started, relays=relays, wires=wires)
         launch._await(port, keys, started[0])
         launch._register(home, keys, port)
         for number, door in enumerate(doors):
@@ -93,27 +75,20 @@ def closed(home: Path) -> Recorded:
             command = launch.supernode(superlink=f"localhost:{door}", port=launch.free_port(), node=node, **own)
             started.append(launch._start(command, home / f"site{number}", log="log"))
         code = launch._run(home, CONFIG, home / "run", OPTIONS)
-    return Recorded(home / "run", code, copied(wires), log.read_text() if log.exists() else "")
+    return Recorded(home, code, {name: copied(relay) for name, relay in wires.items()}, copied(opened))
 
 
-def in_the_open(home: Path) -> Recorded:
-    port = launch.free_port()
-    with launch._processes() as started, contextlib.ExitStack() as relays:
-        started.append(open_superlink(home, port=port))
-        wires = {"to the SuperLink": opened(relays, port)}
-        assert wait_for(lambda: answers(port), seconds=launch.START_SECONDS), (home / "superlink.log").read_text()
-        for number in range(SITES):
-            command = open_site_command(number, port=wires["to the SuperLink"].port, home=home)
-            started.append(launch._start(command, home / f"site{number}", log="log"))
-        code = launch._run(home, CONFIG, home / "run", OPTIONS)
-    return Recorded(home / "run", code, copied(wires), "")
+def through_proxies(home: Path, door: int, *, keys: Path, started, relays, wires) -> list[int]:
+    """Start the proxies, with recording relays before and between them; return where the SuperNodes knock."""
+    server, *near = (launch.free_port() for _ in range(1 + SITES))
+    started.append(server_proxy(home / "server-proxy", keys=keys, superlink=door, port=server))
+    wires["between the proxies"] = between = relays.enter_context(contextlib.closing(Relay(server)))
+    for number, port in enumerate(near):
+        own = {"number": number, "server": between.port, "port": port}
+        started.append(site_proxy(home / f"site-proxy{number}", keys=keys, **own))
+        wires[f"at site {number}"] = relays.enter_context(contextlib.closing(Relay(port)))
+    return [wires[f"at site {number}"].port for number in range(SITES)]
 
 
-def opened(relays: contextlib.ExitStack, port: int) -> Relay:
-    relay = Relay(port)
-    relays.callback(relay.close)
-    return relay
-
-
-def copied(wires: dict[str, Relay]) -> dict[str, list[bytes]]:
-    return {name: [bytes(stream) for stream in relay.streams] for name, relay in wires.items()}
+def copied(relay: Relay) -> list[bytes]:
+    return [bytes(stream) for stream in relay.streams]

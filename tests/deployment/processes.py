@@ -1,10 +1,12 @@
-"""Processes of a federation on this machine: SuperNodes, proxies with the shipped configurations, and what passes by."""
+"""Processes of a federation on this machine: SuperNodes, the shipped proxies, and relays that keep what passes."""
 
 from __future__ import annotations
 
 import contextlib
+import select
 import shutil
 import socket
+import ssl
 import subprocess
 import threading
 import time
@@ -36,24 +38,6 @@ def wait_for(condition, *, seconds: float) -> bool:
             return True
         time.sleep(0.3)
     return False
-
-
-# ---------------------------------------------------------------------- without TLS: in tests alone
-
-
-def open_superlink(home: Path, *, port: int) -> subprocess.Popen:
-    command = [str(launch.program("flower-superlink")), "--insecure", "--host", "127.0.0.1", "--port", str(port)]
-    process = launch._start([*command, "--disable-runtime-dependency-installation"], home, log="superlink.log")
-    (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "own"\n[superlink.own]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
-    )
-    return process
-
-
-def open_site_command(number: int, *, port: int, home: Path) -> list[str]:
-    told = f'client-id={number} state="{home / f"site{number}"}"'
-    command = [str(launch.program("flower-supernode")), "--insecure", "--superlink", f"127.0.0.1:{port}"]
-    return [*command, "--port", str(launch.free_port()), "--node-config", told]
 
 
 # ---------------------------------------------------------------------- nginx
@@ -135,21 +119,55 @@ class Relay:
 
     def _serve(self, near: socket.socket) -> None:
         with near, contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.target)) as far:
-            up, down = bytearray(), bytearray()
-            self.streams += [up, down]
-            back = threading.Thread(target=_pass, args=(far, near, down), daemon=True)
-            back.start()
-            _pass(near, far, up)
-            back.join()
+            self._pass(near, far)
+
+    def _pass(self, near: socket.socket, far: socket.socket) -> None:
+        kept = {near: bytearray(), far: bytearray()}
+        self.streams += kept.values()
+        while True:
+            for source in select.select([near, far], [], [])[0] if not _waiting(near, far) else [near, far]:
+                target, received = near if source is far else far, _received(source)
+                if received == b"":
+                    return
+                kept[source] += received or b""
+                target.settimeout(60)
+                target.sendall(received or b"")
 
 
-def _pass(source: socket.socket, target: socket.socket, kept: bytearray) -> None:
-    with contextlib.suppress(OSError):
-        while received := source.recv(1 << 16):
-            kept += received
-            target.sendall(received)
-    with contextlib.suppress(OSError):
-        target.shutdown(socket.SHUT_WR)
+class OpeningRelay(Relay):
+    """Ends TLS on its near side and begins it anew on its far side, so that what it keeps is what TLS hides.
+
+    Args:
+        target: The other port.
+        keys: Folder with the server's certificate and key, and the authority's certificate.
+    """
+
+    def __init__(self, target: int, *, keys: Path) -> None:
+        self._near, self._far = (
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER),
+            ssl.create_default_context(cafile=keys / "ca.crt"),
+        )
+        self._near.load_cert_chain(keys / "server.crt", keys / "server.key")
+        super().__init__(target)
+
+    def _pass(self, near: socket.socket, far: socket.socket) -> None:
+        inside = self._near.wrap_socket(near, server_side=True)
+        with inside, self._far.wrap_socket(far, server_hostname="localhost") as outside:
+            super()._pass(inside, outside)
+
+
+def _waiting(*links: socket.socket) -> bool:
+    """Tell whether something has been decrypted already, which no look at the socket shows."""
+    return any(isinstance(link, ssl.SSLSocket) and link.pending() for link in links)
+
+
+def _received(source: socket.socket) -> bytes | None:
+    """Return what has come, nothing at the end, or ``None``: a record of TLS may hold no data."""
+    source.setblocking(False)
+    try:
+        return source.recv(1 << 16)
+    except (BlockingIOError, ssl.SSLWantReadError):
+        return None
 
 
 def pieces(data: bytes, *, size: int = 32) -> set[bytes]:
