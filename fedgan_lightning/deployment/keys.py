@@ -14,6 +14,8 @@ from typing import Any
 from fedgan_lightning.files import replacing
 
 VALID_DAYS = 365
+#: What a machine calls itself.
+LOCAL = ("localhost", "127.0.0.1")
 
 
 def make_authority(folder: Path, *, hosts: Sequence[str]) -> None:
@@ -21,22 +23,11 @@ def make_authority(folder: Path, *, hosts: Sequence[str]) -> None:
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import NameOID
+    from cryptography.x509.oid import ExtendedKeyUsageOID
 
     folder.mkdir(parents=True, exist_ok=True)
-    now = datetime.datetime.now(datetime.timezone.utc)
-
-    def named(text: str) -> Any:
-        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
-
-    def unsigned(subject: Any, key: Any) -> Any:
-        found = x509.CertificateBuilder().subject_name(subject).issuer_name(named("fedgan authority"))
-        found = found.public_key(key.public_key()).serial_number(x509.random_serial_number())
-        start, end = now - datetime.timedelta(minutes=5), now + datetime.timedelta(days=VALID_DAYS)
-        return found.not_valid_before(start).not_valid_after(end)
-
-    authority, server = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
-    own = unsigned(named("fedgan authority"), authority)
+    authority, name = ec.generate_private_key(ec.SECP384R1()), _named("fedgan authority")
+    own = _unsigned(name, authority, issuer=name)
     own = own.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     usage = {"digital_signature": True, "key_cert_sign": True, "crl_sign": True}
     others = ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "encipher_only")
@@ -46,15 +37,22 @@ def make_authority(folder: Path, *, hosts: Sequence[str]) -> None:
     own = own.add_extension(identifier, critical=False)
     _write(folder / "ca.key", _pem(authority))
     (folder / "ca.crt").write_bytes(_certificate(own.sign(authority, hashes.SHA384())))
+    _issue(folder / "server", name=hosts[0], hosts=hosts, uses=[ExtendedKeyUsageOID.SERVER_AUTH], authority=folder)
 
-    signed = unsigned(named(hosts[0]), server)
-    alternatives = x509.SubjectAlternativeName([_alternative(host) for host in hosts])
-    signed = signed.add_extension(alternatives, critical=False)
-    signed = signed.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-    link = x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier)
-    signed = signed.add_extension(link, critical=False)
-    _write(folder / "server.key", _pem(server))
-    (folder / "server.crt").write_bytes(_certificate(signed.sign(authority, hashes.SHA384())))
+
+def make_site_certificate(path: Path, *, authority: Path) -> None:
+    """Write a site's certificate and its key beside its node key ``path``, as ``.tls.crt`` and ``.tls.key``.
+
+    The site's proxy shows it to the server's, and to the site's SuperNode: it names this machine, too.
+
+    Args:
+        path: The site's node key; its name is the certificate's.
+        authority: Folder with ``ca.crt`` and ``ca.key``.
+    """
+    from cryptography.x509.oid import ExtendedKeyUsageOID
+
+    uses = [ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH]
+    _issue(path.with_name(f"{path.name}.tls"), name=path.name, hosts=LOCAL, uses=uses, authority=authority)
 
 
 def make_node_key(path: Path) -> None:
@@ -67,6 +65,45 @@ def make_node_key(path: Path) -> None:
     _write(path, key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     path.with_suffix(".pub").write_bytes(public + b"\n")
+
+
+def _named(text: str) -> Any:
+    from cryptography import x509
+    from cryptography.x509.oid import NameOID
+
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+
+def _unsigned(subject: Any, key: Any, *, issuer: Any) -> Any:
+    """Return a certificate without extensions, to be signed by its issuer."""
+    from cryptography import x509
+
+    found = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer)
+    found = found.public_key(key.public_key()).serial_number(x509.random_serial_number())
+    now = datetime.datetime.now(datetime.timezone.utc)
+    start, end = now - datetime.timedelta(minutes=5), now + datetime.timedelta(days=VALID_DAYS)
+    return found.not_valid_before(start).not_valid_after(end)
+
+
+def _issue(path: Path, *, name: str, hosts: Sequence[str], uses: Sequence[Any], authority: Path) -> None:
+    """Write ``path``.key and ``path``.crt, signed by the authority in a folder."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    signer: Any = serialization.load_pem_private_key((authority / "ca.key").read_bytes(), password=None)
+    issuer = x509.load_pem_x509_certificate((authority / "ca.crt").read_bytes()).subject
+    key = ec.generate_private_key(ec.SECP384R1())
+    signed = _unsigned(_named(name), key, issuer=issuer)
+    alternatives = x509.SubjectAlternativeName([_alternative(host) for host in hosts])
+    signed = signed.add_extension(alternatives, critical=False)
+    signed = signed.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+    # Without this a server's certificate would pass as a client's.
+    signed = signed.add_extension(x509.ExtendedKeyUsage(list(uses)), critical=False)
+    link = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())
+    signed = signed.add_extension(link, critical=False)
+    _write(path.with_name(f"{path.name}.key"), _pem(key))
+    path.with_name(f"{path.name}.crt").write_bytes(_certificate(signed.sign(signer, hashes.SHA384())))
 
 
 def _write(path: Path, data: bytes) -> None:

