@@ -215,6 +215,40 @@ def test_a_site_that_is_silent_or_away_is_named_and_left_out(tmp_path):
     assert "connect: its site is not connected" in {own["reason"] for own in summary(tmp_path, "away")["incidents"]}
 
 
+def test_an_operator_sees_who_is_connected_and_how_long_answers_take(tmp_path, caplog):
+    """On the dashboard after every round, in the journal, and in the log once for every change."""
+    from fedgan_lightning.journal import entries
+    from fedgan_lightning.visuals.runs import read_run
+
+    class Blinking(LoopbackGrid):
+        def get_node_ids(self):
+            trained = sum(kind == "train" for _, kind in self.asked)
+            self.away = {101} if 3 <= trained < 5 else set()  # in the second round of three
+            return super().get_node_ids()
+
+    grid = grid_of(tmp_path, [*SHORT, *SAFE])
+    grid.__class__ = Blinking
+    with caplog.at_level("INFO", logger="fedgan_lightning"):
+        deploy(tmp_path, *SAFE, grid=grid)
+    told = [record.message for record in caplog.records if "sites connected" in record.message]
+    assert told == [
+        "3 of 3 sites connected (here: clients 0, 1, 2)",
+        "2 of 3 sites connected (gone: client 1)",
+        "3 of 3 sites connected (here: client 1)",
+    ]
+    run = read_run(tmp_path / "deployed")
+    assert run.scalars["sites/connected"] == ([1, 2, 3], [3, 2, 3])
+    assert len(run.scalars["client/000/round_trip"][0]) == 3
+    second = list(entries(tmp_path / "deployed" / "rounds.jsonl"))[1]
+    assert second["gauges"] == {"sites/connected": 2}
+    lost, answered = second["clients"][1], second["clients"][0]
+    assert (lost["outcome"], lost["bytes_down"], lost["reason"]) == ("failed", 0, "connect: its site is not connected")
+    assert 0 < answered["seconds"] <= answered["round_trip"] <= second["seconds"]
+    assert answered["bytes_down"] > 0
+    counted = sum(own.bytes_down for own in run.attendance.clients.values())
+    assert counted == sum(run.summary["bytes_down"].values()), "nothing was sent to the site that was away"
+
+
 def test_a_late_answer_is_counted_and_dropped(tmp_path):
     class Slow(LoopbackGrid):
         def push_messages(self, messages):
