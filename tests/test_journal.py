@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import lightning as L
 import pytest
@@ -19,6 +20,7 @@ from fedgan_lightning.visuals.attendance import MOST_COLUMNS, MOST_ROWS, OUTCOME
 from fedgan_lightning.visuals.operations import operations
 from fedgan_lightning.visuals.report import write_report
 from fedgan_lightning.visuals.runs import read_run
+from fedgan_lightning.visuals.tensorboard import LAYOUT
 from tests.conftest import quiet_trainer, ring_data, ring_gan, sgd
 from tests.test_report import Page
 
@@ -210,3 +212,18 @@ def test_the_page_shows_who_took_part(tmp_path):
     assert page.texts.count("client 3") == 1
     (tmp_path / "rounds.jsonl").unlink()
     assert operations(read_run(tmp_path), "x") == "", "of a run from before there was a journal"
+
+
+def test_the_dashboard_s_groups_have_something_to_show(tmp_path):
+    """Every pattern of the two groups fits a tag that is logged, in a small population or in a large one."""
+    _, small = run(tmp_path / "small", rounds=1, num_clients=4, always={})
+    _, large = run(tmp_path / "large", rounds=1, num_clients=33, clients=FractionOfClients(0.1), always={})
+    patterns = {p for group in ("Clients", "Rounds") for _, own in LAYOUT[group].values() for p in own}
+    for rows, absent in (
+        (small, {"round_trip", "connected"}),
+        (large, {"round_trip", "connected", "loss", "answered"}),
+    ):
+        unused = {pattern for pattern in patterns if not any(re.match(pattern, tag) for tag in rows[-1])}
+        assert {pattern for pattern in unused if not any(word in pattern for word in absent)} == set()
+    assert any(re.match("bytes/.*", tag) for tag in small[-1])
+    assert not re.match("bytes/.*", "client/000/bytes_up"), "totals, and not what one client sent"

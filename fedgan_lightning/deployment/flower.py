@@ -41,7 +41,7 @@ class Sites:
         digest: Hash of the settings that all share.
     """
 
-    #: Whether :meth:`feature_sums` are those of all sites together.
+    #: Whether :meth:`sums` are those of all sites together.
     sums_only: ClassVar[bool] = False
 
     def __init__(self, grid: Any, *, num_clients: int, digest: str) -> None:
@@ -138,16 +138,20 @@ class Sites:
         node_id = self._nodes.get(client_id)
         return node_id if node_id in self._connected else None
 
-    def feature_sums(self, facts: dict[str, Any], state: State, *, limit: int | None) -> list[State]:
-        """Return the sums that every site computes of its own samples.
+    def sums(self, facts: dict[str, Any], state: State) -> list[State]:
+        """Return the sums that every site makes of its own samples.
+
+        Args:
+            facts: A question's, with its ``question``.
+            state: Its tensors.
 
         Raises:
             QuorumError: If a site does not answer: sums of some would be mistaken for those of all.
         """
         self.facts()
-        question = {**facts, "ask": "feature_sums", "limit": -1 if limit is None else limit}
+        question = {**facts, "ask": "sums"}
         nodes = {client_id: self._nodes[client_id] for client_id in range(self.num_clients)}
-        answers = self._ask({node: wire.content(question, net=state) for node in nodes.values()})
+        answers = self._ask({node: wire.content(question, told=state) for node in nodes.values()})
         found: list[State] = []
         silent: list[int] = []
         for client_id, node in nodes.items():

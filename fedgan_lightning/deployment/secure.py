@@ -29,7 +29,7 @@ from fedgan_lightning.deployment.session import (
     shares_of,
     summand_of_content,
 )
-from fedgan_lightning.errors import QuorumError, UpdateError, message
+from fedgan_lightning.errors import OutOfRangeError, QuorumError, UpdateError, message
 from fedgan_lightning.federation.ledger import network_in_ledger
 from fedgan_lightning.federation.local import ClientContext, never
 from fedgan_lightning.federation.secure import NARROW, SecureAggregation, Summand, words_of
@@ -370,13 +370,13 @@ class SecureExecutor(Executor):
 
 
 class SecureSurvey:
-    """What the server's data module asks of the sites: sums of features of all of them together.
+    """What the server's data module asks of the sites: sums over the samples of all of them together.
 
     Args:
         sessions: How sums come about.
     """
 
-    #: Whether :meth:`feature_sums` are those of all sites together.
+    #: Whether :meth:`sums` are those of all sites together.
     sums_only: ClassVar[bool] = True
 
     def __init__(self, sessions: SecureSessions) -> None:
@@ -386,16 +386,24 @@ class SecureSurvey:
         """Return what every site said of itself, once all are there."""
         return self.sessions.sites.facts()
 
-    def feature_sums(self, facts: dict[str, Any], state: State, *, limit: int | None) -> list[State]:
+    def sums(self, facts: dict[str, Any], state: State) -> list[State]:
         """Return the sums over all sites, as one state.
 
+        Args:
+            facts: A question's, with its ``question``.
+            state: Its tensors.
+
         Raises:
+            OutOfRangeError: If a site's sums are too large to be masked.
             QuorumError: If a site is not in them: sums of some would be mistaken for those of all.
         """
         clients = sorted(self.facts())
-        question = {**facts, "ask": "feature_sums", "limit": -1 if limit is None else limit}
-        found = self.sessions.run(clients, lambda _: wire.content(question, net=state), kind=wire.QUERY)
+        question = {**facts, "ask": "sums"}
+        found = self.sessions.run(clients, lambda _: wire.content(question, told=state), kind=wire.QUERY)
         if found.lost:
+            too_large = [cause for _, cause in found.lost.values() if cause.startswith(OutOfRangeError.__name__)]
+            if too_large:
+                raise OutOfRangeError(too_large[0])
             causes = [f"client {k} ({stage}: {cause})" for k, (stage, cause) in sorted(found.lost.items())]
             raise QuorumError(
                 message(

@@ -89,7 +89,9 @@ def test_a_deployment_computes_what_the_simulation_computes(tmp_path, options):
     mine, theirs = summary(tmp_path, "deployed"), summary(tmp_path, "simulated")
     assert mine["bytes_up"] == theirs["bytes_up"]
     assert mine["client_steps"] == theirs["client_steps"]
-    assert mine["evaluation"]["fid_floor"] == pytest.approx(theirs["evaluation"]["fid_floor"], rel=1e-9)
+    for name in ("fid_floor", "kid_floor"):
+        assert mine["evaluation"][name] == pytest.approx(theirs["evaluation"][name], rel=1e-9)
+    assert mine["final"].keys() == theirs["final"].keys(), "what fit measures in simulation it measures here"
 
 
 def test_only_sums_and_parameters_come_from_sites(tmp_path):
@@ -302,14 +304,29 @@ def test_sums_that_are_none_end_the_run_by_name(tmp_path):
 def test_a_metric_that_looks_at_samples_is_left_out_and_one_that_tries_anyway_is_refused(tmp_path, monkeypatch, caplog):
     monkeypatch.syspath_prepend(str(ROOT))
     own = tmp_path / "metrics.yaml"
-    own.write_text("evaluation:\n  metrics: [FrechetDistance, KernelDistance]\n")
+    own.write_text("evaluation:\n  metrics: [FrechetDistance, Memorisation]\n")
     with caplog.at_level("INFO", logger="fedgan_lightning"):
         deploy(tmp_path, "--config", str(own), name="left_out")
-    assert "elsewhere: KernelDistance" in caplog.text
-    assert "kid" not in summary(tmp_path, "left_out")["final"]
+    assert "elsewhere: Memorisation" in caplog.text
+    assert "fid" in summary(tmp_path, "left_out")["final"]
     own.write_text("evaluation:\n  metrics: [tests.fakes.Curious]\n")
     with pytest.raises(ConfigurationError, match="samples of clients never come to the server"):
         deploy(tmp_path, "--config", str(own), name="refused")
+
+
+def test_a_site_answers_what_it_knows_and_only_about_many_samples(tmp_path):
+    """Whatever a server asks: a sum over one sample would be its features, with pixels the sample."""
+    from fedgan_lightning.deployment.site import FEWEST_SAMPLES, Site
+
+    site = Site(["--config", CONFIG, *SHORT], client_id=1, state_dir=tmp_path, part=1)
+    question = {"question": "feature moments", "kind": "pixels", "side": 0}
+    assert int(site.sums({**question, "limit": FEWEST_SAMPLES}, {})["count"]) == FEWEST_SAMPLES
+    for limit in (1, FEWEST_SAMPLES - 1):
+        with pytest.raises(ConfigurationError, match=f"over at least 10 samples; received {limit} for feature moments"):
+            site.sums({**question, "limit": limit}, {})
+    assert int(site.sums({**question, "limit": 1}, {}, is_masked=True)["count"]) == 1, "nobody sees it alone"
+    with pytest.raises(ConfigurationError, match="a site answers feature moments, .*; received samples"):
+        site.sums({"question": "samples"}, {})
 
 
 # ---------------------------------------------------------------------- records
