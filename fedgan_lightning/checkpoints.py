@@ -138,7 +138,7 @@ class BestCheckpoint(_InRunDirectory):
         Where metrics had to be left out, as in a deployment, one of theirs only means that there is no best checkpoint.
         """
         histories = histories_of(trainer)
-        known = sorted({name for history in histories for name in history[-1]} - {"rounds"})
+        known = sorted({name for history in histories for entry in history for name in entry} - {"rounds"})
         left_out = [name for item in trainer.callbacks for name in getattr(item, "left_out", [])]  # type: ignore[attr-defined]
         if self.monitor is not None and self.monitor not in known and left_out:
             logger.warning(f"no best checkpoint: {self.monitor} is not measured here (left out: {', '.join(left_out)})")
@@ -153,7 +153,8 @@ class BestCheckpoint(_InRunDirectory):
         super().on_train_start(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        scored = any(history[-1]["rounds"] == trainer.global_step for history in histories_of(trainer))
+        latest = [history[-1] for history in histories_of(trainer)]
+        scored = any(own["rounds"] == trainer.global_step and self.monitor in own for own in latest)
         if scored and self.monitor in trainer.callback_metrics:  # a value of an earlier round is none of this one
             super().on_train_epoch_end(trainer, pl_module)
 

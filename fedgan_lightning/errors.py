@@ -23,6 +23,10 @@ class UpdateError(FedGANError, ValueError):
     """A client update must not reach the aggregator."""
 
 
+class OutOfRangeError(UpdateError):
+    """A number is too large for what it has to be written in; sites say so by this name, too."""
+
+
 class ProtocolError(FedGANError, RuntimeError):
     """A message of secure aggregation must not be answered: it does not fit what was agreed before."""
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 #: Tensors by name, as in ``Module.state_dict()``.
 State = Mapping[str, Tensor]
+#: The metric under which an executor says how long it took from a task to its answer, in seconds on its own clock.
+ROUND_TRIP = "round_trip"
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,14 @@ class ClientFailure:
         round: The round it was asked for.
         stage: What it was doing, as far as known: ``train``, ``reply``, ...
         cause: In words.
+        reached: Whether its task was sent.
     """
 
     client_id: int
     round: int
     stage: str
     cause: str
+    reached: bool = True
 
 
 @dataclass(frozen=True)
@@ -240,6 +244,10 @@ class Executor(ABC):
         """Return what a report says of it, as plain values; nothing unless overridden."""
         return {}
 
+    def gauges(self) -> dict[str, float]:
+        """Return what a dashboard shows of it after every round, by tag; nothing unless overridden."""
+        return {}
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - most executors know nothing
         """Take over what an earlier run knew; nothing unless overridden."""
 
@@ -370,6 +378,8 @@ class RoundListener(Protocol):
     def on_round_start(self, trainer: Any, server: Any, info: RoundInfo) -> None: ...
 
     def on_client_end(self, trainer: Any, server: Any, update: ClientUpdate) -> None: ...
+
+    def on_try_end(self, trainer: Any, server: Any, roll_call: Any) -> None: ...
 
     def on_round_end(self, trainer: Any, server: Any, info: RoundInfo, metrics: Mapping[str, float]) -> None: ...
 

@@ -1,4 +1,4 @@
-"""The run directory: its settings, its partition, and ``summary.json``."""
+"""The run directory: its settings, its partition, ``rounds.jsonl`` and ``summary.json``."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ import numpy as np
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.callback import Evaluation
+from fedgan_lightning.federation.ledger import RollCall
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
 from fedgan_lightning.files import replacing, write_text
+from fedgan_lightning.journal import NAME, Journal
 from fedgan_lightning.protocol import Executor
 from fedgan_lightning.version import __version__
 
@@ -42,8 +44,8 @@ def check_run_directory(path: str | Path, *, resuming: bool) -> None:
 
 
 class RunRecorder(L.Callback):
-    """Writes ``config.yaml``, ``partition.npz`` and ``summary.json`` into the run directory, and what its
-    clients agreed on, such as ``vocabulary.json``.
+    """Writes ``config.yaml``, ``partition.npz``, ``rounds.jsonl`` and ``summary.json`` into the run directory, and what
+    its clients agreed on, such as ``vocabulary.json``.
 
     Args:
         config: The complete settings as YAML, as the command line knows them; ``None`` writes no ``config.yaml``.
@@ -61,6 +63,17 @@ class RunRecorder(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started = time.perf_counter()
+        if trainer.is_global_zero:
+            _journal(trainer).cut(trainer.global_step)
+
+    def on_try_end(self, trainer: L.Trainer, server: L.LightningModule, roll_call: RollCall) -> None:
+        """Write down who was asked, and what came of it."""
+        if trainer.is_global_zero:
+            _journal(trainer).append(roll_call.plain())
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.is_global_zero:
+            _journal(trainer).sync()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Every callback has checked what it checks: from the first round on the directory belongs to this run."""
@@ -154,6 +167,10 @@ def versions() -> dict[str, str]:
     packages = ("torch", "lightning", "torchvision", "torchmetrics", "numpy")
     found = {name: metadata.version(name) for name in packages}
     return {"fedgan_lightning": __version__, "python": platform.python_version(), **found}
+
+
+def _journal(trainer: L.Trainer) -> Journal:
+    return Journal(Path(trainer.default_root_dir) / NAME)
 
 
 def _find(trainer: L.Trainer, kind: type) -> Any:

@@ -102,9 +102,9 @@ def _query(received: Any, context: Any) -> Any:
     if facts["ask"] in STAGES:
         return wire.content(STAGES[facts["ask"]](site, int(facts["session"]), facts))
     _open(site, facts)
-    limit = None if facts["limit"] < 0 else int(facts["limit"])
-    sums = site.feature_sums(facts, wire.state_of(received.content, "net"), limit=limit)
-    return wire.content({}, sums=sums) if "session" not in facts else site.masked_sums(int(facts["session"]), sums)
+    is_masked = "session" in facts
+    sums = site.sums(facts, wire.state_of(received.content, "told"), is_masked=is_masked)
+    return site.masked_sums(int(facts["session"]), sums) if is_masked else wire.content({}, sums=sums)
 
 
 def _advertise(site: Any, session: int, facts: dict[str, Any]) -> dict[str, Any]:

@@ -13,9 +13,7 @@ from torch import Tensor
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.samples import ClientSamples
 from fedgan_lightning.errors import ConfigurationError, message
-from fedgan_lightning.evaluation.features import FrozenNet
-from fedgan_lightning.evaluation.fid import FeatureSums
-from fedgan_lightning.evaluation.portable import sums_from_states, to_facts
+from fedgan_lightning.evaluation.questions import Question
 from fedgan_lightning.protocol import State
 
 
@@ -27,7 +25,7 @@ class Survey(Protocol):
 
     def facts(self) -> dict[int, dict[str, Any]]: ...
 
-    def feature_sums(self, facts: dict[str, Any], state: State, *, limit: int | None) -> list[State]: ...
+    def sums(self, facts: dict[str, Any], state: State) -> list[State]: ...
 
 
 class SurveyedDataModule(FederatedDataModule):
@@ -73,10 +71,16 @@ class SurveyedDataModule(FederatedDataModule):
         shares = torch.from_numpy(self.label_counts().sum(0)).double()
         return torch.multinomial(shares, num_samples, replacement=True, generator=generator)
 
-    def feature_sums(self, net: FrozenNet, *, limit: int | None = None) -> Iterator[FeatureSums]:
-        """Yield the sums of each client's features, or those of all, computed where the samples are."""
-        facts, state = to_facts(net)
-        yield from sums_from_states(self._survey.feature_sums(facts, state, limit=limit), num_features=net.num_features)
+    def answers(self, question: Question) -> Iterator[State]:
+        """Yield what every client answers, or the sum of all their answers, made where the samples are.
+
+        Raises:
+            ConfigurationError: If an answer is none.
+            QuorumError: If a site does not answer.
+        """
+        for answer in self._survey.sums({**question.facts(), "question": question.kind}, question.state()):
+            question.check(answer)
+            yield answer
 
     def client_samples(self, client_id: int) -> ClientSamples:
         """Refuse.

@@ -5,24 +5,29 @@ Flower's own strategies are not used: they wait for ever for lost nodes, average
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from fedgan_lightning.deployment import wire
 from fedgan_lightning.errors import QuorumError, RoundInterrupted, message
 from fedgan_lightning.federation.local import ClientContext, never
-from fedgan_lightning.protocol import ClientFailure, ClientTask, ClientUpdate, Executor, State
+from fedgan_lightning.protocol import ROUND_TRIP, ClientFailure, ClientTask, ClientUpdate, Executor, State
 
 logger = logging.getLogger("fedgan_lightning")
 
 #: Seconds between two looks for answers: Flower's own loop takes three.
 POLL_SECONDS = 0.2
+#: Seconds between two looks at who is connected, while answers are waited for.
+WATCH_SECONDS = 10.0
 #: Seconds to wait for all sites at the start, and for the answer to a question.
 JOIN_SECONDS, ANSWER_SECONDS = 600.0, 600.0
+#: Tag of the number of connected sites.
+CONNECTED = "sites/connected"
 #: Where the server notes, among a client's private state, which task it let in last.
 ACCEPTED = "accepted/seed"
 
@@ -36,7 +41,7 @@ class Sites:
         digest: Hash of the settings that all share.
     """
 
-    #: Whether :meth:`feature_sums` are those of all sites together.
+    #: Whether :meth:`sums` are those of all sites together.
     sums_only: ClassVar[bool] = False
 
     def __init__(self, grid: Any, *, num_clients: int, digest: str) -> None:
@@ -44,6 +49,8 @@ class Sites:
         self._facts: dict[int, dict[str, Any]] = {}
         self._nodes: dict[int, int] = {}
         self._connected: set[int] = set()
+        self._present: set[int] = set()
+        self._watched = time.monotonic()
         self._refused: set[int] = set()
         self._troubles: dict[int, str] = {}
 
@@ -69,12 +76,37 @@ class Sites:
                 )
             time.sleep(1.0)
 
+    @property
+    def num_connected(self) -> int:
+        """Number of clients whose sites were connected when last looked at."""
+        return len(self._present)
+
+    def watch(self) -> None:
+        """Look who is connected, unless that was a moment ago."""
+        if time.monotonic() - self._watched > WATCH_SECONDS:
+            self._look()
+            self._announce()
+
+    def _look(self) -> None:
+        self._connected = {int(node_id) for node_id in self.grid.get_node_ids()}
+        self._watched = time.monotonic()
+
+    def _announce(self) -> None:
+        """Say who is connected, once for every change."""
+        present = {client_id for client_id, node_id in self._nodes.items() if node_id in self._connected}
+        changes = {"gone": self._present - present, "here": present - self._present}
+        if any(changes.values()):
+            told = "; ".join(f"{word}: {_clients(own)}" for word, own in changes.items() if own)
+            logger.info(f"{len(present)} of {self.num_clients} sites connected ({told})")
+        self._present = present
+
     def refresh(self) -> None:
         """Look who is connected, and ask those that are new who they are."""
-        self._connected = {int(node_id) for node_id in self.grid.get_node_ids()}
+        self._look()
         new = sorted(self._connected - {*self._nodes.values()} - self._refused)
         for node_id, facts in self._ask({node_id: wire.content({"ask": "facts"}) for node_id in new}).items():
             self._introduce(node_id, wire.facts_of(facts))
+        self._announce()
 
     def _introduce(self, node_id: int, answer: dict[str, Any]) -> None:
         """Let a site take part, or refuse it by name."""
@@ -106,16 +138,20 @@ class Sites:
         node_id = self._nodes.get(client_id)
         return node_id if node_id in self._connected else None
 
-    def feature_sums(self, facts: dict[str, Any], state: State, *, limit: int | None) -> list[State]:
-        """Return the sums that every site computes of its own samples.
+    def sums(self, facts: dict[str, Any], state: State) -> list[State]:
+        """Return the sums that every site makes of its own samples.
+
+        Args:
+            facts: A question's, with its ``question``.
+            state: Its tensors.
 
         Raises:
             QuorumError: If a site does not answer: sums of some would be mistaken for those of all.
         """
         self.facts()
-        question = {**facts, "ask": "feature_sums", "limit": -1 if limit is None else limit}
+        question = {**facts, "ask": "sums"}
         nodes = {client_id: self._nodes[client_id] for client_id in range(self.num_clients)}
-        answers = self._ask({node: wire.content(question, net=state) for node in nodes.values()})
+        answers = self._ask({node: wire.content(question, told=state) for node in nodes.values()})
         found: list[State] = []
         silent: list[int] = []
         for client_id, node in nodes.items():
@@ -150,6 +186,7 @@ class Sites:
         kind: str = wire.QUERY,
         group: str = "",
         stop_requested: Callable[[], bool] = never,
+        clock: dict[int, float] | None = None,
     ) -> tuple[dict[int, Any], dict[int, str]]:
         """Ask nodes, and wait for all of them; return the answers, and what went wrong with the others, by node.
 
@@ -159,6 +196,7 @@ class Sites:
             kind: Type of the messages.
             group: Name under which Flower lists them.
             stop_requested: Whether to give up.
+            clock: The seconds that an answer took are added here, by node.
 
         Raises:
             RoundInterrupted: If the user asks to stop.
@@ -172,7 +210,8 @@ class Sites:
         waiting = dict(zip(self.grid.push_messages(messages), contents)) if messages else {}
         found: dict[int, Any] = {}
         troubles: dict[int, str] = {}
-        deadline = None if seconds is None else time.monotonic() + seconds
+        started = time.monotonic()
+        deadline = None if seconds is None else started + seconds
         while waiting:
             if stop_requested():
                 raise RoundInterrupted("the user asked to stop")
@@ -180,14 +219,24 @@ class Sites:
                 node_id, trouble = waiting.pop(reply.metadata.reply_to_message_id), _trouble(reply)
                 if trouble is None:
                     found[node_id] = reply.content
+                    if clock is not None:
+                        clock[node_id] = clock.get(node_id, 0.0) + time.monotonic() - started
                 else:
                     troubles[node_id] = trouble
             if deadline is not None and time.monotonic() > deadline:
                 break
             if waiting:
+                self.watch()
                 time.sleep(POLL_SECONDS)
         silent = "" if seconds is None else f"no answer within {seconds:.0f} s"
         return found, {**troubles, **dict.fromkeys(waiting.values(), silent)}
+
+
+class Sent(NamedTuple):
+    """A task that is on its way, and since when on the monotonic clock."""
+
+    task: ClientTask
+    since: float
 
 
 class FlowerExecutor(Executor):
@@ -203,7 +252,7 @@ class FlowerExecutor(Executor):
     def __init__(self, sites: Sites, *, timeout: float | None = None) -> None:
         self.sites, self.timeout = sites, timeout
         self._context: ClientContext | None = None
-        self._overdue: dict[str, ClientTask] = {}
+        self._overdue: dict[str, Sent] = {}
 
     def setup(self, context: ClientContext) -> None:
         context.ranks.refuse_several("the server of a deployment is one process")
@@ -219,8 +268,9 @@ class FlowerExecutor(Executor):
             if self.sites.node_of(task.client_id) is not None:
                 reachable.append(task)
             else:
-                yield ClientFailure(task.client_id, task.round, stage="connect", cause="its site is not connected")
-        late = {key: task for key, task in self._overdue.items() if task.round == listed[0].round - 1}
+                cause = "its site is not connected"
+                yield ClientFailure(task.client_id, task.round, stage="connect", cause=cause, reached=False)
+        late = {key: sent for key, sent in self._overdue.items() if sent.task.round == listed[0].round - 1}
         open_ = self._push(reachable)
         deadline = None if self.timeout is None else time.monotonic() + self.timeout
         try:
@@ -235,14 +285,15 @@ class FlowerExecutor(Executor):
                     yield self._answer(reply, (late if is_late else open_).pop(key), is_late=is_late)
                 if deadline is not None and time.monotonic() > deadline:
                     break
+                self.sites.watch()
                 time.sleep(POLL_SECONDS)
-            for task in open_.values():
+            for task, _ in open_.values():
                 cause = f"no answer within {self.timeout:.0f} s"
                 yield ClientFailure(task.client_id, task.round, stage="reply", cause=cause)
         finally:
             self._overdue = open_  # they may still come, one round late
 
-    def _push(self, tasks: list[ClientTask]) -> dict[str, ClientTask]:
+    def _push(self, tasks: list[ClientTask]) -> dict[str, Sent]:
         """Send the tasks; return them by the message that asks for each."""
         from flwr.app import Message
 
@@ -255,11 +306,12 @@ class FlowerExecutor(Executor):
             assert node_id is not None  # checked by run
             messages.append(Message(content, dst_node_id=node_id, message_type=wire.TRAIN, group_id=str(task.round)))
         keys = self.sites.grid.push_messages(messages) if messages else []
-        return dict(zip(keys, tasks))
+        now = time.monotonic()
+        return {key: Sent(task, now) for key, task in zip(keys, tasks)}
 
-    def _answer(self, reply: Any, task: ClientTask, *, is_late: bool) -> ClientUpdate | ClientFailure:
+    def _answer(self, reply: Any, sent: Sent, *, is_late: bool) -> ClientUpdate | ClientFailure:
         assert self._context is not None
-        trouble = _trouble(reply)
+        trouble, task = _trouble(reply), sent.task
         if trouble is None:
             try:
                 update = wire.to_update(reply.content, client_id=task.client_id)
@@ -269,7 +321,7 @@ class FlowerExecutor(Executor):
             return ClientFailure(task.client_id, task.round, stage="reply", cause=trouble)
         if not is_late:
             self._context.store.write(task.client_id, {ACCEPTED: torch.tensor(task.seed)})
-        return update
+        return dataclasses.replace(update, metrics={**update.metrics, ROUND_TRIP: time.monotonic() - sent.since})
 
     def _stop_requested(self) -> bool:
         return self._context is not None and self._context.stop_requested()
@@ -279,6 +331,16 @@ class FlowerExecutor(Executor):
 
     def facts(self) -> dict[str, Any]:
         return {"sites": self.sites.num_clients, "timeout": self.timeout}
+
+    def gauges(self) -> dict[str, float]:
+        return {CONNECTED: float(self.sites.num_connected)}
+
+
+def _clients(ids: Iterable[int]) -> str:
+    """Return clients in words; of many the first ten."""
+    listed = sorted(ids)
+    more = f" and {len(listed) - 10} more" if len(listed) > 10 else ""
+    return f"client{'s' if len(listed) > 1 else ''} {', '.join(map(str, listed[:10]))}{more}"
 
 
 def _trouble(reply: Any) -> str | None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fedgan_lightning.deployment import masking, wire
-from fedgan_lightning.deployment.flower import ACCEPTED, ANSWER_SECONDS, Sites
+from fedgan_lightning.deployment.flower import ACCEPTED, ANSWER_SECONDS, CONNECTED, Sites
 from fedgan_lightning.deployment.masking import Member
 from fedgan_lightning.deployment.session import (
     members_of_facts,
@@ -29,17 +29,19 @@ from fedgan_lightning.deployment.session import (
     shares_of,
     summand_of_content,
 )
-from fedgan_lightning.errors import QuorumError, UpdateError, message
+from fedgan_lightning.errors import OutOfRangeError, QuorumError, UpdateError, message
 from fedgan_lightning.federation.ledger import network_in_ledger
 from fedgan_lightning.federation.local import ClientContext, never
 from fedgan_lightning.federation.secure import NARROW, SecureAggregation, Summand, words_of
 from fedgan_lightning.packing import Layout
-from fedgan_lightning.protocol import ClientFailure, ClientTask, Executor, Participant, State, UpdateSum
+from fedgan_lightning.protocol import ROUND_TRIP, ClientFailure, ClientTask, Executor, Participant, State, UpdateSum
 
 logger = logging.getLogger("fedgan_lightning")
 
 #: Under this name the ledger counts keys, shares and metrics.
 OVERHEAD = "secure"
+#: Stages at which a client that is lost has not been sent its task.
+BEFORE_THE_TASK = ("advertise", "share")
 #: What malformed answers raise.
 MALFORMED = (KeyError, ValueError, TypeError)
 
@@ -54,6 +56,7 @@ class Opened:
         facts: What each client in the sum says beside its vector.
         bytes_up: What each client sent, by network.
         lost: Stage and cause of every client that is not in the sum.
+        seconds: Time that each client's answers took, from question to answer.
     """
 
     members: dict[int, Member] = field(default_factory=dict)
@@ -61,6 +64,7 @@ class Opened:
     facts: dict[int, dict[str, Any]] = field(default_factory=dict)
     bytes_up: dict[int, Counter[str]] = field(default_factory=dict)
     lost: dict[int, tuple[str, str]] = field(default_factory=dict)
+    seconds: dict[int, float] = field(default_factory=dict)
 
 
 class SecureSessions:
@@ -253,6 +257,7 @@ class _Run:
         """Return the answers by client, of those that answer."""
         sites, nodes = self.owner.sites, {k: self.owner.sites.node_of(k) for k in contents}
         asked = {node: k for k, node in nodes.items() if node is not None}
+        clock: dict[int, float] = {}
         if self.owner.timeout is not None:
             seconds = self.owner.timeout
         found, troubles = sites.exchange(
@@ -261,7 +266,10 @@ class _Run:
             kind=kind,
             group=self.group,
             stop_requested=self.stop_requested,
+            clock=clock,
         )
+        for node, took in clock.items():
+            self.result.seconds[asked[node]] = self.result.seconds.get(asked[node], 0.0) + took
         causes = {asked[node]: trouble for node, trouble in troubles.items()}
         causes |= {k: "its site is not connected" for k, node in nodes.items() if node is None}
         for k, cause in sorted(causes.items()):
@@ -338,13 +346,13 @@ class SecureExecutor(Executor):
             stop_requested=self._context.stop_requested,
         )
         for client_id, (stage, cause) in sorted(found.lost.items()):
-            yield ClientFailure(client_id, round, stage=stage, cause=cause)
+            yield ClientFailure(client_id, round, stage=stage, cause=cause, reached=stage not in BEFORE_THE_TASK)
         if not found.means:
             return
         participants = []
         for client_id in sorted({*listed} - {*found.lost}):
             store.write(client_id, {ACCEPTED: torch.tensor(listed[client_id].seed)})
-            metrics = wire.metrics_of(found.facts[client_id])
+            metrics = wire.metrics_of(found.facts[client_id]) | {ROUND_TRIP: found.seconds[client_id]}
             size, sent = found.members[client_id].num_examples, dict(found.bytes_up[client_id])
             participants.append(Participant(client_id, size, metrics, bytes_up=sent))
         means = {name: float(value) for name, value in found.means["metrics"].items()}
@@ -357,15 +365,18 @@ class SecureExecutor(Executor):
         sites, timeout = self.sessions.sites, self.sessions.timeout
         return {"sites": sites.num_clients, "timeout": timeout, "secure": dict(vars(self.sessions.secure))}
 
+    def gauges(self) -> dict[str, float]:
+        return {CONNECTED: float(self.sessions.sites.num_connected)}
+
 
 class SecureSurvey:
-    """What the server's data module asks of the sites: sums of features of all of them together.
+    """What the server's data module asks of the sites: sums over the samples of all of them together.
 
     Args:
         sessions: How sums come about.
     """
 
-    #: Whether :meth:`feature_sums` are those of all sites together.
+    #: Whether :meth:`sums` are those of all sites together.
     sums_only: ClassVar[bool] = True
 
     def __init__(self, sessions: SecureSessions) -> None:
@@ -375,16 +386,24 @@ class SecureSurvey:
         """Return what every site said of itself, once all are there."""
         return self.sessions.sites.facts()
 
-    def feature_sums(self, facts: dict[str, Any], state: State, *, limit: int | None) -> list[State]:
+    def sums(self, facts: dict[str, Any], state: State) -> list[State]:
         """Return the sums over all sites, as one state.
 
+        Args:
+            facts: A question's, with its ``question``.
+            state: Its tensors.
+
         Raises:
+            OutOfRangeError: If a site's sums are too large to be masked.
             QuorumError: If a site is not in them: sums of some would be mistaken for those of all.
         """
         clients = sorted(self.facts())
-        question = {**facts, "ask": "feature_sums", "limit": -1 if limit is None else limit}
-        found = self.sessions.run(clients, lambda _: wire.content(question, net=state), kind=wire.QUERY)
+        question = {**facts, "ask": "sums"}
+        found = self.sessions.run(clients, lambda _: wire.content(question, told=state), kind=wire.QUERY)
         if found.lost:
+            too_large = [cause for _, cause in found.lost.values() if cause.startswith(OutOfRangeError.__name__)]
+            if too_large:
+                raise OutOfRangeError(too_large[0])
             causes = [f"client {k} ({stage}: {cause})" for k, (stage, cause) in sorted(found.lost.items())]
             raise QuorumError(
                 message(

@@ -20,9 +20,9 @@ from fedgan_lightning.data.samples import BatchStream, ClientSamples
 from fedgan_lightning.deployment import wire
 from fedgan_lightning.deployment.session import Session, summand_to_content
 from fedgan_lightning.errors import ConfigurationError, UpdateError, message
-from fedgan_lightning.evaluation.fid import feature_sums
-from fedgan_lightning.evaluation.metrics import chunks
-from fedgan_lightning.evaluation.portable import from_facts, sums_to_state
+from fedgan_lightning.evaluation.fidelity import ThirdPowers
+from fedgan_lightning.evaluation.questions import COUNT, FeatureMoments, Respondent
+from fedgan_lightning.evaluation.ranking import ItemCounts, Rankings
 from fedgan_lightning.federation.aggregation import check_update
 from fedgan_lightning.federation.local import ClientContext, LocalTrainer
 from fedgan_lightning.federation.optimizer_state import SCHEDULE
@@ -36,6 +36,10 @@ from fedgan_lightning.version import __version__
 
 #: Private states that a site keeps, for a server that goes back to an older checkpoint.
 STATES_KEPT = 20
+#: What a site answers about its samples, and nothing else; see :mod:`fedgan_lightning.evaluation.questions`.
+QUESTIONS = {question.kind: question for question in (FeatureMoments, ThirdPowers, ItemCounts, Rankings)}
+#: Sums over fewer samples say nearly what the samples are.
+FEWEST_SAMPLES = 10
 #: Scalars that sites say in the clear under secure aggregation: they follow from sizes and clocks, not from data.
 CLEAR = ("images", "steps", "seconds")
 #: Settings of ``federation`` that both sides must share.
@@ -100,11 +104,7 @@ class Site:
             view = ClientSamples(samples=data.train_samples, indices=torch.arange(len(data.train_samples)))
         else:
             view = data.client_samples(part)
-        self.num_classes, self.sample_shape, self.is_image = (
-            data.num_classes,
-            data.sample_shape,
-            data.train_samples.is_image,
-        )
+        self.whole = data
         self.data = SiteData(view, client_id=client_id, batch_size=data.batch_size, seed=data.seed)
         if hasattr(self.module, "check_data"):
             self.module.check_data(data.sample_shape, data.num_classes)
@@ -113,8 +113,8 @@ class Site:
         """Return what the server may know: sizes, counts of labels, and the hash of the settings."""
         labels = self.data.view.samples.y
         counts = [len(self.data.view)]
-        if labels is not None and self.num_classes:
-            counts = torch.bincount(labels[self.data.view.indices], minlength=self.num_classes).tolist()
+        if labels is not None and self.whole.num_classes:
+            counts = torch.bincount(labels[self.data.view.indices], minlength=self.whole.num_classes).tolist()
         size = len(self.data.view)
         return {"client_id": self.client_id, "num_examples": size, "label_counts": counts, "digest": self.digest}
 
@@ -157,10 +157,34 @@ class Site:
         self._keep(task.seed, store.read(task.client_id), accepted)
         return update
 
-    def feature_sums(self, facts: Mapping[str, Any], state: State, *, limit: int | None) -> dict[str, Tensor]:
-        """Return the sums of the features of this site's samples."""
-        net = from_facts(facts, state, sample_shape=self.sample_shape, is_image=self.is_image)
-        return sums_to_state(feature_sums(net, chunks(self.data.view, limit)))
+    def sums(self, facts: Mapping[str, Any], state: State, *, is_masked: bool = False) -> dict[str, Tensor]:
+        """Return sums over this site's samples.
+
+        Args:
+            facts: The question, and what it is about.
+            state: Tensors that come with it.
+            is_masked: Whether nobody will see them without those of others.
+
+        Raises:
+            ConfigurationError: If the question is not known, or the sums are over fewer than ten samples.
+        """
+        asked = str(facts["question"])
+        if asked not in QUESTIONS:
+            known = ", ".join(QUESTIONS)
+            raise ConfigurationError(
+                message(f"a site answers {known}", received=asked, fix="install the same version everywhere")
+            )
+        respondent = Respondent(self.data.view, self.whole, self.module)
+        found = QUESTIONS[asked].read(facts, state, respondent).answer(respondent)
+        if not is_masked and int(found[COUNT]) < FEWEST_SAMPLES:
+            raise ConfigurationError(
+                message(
+                    f"a site tells sums over at least {FEWEST_SAMPLES} samples",
+                    received=f"{int(found[COUNT])} for {asked}",
+                    fix="take the metric out of evaluation.metrics, or raise its number of samples",
+                )
+            )
+        return found
 
     # ------------------------------------------------------------------ secure aggregation
 
@@ -212,14 +236,14 @@ class Site:
         return self._masked(session, {"delta": states[0], "extras": states[1], "metrics": others}, clear)
 
     def masked_sums(self, session: int, sums: State) -> Any:
-        """Return sums of features under masks as records."""
+        """Return sums over samples under masks as records."""
         return self._masked(session, {"sums": sums}, {})
 
     def _masked(self, session: int, groups: Mapping[str, State], clear: Mapping[str, float]) -> Any:
         try:
             summand = self.session().masked(session, groups)
         except UpdateError as error:
-            raise UpdateError(f"client {self.client_id}: {error}") from error
+            raise type(error)(f"client {self.client_id}: {error}") from error
         return summand_to_content(summand, facts=wire.from_metrics(clear))
 
     # ------------------------------------------------------------------ private state

@@ -11,7 +11,8 @@ from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.features import ClassifierFeatures, FeatureNet, FrozenNet
 from fedgan_lightning.evaluation.fid import FeatureSums, feature_sums, frechet_distance
-from fedgan_lightning.evaluation.metrics import CHUNK, Metric, client_sums, suitable
+from fedgan_lightning.evaluation.metrics import Metric, client_sums, suitable
+from fedgan_lightning.evaluation.questions import CHUNK
 
 #: Above this number of clients only the extremes are reported.
 MOST_CLIENTS = 50

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.samples import of_bytes, to_bytes
-from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.errors import ConfigurationError, OutOfRangeError, QuorumError, message
 from fedgan_lightning.evaluation.defaults import default_metrics
 from fedgan_lightning.evaluation.metrics import Metric
 from fedgan_lightning.federation.server import ServerModule
@@ -90,9 +90,15 @@ class Evaluation(L.Callback):
                 f"{name} has no sample method: there are no sample metrics and no pictures of it", stacklevel=2
             )
         self.facts["num_samples"] = self.num_samples
-        for metric in self.metrics:
+        for metric in list(self.metrics):
             if metric not in self._ready and (stage == "test" or not metric.full):
-                self.facts |= metric.prepare(data, device=trainer.strategy.root_device)
+                try:
+                    self.facts |= metric.prepare(data, device=trainer.strategy.root_device)
+                except OutOfRangeError as error:  # of sums that sites cannot mask
+                    self.metrics.remove(metric)
+                    self.left_out.append(type(metric).__name__)
+                    logger.warning(f"{type(metric).__name__} is not measured: {error}")
+                    continue
                 self._ready.append(metric)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -104,7 +110,7 @@ class Evaluation(L.Callback):
         """Score the generator every ``every_n_rounds``, and at the end."""
         rounds = trainer.global_step
         if rounds % self.every_n_rounds == 0 or rounds == trainer.max_steps:
-            self._log(trainer, server, self.evaluate(trainer, server), monitor=True)
+            self._log(trainer, server, self.evaluate(trainer, server, patient=True), monitor=True)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._log(trainer, pl_module, self.evaluate(trainer, pl_module), monitor=True)
@@ -112,13 +118,28 @@ class Evaluation(L.Callback):
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._log(trainer, pl_module, self.evaluate(trainer, pl_module), monitor=True)
 
-    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, float]:
-        """Return the values of all metrics, the same on all ranks."""
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, *, patient: bool = False) -> dict[str, float]:
+        """Return the values of all metrics, the same on all ranks.
+
+        Args:
+            trainer: The server's.
+            pl_module: The server.
+            patient: Whether to go without the metrics for which some site does not answer; else the run ends.
+
+        Raises:
+            QuorumError: If a site does not answer, and that is not accepted.
+        """
         assert isinstance(pl_module, ServerModule)
         metrics = [metric for metric in self._ready if trainer.state.fn == "test" or not metric.full]
         values: dict[str, float] = {}
         for metric in metrics:
-            values |= metric.inspect(pl_module.model)
+            try:
+                values |= metric.inspect(pl_module.model)
+            except QuorumError as error:
+                if not patient:
+                    raise
+                name = type(metric).__name__
+                logger.warning(f"{name} is not measured after round {trainer.global_step}: {error}")
         if pl_module.can_sample:
             data: FederatedDataModule = trainer.datamodule  # type: ignore[attr-defined]
             values |= self._score_samples(metrics, data, pl_module)

@@ -13,7 +13,8 @@ from fedgan_lightning.evaluation.callback import quantise
 from fedgan_lightning.evaluation.features import FeatureNet, FrozenNet
 from fedgan_lightning.evaluation.fid import FeatureSums, feature_sums, frechet_distance
 from fedgan_lightning.evaluation.fills import FILLS
-from fedgan_lightning.evaluation.metrics import CHUNK, Metric, client_sums, suitable
+from fedgan_lightning.evaluation.metrics import Metric, client_sums, suitable
+from fedgan_lightning.evaluation.questions import CHUNK
 from fedgan_lightning.gan.holes import Holes
 from fedgan_lightning.seeding import make_generator
 

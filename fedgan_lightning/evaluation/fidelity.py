@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,8 +14,11 @@ from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation import neighbours
 from fedgan_lightning.evaluation.features import ClassifierFeatures, FeatureNet, FrozenNet, PixelFeatures
 from fedgan_lightning.evaluation.fid import FeatureSums, feature_sums, frechet_distance
-from fedgan_lightning.evaluation.kernel import MOST_FEATURES, KernelSums, kernel_distance, kernel_sums
-from fedgan_lightning.evaluation.metrics import CHUNK, Metric, chunks, clients_of, everything, suitable
+from fedgan_lightning.evaluation.kernel import MOST_FEATURES, KernelSums, kernel_distance, kernel_sums, num_distinct
+from fedgan_lightning.evaluation.metrics import Metric, clients_of, everything, suitable
+from fedgan_lightning.evaluation.portable import to_facts
+from fedgan_lightning.evaluation.questions import CHUNK, Question, Respondent, chunks, net_of, summed
+from fedgan_lightning.protocol import State
 
 
 def extracted(net: FrozenNet, batches: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -24,6 +27,36 @@ def extracted(net: FrozenNet, batches: Iterable[Tensor]) -> Iterator[Tensor]:
     for batch in batches:
         with torch.no_grad():
             yield net(batch.to(device, torch.float32)).cpu()
+
+
+class ThirdPowers(Question):
+    """Sums of third powers of features: what a cubic kernel distance is made of.
+
+    Args:
+        net: The feature network, of at most 64 features.
+    """
+
+    kind = "third powers"
+
+    def __init__(self, net: FrozenNet) -> None:
+        self.net = net
+
+    def facts(self) -> dict[str, Any]:
+        return to_facts(self.net)[0]
+
+    def state(self) -> dict[str, Tensor]:
+        return to_facts(self.net)[1]
+
+    @classmethod
+    def read(cls, facts: Mapping[str, Any], state: State, respondent: Respondent) -> ThirdPowers:
+        return cls(net_of(facts, state, respondent))
+
+    def answer(self, respondent: Respondent) -> dict[str, Tensor]:
+        features = extracted(self.net, chunks(respondent.view))
+        return kernel_sums(features, num_features=self.net.num_features).to_state()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"third": (num_distinct(self.net.num_features),), "own": ()}
 
 
 class KernelDistance(Metric):
@@ -36,8 +69,6 @@ class KernelDistance(Metric):
         features: Feature network of at most 64 features; default the small classifier for labelled data, else pixels,
             averaged down to as many.
     """
-
-    needs_client_samples = True
 
     def __init__(self, features: FeatureNet | None = None) -> None:
         self.features = features
@@ -54,11 +85,8 @@ class KernelDistance(Metric):
         if features is None and data.num_classes < 2:
             features = PixelFeatures(side=math.isqrt(MOST_FEATURES // data.sample_shape[0]))
         self.net = suitable(features, data).build(data.train_samples, num_classes=data.num_classes).to(device)
-        for view in clients_of(data):
-            mine = self._sums(chunks(view))
-            self.real = mine if self.real is None else self.real + mine
+        self.real = KernelSums.of_state(summed(data, ThirdPowers(self.net)))
         self.held_out = self._sums(chunks(everything(data.test_samples)))
-        assert self.real is not None
         return {"kid_floor": kernel_distance(self.real, self.held_out), "kid_num_reals": self.real.count}
 
     def compute(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
@@ -162,7 +190,7 @@ class IntraClassDistance(Metric):
     """
 
     full = True
-    needs_client_samples = True
+    needs_client_samples = True  # a class of which a client holds one sample would tell that sample's features
 
     def __init__(self, features: FeatureNet | None = None) -> None:
         self.features = features

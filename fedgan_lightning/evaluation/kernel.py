@@ -2,11 +2,14 @@
 
 The cubic kernel is an inner product of third powers, k(a, b) = (a.b / d + 1)^3 = <u u u, v v v>, u = (a / sqrt d, 1).
 Clients send the sum of their third powers; the distance between the unions follows from these sums without a single
-pair of samples. The sum has (d + 1)^3 entries: 2 MB for 64 features, which is why more than 64 are refused.
+pair of samples. The sum has (d + 1)^3 entries: 2 MB for 64 features, which is why more than 64 are refused. A sixth of
+them are different, and travel: 383 kB.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedgan_lightning.errors import ConfigurationError, DataError, message
+from fedgan_lightning.protocol import State
 
 #: Above this many features the sums are larger than the features they stand for.
 MOST_FEATURES = 64
@@ -35,6 +39,37 @@ class KernelSums:
 
     def __add__(self, other: KernelSums) -> KernelSums:
         return KernelSums(third=self.third + other.third, own=self.own + other.own, count=self.count + other.count)
+
+    def to_state(self) -> dict[str, Tensor]:
+        """Return them as tensors that add up, too: of the third powers, which are symmetric, each entry once."""
+        distinct = self.third[_ascending(len(self.third)).unbind(1)]
+        own = torch.tensor(self.own, dtype=torch.float64)
+        return {"third": distinct, "own": own, "count": torch.tensor(self.count)}
+
+    @classmethod
+    def of_state(cls, state: State) -> KernelSums:
+        """Undo :meth:`to_state`."""
+        width = _width(len(state["third"]))
+        places = _ascending(width)
+        third = torch.zeros(width, width, width, dtype=torch.float64)
+        for order in itertools.permutations(range(3)):
+            third[places[:, list(order)].unbind(1)] = state["third"].double()
+        return cls(third=third, own=float(state["own"]), count=int(state["count"]))
+
+
+def num_distinct(num_features: int) -> int:
+    """Return how many different entries the sum of third powers of so many features has."""
+    return math.comb(num_features + 3, 3)
+
+
+def _width(distinct: int) -> int:
+    return next(width for width in itertools.count() if num_distinct(width - 1) >= distinct)
+
+
+def _ascending(width: int) -> Tensor:
+    """Return all places (i, j, k) with i <= j <= k < width, one a row."""
+    i, j, k = (torch.arange(width).view(shape) for shape in ((-1, 1, 1), (1, -1, 1), (1, 1, -1)))
+    return ((i <= j) & (j <= k)).nonzero()
 
 
 @torch.no_grad()

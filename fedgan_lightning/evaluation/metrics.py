@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,9 @@ from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation import modes
 from fedgan_lightning.evaluation.features import ClassifierFeatures, FeatureNet, FrozenNet, PixelFeatures
 from fedgan_lightning.evaluation.fid import FeatureSums, feature_sums, frechet_distance
+from fedgan_lightning.evaluation.portable import sums_of_state
+from fedgan_lightning.evaluation.questions import CHUNK, FeatureMoments, answers, chunks
 from fedgan_lightning.seeding import make_generator
-
-CHUNK = 1000
-
-
-@runtime_checkable
-class SurveyedData(Protocol):
-    """A data module whose clients' samples are elsewhere: it asks for sums."""
-
-    def feature_sums(self, net: FrozenNet, *, limit: int | None = None) -> Iterator[FeatureSums]: ...
 
 
 class Metric(ABC):
@@ -32,7 +25,8 @@ class Metric(ABC):
 
     Attributes:
         full: Whether it takes so long that it belongs to the full evaluation, which ``test`` makes.
-        needs_client_samples: Whether it looks at clients' samples one by one; it is left out where they are elsewhere.
+        needs_client_samples: Whether it looks at clients' samples one by one, and does with no sums over them (see
+            :mod:`fedgan_lightning.evaluation.questions`); it is left out where they are elsewhere.
         larger_is_better: Which of its values are; of all others smaller ones are better.
     """
 
@@ -214,11 +208,7 @@ def suitable(features: FeatureNet | None, data: FederatedDataModule) -> FeatureN
 
 def client_sums(data: FederatedDataModule, net: FrozenNet, *, limit: int | None = None) -> Iterator[FeatureSums]:
     """Yield the sums of each client's features, computed where its samples are."""
-    if isinstance(data, SurveyedData):
-        yield from data.feature_sums(net, limit=limit)
-        return
-    for view in clients_of(data):
-        yield feature_sums(net, chunks(view, limit))
+    yield from map(sums_of_state, answers(data, FeatureMoments(net, limit=limit)))
 
 
 def clients_of(data: FederatedDataModule) -> list[ClientSamples]:
@@ -229,10 +219,3 @@ def clients_of(data: FederatedDataModule) -> list[ClientSamples]:
 def everything(samples: Samples) -> ClientSamples:
     """Return a view of all samples."""
     return ClientSamples(samples=samples, indices=torch.arange(len(samples)))
-
-
-def chunks(data: ClientSamples, limit: int | None = None) -> Iterator[Tensor]:
-    """Yield the samples, without labels, in batches; at most ``limit`` of them."""
-    count = len(data) if limit is None else min(limit, len(data))
-    for positions in torch.arange(count).split(CHUNK):
-        yield data.take(positions)[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -52,21 +52,6 @@ def sums_to_state(sums: FeatureSums) -> dict[str, Tensor]:
     return {"total": sums.total, "outer": sums.outer, "count": torch.tensor(sums.count)}
 
 
-def sums_from_states(states: Iterable[State], *, num_features: int) -> Iterator[FeatureSums]:
-    """Yield the sums that sites sent.
-
-    Raises:
-        ConfigurationError: If they are not of this many features, or not finite.
-    """
-    for state in states:
-        total, outer, count = state["total"].double(), state["outer"].double(), int(state["count"])
-        fits = total.shape == (num_features,) and outer.shape == (num_features, num_features) and count > 0
-        if not fits or not bool(torch.isfinite(total).all()) or not bool(torch.isfinite(outer).all()):
-            raise ConfigurationError(
-                message(
-                    f"sites answer with finite sums of {num_features} features",
-                    received=f"shapes {list(total.shape)} and {list(outer.shape)}, count {count}",
-                    fix="install the same version everywhere, and look for NaN in the data",
-                )
-            )
-        yield FeatureSums(total=total, outer=outer, count=count)
+def sums_of_state(state: State) -> FeatureSums:
+    """Undo :func:`sums_to_state`."""
+    return FeatureSums(total=state["total"].double(), outer=state["outer"].double(), count=int(state["count"]))

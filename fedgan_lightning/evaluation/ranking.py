@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,12 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
+from fedgan_lightning.data.samples import ClientSamples
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.metrics import Metric
+from fedgan_lightning.evaluation.questions import COUNT, Question, Respondent, summed
+from fedgan_lightning.protocol import State
 from fedgan_lightning.seeding import make_generator
 
 #: Users whose conditions are in memory at a time.
 USERS_AT_A_TIME = 1000
+#: What :func:`ranking_measures` returns.
+MEASURES = ("precision5", "precision20", "recall20", "ndcg20", "mrr")
+#: Under this name scores travel that are everybody's.
+SCORES = "scores"
 
 
 class RankingQuality(Metric):
@@ -23,22 +32,30 @@ class RankingQuality(Metric):
 
     The generator is told a user's training interactions, and her items are ranked by what it generates; training items
     are left out. The same values of ranking by popularity (the number of users who have an item) are reported once, as
-    ``ndcg20_popularity`` and so on: what a recommender must beat. All are means over users, so that a site's sum and
-    its number of users would be all that it has to tell. Formulas: :func:`ranking_values`.
+    ``ndcg20_popularity`` and so on: what a recommender must beat. All are means over users: a site of a deployment
+    ranks for its own users, and tells sums over them. Formulas: :func:`ranking_measures`.
     """
 
-    needs_client_samples = True
-    larger_is_better = ("precision5", "precision20", "recall20", "ndcg20", "mrr")
+    larger_is_better = MEASURES
 
     def __init__(self) -> None:
-        self.seen = self.wanted = torch.empty(0)
+        self.data: FederatedDataModule | None = None
 
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
-        self.seen, self.wanted = histories(data)
-        popularity = ranking_values(self.seen.sum(0).expand_as(self.seen), seen=self.seen, wanted=self.wanted)
+        self.data = data
+        counts = summed(data, ItemCounts(data.sample_shape[0]))
+        if not int(counts[COUNT]):
+            raise ConfigurationError(
+                message(
+                    "some user has training and held-out interactions",
+                    received="none of the clients' users",
+                    fix="raise data.source.holdout_fraction",
+                )
+            )
+        popularity = _means(summed(data, Rankings(data.sample_shape[0], scores=counts["items"])))
         return {
-            "ranking_users": len(self.seen),
-            "ranking_held_out": int(self.wanted.sum()),
+            "ranking_users": int(counts[COUNT]),
+            "ranking_held_out": int(counts["wanted"]),
             **{f"{name}_popularity": value for name, value in popularity.items()},
         }
 
@@ -46,39 +63,120 @@ class RankingQuality(Metric):
         return {}
 
     def inspect(self, model: nn.Module) -> dict[str, float]:
-        return ranking_values(preferences(model, self.seen), seen=self.seen, wanted=self.wanted)
+        assert self.data is not None
+        return _means(summed(self.data, Rankings(self.data.sample_shape[0], model=model)))
+
+
+def _means(sums: State) -> dict[str, float]:
+    return {name: float(sums[name]) / int(sums[COUNT]) for name in MEASURES}
+
+
+class ItemCounts(Question):
+    """How many of a client's users have each item, among those that can be asked about held-out ones.
+
+    Args:
+        items: Number of items.
+    """
+
+    kind = "item counts"
+
+    def __init__(self, items: int) -> None:
+        self.items = items
+
+    def facts(self) -> dict[str, Any]:
+        return {"items": self.items}
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    @classmethod
+    def read(cls, facts: Mapping[str, Any], state: State, respondent: Respondent) -> ItemCounts:
+        return cls(int(facts["items"]))
+
+    def answer(self, respondent: Respondent) -> dict[str, Tensor]:
+        seen, wanted = histories_in(respondent.view, respondent.data)
+        return {"items": seen.double().sum(0), "wanted": wanted.double().sum(), COUNT: torch.tensor(len(seen))}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"items": (self.items,), "wanted": ()}
+
+
+class Rankings(Question):
+    """Sums over a client's users of the ranking measures, by a generator or by one list of scores for everybody.
+
+    Args:
+        items: Number of items.
+        model: Whose preferences rank; or
+        scores: (items,), by which they are ranked.
+    """
+
+    kind = "rankings"
+
+    def __init__(self, items: int, *, model: nn.Module | None = None, scores: Tensor | None = None) -> None:
+        self.items, self.model, self.scores = items, model, scores
+
+    def facts(self) -> dict[str, Any]:
+        return {"items": self.items}
+
+    def state(self) -> dict[str, Tensor]:
+        if self.model is None:
+            assert self.scores is not None
+            return {SCORES: self.scores}
+        entries = self.model.state_dict().items()
+        return {name: value for name, value in entries if not name.startswith("discriminator.")}
+
+    @classmethod
+    def read(cls, facts: Mapping[str, Any], state: State, respondent: Respondent) -> Rankings:
+        if SCORES in state:
+            return cls(int(facts["items"]), scores=state[SCORES])
+        assert respondent.module is not None
+        model = copy.deepcopy(respondent.module)
+        model.load_state_dict({**model.state_dict(), **state})
+        return cls(int(facts["items"]), model=model)
+
+    def answer(self, respondent: Respondent) -> dict[str, Tensor]:
+        seen, wanted = histories_in(respondent.view, respondent.data)
+        if not len(seen):
+            return {**dict.fromkeys(MEASURES, torch.zeros((), dtype=torch.float64)), COUNT: torch.tensor(0)}
+        if self.model is not None:
+            scores = preferences(self.model, seen)
+        else:
+            assert self.scores is not None
+            scores = self.scores.expand_as(seen)
+        measures = ranking_measures(scores, seen=seen, wanted=wanted)
+        return {**{name: value.sum() for name, value in measures.items()}, COUNT: torch.tensor(len(seen))}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict.fromkeys(MEASURES, ())
 
 
 def histories(data: FederatedDataModule) -> tuple[Tensor, Tensor]:
-    """Return training and held-out interactions (users, items) of the clients' users who have some of both.
+    """Return training and held-out interactions (users, items) of all clients' users who have some of both."""
+    held = torch.from_numpy(np.sort(np.concatenate(data.indices)))
+    return histories_in(ClientSamples(samples=data.train_samples, indices=held), data)
+
+
+def histories_in(view: ClientSamples, data: FederatedDataModule) -> tuple[Tensor, Tensor]:
+    """Return training and held-out interactions (users, items) of the users of a view who have some of both.
 
     Raises:
-        ConfigurationError: If the splits are not about the same users, or are not at hand.
+        ConfigurationError: If the splits are not about the same users.
     """
-    train = data.train_samples if data.has_client_samples else None
-    users = None if train is None else train.columns.get("user")
-    if train is None or users is None or "user" not in data.test_samples.columns:
+    users = view.samples.columns.get("user")
+    if users is None or "user" not in data.test_samples.columns:
         raise ConfigurationError(
             message(
                 "RankingQuality needs the same users in both splits, by a column user",
-                received=f"{type(data.source).__name__} of {type(data).__name__}",
-                fix="use it with data.source Interactions, in a simulation",
+                received=type(data.source).__name__,
+                fix="use it with data.source Interactions",
             )
         )
     rows = {name: row for row, name in enumerate(data.test_samples.columns["user"].tolist())}
-    held = np.sort(np.concatenate(data.indices))
+    held = view.indices.numpy()
     pairs = [(place, rows[name]) for place, name in zip(held.tolist(), users[held].tolist()) if name in rows]
     places, others = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
-    seen, wanted = train.x[places].float(), data.test_samples.x[others].float()
+    seen, wanted = view.samples.x[places].float(), data.test_samples.x[others].float()
     both = seen.any(1) & wanted.any(1)
-    if not bool(both.any()):
-        raise ConfigurationError(
-            message(
-                "some user has training and held-out interactions",
-                received=f"none of {len(held)} in the training split",
-                fix="raise data.source.holdout_fraction",
-            )
-        )
     return seen[both], wanted[both]
 
 
@@ -111,7 +209,13 @@ def ranked(scores: Tensor, *, seen: Tensor) -> Tensor:
 
 
 def ranking_values(scores: Tensor, *, seen: Tensor, wanted: Tensor) -> dict[str, float]:
-    """Return means over users of the ranking measures.
+    """Return the means over users of :func:`ranking_measures`."""
+    measures = ranking_measures(scores, seen=seen, wanted=wanted)
+    return {name: float(value.mean()) for name, value in measures.items()}
+
+
+def ranking_measures(scores: Tensor, *, seen: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+    """Return the ranking measures of every user (users,).
 
     With hit_r = 1 where the item at rank r is wanted, and n wanted items of a user:
 
@@ -130,11 +234,10 @@ def ranking_values(scores: Tensor, *, seen: Tensor, wanted: Tensor) -> dict[str,
     count = wanted.double().sum(1)
     discounts = 1 / torch.log2(torch.arange(2, hits.shape[1] + 2, dtype=torch.float64))
     ideal = discounts.cumsum(0)[count.clamp(max=20).long() - 1]
-    values = {
+    return {
         "precision5": hits[:, :5].sum(1) / 5,
         "precision20": hits[:, :20].sum(1) / 20,
         "recall20": hits[:, :20].sum(1) / count,
         "ndcg20": (hits * discounts)[:, :20].sum(1) / ideal,
-        "mrr": 1 / (hits.argmax(1) + 1.0),
+        "mrr": 1 / (hits.argmax(1).double() + 1),
     }
-    return {name: float(value.mean()) for name, value in values.items()}

@@ -16,7 +16,8 @@ from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation import neighbours
 from fedgan_lightning.evaluation.features import Classifier, FeatureNet, FrozenNet, PixelFeatures, train_classifier
 from fedgan_lightning.evaluation.fidelity import extracted
-from fedgan_lightning.evaluation.metrics import CHUNK, Metric, chunks, clients_of, everything
+from fedgan_lightning.evaluation.metrics import Metric, clients_of, everything
+from fedgan_lightning.evaluation.questions import CHUNK, chunks
 from fedgan_lightning.seeding import isolated_rng, make_generator
 
 

@@ -13,13 +13,14 @@ from typing import Any
 
 from fedgan_lightning.errors import QuorumError, RoundInterrupted, UpdateError, message
 from fedgan_lightning.federation.drift import Drift
-from fedgan_lightning.federation.ledger import Incident, Ledger, bytes_by_network
+from fedgan_lightning.federation.ledger import Contact, Incident, Ledger, RollCall, bytes_by_network
 from fedgan_lightning.federation.local import ClientContext
 from fedgan_lightning.federation.ranks import flattened
 from fedgan_lightning.federation.reference import expected_update
 from fedgan_lightning.federation.rounds import ClientRecord, RoundSummary, bytes_up
 from fedgan_lightning.federation.rules import RoundRules, Screening
 from fedgan_lightning.protocol import (
+    ROUND_TRIP,
     Aggregate,
     Aggregator,
     ClientFailure,
@@ -55,6 +56,7 @@ class Order:
         round: Rounds completed before.
         state: What clients receive.
         work: What they are to do.
+        bytes_down: Size of the state, by network.
         on_update: Called for every update that is let in.
         expected: What updates must look like, where they are screened.
     """
@@ -62,6 +64,7 @@ class Order:
     round: int
     state: State
     work: LocalWork
+    bytes_down: Mapping[str, int]
     on_update: Callable[[ClientUpdate], object]
     expected: Mapping[str, State] | None
 
@@ -73,22 +76,26 @@ class Reports:
     Attributes:
         cohort: Clients whose answers are the goal.
         accumulator: The aggregator's.
-        open: Clients that were asked and have not answered.
+        asked: Clients that were asked.
+        open: Of them those that have not answered.
         num_accepted: Updates of this round that were let in.
         records: Their statistics.
         received: Bytes and metrics of every update, let in or not.
         incidents: What went wrong.
+        contacts: What passed between the server and every client that answered or is known not to.
         drift: How updates agree.
         pooled: Means of scalars that clients did not say one by one.
     """
 
     cohort: tuple[int, ...]
     accumulator: Any
+    asked: list[int] = field(default_factory=list)
     open: set[int] = field(default_factory=set)
     num_accepted: int = 0
     records: list[ClientRecord] = field(default_factory=list)
     received: list[tuple[dict[str, int], dict[str, float]]] = field(default_factory=list)
     incidents: list[Incident] = field(default_factory=list)
+    contacts: list[Contact] = field(default_factory=list)
     drift: Drift = field(default_factory=Drift)
     pooled: dict[str, float] = field(default_factory=dict)
 
@@ -132,6 +139,7 @@ class Conductor:
         work: LocalWork,
         on_start: Callable[[RoundInfo], object],
         on_update: Callable[[ClientUpdate], object],
+        on_try: Callable[[RollCall], object],
     ) -> Outcome:
         """Return what came of the round, tried until enough clients have answered.
 
@@ -141,14 +149,15 @@ class Conductor:
             work: What they are to do.
             on_start: Called at the start of every try.
             on_update: Called for every update that is let in.
+            on_try: Called at the end of every try, with what came of each client.
 
         Raises:
             QuorumError: If too few answered in every try.
             RoundInterrupted: If the user asks to stop.
         """
         expected = expected_update(self.context, state) if self.screening is not None else None
-        order = Order(round=round, state=state, work=work, on_update=on_update, expected=expected)
-        ledger, sent = Ledger(), bytes_by_network(state)
+        order = Order(round, state, work, bytes_by_network(state), on_update, expected)
+        ledger = Ledger()
         tries = itertools.count() if self.rules.attempts is None else range(self.rules.attempts)
         for attempt in tries:
             if attempt:
@@ -156,18 +165,20 @@ class Conductor:
             cohort, reserves = self.ask(round, attempt)
             info = RoundInfo(round=round, cohort=cohort)
             on_start(info)
+            started = time.perf_counter()
             reports = Reports(cohort=cohort, accumulator=self.aggregator.init())
             try:
-                asked = self._collect(order, reports, reserves, attempt)
+                self._collect(order, reports, reserves, attempt)
             except BaseException:
                 self.context.store.discard()
                 raise
-            ledger.send(sent, asked)
-            self._note(reports, ledger)
+            contacts = self._note(order, reports, ledger)
             counted = sum(self.context.ranks.exchange(reports.num_accepted))
             needed = max(self.rules.needed(len(cohort)), min(self.aggregator.needed, len(cohort)))
+            seconds, gauges = time.perf_counter() - started, self.executor.gauges()
+            on_try(RollCall(round, attempt, counted >= needed, seconds, contacts, gauges))
             if counted >= needed:
-                return self._finish(info, reports, ledger)
+                return self._finish(info, reports, ledger, contacts)
             self.context.store.discard()
             ledger.count("abandoned")
             logger.warning(f"round {round} abandoned: {counted} of at least {needed} clients answered")
@@ -212,16 +223,16 @@ class Conductor:
 
     # ------------------------------------------------------------------ one try
 
-    def _collect(self, order: Order, reports: Reports, reserves: list[int], attempt: int) -> int:
-        """Ask clients until the goal is reached or nobody is left to ask; return how many were asked."""
-        ranks, goal, asked = self.context.ranks, len(reports.cohort), 0
+    def _collect(self, order: Order, reports: Reports, reserves: list[int], attempt: int) -> None:
+        """Ask clients until the goal is reached or nobody is left to ask."""
+        ranks, goal = self.context.ranks, len(reports.cohort)
         wave = list(reports.cohort)
         if self.executor.concurrent:
             wave, reserves = wave + reserves, []
         while wave:
             failure: Exception | None = None
             reports.open |= {*wave}
-            asked += len(wave)
+            reports.asked += wave
             try:
                 for answer in self.executor.run(self._tasks(order, wave, attempt)):
                     self._receive(answer, order, reports)
@@ -234,7 +245,6 @@ class Conductor:
             ranks.agree(failure)
             missing = goal - sum(ranks.exchange(reports.num_accepted)) if reserves else 0
             wave, reserves = reserves[:missing], reserves[missing:]
-        return asked
 
     def _tasks(self, order: Order, clients: Sequence[int], attempt: int) -> Iterator[ClientTask]:
         data, round = self.context.data, order.round
@@ -251,14 +261,16 @@ class Conductor:
             return
         client_id = answer.client_id
         if isinstance(answer, ClientFailure):
+            contact = self._contact(order, reports, client_id, was_sent=answer.reached)
             reports.open.discard(client_id)
-            self._incident(reports, order.round, client_id, "failed", f"{answer.stage}: {answer.cause}")
+            self._incident(reports, order.round, contact, "failed", f"{answer.stage}: {answer.cause}")
             return
-        finite = {name: value for name, value in answer.metrics.items() if math.isfinite(value)}
-        reports.received.append((bytes_up(answer), finite))
+        finite, sizes = {n: v for n, v in answer.metrics.items() if math.isfinite(v)}, bytes_up(answer)
+        reports.received.append((sizes, finite))
         is_late = answer.round is not None and answer.round == order.round - 1
+        contact = self._contact(order, reports, client_id, was_sent=not is_late, received=sizes, metrics=finite)
         if is_late and self.rules.late == "drop":
-            self._incident(reports, order.round, client_id, "late", f"answers round {answer.round}")
+            self._incident(reports, order.round, contact, "late", f"answers round {answer.round}")
             return
         update = dataclasses.replace(answer, discount=self.rules.discount) if is_late else answer
         try:
@@ -268,11 +280,12 @@ class Conductor:
             if self.screening is None:
                 raise
             reports.open.discard(client_id)
-            self._incident(reports, order.round, client_id, "rejected", str(error))
+            self._incident(reports, order.round, contact, "rejected", str(error))
             return
         if is_late:  # its round is over: it is in the average, and in no statistics
-            self._incident(reports, order.round, client_id, "late", f"answers round {answer.round}, at a discount")
+            self._incident(reports, order.round, contact, "late", f"answers round {answer.round}, at a discount")
             return
+        reports.contacts.append(contact)
         record = ClientRecord.of(update, networks=self._networks)
         reports.open.discard(client_id)
         reports.num_accepted += 1
@@ -292,6 +305,8 @@ class Conductor:
         reports.accumulator = self.aggregator.accumulate_sum(reports.accumulator, total)
         for own in total.participants:
             reports.received.append((dict(own.bytes_up), dict(own.metrics)))
+            contact = self._contact(order, reports, own.client_id, received=own.bytes_up, metrics=own.metrics)
+            reports.contacts.append(contact)
             reports.records.append(ClientRecord.of_participant(own))
         reports.open -= members
         reports.num_accepted += len(members)
@@ -310,12 +325,35 @@ class Conductor:
         if self.screening is not None and order.expected is not None:
             self.screening.check(update, expected=order.expected)
 
-    def _incident(self, reports: Reports, round: int, client_id: int, kind: str, reason: str) -> None:
+    def _contact(
+        self,
+        order: Order,
+        reports: Reports,
+        client_id: int,
+        *,
+        was_sent: bool = True,
+        received: Mapping[str, int] | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> Contact:
+        """Return what passed between the server and a client that answers, or is known not to."""
+        known = metrics or {}
+        return Contact(
+            client_id=client_id,
+            outcome="answered",
+            bytes_down=sum(order.bytes_down.values()) if was_sent and client_id in reports.open else 0,
+            bytes_up=sum((received or {}).values()),
+            seconds=known.get("seconds"),
+            round_trip=known.get(ROUND_TRIP),
+        )
+
+    def _incident(self, reports: Reports, round: int, contact: Contact, kind: str, reason: str) -> None:
+        client_id = contact.client_id
         reports.incidents.append(Incident(round=round, client_id=client_id, kind=kind, reason=reason))
+        reports.contacts.append(dataclasses.replace(contact, outcome=kind, reason=reason))
         logger.warning(f"round {round}: client {client_id} {kind}: {reason}")
 
-    def _note(self, reports: Reports, ledger: Ledger) -> None:
-        """Count what came in, and what went wrong, on any rank."""
+    def _note(self, order: Order, reports: Reports, ledger: Ledger) -> tuple[Contact, ...]:
+        """Count what was sent, what came in, and what went wrong, on any rank; return it by client."""
         for sizes, metrics in flattened(self.context.ranks.exchange(reports.received)):
             ledger.record(sizes, metrics)
         plain = flattened(self.context.ranks.exchange([vars(incident) for incident in reports.incidents]))
@@ -325,14 +363,34 @@ class Conductor:
                 self.strikes[incident.client_id] = self.strikes.get(incident.client_id, 0) + 1
                 if self.is_benched(incident.client_id):
                     logger.warning(f"client {incident.client_id} is not asked any more")
+        contacts = self._contacts(order, reports)
+        ledger.client_asks += len(reports.asked)
+        ledger.send(order.bytes_down, sum(contact.bytes_down > 0 for contact in contacts))
+        return contacts
 
-    def _finish(self, info: RoundInfo, reports: Reports, ledger: Ledger) -> Outcome:
+    def _contacts(self, order: Order, reports: Reports) -> tuple[Contact, ...]:
+        """Return the contacts of all ranks, and one for everybody who was asked and is not waited for any more."""
+        plain = flattened(self.context.ranks.exchange([vars(contact) for contact in reports.contacts]))
+        found = [Contact(**fields) for fields in plain]
+        missing = sorted({*reports.asked} - {contact.client_id for contact in found if contact.outcome != "late"})
+        size = sum(order.bytes_down.values())
+        found += [Contact(client_id, "unneeded", bytes_down=size) for client_id in missing]
+        return tuple(sorted(found, key=lambda contact: (contact.client_id, contact.outcome != "late")))
+
+    def _finish(self, info: RoundInfo, reports: Reports, ledger: Ledger, contacts: Sequence[Contact]) -> Outcome:
         """Bring the shares of all ranks together."""
         ranks = self.context.ranks
         plain = flattened(ranks.exchange([record.plain() for record in reports.records]))
         records = (ClientRecord(**fields) for fields in plain)
         drift = reports.drift.values(ranks)
-        summary = RoundSummary(records, networks=self._networks, drift=drift, pooled=reports.pooled)
+        summary = RoundSummary(
+            records,
+            networks=self._networks,
+            drift=drift,
+            pooled=reports.pooled,
+            contacts=contacts,
+            population=self.context.data.num_clients,
+        )
         self.context.store.exchange(ranks.exchange_states)
         aggregate = self.aggregator.finalize(self.aggregator.reduce(reports.accumulator, ranks))
         return Outcome(info=info, aggregate=aggregate, summary=summary, ledger=ledger)

@@ -1,11 +1,11 @@
-"""What a federation costs: bytes by direction and network, client steps, seconds."""
+"""What a federation costs: bytes by direction and network, client steps, seconds; and what came of each client."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +15,8 @@ from fedgan_lightning.protocol import State
 from fedgan_lightning.states import network_of
 
 OPTIMIZER = "optimizer"
+#: What is counted: three things that become of clients, and one of rounds.
+EVENTS = ("failed", "rejected", "late", "abandoned")
 #: Incidents that are told one by one; all are counted.
 INCIDENTS_KEPT = 200
 
@@ -55,6 +57,62 @@ class Incident:
     reason: str
 
 
+@dataclass(frozen=True)
+class Contact:
+    """What passed between the server and one client in one try of a round.
+
+    Attributes:
+        client_id: The client.
+        outcome: ``answered``, ``failed``, ``rejected``, ``late`` (what came answers the round before), or ``unneeded``
+            (enough others had answered).
+        bytes_down: What was sent to it.
+        bytes_up: What it sent.
+        seconds: Time it worked on its task, as it says itself.
+        round_trip: Time from task to answer on the server's clock; known where clients are on machines of their own.
+        reason: Why it did not answer, or was not let in.
+    """
+
+    client_id: int
+    outcome: str
+    bytes_down: int = 0
+    bytes_up: int = 0
+    seconds: float | None = None
+    round_trip: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class RollCall:
+    """Who was asked in one try of a round, and what came of it.
+
+    Attributes:
+        round: Rounds completed before.
+        attempt: Tries of this round before.
+        counted: Whether enough answered; else the round was abandoned.
+        seconds: Wall time from the first task to the last answer.
+        contacts: One for every client that was asked, and for every late answer, by client.
+        gauges: What the executor says of itself, such as ``sites/connected``.
+    """
+
+    round: int
+    attempt: int
+    counted: bool
+    seconds: float
+    contacts: tuple[Contact, ...]
+    gauges: Mapping[str, float] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as plain values; what is not known or empty is left out."""
+        clients = [{n: _short(v) for n, v in vars(own).items() if v not in (None, "")} for own in self.contacts]
+        known = {"round": self.round, "attempt": self.attempt, "counted": self.counted, "seconds": _short(self.seconds)}
+        return {**known, **({"gauges": dict(self.gauges)} if self.gauges else {}), "clients": clients}
+
+
+def _short(value: Any) -> Any:
+    """Return seconds to the tenth of a millisecond."""
+    return round(value, 4) if isinstance(value, float) else value
+
+
 class Ledger:
     """Totals since the start of the run; they continue over a resume.
 
@@ -62,6 +120,7 @@ class Ledger:
         bytes_down: Server to clients, by network.
         bytes_up: Clients to server, by network.
         client_steps: Local steps over all clients.
+        client_asks: Tasks that clients were asked to do.
         client_runs: Client updates received.
         events: Clients that failed, updates that were rejected or late, rounds that were abandoned.
         incidents: The last of these, with client and reason.
@@ -73,6 +132,7 @@ class Ledger:
         self.bytes_down: dict[str, int] = {}
         self.bytes_up: dict[str, int] = {}
         self.client_steps = 0
+        self.client_asks = 0
         self.client_runs = 0
         self.client_seconds = 0.0
         self.round_seconds = 0.0
@@ -138,6 +198,7 @@ class Ledger:
             "bytes_up": dict(self.bytes_up),
             "bytes_per_client_step": self.bytes_per_client_step,
             "client_steps": self.client_steps,
+            "client_asks": self.client_asks,
             "client_runs": self.client_runs,
             "client_seconds": self.client_seconds,
             "round_seconds": self.round_seconds,

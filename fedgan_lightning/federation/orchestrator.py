@@ -21,7 +21,7 @@ from fedgan_lightning.errors import CheckpointError, ConfigurationError, RoundIn
 from fedgan_lightning.federation.aggregation import WeightedMean
 from fedgan_lightning.federation.conduct import Conductor, Outcome
 from fedgan_lightning.federation.executors import AutoExecutor
-from fedgan_lightning.federation.ledger import Ledger
+from fedgan_lightning.federation.ledger import EVENTS, Ledger
 from fedgan_lightning.federation.local import ClientContext
 from fedgan_lightning.federation.policy import resolve
 from fedgan_lightning.federation.ranks import Ranks
@@ -263,6 +263,7 @@ class FederatedOrchestrator(L.Callback):
         server, _ = self._checked(trainer, pl_module)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         starters, watchers = listeners(callbacks, "on_round_start"), listeners(callbacks, "on_client_end")
+        keepers = listeners(callbacks, "on_try_end")
         self._outcome, self._round_started = None, time.perf_counter()
         try:
             outcome = self.conductor.conduct(
@@ -273,6 +274,7 @@ class FederatedOrchestrator(L.Callback):
                 ),
                 on_start=lambda info: [hook(trainer, server, info) for hook in starters],
                 on_update=lambda update: [hook(trainer, server, update) for hook in watchers],
+                on_try=lambda roll_call: [hook(trainer, server, roll_call) for hook in keepers],
             )
         except RoundInterrupted:
             self.store.discard()
@@ -296,7 +298,8 @@ class FederatedOrchestrator(L.Callback):
         self.ledger.round_seconds += seconds
         metrics = summary.metrics(self._outcome.aggregate)
         metrics |= {"round/seconds": seconds, "round/clients": float(len(summary.records))}
-        metrics |= {f"round/{kind}": float(self._outcome.ledger.events.get(kind, 0)) for kind in self.ledger.events}
+        metrics |= {f"round/{kind}": float(self._outcome.ledger.events.get(kind, 0)) for kind in EVENTS}
+        metrics |= {"round/asked": float(self._outcome.ledger.client_asks), **self.executor.gauges()}
         metrics["round/client_steps_per_second"] = self.ledger.client_steps_per_second
         for direction, totals in (("down", self.ledger.bytes_down), ("up", self.ledger.bytes_up)):
             metrics |= {f"bytes/{direction}/{network}": float(total) for network, total in totals.items()}

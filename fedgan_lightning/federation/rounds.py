@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fedgan_lightning.federation.ledger import bytes_by_network
+from fedgan_lightning.federation.ledger import Contact, bytes_by_network
 from fedgan_lightning.federation.optimizer_state import SCHEDULE
 from fedgan_lightning.packing import Packed
 from fedgan_lightning.protocol import Aggregate, ClientUpdate, Participant, State
 
-#: Above this many clients per-client curves are replaced by minimum, mean and maximum.
-MAX_CLIENT_CURVES = 50
+#: In populations above this per-client curves are replaced by minimum, median and maximum over the cohort.
+MAX_CLIENT_CURVES = 32
 #: Counts that are no curves.
 HIDDEN = ("images", "steps")
+#: What is said of a population too large for curves of its own.
+QUANTILES: dict[str, Callable[[Sequence[float]], float]] = {"min": min, "median": statistics.median, "max": max}
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class RoundSummary:
         networks: Networks that travel.
         drift: Mean cosine between clients' updates, as ``drift/NETWORK``.
         pooled: Weighted means over all clients of what no single record says.
+        contacts: What passed between the server and every client that was asked.
+        population: Number of clients of the federation.
     """
 
     def __init__(
@@ -80,9 +85,12 @@ class RoundSummary:
         networks: Sequence[str],
         drift: Mapping[str, float],
         pooled: Mapping[str, float] | None = None,
+        contacts: Sequence[Contact] = (),
+        population: int = 0,
     ) -> None:
         self.records = sorted(records, key=lambda record: record.client_id)
         self.networks, self.drift, self.pooled = networks, drift, dict(pooled or {})
+        self.contacts, self.population = contacts, population
         self.total_weight = sum(record.num_examples for record in self.records)
 
     @property
@@ -104,21 +112,36 @@ class RoundSummary:
         return {**{name: total / self.total_weight for name, total in sums.items()}, **self.pooled}
 
     def metrics(self, aggregate: Aggregate) -> dict[str, float]:
-        """Return means over the cohort, per-client values of small cohorts, extremes of large ones."""
+        """Return means over the cohort; per-client values of small populations, quantiles of large ones."""
         means = {name: value for name, value in self._means().items() if name not in HIDDEN}
         values = {(name if name.startswith("update_norm") else f"train/{name}"): mean for name, mean in means.items()}
         for network, value in norms(aggregate.delta, self.networks).items():
             values[f"update_norm/{network}/aggregated"] = value
         values |= self.drift
-        if len(self.records) <= MAX_CLIENT_CURVES:
-            for record in self.records:
-                own = {name: value for name, value in record.metrics.items() if name not in HIDDEN}
-                values |= {f"client/{record.client_id:03d}/{name}": value for name, value in own.items()}
+        by_client = self._by_client()
+        if self.population <= MAX_CLIENT_CURVES:
+            for client_id, own in by_client.items():
+                values |= {f"client/{client_id:03d}/{name}": value for name, value in own.items()}
             return values
-        for name in {name for record in self.records for name in record.metrics}:
-            known = [record.metrics[name] for record in self.records if name in record.metrics]
-            values |= {f"clients/{name}/min": min(known), f"clients/{name}/max": max(known)}
+        for name in sorted({name for own in by_client.values() for name in own}):
+            known = [own[name] for own in by_client.values() if name in own]
+            for quantile, function in QUANTILES.items():
+                values[f"clients/{name}/{quantile}"] = function(known)
         return values
+
+    def _by_client(self) -> dict[int, dict[str, float]]:
+        """Return by client what it reported, the bytes that passed, and whether it answered."""
+        found: dict[int, dict[str, float]] = {}
+        for contact in self.contacts:
+            own = found.setdefault(contact.client_id, {"bytes_down": 0.0, "bytes_up": 0.0})
+            own["bytes_down"] += contact.bytes_down
+            own["bytes_up"] += contact.bytes_up
+            if contact.outcome != "late":
+                own["answered"] = float(contact.outcome == "answered")
+        for record in self.records:
+            own = {name: value for name, value in record.metrics.items() if name not in HIDDEN}
+            found.setdefault(record.client_id, {}).update(own)
+        return found
 
 
 def bytes_up(update: ClientUpdate) -> dict[str, int]:

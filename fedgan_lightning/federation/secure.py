@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedgan_lightning.errors import ConfigurationError, UpdateError, message
+from fedgan_lightning.errors import ConfigurationError, OutOfRangeError, UpdateError, message
 from fedgan_lightning.federation.optimizer_state import is_optimizer_entry
 from fedgan_lightning.federation.rules import RoundRules, Screening
 from fedgan_lightning.packing import Layout
@@ -209,7 +209,8 @@ class Summand:
                 ring, numbers = secure.ring(group, name), value.detach().cpu().double().flatten().numpy()
                 largest = float(np.abs(numbers).max(initial=0.0))
                 if not largest <= ring.bound:  # NaN is not, either
-                    raise UpdateError(_refusal(group, name, largest, ring.bound))
+                    refusal = UpdateError if not math.isfinite(largest) else OutOfRangeError
+                    raise refusal(_refusal(group, name, largest, ring.bound))
                 parts[ring.bits].append(ring.encode(numbers * shares[group]))
         layouts = {group: Layout.of(state) for group, state in groups.items()}
         return cls(layouts, np.concatenate(parts[32]), np.concatenate(parts[64]))
@@ -264,6 +265,7 @@ def _refusal(group: str, name: str, largest: float, bound: float) -> str:
         fix = "lower the client's learning rate, add a penalty such as R1, or clip gradients"
         return message("updates are finite numbers", received=f"NaN or infinity in {group} {name!r}", fix=fix)
     option = {"delta": "federation.secure.max_update", "extras": "federation.secure.max_value"}.get(group)
-    fix = f"raise {option}" if option else "look at what the client reports"
+    others = {"sums": "scale the data, or take the metric out of evaluation.metrics"}
+    fix = f"raise {option}" if option else others.get(group, "look at what the client reports")
     rule = f"entries of {group} are at most {bound:g} in absolute value before they are masked"
     return message(rule, received=f"{largest:.4g} in {name!r}", fix=fix)

@@ -12,6 +12,8 @@ from fedgan_lightning.visuals.runs import Curve
 
 #: Told apart by people who do not see all colours (Okabe and Ito 2008).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+#: Most labels below bars that can be read; of more every second or third is shown.
+MOST_LABELS = 32
 #: Metrics whose scale spans orders of magnitude.
 LOGARITHMIC = ("fid", "kid", "intra_fid")
 
@@ -24,6 +26,7 @@ def chart(
     metric: str = "",
     floor: float | None = None,
     across: str = "rounds",
+    owner: str = "",
 ) -> str:
     """Return curves.
 
@@ -34,6 +37,7 @@ def chart(
         metric: What is drawn; some take a logarithmic axis.
         floor: Value to draw a line at.
         across: What the horizontal axis counts.
+        owner: The run, where charts of several with one title share a page.
     """
     figure, axes = _figure(title)
     for name, (steps, values) in curves:
@@ -49,7 +53,7 @@ def chart(
     axes.grid(visible=True, color="#eeeeee")
     if len(names) > 1 or floor is not None:
         axes.legend(fontsize=7, frameon=False)
-    return _drawn(figure, title, owner="")
+    return _drawn(figure, title, owner=owner)
 
 
 def bars(title: str, series: Mapping[str, Mapping[str, float]], *, owner: str) -> str:
@@ -68,11 +72,15 @@ def bars(title: str, series: Mapping[str, Mapping[str, float]], *, owner: str) -
         heights = [values.get(label, 0.0) for label in labels]
         axes.bar(positions, heights, width=width, color=colour(index), label=name or None)
     crowded = len(labels) > 12 or max(map(len, labels)) > 3
-    axes.set_xticks(range(len(labels)), [label[:16] for label in labels], rotation=90 if crowded else 0)
+    every = -(-len(labels) // MOST_LABELS)
+    axes.set_xticks(
+        range(0, len(labels), every), [label[:16] for label in labels[::every]], rotation=90 if crowded else 0
+    )
     axes.grid(visible=True, axis="y", color="#eeeeee")
     axes.set_axisbelow(True)
     if any(series):
-        axes.legend(fontsize=7, frameon=False)
+        axes.margins(y=0.2)  # room for the names above the bars
+        axes.legend(fontsize=7, frameon=False, loc="upper left", ncols=len(series), borderaxespad=0.1)
     return _drawn(figure, title, owner=owner)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from fedgan_lightning.files import write_text
 from fedgan_lightning.visuals.charts import bars, chart, colour, text
+from fedgan_lightning.visuals.operations import STYLE as MATRIX_STYLE
+from fedgan_lightning.visuals.operations import operations
 from fedgan_lightning.visuals.runs import Curve, Run, differing, read_run
 
 #: Metrics that come first, and what they are called.
@@ -88,7 +90,8 @@ def page(runs: Sequence[Run]) -> str:
         parts.append(_cards(runs[0]))
     parts += [_quality(runs, names), _training(runs, names)]
     for run, name in zip(runs, names):
-        parts += [_grids(run, name), _breakdown(run, name), _partition(run, name), _bytes(run, name)]
+        parts += [_grids(run, name), _breakdown(run, name), _partition(run, name)]
+        parts += [operations(run, name), _bytes(run, name)]
         parts.append(_evaluation(run, name))
     parts += [
         f"<h2>Settings of {text(name)}</h2><details><summary>config.yaml</summary>"
@@ -96,7 +99,7 @@ def page(runs: Sequence[Run]) -> str:
         for run, name in zip(runs, names)
         if run.config_text
     ]
-    head = f"<title>{text(title)}</title><style>{STYLE}</style>"
+    head = f"<title>{text(title)}</title><style>{STYLE}{MATRIX_STYLE}</style>"
     meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     return f'<!doctype html>\n<html lang="en"><head>{meta}{head}</head><body>{"".join(parts)}</body></html>\n'
 

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.journal import NAME
+from fedgan_lightning.visuals.attendance import Attendance
 
 #: (steps, values) of a curve.
 Curve = tuple[list[float], list[float]]
@@ -29,6 +31,7 @@ class Run:
         metrics: Curves of the evaluation by metric, against rounds.
         scalars: Curves of TensorBoard by tag, against rounds.
         sizes: Samples by client.
+        attendance: Who was asked in which round, and what came of it.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Run:
     metrics: dict[str, Curve]
     scalars: dict[str, Curve]
     sizes: list[int]
+    attendance: Attendance
 
     @property
     def bytes_by_round(self) -> Curve:
@@ -98,6 +102,7 @@ def read_run(path: str | Path) -> Run:
         metrics=metrics,
         scalars=_scalars(root),
         sizes=_sizes(root / "partition.npz"),
+        attendance=Attendance.read(root / NAME),
     )
 
 

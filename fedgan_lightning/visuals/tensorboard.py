@@ -29,9 +29,23 @@ LAYOUT = {
     "Clients": {
         "discriminator loss": ["Multiline", ["client/.*/loss_d"]],
         "generator loss": ["Multiline", ["client/.*/loss_g"]],
+        "answered (1) or not (0)": ["Multiline", ["client/.*/answered"]],
+        "seconds of work": ["Multiline", ["clients?/.*seconds.*"]],
+        "seconds from task to answer": ["Multiline", ["clients?/.*round_trip.*"]],
+        "bytes to each client in a round": ["Multiline", ["clients?/.*bytes_down.*"]],
+        "bytes from each client in a round": ["Multiline", ["clients?/.*bytes_up.*"]],
+    },
+    "Rounds": {
+        "clients asked, and what came of them": [
+            "Multiline",
+            ["^round/asked$", "^round/clients$", "^round/failed$", "^round/rejected$", "^round/late$"],
+        ],
+        "sites connected": ["Multiline", ["^sites/connected$"]],
+        "seconds": ["Multiline", ["^round/seconds$"]],
+        "tries that were abandoned": ["Multiline", ["^round/abandoned$"]],
     },
     "Cost": {
-        "bytes": ["Multiline", ["bytes/.*"]],
+        "bytes since the start": ["Multiline", ["bytes/.*"]],
         "client steps per second": ["Multiline", ["round/client_steps_per_second"]],
     },
 }

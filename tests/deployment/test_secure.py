@@ -447,7 +447,7 @@ def test_a_site_answers_in_the_clear_only_where_its_own_configuration_lets_it(tm
     )
     task = ClientTask(client_id=0, round=0, seed=1, state={}, local=LocalWork(steps=1))
     questions = [
-        (grid, wire.content({"ask": "feature_sums", "limit": -1, "kind": "pixels", "side": 0}, net={}), "query"),
+        (grid, wire.content({"ask": "sums", "question": "feature moments", "limit": -1}, told={}), "query"),
         (grid, wire.from_task(task, accepted=-1, digest=""), "train"),
         (plain, wire.content({"ask": "advertise", "session": 1}), "query"),
     ]
@@ -466,16 +466,31 @@ def test_a_site_answers_in_the_clear_only_where_its_own_configuration_lets_it(tm
 
 def test_features_of_all_sites_are_summed_under_masks_too(tmp_path, state):
     """The server gets one sum, the same as that of all sites' sums; where a site is not in it, none."""
-    grid, question = grid_of(state), {"kind": "pixels", "side": 0}
+    grid = grid_of(state)
+    question = {"question": "feature moments", "kind": "pixels", "side": 0, "limit": 50}
     site_of = {k: _site(grid.contexts[100 + k]) for k in range(4)}
     sites = Sites(grid, num_clients=4, digest=site_of[0].digest)
     survey = SecureSurvey(SecureSessions(sites, secure=SecureAggregation(), weight=float))
-    (found,) = survey.feature_sums(question, {}, limit=50)
-    exact = [own.feature_sums(question, {}, limit=50) for own in site_of.values()]
-    assert int(found["count"]) == 200
-    for name in ("total", "outer"):
-        assert torch.allclose(found[name], sum(own[name] for own in exact), atol=2e-6, rtol=0)
+    for asked, names in ((question, ("total", "outer")), ({**question, "question": "third powers"}, ("third", "own"))):
+        (found,) = survey.sums(asked, {})
+        exact = [own.sums(asked, {}) for own in site_of.values()]
+        assert int(found["count"]) == sum(int(own["count"]) for own in exact) >= 200
+        for name in names:
+            assert torch.allclose(found[name], sum(own[name] for own in exact), atol=2e-6, rtol=0)
     grid.away = {101}
     sites.refresh()
     with pytest.raises(QuorumError, match=r"every site is in the sums .* client 1 \(advertise: its site is not conn"):
-        survey.feature_sums(question, {}, limit=50)
+        survey.sums(question, {})
+
+
+def test_a_metric_whose_sums_cannot_be_masked_is_left_out_by_name(tmp_path, state, monkeypatch, caplog):
+    """The others are measured, and the run goes on."""
+    metrics = ["--evaluation.metrics", "[FrechetDistance, KernelDistance, ModeCoverage]"]
+    monkeypatch.setattr("fedgan_lightning.federation.secure.SUMS_BOUND", 2e4)
+    with caplog.at_level("WARNING", logger="fedgan_lightning"):
+        deploy(tmp_path, grid_of(state), *metrics, "--best.monitor", "fid")
+    (line,) = [record.message for record in caplog.records if "is not measured" in record.message]
+    assert re.search("KernelDistance is not measured: .*entries of sums are at most 20000 .*Fix: scale the data", line)
+    final = summary(tmp_path, "secure")["final"]
+    assert {"modes", "fid"} <= final.keys()
+    assert "kid" not in final

@@ -89,7 +89,9 @@ def test_a_deployment_computes_what_the_simulation_computes(tmp_path, options):
     mine, theirs = summary(tmp_path, "deployed"), summary(tmp_path, "simulated")
     assert mine["bytes_up"] == theirs["bytes_up"]
     assert mine["client_steps"] == theirs["client_steps"]
-    assert mine["evaluation"]["fid_floor"] == pytest.approx(theirs["evaluation"]["fid_floor"], rel=1e-9)
+    for name in ("fid_floor", "kid_floor"):
+        assert mine["evaluation"][name] == pytest.approx(theirs["evaluation"][name], rel=1e-9)
+    assert mine["final"].keys() == theirs["final"].keys(), "what fit measures in simulation it measures here"
 
 
 def test_only_sums_and_parameters_come_from_sites(tmp_path):
@@ -215,6 +217,40 @@ def test_a_site_that_is_silent_or_away_is_named_and_left_out(tmp_path):
     assert "connect: its site is not connected" in {own["reason"] for own in summary(tmp_path, "away")["incidents"]}
 
 
+def test_an_operator_sees_who_is_connected_and_how_long_answers_take(tmp_path, caplog):
+    """On the dashboard after every round, in the journal, and in the log once for every change."""
+    from fedgan_lightning.journal import entries
+    from fedgan_lightning.visuals.runs import read_run
+
+    class Blinking(LoopbackGrid):
+        def get_node_ids(self):
+            trained = sum(kind == "train" for _, kind in self.asked)
+            self.away = {101} if 3 <= trained < 5 else set()  # in the second round of three
+            return super().get_node_ids()
+
+    grid = grid_of(tmp_path, [*SHORT, *SAFE])
+    grid.__class__ = Blinking
+    with caplog.at_level("INFO", logger="fedgan_lightning"):
+        deploy(tmp_path, *SAFE, grid=grid)
+    told = [record.message for record in caplog.records if "sites connected" in record.message]
+    assert told == [
+        "3 of 3 sites connected (here: clients 0, 1, 2)",
+        "2 of 3 sites connected (gone: client 1)",
+        "3 of 3 sites connected (here: client 1)",
+    ]
+    run = read_run(tmp_path / "deployed")
+    assert run.scalars["sites/connected"] == ([1, 2, 3], [3, 2, 3])
+    assert len(run.scalars["client/000/round_trip"][0]) == 3
+    second = list(entries(tmp_path / "deployed" / "rounds.jsonl"))[1]
+    assert second["gauges"] == {"sites/connected": 2}
+    lost, answered = second["clients"][1], second["clients"][0]
+    assert (lost["outcome"], lost["bytes_down"], lost["reason"]) == ("failed", 0, "connect: its site is not connected")
+    assert 0 < answered["seconds"] <= answered["round_trip"] <= second["seconds"]
+    assert answered["bytes_down"] > 0
+    counted = sum(own.bytes_down for own in run.attendance.clients.values())
+    assert counted == sum(run.summary["bytes_down"].values()), "nothing was sent to the site that was away"
+
+
 def test_a_late_answer_is_counted_and_dropped(tmp_path):
     class Slow(LoopbackGrid):
         def push_messages(self, messages):
@@ -268,14 +304,29 @@ def test_sums_that_are_none_end_the_run_by_name(tmp_path):
 def test_a_metric_that_looks_at_samples_is_left_out_and_one_that_tries_anyway_is_refused(tmp_path, monkeypatch, caplog):
     monkeypatch.syspath_prepend(str(ROOT))
     own = tmp_path / "metrics.yaml"
-    own.write_text("evaluation:\n  metrics: [FrechetDistance, KernelDistance]\n")
+    own.write_text("evaluation:\n  metrics: [FrechetDistance, Memorisation]\n")
     with caplog.at_level("INFO", logger="fedgan_lightning"):
         deploy(tmp_path, "--config", str(own), name="left_out")
-    assert "elsewhere: KernelDistance" in caplog.text
-    assert "kid" not in summary(tmp_path, "left_out")["final"]
+    assert "elsewhere: Memorisation" in caplog.text
+    assert "fid" in summary(tmp_path, "left_out")["final"]
     own.write_text("evaluation:\n  metrics: [tests.fakes.Curious]\n")
     with pytest.raises(ConfigurationError, match="samples of clients never come to the server"):
         deploy(tmp_path, "--config", str(own), name="refused")
+
+
+def test_a_site_answers_what_it_knows_and_only_about_many_samples(tmp_path):
+    """Whatever a server asks: a sum over one sample would be its features, with pixels the sample."""
+    from fedgan_lightning.deployment.site import FEWEST_SAMPLES, Site
+
+    site = Site(["--config", CONFIG, *SHORT], client_id=1, state_dir=tmp_path, part=1)
+    question = {"question": "feature moments", "kind": "pixels", "side": 0}
+    assert int(site.sums({**question, "limit": FEWEST_SAMPLES}, {})["count"]) == FEWEST_SAMPLES
+    for limit in (1, FEWEST_SAMPLES - 1):
+        with pytest.raises(ConfigurationError, match=f"over at least 10 samples; received {limit} for feature moments"):
+            site.sums({**question, "limit": limit}, {})
+    assert int(site.sums({**question, "limit": 1}, {}, is_masked=True)["count"]) == 1, "nobody sees it alone"
+    with pytest.raises(ConfigurationError, match="a site answers feature moments, .*; received samples"):
+        site.sums({"question": "samples"}, {})
 
 
 # ---------------------------------------------------------------------- records

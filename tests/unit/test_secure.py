@@ -250,7 +250,8 @@ def test_a_federation_of_sums_is_the_federation(weighting):
     mine, theirs = sum_metrics.metrics[-1], plain_metrics.metrics[-1]
     assert mine["train/loss_d"] == pytest.approx(theirs["train/loss_d"], rel=1e-5)
     assert mine["round/clients"] == 4
-    assert {n for n in mine if n.startswith("client/")} == {f"client/{k:03d}/seconds" for k in range(4)}
+    known = {"answered", "bytes_down", "bytes_up", "seconds"}
+    assert {n for n in mine if n.startswith("client/")} == {f"client/{k:03d}/{n}" for k in range(4) for n in known}
     assert "drift/generator" in theirs
     assert "drift/generator" not in mine
     assert orchestrator.ledger.client_steps == 2 * 4 * 3

@@ -163,6 +163,9 @@ class FaultyExecutor(Executor):
             **self.executor.facts(),
         }
 
+    def gauges(self) -> dict[str, float]:
+        return self.executor.gauges()
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.executor.load_state_dict(state["executor"])
         self._late = [ClientUpdate(**fields) for fields in state["late"]]

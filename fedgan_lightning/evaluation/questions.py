@@ -1,0 +1,160 @@
+"""What clients are asked of their samples: sums that add up over clients, made where the samples are.
+
+A simulation asks its own clients, a deployment its sites; the answer is made by the same code. Sites answer the
+questions that they know and no others, and there is no question whose answer is about a single sample.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from fedgan_lightning.data.datamodule import FederatedDataModule
+from fedgan_lightning.data.samples import ClientSamples
+from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.evaluation.features import FrozenNet
+from fedgan_lightning.evaluation.fid import feature_sums
+from fedgan_lightning.evaluation.portable import from_facts, sums_to_state, to_facts
+from fedgan_lightning.protocol import State
+
+#: Samples that are looked at together.
+CHUNK = 1000
+#: Every answer says under this name how many samples it sums up.
+COUNT = "count"
+
+
+@dataclass(frozen=True)
+class Respondent:
+    """Who answers: one client, with what it has.
+
+    Attributes:
+        view: Its samples.
+        data: Where they are from; its test split may belong to them.
+        module: A module like the global one, for questions that carry the weights of one.
+    """
+
+    view: ClientSamples
+    data: FederatedDataModule
+    module: nn.Module | None = None
+
+
+class Question(ABC):
+    """What a client is asked of all its samples together.
+
+    Attributes:
+        kind: Its name in messages.
+    """
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """Return what :meth:`read` needs to make it anew, as plain values."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors that :meth:`read` needs to make it anew."""
+
+    @classmethod
+    @abstractmethod
+    def read(cls, facts: Mapping[str, Any], state: State, respondent: Respondent) -> Question:
+        """Return the question that was sent."""
+
+    @abstractmethod
+    def answer(self, respondent: Respondent) -> dict[str, Tensor]:
+        """Return sums over the client's samples by name, and under ``count`` how many these are."""
+
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every sum but ``count``."""
+
+    def check(self, answer: State) -> None:
+        """Refuse an answer that is none.
+
+        Raises:
+            ConfigurationError: If it has other entries or shapes, is not finite, or sums up nothing.
+        """
+        wanted = {**self.shapes(), COUNT: ()}
+        found = {name: tuple(value.shape) for name, value in answer.items()}
+        finite = all(bool(torch.isfinite(value).all()) for value in answer.values())
+        if found != wanted or not finite or int(answer[COUNT]) < 1:
+            raise ConfigurationError(
+                message(
+                    f"sites answer {self.kind} with finite sums of shapes {wanted}",
+                    received=f"{'finite numbers' if finite else 'NaN or infinity'} of shapes {found}",
+                    fix="install the same version everywhere, and look for NaN in the data",
+                )
+            )
+
+
+@runtime_checkable
+class SurveyedData(Protocol):
+    """A data module whose clients' samples are elsewhere: it passes questions on."""
+
+    def answers(self, question: Question) -> Iterator[State]: ...
+
+
+def answers(data: FederatedDataModule, question: Question) -> Iterator[State]:
+    """Yield the answer of every client; where single ones are hidden, one that is the sum of all."""
+    if isinstance(data, SurveyedData):
+        yield from data.answers(question)
+        return
+    for client_id in range(data.num_clients):
+        yield question.answer(Respondent(data.client_samples(client_id), data))
+
+
+def summed(data: FederatedDataModule, question: Question) -> dict[str, Tensor]:
+    """Return the sum of all clients' answers."""
+    total: dict[str, Tensor] = {}
+    for answer in answers(data, question):
+        total = {name: value + total[name] if total else value for name, value in answer.items()}
+    return total
+
+
+class FeatureMoments(Question):
+    """Sums of features and of their products: what a Fréchet distance is made of.
+
+    Args:
+        net: The feature network.
+        limit: Use at most so many samples of each client; ``None`` uses all.
+    """
+
+    kind = "feature moments"
+
+    def __init__(self, net: FrozenNet, *, limit: int | None = None) -> None:
+        self.net, self.limit = net, limit
+
+    def facts(self) -> dict[str, Any]:
+        return {**to_facts(self.net)[0], "limit": -1 if self.limit is None else self.limit}
+
+    def state(self) -> dict[str, Tensor]:
+        return to_facts(self.net)[1]
+
+    @classmethod
+    def read(cls, facts: Mapping[str, Any], state: State, respondent: Respondent) -> FeatureMoments:
+        return cls(net_of(facts, state, respondent), limit=None if facts["limit"] < 0 else int(facts["limit"]))
+
+    def answer(self, respondent: Respondent) -> dict[str, Tensor]:
+        return sums_to_state(feature_sums(self.net, chunks(respondent.view, self.limit)))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        size = self.net.num_features
+        return {"total": (size,), "outer": (size, size)}
+
+
+def net_of(facts: Mapping[str, Any], state: State, respondent: Respondent) -> FrozenNet:
+    """Return the feature network of a question, for the respondent's samples."""
+    data = respondent.data
+    return from_facts(facts, state, sample_shape=data.sample_shape, is_image=respondent.view.samples.is_image)
+
+
+def chunks(data: ClientSamples, limit: int | None = None) -> Iterator[Tensor]:
+    """Yield the samples, without labels, in batches; at most ``limit`` of them."""
+    count = len(data) if limit is None else min(limit, len(data))
+    for positions in torch.arange(count).split(CHUNK):
+        yield data.take(positions)[0]
