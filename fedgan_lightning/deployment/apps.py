@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-import time
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -72,18 +71,9 @@ def _site(context: Any) -> Any:
 
 def _train(received: Any, context: Any) -> Any:
     task, accepted = wire.to_task(received.content)
-    fault = str(context.node_config.get("fault", ""))
-    if fault == "hang":  # for trials: see CORRUPTIONS for the others
-        time.sleep(3600)
-    if fault == "crash":
-        os._exit(1)
     facts, site = wire.facts_of(received.content), _site(context)
     _open(site, facts)
     update = site.train(task, accepted=accepted, digest=str(facts["digest"]))
-    if fault:
-        from fedgan_lightning.federation.executors.faulty import CORRUPTIONS
-
-        update = CORRUPTIONS[fault](update, task.round, task.seed)
     return wire.from_update(update) if "session" not in facts else site.masked_update(int(facts["session"]), update)
 
 
