@@ -1,9 +1,9 @@
 """A federation of real processes in which everything goes wrong at once: SuperLink, SuperNodes, TLS, keys.
 
 One federation of four sites and three rounds serves all tests here. Sites 0 and 1 are honest; the SuperNode of site 1
-is killed in the middle of round 1. Site 2 answers NaN, then hangs past the timeout, then answers a round long past. Site
-3 answers other shapes, then an update a million times as long, and is not asked again. Beside them two SuperNodes try
-to get in that have no business there.
+is killed in the middle of round 1. Site 2 answers NaN, then hangs past the timeout, then answers a round long past.
+Site 3 answers other shapes, then an update a million times as long, and is not asked again. Beside them two SuperNodes
+try to get in that have no business there.
 """
 
 from __future__ import annotations
