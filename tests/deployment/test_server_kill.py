@@ -15,14 +15,15 @@ flwr = pytest.importorskip("flwr", reason="needs the extra 'flower' (Python 3.11
 from benchmarks.kill_server import Deployment, finish, kill, rounds_done, settings, wait_for  # noqa: E402
 from fedgan_lightning.__main__ import main  # noqa: E402
 from fedgan_lightning.checkpoints import read_checkpoint  # noqa: E402
+from fedgan_lightning.deployment import launch  # noqa: E402
+from fedgan_lightning.deployment.keys import make_authority  # noqa: E402
 from tests.conftest import assert_states_equal  # noqa: E402
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(2400)]
-STARTED = re.compile(r"Successfully started run (\d+)")
 
 
-def test_a_server_killed_twice_ends_with_the_weights_of_a_simulation(tmp_path):
-    """Once before the run has begun, which Flower would start a second time, and once at a random instant of round 1.
+def test_a_killed_server_ends_with_the_weights_of_an_undisturbed_simulation(tmp_path):
+    """Killed at a random instant of round 1, with everything that it started; the sites stay.
 
     Discriminators are local and moments are kept, so that what the sites keep to themselves has to go back, too.
     """
@@ -31,25 +32,19 @@ def test_a_server_killed_twice_ends_with_the_weights_of_a_simulation(tmp_path):
     with contextlib.ExitStack() as stack:
         deployment = Deployment(tmp_path / "home", config, sites=2)
         stack.callback(deployment.close)
-
         server = deployment.server(run_dir)
-        assert wait_for(lambda: STARTED.search(deployment.log("server")), seconds=300), deployment.log("server")
-        kill(server)
         for number in range(2):
             deployment.site(number)
-
-        server = deployment.server(run_dir)
         begun = wait_for(lambda: any(round == 1 for _, round in deployment.tried(0)), seconds=900)
         assert begun, deployment.log("server")[-2000:]
         time.sleep(random.Random(0).uniform(0, 5))
         kill(server)
         kept = rounds_done(run_dir)
         finish(deployment.server(run_dir), deployment)
-
-        first, second, third = STARTED.findall(deployment.log("server"))
-        tried = {number: set(deployment.tried(number)) for number in range(2)}
+        first, second = re.findall(r"Successfully started run (\d+)", deployment.log("server"))
+        tried = {*deployment.tried(0), *deployment.tried(1)}
     assert kept == 1
-    assert tried[0] | tried[1] == {(second, 0), (second, 1), (third, 1)}, f"{first} has never begun"
+    assert tried == {(first, 0), (first, 1), (second, 1)}
     found = json.loads((run_dir / "summary.json").read_text())
     assert (found["status"], found["rounds"], found["client_runs"]) == ("finished", 2, 4)
     assert "incidents" not in found
@@ -57,7 +52,27 @@ def test_a_server_killed_twice_ends_with_the_weights_of_a_simulation(tmp_path):
     arguments = ["--config", str(deployment.config), "--run_dir", str(tmp_path / "simulated")]
     assert main(["fit", *arguments, "--federation.executor", "SequentialExecutor"]) == 0
     ours, theirs = (
-        read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"]
-        for folder in (run_dir, tmp_path / "simulated")
+        read_checkpoint(at / "checkpoints" / "last.ckpt")["state_dict"] for at in (run_dir, tmp_path / "simulated")
     )
     assert_states_equal(ours, theirs)
+
+
+def test_a_run_that_had_not_begun_when_its_server_was_killed_does_not_begin_beside_the_next(tmp_path):
+    """A SuperLink starts it again, 30 s later, and two servers would write one run directory."""
+    keys, home, port = tmp_path / "keys", tmp_path / "home", launch.free_port()
+    make_authority(keys, hosts=["localhost", "127.0.0.1"])
+    with launch._processes() as started:
+        for _ in range(2):
+            started.append(launch.superlink(home, keys=keys, host="127.0.0.1", port=port))
+            launch._await(port, keys, started[-1])
+            launch._connect(home, keys, port)
+            if len(started) == 1:
+                launch._flwr(home, "run", str(launch.APP), "own", "--run-config", 'config="none" options=""')
+                assert [own["status"] for own in runs(home)] in (["pending"], ["starting"]), "a positive control"
+                kill(started[-1])
+        launch._end_old_runs(home, keys, port)
+        assert [own["status"] for own in runs(home)] == ["finished:stopped"]
+
+
+def runs(home):
+    return json.loads(launch._flwr(home, "list", "own", "--format", "json").stdout)["runs"]
