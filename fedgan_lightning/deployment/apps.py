@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from fedgan_lightning.deployment import wire
 from fedgan_lightning.deployment.flower import FlowerExecutor, Sites, only_plain
 from fedgan_lightning.deployment.secure import SecureExecutor, SecureSessions, SecureSurvey
 from fedgan_lightning.deployment.session import members_of_facts, members_to_facts, sealed_of_facts, sealed_to_facts
+from fedgan_lightning.deployment.supervise import end_with_parent
 from fedgan_lightning.errors import FedGANError
 
 
@@ -123,6 +125,10 @@ def server_app() -> Any:
 
     @app.main()  # type: ignore[untyped-decorator]
     def serve(grid: Grid, context: Context) -> None:
+        if (
+            Path(sys.argv[0]).name == "flwr-serverapp"
+        ):  # without its SuperLink it would wait for ever, and write at last
+            end_with_parent(signal.SIGKILL)()
         options = shlex.split(str(context.run_config["options"]))
         serve_over(grid, ["--config", str(context.run_config["config"]), *options])
 

@@ -238,7 +238,7 @@ def _run(home: Path, config: Path, run_dir: Path, others: Sequence[str]) -> int:
     options = [*others, "--run_dir", str(run_dir.resolve()), "--trainer.enable_progress_bar", "false"]
     told = f"config={json.dumps(str(config.resolve()))} options={json.dumps(shlex.join(options))}"
     command = [str(program("flwr")), "run", str(APP), "own", "--stream", "--run-config", told]
-    subprocess.run(command, env=_environment(home), check=False)
+    subprocess.run(command, env=_environment(home), check=False, preexec_fn=end_with_parent(signal.SIGKILL))
     with contextlib.suppress(OSError, ValueError):
         status = json.loads((run_dir / "summary.json").read_text())["status"]
         print(f"{run_dir}: {status}")
@@ -314,7 +314,7 @@ def _start(command: Sequence[str], home: Path, *, log: str) -> subprocess.Popen:
             stdout=file,
             stderr=file,
             start_new_session=True,
-            preexec_fn=end_with_parent(),
+            preexec_fn=end_with_parent(signal.SIGKILL),  # asked to end, a SuperLink waits for its connections
         )
 
 

@@ -28,8 +28,8 @@ SETTLED_SECONDS = 30.0
 PR_SET_PDEATHSIG = 1
 
 
-def end_with_parent(number: int = signal.SIGTERM) -> Callable[[], None]:
-    """Return what a new process calls (``preexec_fn``) to be sent a signal when its parent ends, even by SIGKILL.
+def end_with_parent(number: int) -> Callable[[], None]:
+    """Return what a process calls, a new one as ``preexec_fn``, to be sent a signal when its parent ends, however.
 
     Linux only; elsewhere it does nothing, and whoever kills a parent looks after its children.
 
@@ -68,10 +68,9 @@ def keep_running(command: Sequence[str], *, environment: Mapping[str, str]) -> i
     try:
         while not stopping.is_set():
             started = time.monotonic()
+            ending = end_with_parent(signal.SIGTERM)  # it says goodbye, and may come back at once
             current[:] = [
-                subprocess.Popen(
-                    list(command), env=dict(environment), start_new_session=True, preexec_fn=end_with_parent()
-                )
+                subprocess.Popen(list(command), env=dict(environment), start_new_session=True, preexec_fn=ending)
             ]
             code = current[0].wait()
             _signal_group(current[0], signal.SIGKILL)  # what it started, and its port, must not be in the way
