@@ -9,17 +9,15 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from types import FrameType
 
 from fedgan_lightning.errors import ConfigurationError, message
 
 logger = logging.getLogger("fedgan_lightning")
 
-#: Seconds between two starts of a SuperNode.
-PAUSE_SECONDS = 5.0
+#: Seconds between two starts of a SuperNode, and between two looks at it.
+PAUSE_SECONDS, POLL_SECONDS = 5.0, 0.2
 #: Seconds for which a refused SuperNode is started again. A SuperLink takes a killed SuperNode for connected until it
 #: has missed two heartbeats (60 s), and turns its successor away as it turns strangers away.
 PATIENCE_SECONDS = 90.0
@@ -55,28 +53,22 @@ def keep_running(command: Sequence[str], *, environment: Mapping[str, str]) -> i
     Raises:
         ConfigurationError: If it was refused for longer than a SuperLink takes to notice that its predecessor is gone.
     """
-    stopping = threading.Event()
-    current: list[subprocess.Popen] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        for process in current:
-            _signal_group(process, signal.SIGKILL) if stopping.is_set() else process.terminate()
-        stopping.set()
-
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    stops: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda number, frame: stops.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     refused_since = time.monotonic()
     try:
-        while not stopping.is_set():
+        while not stops:
             started = time.monotonic()
             ending = end_with_parent(signal.SIGTERM)  # it says goodbye, and may come back at once
-            current[:] = [
-                subprocess.Popen(list(command), env=dict(environment), start_new_session=True, preexec_fn=ending)
-            ]
-            code = current[0].wait()
-            _signal_group(current[0], signal.SIGKILL)  # what it started, and its port, must not be in the way
+            process = subprocess.Popen(list(command), env=dict(environment), start_new_session=True, preexec_fn=ending)
+            code = _wait(process, stops)
+            _signal_group(process, signal.SIGKILL)  # what it started, and its port, must not be in the way
             now = time.monotonic()
             refused_since = now if now - started > SETTLED_SECONDS else refused_since
-            if stopping.is_set():
+            if stops:
                 break
             if now - refused_since > PATIENCE_SECONDS:
                 raise ConfigurationError(
@@ -87,11 +79,23 @@ def keep_running(command: Sequence[str], *, environment: Mapping[str, str]) -> i
                     )
                 )
             logger.warning(f"the SuperNode ended ({code}); it is started again in {PAUSE_SECONDS:.0f} s")
-            stopping.wait(PAUSE_SECONDS)
+            while not stops and time.monotonic() < now + PAUSE_SECONDS:
+                time.sleep(POLL_SECONDS)
         return 0
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def _wait(process: subprocess.Popen, stops: Sequence[int]) -> int:
+    """Return the exit code of a process; the first signal asks it to end, a second one ends it."""
+    asked = 0
+    while (code := process.poll()) is None:
+        if len(stops) > asked:
+            process.terminate() if asked == 0 else _signal_group(process, signal.SIGKILL)
+            asked = len(stops)
+        time.sleep(POLL_SECONDS)
+    return code
 
 
 def _signal_group(process: subprocess.Popen, number: int) -> None:
