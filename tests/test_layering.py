@@ -131,6 +131,7 @@ LAYERS = {
     "deployment.site": 15,
     "deployment.apps": 16,
     "deployment.keys": 1,
+    "deployment.supervise": 1,
     "deployment.launch": 2,
     "deployment.app.app": 17,
     "checkpoints": 1,

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
-import time
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from fedgan_lightning.deployment import wire
 from fedgan_lightning.deployment.flower import FlowerExecutor, Sites, only_plain
 from fedgan_lightning.deployment.secure import SecureExecutor, SecureSessions, SecureSurvey
 from fedgan_lightning.deployment.session import members_of_facts, members_to_facts, sealed_of_facts, sealed_to_facts
+from fedgan_lightning.deployment.supervise import end_with_parent
 from fedgan_lightning.errors import FedGANError
 
 
@@ -72,18 +73,9 @@ def _site(context: Any) -> Any:
 
 def _train(received: Any, context: Any) -> Any:
     task, accepted = wire.to_task(received.content)
-    fault = str(context.node_config.get("fault", ""))
-    if fault == "hang":  # for trials: see CORRUPTIONS for the others
-        time.sleep(3600)
-    if fault == "crash":
-        os._exit(1)
     facts, site = wire.facts_of(received.content), _site(context)
     _open(site, facts)
     update = site.train(task, accepted=accepted, digest=str(facts["digest"]))
-    if fault:
-        from fedgan_lightning.federation.executors.faulty import CORRUPTIONS
-
-        update = CORRUPTIONS[fault](update, task.round, task.seed)
     return wire.from_update(update) if "session" not in facts else site.masked_update(int(facts["session"]), update)
 
 
@@ -133,6 +125,10 @@ def server_app() -> Any:
 
     @app.main()  # type: ignore[untyped-decorator]
     def serve(grid: Grid, context: Context) -> None:
+        if (
+            Path(sys.argv[0]).name == "flwr-serverapp"
+        ):  # without its SuperLink it would wait for ever, and write at last
+            end_with_parent(signal.SIGKILL)()
         options = shlex.split(str(context.run_config["options"]))
         serve_over(grid, ["--config", str(context.run_config["config"]), *options])
 

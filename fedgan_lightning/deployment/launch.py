@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fedgan_lightning.deployment.supervise import end_with_parent, keep_running
 from fedgan_lightning.errors import ConfigurationError, message
 
 APP = Path(__file__).parent / "app"
@@ -31,7 +32,8 @@ QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-START_SECONDS = 60.0
+#: Seconds for the SuperLink to start, and for the port of its predecessor to be free.
+START_SECONDS, PORT_SECONDS = 60.0, 20.0
 
 
 class _Parser(argparse.ArgumentParser):
@@ -114,8 +116,8 @@ def _keys(options: argparse.Namespace, others: list[str]) -> None:
     )
 
 
-def _site(options: argparse.Namespace, others: list[str]) -> None:
-    """Become a SuperNode."""
+def _site(options: argparse.Namespace, others: list[str]) -> int:
+    """Keep a SuperNode running."""
     own = () if options.tls is None else _pair(options.tls)
     for path in filter(None, (options.ca, options.key, options.config, options.site, *own)):
         _check_file(path)
@@ -132,13 +134,14 @@ def _site(options: argparse.Namespace, others: list[str]) -> None:
             **({"site": str(options.site.resolve())} if options.site else {}),
         },
     )
-    os.execve(command[0], command, _environment(options.state))
+    return keep_running(command, environment=_environment(options.state))
 
 
 def _server(options: argparse.Namespace, others: list[str]) -> int:
     with _processes() as started:
         started.append(superlink(options.home, keys=options.keys, host=options.host, port=options.port))
         _await(options.port, options.keys, started[-1])
+        _end_old_runs(options.home, options.keys, options.port)
         _register(options.home, options.keys, options.port)
         return _run(options.home, options.config, options.run_dir, others)
 
@@ -154,6 +157,7 @@ def _trial(options: argparse.Namespace, others: list[str]) -> int:
     with _processes() as started:
         started.append(superlink(home, keys=keys, host="127.0.0.1", port=port))
         _await(port, keys, started[-1])
+        _end_old_runs(home, keys, port)
         _register(home, keys, port)
         for number in range(options.sites):
             overlay = options.site[number] if number < len(options.site) else None
@@ -178,6 +182,7 @@ def superlink(home: Path, *, keys: Path, host: str, port: int) -> subprocess.Pop
     """Start a SuperLink with TLS, node authentication and a database."""
     for name in ("ca.crt", "server.crt", "server.key"):
         _check_file(keys / name)
+    _await_port(host, port)
     home.mkdir(parents=True, exist_ok=True)
     command = [
         *(str(program("flower-superlink")), "--host", host, "--port", str(port)),
@@ -220,13 +225,36 @@ def _pair(tls: Path) -> tuple[Path, Path]:
     return tls.with_name(f"{tls.name}.crt"), tls.with_name(f"{tls.name}.key")
 
 
-def _register(home: Path, keys: Path, port: int) -> None:
-    """Tell the SuperLink which sites may come; those that it knows already are no error."""
+def _connect(home: Path, keys: Path, port: int) -> None:
+    """Tell Flower's command line where the SuperLink is."""
     text = f'[superlink]\ndefault = "own"\n[superlink.own]\naddress = "127.0.0.1:{port}"\n'
     (home / "config.toml").write_text(f'{text}root-certificates = "{(keys / "ca.crt").resolve()}"\n')
+
+
+def _flwr(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(program("flwr")), *arguments]
+    return subprocess.run(command, env=_environment(home), capture_output=True, text=True, check=False)
+
+
+def _end_old_runs(home: Path, keys: Path, port: int) -> None:
+    """End the runs that a killed server left in the database.
+
+    A SuperLink starts a run that it was killed with once more if it had not begun, and two servers would write one run
+    directory.
+    """
+    _connect(home, keys, port)
+    listed = _flwr(home, "list", "own", "--format", "json").stdout
+    runs = json.loads(listed).get("runs", []) if listed.strip() else []
+    for run in runs:
+        if not str(run["status"]).startswith("finished"):
+            _flwr(home, "stop", str(run["run-id"]), "own")
+
+
+def _register(home: Path, keys: Path, port: int) -> None:
+    """Tell the SuperLink which sites may come; those that it knows already are no error."""
+    _connect(home, keys, port)
     for path in sorted(keys.glob("*.pub")):
-        command = [str(program("flwr")), "supernode", "register", str(path), "own"]
-        done = subprocess.run(command, env=_environment(home), capture_output=True, text=True)
+        done = _flwr(home, "supernode", "register", str(path), "own")
         if done.returncode and "already" not in (done.stdout + done.stderr):
             raise ConfigurationError(
                 message(
@@ -240,7 +268,7 @@ def _run(home: Path, config: Path, run_dir: Path, others: Sequence[str]) -> int:
     options = [*others, "--run_dir", str(run_dir.resolve()), "--trainer.enable_progress_bar", "false"]
     told = f"config={json.dumps(str(config.resolve()))} options={json.dumps(shlex.join(options))}"
     command = [str(program("flwr")), "run", str(APP), "own", "--stream", "--run-config", told]
-    subprocess.run(command, env=_environment(home), check=False)
+    subprocess.run(command, env=_environment(home), check=False, preexec_fn=end_with_parent(signal.SIGKILL))
     with contextlib.suppress(OSError, ValueError):
         status = json.loads((run_dir / "summary.json").read_text())["status"]
         print(f"{run_dir}: {status}")
@@ -266,6 +294,30 @@ def _await(port: int, keys: Path, process: subprocess.Popen) -> None:
     )
 
 
+def _await_port(host: str, port: int) -> None:
+    """Return when nobody listens on a port: what is left of a server that was killed takes a moment to end.
+
+    A second server would otherwise take the first one's SuperLink for its own, and run the federation twice.
+    """
+    deadline = time.monotonic() + PORT_SECONDS
+    while True:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+                return
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise ConfigurationError(
+                        message(
+                            "one server listens on a port",
+                            received=f"{host}:{port} ({error.strerror or error})",
+                            fix="end the one that runs there, or choose another --port",
+                        )
+                    ) from error
+        time.sleep(0.3)
+
+
 @contextlib.contextmanager
 def _processes() -> Iterator[list[subprocess.Popen]]:
     """Give a list for processes, all of which end with the body, with their children."""
@@ -286,7 +338,14 @@ def _processes() -> Iterator[list[subprocess.Popen]]:
 def _start(command: Sequence[str], home: Path, *, log: str) -> subprocess.Popen:
     home.mkdir(parents=True, exist_ok=True)
     with (home / log).open("ab") as file:
-        return subprocess.Popen(list(command), env=_environment(home), stdout=file, stderr=file, start_new_session=True)
+        return subprocess.Popen(
+            list(command),
+            env=_environment(home),
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            preexec_fn=end_with_parent(signal.SIGKILL),  # asked to end, a SuperLink waits for its connections
+        )
 
 
 def _environment(home: Path) -> dict[str, str]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
 import stat
 import subprocess
+import sys
+import threading
 import time
 
 import pytest
 
 from fedgan_lightning.__main__ import main
-from fedgan_lightning.deployment import launch
+from fedgan_lightning.deployment import launch, supervise
+from fedgan_lightning.errors import ConfigurationError
 from tests.conftest import ROOT
 
 CONFIG = str(ROOT / "configs" / "digits.yaml")
@@ -92,3 +98,70 @@ def _running(*, group: int) -> list[str]:
     listed = subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True, check=True).stdout
     states = [line.split() for line in listed.splitlines()]
     return [state for number, state in states if int(number) == group and not state.startswith("Z")]
+
+
+# ---------------------------------------------------------------------- what is left when something is killed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+def test_what_a_server_started_ends_with_it_however_it_ends(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from fedgan_lightning.deployment import launch\n"
+        "print(launch._start(['sleep', '60'], Path(sys.argv[1]), log='log').pid, flush=True); sys.stdin.read()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    group = int(parent.stdout.readline())
+    assert _running(group=group), "a positive control"
+    parent.kill()
+    parent.communicate()
+    assert eventually(lambda: not _running(group=group))
+
+
+def test_a_server_waits_for_its_port_and_refuses_one_that_stays_taken(tmp_path, monkeypatch):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        monkeypatch.setattr(launch, "PORT_SECONDS", 0.0)
+        with pytest.raises(ConfigurationError, match=f"one server listens on a port; received 127.0.0.1:{port}"):
+            launch._await_port("127.0.0.1", port)
+        monkeypatch.setattr(launch, "PORT_SECONDS", 30.0)
+        threading.Timer(0.5, other.close).start()
+        launch._await_port("127.0.0.1", port)
+        assert other.fileno() == -1, "it has waited"
+
+
+def test_a_site_starts_its_supernode_again_and_gives_up_when_it_is_always_refused(tmp_path, monkeypatch, caplog):
+    """A SuperLink takes a killed SuperNode for connected for a minute, and refuses its successor as it does others."""
+    monkeypatch.setattr(supervise, "PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(supervise, "PATIENCE_SECONDS", 1.0)
+    command = ["sh", "-c", f"echo start >> {tmp_path / 'starts'}; exit 1"]
+    with pytest.raises(ConfigurationError, match="a SuperNode that ended with 1 again and again"):
+        supervise.keep_running(command, environment=os.environ)
+    assert (tmp_path / "starts").read_text().count("start") > 2
+    assert "the SuperNode ended (1); it is started again" in caplog.text
+
+
+def test_a_site_that_is_asked_to_stop_asks_its_supernode(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervise, "PAUSE_SECONDS", 0.05)
+    before = signal.getsignal(signal.SIGTERM)
+    polite = f"trap 'echo asked > {tmp_path / 'asked'}; exit 0' TERM; echo x > {tmp_path / 'up'}; sleep 60 & wait"
+    threading.Thread(
+        target=lambda: eventually((tmp_path / "up").exists) and os.kill(os.getpid(), signal.SIGTERM)
+    ).start()
+    assert supervise.keep_running(["sh", "-c", polite], environment=os.environ) == 0
+    assert (tmp_path / "asked").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def eventually(condition) -> bool:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False

@@ -31,7 +31,7 @@ from fedgan_lightning.packing import Packed
 from fedgan_lightning.protocol import ClientTask, LocalWork
 from tests.conftest import ROOT, assert_states_equal
 from tests.deployment.loopback import LoopbackGrid
-from tests.deployment.test_sites import quoted, summary, weights
+from tests.deployment.test_sites import hostile, quoted, summary, weights
 from tests.unit.test_secure import states_of
 
 pytestmark = pytest.mark.flower
@@ -423,7 +423,7 @@ def test_a_site_that_is_lost_after_keys_were_shared_is_recovered(tmp_path, state
 
 def test_a_site_refuses_its_own_bad_update_by_name(tmp_path, state):
     """In the sum nobody could see it: a NaN would have become a finite number."""
-    deploy(tmp_path, grid_of(state, told={2: {"fault": "nan"}}), *LENIENT)
+    deploy(tmp_path, grid_of(state, told={2: hostile(tmp_path, "nan", source="Ring")}), *LENIENT)
     (incident,) = summary(tmp_path, "secure")["incidents"]
     assert incident["client_id"] == 2
     assert re.search("NaN or infinity in 'generator.* from client 2. Fix: lower", incident["reason"])

@@ -17,6 +17,7 @@ from fedgan_lightning.errors import ConfigurationError, QuorumError  # noqa: E40
 from fedgan_lightning.packing import Layout  # noqa: E402
 from fedgan_lightning.protocol import ClientTask, ClientUpdate, LocalWork  # noqa: E402
 from tests.conftest import ROOT, assert_states_equal  # noqa: E402
+from tests.deployment.hostile import settings as hostile_settings  # noqa: E402
 from tests.deployment.loopback import LoopbackGrid  # noqa: E402
 
 pytestmark = pytest.mark.flower
@@ -58,6 +59,13 @@ def deploy(tmp_path, *options, told=None, grid=None, name: str = "deployed"):
 def simulate(tmp_path, *options, name: str = "simulated"):
     arguments = ["--config", CONFIG, *SHORT, *options, "--run_dir", str(tmp_path / name)]
     assert main(["fit", *arguments, "--federation.executor", "SequentialExecutor"]) == 0
+
+
+def hostile(tmp_path, *faults, **options):
+    """Return what makes a site misbehave: the path of a settings file of its own."""
+    path = tmp_path / "hostile.yaml"
+    path.write_text(hostile_settings(faults, **options))
+    return {"site": str(path)}
 
 
 def weights(tmp_path, name):
@@ -188,7 +196,7 @@ SAFE = [
 
 @pytest.mark.parametrize("fault", ["nan", "wrong_shape", "wrong_keys", "stale", "huge_norm"])
 def test_a_site_that_answers_wrongly_is_named_and_left_out(tmp_path, fault):
-    deploy(tmp_path, *SAFE, told={1: {"fault": fault}})
+    deploy(tmp_path, *SAFE, told={1: hostile(tmp_path, fault)})
     simulate(tmp_path, "--federation.clients", "SelectedClients", "--federation.clients.clients", "[0, 2]")
     assert_states_equal(weights(tmp_path, "deployed"), weights(tmp_path, "simulated"))
     found = summary(tmp_path, "deployed")

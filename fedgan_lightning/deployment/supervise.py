@@ -1,0 +1,103 @@
+"""Processes that end with the one that started them, and a SuperNode that is started again whenever it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from fedgan_lightning.errors import ConfigurationError, message
+
+logger = logging.getLogger("fedgan_lightning")
+
+#: Seconds between two starts of a SuperNode, and between two looks at it.
+PAUSE_SECONDS, POLL_SECONDS = 5.0, 0.2
+#: Seconds for which a refused SuperNode is started again. A SuperLink takes a killed SuperNode for connected until it
+#: has missed two heartbeats (60 s), and turns its successor away as it turns strangers away.
+PATIENCE_SECONDS = 90.0
+#: A SuperNode that ran so long was not refused.
+SETTLED_SECONDS = 30.0
+PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent(number: int) -> Callable[[], None]:
+    """Return what a process calls, a new one as ``preexec_fn``, to be sent a signal when its parent ends, however.
+
+    Linux only; elsewhere it does nothing, and whoever kills a parent looks after its children.
+
+    Args:
+        number: The signal.
+    """
+    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+
+    def ask() -> None:
+        if prctl is not None:
+            prctl(PR_SET_PDEATHSIG, int(number))
+
+    return ask
+
+
+def keep_running(command: Sequence[str], *, environment: Mapping[str, str]) -> int:
+    """Run a SuperNode, and start it again whenever it ends, until a signal asks to stop; return the exit code.
+
+    Args:
+        command: The SuperNode's.
+        environment: Its environment.
+
+    Raises:
+        ConfigurationError: If it was refused for longer than a SuperLink takes to notice that its predecessor is gone.
+    """
+    stops: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda number, frame: stops.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    refused_since = time.monotonic()
+    try:
+        while not stops:
+            started = time.monotonic()
+            ending = end_with_parent(signal.SIGTERM)  # it says goodbye, and may come back at once
+            process = subprocess.Popen(list(command), env=dict(environment), start_new_session=True, preexec_fn=ending)
+            code = _wait(process, stops)
+            _signal_group(process, signal.SIGKILL)  # what it started, and its port, must not be in the way
+            now = time.monotonic()
+            refused_since = now if now - started > SETTLED_SECONDS else refused_since
+            if stops:
+                break
+            if now - refused_since > PATIENCE_SECONDS:
+                raise ConfigurationError(
+                    message(
+                        "a site is let in with a key that the server knows, over a certificate of its authority",
+                        received=f"a SuperNode that ended with {code} again and again",
+                        fix="read what it said last; compare --key with the server's *.pub, and --ca with its ca.crt",
+                    )
+                )
+            logger.warning(f"the SuperNode ended ({code}); it is started again in {PAUSE_SECONDS:.0f} s")
+            while not stops and time.monotonic() < now + PAUSE_SECONDS:
+                time.sleep(POLL_SECONDS)
+        return 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _wait(process: subprocess.Popen, stops: Sequence[int]) -> int:
+    """Return the exit code of a process; the first signal asks it to end, a second one ends it."""
+    asked = 0
+    while (code := process.poll()) is None:
+        if len(stops) > asked:
+            process.terminate() if asked == 0 else _signal_group(process, signal.SIGKILL)
+            asked = len(stops)
+        time.sleep(POLL_SECONDS)
+    return code
+
+
+def _signal_group(process: subprocess.Popen, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
