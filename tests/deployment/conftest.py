@@ -11,7 +11,16 @@ import pytest
 
 from fedgan_lightning.deployment import launch
 from tests.conftest import ROOT
-from tests.deployment.processes import CONFIG, OpeningRelay, Relay, nginx, server_proxy, site_proxy
+from tests.deployment.processes import (
+    CONFIG,
+    Listener,
+    OpeningRelay,
+    Relay,
+    may_listen,
+    nginx,
+    server_proxy,
+    site_proxy,
+)
 
 SITES = 2
 #: Two rounds: what the first one makes travels in the second.
@@ -37,7 +46,8 @@ class Recorded:
         code: What the run ended with.
         superlink: Port of the SuperLink.
         proxy: Port of its proxy, where there is nginx.
-        wires: What passed between sites and server: streams by section of the way.
+        wires: What passed between sites and server, and where this process may listen among the processes of each site:
+            streams by section of the way.
         opened: What passed on the last section, without TLS.
         seen: The log of the server's proxy, where there is nginx.
     """
@@ -96,9 +106,12 @@ def start_site(number: int, home: Path, *, sites, relays, wires) -> None:
         door = wires[f"at site {number}"].port
     node = {"client-id": number, "state": str(home / f"site{number}")}
     own = {"ca": keys / "ca.crt", "key": keys / f"site{number}", "tls": keys / f"site{number}.tls", "node": node}
-    command = launch.supernode(superlink=f"localhost:{door}", port=launch.free_port(), **own)
+    port = launch.free_port()
+    if may_listen():
+        wires[f"among the processes of site {number}"] = relays.enter_context(contextlib.closing(Listener(port)))
+    command = launch.supernode(superlink=f"localhost:{door}", port=port, **own)
     sites.append(launch._start(command, home / f"site{number}", log="log"))
 
 
-def copied(relay: Relay) -> list[bytes]:
-    return [bytes(stream) for stream in relay.streams]
+def copied(wire: Relay | Listener) -> list[bytes]:
+    return [bytes(stream) for stream in wire.streams]

@@ -156,6 +156,59 @@ class OpeningRelay(Relay):
             super()._pass(inside, outside)
 
 
+#: Linux's number; the module ``socket`` has no name for it.
+SO_RCVBUFFORCE = 33
+
+
+class Listener:
+    """Keeps what processes of this machine send from or to a port of 127.0.0.1: needs Linux and the right to capture.
+
+    Args:
+        port: The port.
+
+    Attributes:
+        streams: What was sent: one entry per connection and direction.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.port, self._streams = port, {}
+        self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0800))
+        with contextlib.suppress(OSError):  # beyond the machine's limit for others
+            self._socket.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 64 << 20)
+        self._socket.settimeout(0.5)
+        self._socket.bind(("lo", 0x0800))
+        self._closed = False
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    @property
+    def streams(self) -> list[bytearray]:
+        return list(self._streams.values())
+
+    def close(self) -> None:
+        self._closed = True
+
+    def _listen(self) -> None:
+        while not self._closed:
+            with contextlib.suppress(TimeoutError):
+                packet, (_, _, kind, *_) = self._socket.recvfrom(1 << 17)
+                if kind != socket.PACKET_OUTGOING and packet[9] == socket.IPPROTO_TCP:
+                    self._keep(packet[4 * (packet[0] & 15) : int.from_bytes(packet[2:4], "big") or None])
+        self._socket.close()
+
+    def _keep(self, segment: bytes) -> None:
+        ports = int.from_bytes(segment[:2], "big"), int.from_bytes(segment[2:4], "big")
+        if self.port in ports:
+            self._streams.setdefault(ports, bytearray()).extend(segment[4 * (segment[12] >> 4) :])
+
+
+def may_listen() -> bool:
+    """Tell whether this process may capture what others on this machine send."""
+    with contextlib.suppress(AttributeError, OSError):
+        socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM).close()
+        return True
+    return False
+
+
 def _waiting(*links: socket.socket) -> bool:
     """Tell whether something has been decrypted already, which no look at the socket shows."""
     return any(isinstance(link, ssl.SSLSocket) and link.pending() for link in links)
