@@ -153,17 +153,17 @@ class Sites:
         nodes = {client_id: self._nodes[client_id] for client_id in range(self.num_clients)}
         answers = self._ask({node: wire.content(question, told=state) for node in nodes.values()})
         found: list[State] = []
-        silent: list[int] = []
+        silent: dict[int, str] = {}
         for client_id, node in nodes.items():
             try:
                 found.append(wire.state_of(answers[node], "sums"))
-            except (KeyError, ValueError, TypeError):  # no answer, or one without sums
-                silent.append(client_id)
+            except (KeyError, ValueError, TypeError):
+                silent[client_id] = "an answer without sums" if node in answers else self._troubles.get(node, "")
         if silent:
             raise QuorumError(
                 message(
                     "every site answers what the evaluation asks",
-                    received=f"no sums from clients {silent} within {ANSWER_SECONDS:.0f} s",
+                    received=f"no sums from clients {sorted(silent)} ({'; '.join(dict.fromkeys(silent.values()))})",
                     fix="look at their logs, and start again with --ckpt_path last",
                 )
             )
