@@ -42,6 +42,13 @@ def _in_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep tests of one file in one process, and those that look at one recorded federation too."""
+    for item in items:
+        recorded = item.path.parent.name == "deployment" and "federation" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("recorded" if recorded else item.path.stem))
+
+
 @pytest.fixture
 def shared() -> Path:
     """The folder of real data beside the project."""

@@ -34,6 +34,7 @@ CONFIG = ROOT / "configs" / "digits.yaml"
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(2400)]
 
 
+@pytest.mark.slow  # two minutes; benchmarks/kill_server.py does it often
 def test_a_killed_server_ends_with_the_weights_of_an_undisturbed_simulation(tmp_path):
     """Killed at a random instant of round 1; what it started ends with it, and the sites stay.
 
