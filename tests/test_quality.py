@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import controls, grids, quality, site_folders
+from benchmarks import controls, grids, moving_average, quality, site_folders
 from fedgan_lightning.__main__ import main
 from fedgan_lightning.data.sources import ImageFolder, TorchvisionImages
 from tests.conftest import ROOT
@@ -107,3 +107,14 @@ def test_folders_of_sites_hold_their_own_digits(tmp_path, shared):
     original = TorchvisionImages("MNIST", root=str(shared)).load("train")
     fours = original.x[original.y == 4][:5]
     assert all(any(torch.equal(x, four) for four in fours) for x in found.x[found.y == 4]), "not a pixel is changed"
+
+
+def test_averages_made_afterwards_are_those_of_the_run(tmp_path, monkeypatch, capsys):
+    options = ["--config", str(ROOT / "configs" / "digits.yaml"), "--run_dir", str(tmp_path / "run"), *CHEAP]
+    monkeypatch.setattr("sys.argv", ["moving_average", *options, "--federation.rounds", "2"])
+    moving_average.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    found = {row[0].strip("| "): float(row[-1].strip(" |")) for row in rows[1:]}
+    final = json.loads((tmp_path / "run" / "summary.json").read_text())["final"]
+    assert found["at most 0.05 of the images seen"] == pytest.approx(final["fid"], abs=0.01)
+    assert found["constant half-life"] != pytest.approx(found["raw"], rel=0.01)

@@ -1,0 +1,81 @@
+"""How a moving average of the generator should be made: one run, averaged afterwards in several ways.
+
+    python -m benchmarks.moving_average --config configs/digits.yaml --federation.rounds 100
+
+Options are those of ``fit``. The weights after every round are kept in the run directory; then they are averaged with
+the configuration's half-life, constant or limited to a share of the images seen, and every average is scored.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from fedgan_lightning.cli import FederatedCLI, run
+from fedgan_lightning.evaluation.callback import quantise
+from fedgan_lightning.evaluation.metrics import FrechetDistance
+from fedgan_lightning.gan.average import averaged, follow
+from fedgan_lightning.seeding import make_generator
+
+RAMPUPS = (None, 0.05, 0.02)
+
+
+class KeepRounds(L.Callback):
+    """Writes the generator's weights at the start and after every round."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.on_round_end(trainer, pl_module, None, None)
+
+    def on_round_end(self, trainer: L.Trainer, server: Any, info: Any, metrics: Any) -> None:
+        folder = Path(trainer.default_root_dir) / "rounds"
+        folder.mkdir(exist_ok=True)
+        torch.save(server.model.generator.state_dict(), folder / f"{trainer.global_step:05d}.pt")
+
+
+def score(cli: FederatedCLI) -> list[str]:
+    """Return a table of FID after a half, three quarters and all of the rounds."""
+    data, gan = cli.datamodule, cli.model.model
+    metric = FrechetDistance()
+    metric.prepare(data, device=torch.device("cpu"))
+    start, *files = sorted((Path(cli.trainer.default_root_dir) / "rounds").glob("*.pt"))
+    looks = sorted({max(1, len(files) * quarters // 4) for quarters in (2, 3, 4)})
+    count = next(own.num_samples for own in cli.trainer.callbacks if hasattr(own, "num_samples"))
+    labels = data.labels_like_union(count, generator=make_generator(0, "evaluation labels"))
+    num_images = data.batch_size * cli.orchestrator.local_steps
+
+    def distance(*, raw: bool) -> float:
+        samples = gan.sample(count, labels=labels, generator=make_generator(0, "evaluation latents"), raw=raw)
+        return metric.compute(quantise(samples), labels)["fid"]
+
+    lines = ["| | " + " | ".join(f"round {look}" for look in looks) + " |", "|---" * (len(looks) + 1) + "|"]
+    for way in ("raw", *RAMPUPS):
+        gan.generator.load_state_dict(torch.load(start, weights_only=True))
+        gan.generator_ema, found = averaged(gan.generator), []
+        for number, path in enumerate(files, 1):
+            gan.generator.load_state_dict(torch.load(path, weights_only=True))
+            rampup = None if way == "raw" else way
+            follow(
+                gan.generator_ema,
+                gan.generator,
+                num_images=num_images,
+                half_life=gan.ema_half_life_images,
+                rampup=rampup,
+            )
+            if number in looks:
+                found.append(distance(raw=way == "raw"))
+        name = {"raw": "raw", None: "constant half-life"}.get(way, f"at most {way} of the images seen")
+        lines.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in found) + " |")
+    return lines
+
+
+def main() -> None:
+    keep = ["--trainer.callbacks+", "benchmarks.moving_average.KeepRounds"]
+    print("\n".join(score(run(["fit", *sys.argv[1:], *keep]))))
+
+
+if __name__ == "__main__":
+    main()
