@@ -30,7 +30,7 @@ from fedgan_lightning.deployment.keys import make_authority, make_node_key  # no
 from tests.conftest import assert_states_equal  # noqa: E402
 from tests.deployment import hostile  # noqa: E402
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(2400)]  # four minutes
 ROUNDS = 3
 BAD = {2: ["nan", "hang", "nan"], 3: ["wrong_shape", "huge_norm", "stale"]}
 
