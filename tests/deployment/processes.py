@@ -9,11 +9,11 @@ import socket
 import ssl
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.kill_server import wait_for
 from fedgan_lightning.deployment import launch
 from tests.conftest import ROOT
 
@@ -29,15 +29,6 @@ def site_command(keys: Path, number: int, *, port: int, home: Path, ca: Path | N
         port=launch.free_port(),
         node=node,
     )
-
-
-def wait_for(condition, *, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.3)
-    return False
 
 
 # ---------------------------------------------------------------------- nginx
