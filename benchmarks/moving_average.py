@@ -16,12 +16,10 @@ import lightning as L
 import torch
 
 from fedgan_lightning.cli import FederatedCLI, run
-from fedgan_lightning.evaluation.callback import quantise
-from fedgan_lightning.evaluation.metrics import FrechetDistance
+from fedgan_lightning.evaluation.callback import Evaluation
 from fedgan_lightning.gan.average import averaged, follow
-from fedgan_lightning.seeding import make_generator
 
-RAMPUPS = (None, 0.05, 0.02)
+RAMPUPS = {None: "constant half-life", 0.05: "at most 5 % of the images seen", 0.02: "at most 2 %"}
 
 
 class KeepRounds(L.Callback):
@@ -38,42 +36,31 @@ class KeepRounds(L.Callback):
 
 def score(cli: FederatedCLI) -> list[str]:
     """Return a table of FID after a half, three quarters and all of the rounds."""
-    data, gan = cli.datamodule, cli.model.model
-    metric = FrechetDistance()
-    metric.prepare(data, device=torch.device("cpu"))
+    gan, per_round = cli.model.model, cli.datamodule.batch_size * cli.orchestrator.local_steps
+    (evaluation,) = (own for own in cli.trainer.callbacks if isinstance(own, Evaluation))
     start, *files = sorted((Path(cli.trainer.default_root_dir) / "rounds").glob("*.pt"))
     looks = sorted({max(1, len(files) * quarters // 4) for quarters in (2, 3, 4)})
-    count = next(own.num_samples for own in cli.trainer.callbacks if hasattr(own, "num_samples"))
-    labels = data.labels_like_union(count, generator=make_generator(0, "evaluation labels"))
-    num_images = data.batch_size * cli.orchestrator.local_steps
-
-    def distance(*, raw: bool) -> float:
-        samples = gan.sample(count, labels=labels, generator=make_generator(0, "evaluation latents"), raw=raw)
-        return metric.compute(quantise(samples), labels)["fid"]
-
-    lines = ["| | " + " | ".join(f"round {look}" for look in looks) + " |", "|---" * (len(looks) + 1) + "|"]
-    for way in ("raw", *RAMPUPS):
+    found: dict[str, list[float]] = {"raw": []}
+    for rampup, name in RAMPUPS.items():
         gan.generator.load_state_dict(torch.load(start, weights_only=True))
-        gan.generator_ema, found = averaged(gan.generator), []
+        gan.generator_ema, found[name] = averaged(gan.generator), []
         for number, path in enumerate(files, 1):
             gan.generator.load_state_dict(torch.load(path, weights_only=True))
-            rampup = None if way == "raw" else way
-            follow(
-                gan.generator_ema,
-                gan.generator,
-                num_images=num_images,
-                half_life=gan.ema_half_life_images,
-                rampup=rampup,
-            )
+            rule = {"half_life": gan.ema_half_life_images, "rampup": rampup}
+            follow(gan.generator_ema, gan.generator, num_images=per_round, **rule)
             if number in looks:
-                found.append(distance(raw=way == "raw"))
-        name = {"raw": "raw", None: "constant half-life"}.get(way, f"at most {way} of the images seen")
-        lines.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in found) + " |")
+                values = evaluation.evaluate(cli.trainer, cli.model)
+                found[name].append(values["fid"])
+                found["raw"].append(values["fid_raw"])
+    lines = ["| | " + " | ".join(f"round {look}" for look in looks) + " |", "|---" * (len(looks) + 1) + "|"]
+    for name, fids in found.items():  # the raw weights' come again with every average
+        lines.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in fids[: len(looks)]) + " |")
     return lines
 
 
 def main() -> None:
-    keep = ["--trainer.callbacks+", "benchmarks.moving_average.KeepRounds"]
+    keep = ["--trainer.callbacks+", "benchmarks.moving_average.KeepRounds", "--evaluation.metrics", "[FrechetDistance]"]
+    keep += ["--evaluation.raw", "true"]
     print("\n".join(score(run(["fit", *sys.argv[1:], *keep]))))
 
 

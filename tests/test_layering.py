@@ -127,6 +127,7 @@ LAYERS = {
     "deployment.session": 5,
     "deployment.flower": 5,
     "deployment.secure": 6,
+    "deployment.secure_users": 7,
     "deployment.data": 7,
     "deployment.site": 15,
     "deployment.apps": 16,

@@ -18,7 +18,8 @@ from typing import Any
 
 from fedgan_lightning.deployment import wire
 from fedgan_lightning.deployment.flower import FlowerExecutor, Sites, only_plain
-from fedgan_lightning.deployment.secure import SecureExecutor, SecureSessions, SecureSurvey
+from fedgan_lightning.deployment.secure import SecureSessions
+from fedgan_lightning.deployment.secure_users import SecureExecutor, SecureSurvey
 from fedgan_lightning.deployment.session import members_of_facts, members_to_facts, sealed_of_facts, sealed_to_facts
 from fedgan_lightning.deployment.supervise import end_with_parent
 from fedgan_lightning.errors import FedGANError
@@ -125,9 +126,8 @@ def server_app() -> Any:
 
     @app.main()  # type: ignore[untyped-decorator]
     def serve(grid: Grid, context: Context) -> None:
-        if (
-            Path(sys.argv[0]).name == "flwr-serverapp"
-        ):  # without its SuperLink it would wait for ever, and write at last
+        # Without its SuperLink this process would wait for ever, and write at last.
+        if Path(sys.argv[0]).name == "flwr-serverapp":
             end_with_parent(signal.SIGKILL)()
         options = shlex.split(str(context.run_config["options"]))
         serve_over(grid, ["--config", str(context.run_config["config"]), *options])

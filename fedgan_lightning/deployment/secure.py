@@ -11,15 +11,14 @@ import logging
 import math
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from fedgan_lightning.deployment import masking, wire
-from fedgan_lightning.deployment.flower import ACCEPTED, ANSWER_SECONDS, CONNECTED, Sites
+from fedgan_lightning.deployment.flower import ANSWER_SECONDS, Sites
 from fedgan_lightning.deployment.masking import Member
 from fedgan_lightning.deployment.session import (
     members_of_facts,
@@ -29,19 +28,16 @@ from fedgan_lightning.deployment.session import (
     shares_of,
     summand_of_content,
 )
-from fedgan_lightning.errors import OutOfRangeError, QuorumError, UpdateError, message
+from fedgan_lightning.errors import UpdateError
 from fedgan_lightning.federation.ledger import network_in_ledger
-from fedgan_lightning.federation.local import ClientContext, never
+from fedgan_lightning.federation.local import never
 from fedgan_lightning.federation.secure import NARROW, SecureAggregation, Summand, words_of
 from fedgan_lightning.packing import Layout
-from fedgan_lightning.protocol import ROUND_TRIP, ClientFailure, ClientTask, Executor, Participant, State, UpdateSum
 
 logger = logging.getLogger("fedgan_lightning")
 
 #: Under this name the ledger counts keys, shares and metrics.
 OVERHEAD = "secure"
-#: Stages at which a client that is lost has not been sent its task.
-BEFORE_THE_TASK = ("advertise", "share")
 #: What malformed answers raise.
 MALFORMED = (KeyError, ValueError, TypeError)
 
@@ -306,110 +302,3 @@ def masked_bytes(layouts: Mapping[str, Layout]) -> dict[str, int]:
             size = (4 if group == NARROW else 8) * words_of(group, name) * math.prod(shape)
             found[network_in_ledger(name) if group in (NARROW, "extras") else OVERHEAD] += size
     return dict(found)
-
-
-class SecureExecutor(Executor):
-    """Runs the clients of a round at their sites, and learns the sum of their updates.
-
-    Args:
-        sessions: How sums come about.
-    """
-
-    concurrent: ClassVar[bool] = True
-    sums_only: ClassVar[bool] = True
-
-    def __init__(self, sessions: SecureSessions) -> None:
-        self.sessions = sessions
-        self._context: ClientContext | None = None
-
-    def setup(self, context: ClientContext) -> None:
-        context.ranks.refuse_several("the server of a deployment is one process")
-        self._context = context
-
-    def run(self, tasks: Iterable[ClientTask]) -> Iterator[UpdateSum | ClientFailure]:
-        assert self._context is not None
-        listed, store = {task.client_id: task for task in tasks}, self._context.store
-        if not listed:
-            return
-        self.sessions.sites.refresh()
-
-        def question(client_id: int) -> Any:
-            accepted = int(store.read(client_id).get(ACCEPTED, torch.tensor(-1)))
-            return wire.from_task(listed[client_id], accepted=accepted, digest=self.sessions.sites.digest)
-
-        (round,) = {task.round for task in listed.values()}
-        found = self.sessions.run(
-            sorted(listed),
-            question,
-            kind=wire.TRAIN,
-            group=str(round),
-            stop_requested=self._context.stop_requested,
-        )
-        for client_id, (stage, cause) in sorted(found.lost.items()):
-            yield ClientFailure(client_id, round, stage=stage, cause=cause, reached=stage not in BEFORE_THE_TASK)
-        if not found.means:
-            return
-        participants = []
-        for client_id in sorted({*listed} - {*found.lost}):
-            store.write(client_id, {ACCEPTED: torch.tensor(listed[client_id].seed)})
-            metrics = wire.metrics_of(found.facts[client_id]) | {ROUND_TRIP: found.seconds[client_id]}
-            size, sent = found.members[client_id].num_examples, dict(found.bytes_up[client_id])
-            participants.append(Participant(client_id, size, metrics, bytes_up=sent))
-        means = {name: float(value) for name, value in found.means["metrics"].items()}
-        yield UpdateSum(round, tuple(participants), found.means["delta"], found.means["extras"], means)
-
-    def teardown(self) -> None:
-        self._context = None
-
-    def facts(self) -> dict[str, Any]:
-        sites, timeout = self.sessions.sites, self.sessions.timeout
-        return {"sites": sites.num_clients, "timeout": timeout, "secure": dict(vars(self.sessions.secure))}
-
-    def gauges(self) -> dict[str, float]:
-        return {CONNECTED: float(self.sessions.sites.num_connected)}
-
-
-class SecureSurvey:
-    """What the server's data module asks of the sites: sums over the samples of all of them together.
-
-    Args:
-        sessions: How sums come about.
-    """
-
-    #: Whether :meth:`sums` are those of all sites together.
-    sums_only: ClassVar[bool] = True
-
-    def __init__(self, sessions: SecureSessions) -> None:
-        self.sessions = sessions
-
-    def facts(self) -> dict[int, dict[str, Any]]:
-        """Return what every site said of itself, once all are there."""
-        return self.sessions.sites.facts()
-
-    def sums(self, facts: dict[str, Any], state: State) -> list[State]:
-        """Return the sums over all sites, as one state.
-
-        Args:
-            facts: A question's, with its ``question``.
-            state: Its tensors.
-
-        Raises:
-            OutOfRangeError: If a site's sums are too large to be masked.
-            QuorumError: If a site is not in them: sums of some would be mistaken for those of all.
-        """
-        clients = sorted(self.facts())
-        question = {**facts, "ask": "sums"}
-        found = self.sessions.run(clients, lambda _: wire.content(question, told=state), kind=wire.QUERY)
-        if found.lost:
-            too_large = [cause for _, cause in found.lost.values() if cause.startswith(OutOfRangeError.__name__)]
-            if too_large:
-                raise OutOfRangeError(too_large[0])
-            causes = [f"client {k} ({stage}: {cause})" for k, (stage, cause) in sorted(found.lost.items())]
-            raise QuorumError(
-                message(
-                    "every site is in the sums that the evaluation asks for",
-                    received="; ".join(causes),
-                    fix="look at their logs, and start again with --ckpt_path last",
-                )
-            )
-        return [found.means["sums"]]

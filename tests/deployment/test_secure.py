@@ -22,7 +22,8 @@ from fedgan_lightning.checkpoints import read_checkpoint
 from fedgan_lightning.deployment import masking, wire
 from fedgan_lightning.deployment.apps import STAGES, _site, serve_over
 from fedgan_lightning.deployment.flower import Sites
-from fedgan_lightning.deployment.secure import SecureSessions, SecureSurvey
+from fedgan_lightning.deployment.secure import SecureSessions
+from fedgan_lightning.deployment.secure_users import SecureSurvey
 from fedgan_lightning.deployment.session import Session, sealed_of_facts, summand_to_content
 from fedgan_lightning.deployment.site import SHARED, digest_of
 from fedgan_lightning.errors import ConfigurationError, ProtocolError, QuorumError
