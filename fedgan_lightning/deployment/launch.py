@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fedgan_lightning.deployment import warm
 from fedgan_lightning.deployment.supervise import end_with_parent, keep_running
 from fedgan_lightning.errors import ConfigurationError, message
 
@@ -32,6 +33,8 @@ QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+#: How often Flower looks for a task to start a process for, in seconds; its own default is one.
+PACE = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
 #: Seconds for the SuperLink to start, and for the port of its predecessor to be free.
 START_SECONDS, PORT_SECONDS = 60.0, 20.0
 
@@ -134,7 +137,8 @@ def _site(options: argparse.Namespace, others: list[str]) -> int:
             **({"site": str(options.site.resolve())} if options.site else {}),
         },
     )
-    return keep_running(command, environment=_environment(options.state))
+    with quick_clientapp(options.state) as first:
+        return keep_running(command, environment=_environment(options.state, first=first))
 
 
 def _server(options: argparse.Namespace, others: list[str]) -> int:
@@ -154,7 +158,7 @@ def _trial(options: argparse.Namespace, others: list[str]) -> int:
         _keys(argparse.Namespace(folder=keys, sites=options.sites, host=["localhost", "127.0.0.1"]), [])
     port = free_port()
     others = [*others, "--data.num_clients", str(options.sites)]
-    with _processes() as started:
+    with quick_clientapp(home) as first, _processes() as started:
         started.append(superlink(home, keys=keys, host="127.0.0.1", port=port))
         _await(port, keys, started[-1])
         _end_old_runs(home, keys, port)
@@ -171,7 +175,7 @@ def _trial(options: argparse.Namespace, others: list[str]) -> int:
                 node=node,
                 tls=keys / f"site{number}.tls",
             )
-            started.append(_start(command, home / f"site{number}", log="supernode.log"))
+            started.append(_start(command, home / f"site{number}", log="supernode.log", first=first))
         return _run(home, options.config, options.run_dir, others)
 
 
@@ -335,12 +339,12 @@ def _processes() -> Iterator[list[subprocess.Popen]]:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def _start(command: Sequence[str], home: Path, *, log: str) -> subprocess.Popen:
+def _start(command: Sequence[str], home: Path, *, log: str, first: Path | None = None) -> subprocess.Popen:
     home.mkdir(parents=True, exist_ok=True)
     with (home / log).open("ab") as file:
         return subprocess.Popen(
             list(command),
-            env=_environment(home),
+            env=_environment(home, first=first),
             stdout=file,
             stderr=file,
             start_new_session=True,
@@ -348,10 +352,16 @@ def _start(command: Sequence[str], home: Path, *, log: str) -> subprocess.Popen:
         )
 
 
-def _environment(home: Path) -> dict[str, str]:
-    programs = str(Path(sys.executable).parent)
-    path = os.pathsep.join([programs, os.environ.get("PATH", "")])
-    return {**os.environ, **QUIET, "FLWR_HOME": str(Path(home).resolve()), "PATH": path}
+def quick_clientapp(home: Path) -> contextlib.AbstractContextManager[Path | None]:
+    """Give the folder with a ``flwr-clientapp`` that need not import anything; see ``warm.py``."""
+    return warm.opened(str(program(warm.PROGRAM)), environment=_environment(home))
+
+
+def _environment(home: Path, *, first: Path | None = None) -> dict[str, str]:
+    """Return the environment of Flower's programs; those in the folder ``first`` take precedence."""
+    folders = [*filter(None, [first]), Path(sys.executable).parent, os.environ.get("PATH", "")]
+    path = os.pathsep.join(map(str, folders))
+    return {**PACE, **os.environ, **QUIET, "FLWR_HOME": str(Path(home).resolve()), "PATH": path}
 
 
 def _check_file(path: Path) -> None:

@@ -87,16 +87,16 @@ def federation(tmp_path_factory, as_installed) -> Iterator[Recorded]:
             wires["between the proxies"] = relays.enter_context(contextlib.closing(Relay(proxy)))
         launch._await(port, keys, started[0])
         launch._register(home, keys, port)
-        with launch._processes() as sites:
+        with launch.quick_clientapp(home) as first, launch._processes() as sites:
             for number in range(SITES):
-                start_site(number, home, sites=sites, relays=relays, wires=wires)
+                start_site(number, home, sites=sites, relays=relays, wires=wires, first=first)
             code = launch._run(home, CONFIG, home / "run", OPTIONS)
             seen = (home / "proxy" / "fedgan.log").read_text() if nginx() is not None else ""
         copies = {name: copied(relay) for name, relay in wires.items()}
         yield Recorded(home, code, port, proxy, copies, copied(opened), seen)
 
 
-def start_site(number: int, home: Path, *, sites, relays, wires) -> None:
+def start_site(number: int, home: Path, *, sites, relays, wires, first) -> None:
     """Start a SuperNode and, where there is nginx, its proxy, with a recording relay between them."""
     keys, door = home / "keys", wires["to the SuperLink"].port
     if nginx() is not None:
@@ -110,7 +110,7 @@ def start_site(number: int, home: Path, *, sites, relays, wires) -> None:
     if may_listen():
         wires[f"among the processes of site {number}"] = relays.enter_context(contextlib.closing(Listener(port)))
     command = launch.supernode(superlink=f"localhost:{door}", port=port, **own)
-    sites.append(launch._start(command, home / f"site{number}", log="log"))
+    sites.append(launch._start(command, home / f"site{number}", log="log", first=first))
 
 
 def copied(wire: Relay | Listener) -> list[bytes]:

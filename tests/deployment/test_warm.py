@@ -1,0 +1,81 @@
+"""The process that forks for every message: it does what Flower's own program does, and lives as long as that would."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("flwr", reason="needs the extra 'flower' (Python 3.11 or later)")
+
+from benchmarks.kill_server import descendants, send_kill, wait_for
+from fedgan_lightning.deployment import launch, warm
+
+pytestmark = [
+    pytest.mark.flower,
+    pytest.mark.skipif(sys.platform != "linux", reason="forks on Linux alone"),
+    pytest.mark.timeout(300),
+]
+#: Nobody answers there, and Flower asks again and again.
+BUSY = ["--runtime-api-address", "127.0.0.1:9", "--token", "t", "--insecure"]
+
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    """The program that a SuperNode would find."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    cold = tmp_path / "cold"
+    cold.write_text('#!/bin/sh\necho cold "$@"\nexit 3\n')
+    cold.chmod(0o700)
+    with warm.opened(str(cold), environment=launch._environment(tmp_path)) as folder:
+        yield folder / warm.PROGRAM
+
+
+def run(program, *arguments):
+    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=200)
+
+
+def forking() -> int:
+    """The process that ``opened`` started."""
+    (own,) = [pid for pid in descendants(os.getpid()) if b"deployment.warm" in _command(pid)]
+    return own
+
+
+def _command(pid: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
+def test_it_is_flower_s_program_with_the_asker_s_arguments_streams_and_exit_code(quick):
+    told = run(quick, "--help")
+    assert (told.returncode, told.stderr) == (0, "")
+    assert "usage: flwr-clientapp" in told.stdout
+    refused = run(quick, "--nonsense")
+    assert refused.returncode == 2
+    assert "--runtime-api-address" in refused.stderr
+    assert quick.parent.stat().st_mode & 0o077 == 0, "nobody else may ask"
+
+
+def test_a_killed_asker_takes_the_work_with_it_and_so_does_the_forking_process(quick):
+    run(quick, "--help")  # it has imported everything
+    parent = forking()
+    for end in ("asker", "parent"):
+        asker = subprocess.Popen([quick, *BUSY], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        assert wait_for(lambda: descendants(parent), seconds=30)
+        (child,) = descendants(parent)
+        send_kill([asker.pid if end == "asker" else parent])
+        assert wait_for(lambda child=child: not _command(child), seconds=30), end
+        assert asker.wait(30) != 0, "nobody did it a second time"
+
+
+def test_without_the_forking_process_it_becomes_flower_s_own_program(quick):
+    send_kill([forking()])
+    assert wait_for(lambda: not any(b"deployment.warm" in _command(p) for p in descendants(os.getpid())), seconds=30)
+    told = run(quick, "--token", "a b")
+    assert (told.returncode, told.stdout) == (3, "cold --token a b\n")
+    assert "starting anew takes longer" in told.stderr
