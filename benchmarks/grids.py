@@ -197,6 +197,7 @@ GRIDS = {
         common=IID,
         cells={
             "mean, all honest": [],
+            "Krum, all honest": AGGREGATORS["Krum"],
             "mean, attacked at equal length": ATTACK,
             **{f"{name}, attacked": [*STRONG, *options] for name, options in AGGREGATORS.items()},
         },
