@@ -88,7 +88,9 @@ def serve(path: str) -> None:
         program = entry.load()
         for name in MODULES:
             importlib.import_module(name)
-        if importlib.import_module("torch").cuda.is_initialized():
+        import torch
+
+        if torch.cuda.is_initialized():
             return
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
         while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,3 +80,20 @@ def test_without_the_forking_process_it_becomes_flower_s_own_program(quick):
     told = run(quick, "--token", "a b")
     assert (told.returncode, told.stdout) == (3, "cold --token a b\n")
     assert "starting anew takes longer" in told.stderr
+
+
+def test_what_a_site_s_supernode_finds_is_the_quick_one(tmp_path, monkeypatch):
+    found = []
+
+    def keep_running(command, *, environment):
+        found.append(Path(shutil.which(warm.PROGRAM, path=environment["PATH"])).read_text())
+        return 0
+
+    monkeypatch.setattr(launch, "keep_running", keep_running)
+    monkeypatch.chdir(tmp_path)
+    for name in ("ca.crt", "site0", "config.yaml"):
+        Path(name).touch()
+    site = ["--superlink", "h:1", "--ca", "ca.crt", "--key", "site0", "--client-id", "0", "--config", "config.yaml"]
+    assert launch.main(["site", *site]) == 0
+    assert "door.py" in found[0]
+    assert str(launch.program(warm.PROGRAM)) in found[0], "Flower's own, for when nobody is behind the door"
