@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import lightning as L
+import numpy as np
 import pytest
 import torch
 
@@ -27,6 +30,9 @@ from fedgan_lightning import (
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 
+# Examples are the same in every run; HYPOTHESIS_PROFILE=default searches on.
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -35,6 +41,14 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     del os.environ["FEDGAN_CACHE"]
+
+
+@pytest.fixture(autouse=True)
+def _same_draws() -> None:
+    """A test's random numbers depend neither on the tests before it nor on the clock."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
 
 
 @pytest.fixture(autouse=True)

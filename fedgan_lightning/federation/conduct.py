@@ -262,7 +262,7 @@ class Conductor:
         client_id = answer.client_id
         if isinstance(answer, ClientFailure):
             contact = self._contact(order, reports, client_id, was_sent=answer.reached)
-            reports.open.discard(client_id)
+            self._close(reports, client_id)
             self._incident(reports, order.round, contact, "failed", f"{answer.stage}: {answer.cause}")
             return
         finite, sizes = {n: v for n, v in answer.metrics.items() if math.isfinite(v)}, bytes_up(answer)
@@ -279,7 +279,8 @@ class Conductor:
         except UpdateError as error:
             if self.screening is None:
                 raise
-            reports.open.discard(client_id)
+            if not is_late:  # its answer of this round may still come
+                self._close(reports, client_id)
             self._incident(reports, order.round, contact, "rejected", str(error))
             return
         if is_late:  # its round is over: it is in the average, and in no statistics
@@ -292,6 +293,12 @@ class Conductor:
         reports.records.append(record)
         reports.drift.add(update.delta, record.lengths)
         order.on_update(update)
+
+    def _close(self, reports: Reports, client_id: int) -> None:
+        """Wait no longer for a client whose update is not let in; its private state stays that of before, too."""
+        if client_id in reports.open:
+            reports.open.discard(client_id)
+            self.context.store.forget(client_id)
 
     def _receive_sum(self, total: UpdateSum, order: Order, reports: Reports) -> None:
         """Take the sum of several updates into the aggregate; what was wrong with any of them, its client has found.

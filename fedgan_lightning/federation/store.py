@@ -2,8 +2,8 @@
 
 It lies in memory or, for large populations, in files of which only those in use are read.
 
-Writes take effect only when the round is committed. A round that is interrupted or abandoned leaves no trace, so a
-checkpoint taken at any time holds the state after the last complete round.
+Writes take effect only when the round is committed. A round that is interrupted or abandoned leaves no trace, nor does
+a client whose update is not let in, so a checkpoint taken at any time holds the state after the last complete round.
 """
 
 from __future__ import annotations
@@ -90,6 +90,10 @@ class ClientStore:
     def discard(self) -> None:
         """Forget the writes of this round."""
         self._pending.clear()
+
+    def forget(self, client_id: int) -> None:
+        """Forget what was written for one client in this round."""
+        self._pending.pop(client_id, None)
 
     def __len__(self) -> int:
         return len(self._committed)

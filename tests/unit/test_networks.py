@@ -38,8 +38,9 @@ PAIRS = {
         nets.R3GANDiscriminator(28, 1, width=8, num_classes=c, conditioning=how, group_size=4),
     ),
     "profile": lambda c, how: (
-        nets.ProfileGenerator(8, 2, width=4, blocks=2, num_classes=c, output="tanh"),
-        nets.ProfileDiscriminator(8, 2, width=4, blocks=2, num_classes=c),
+        # Of four ReLUs a position, all are dead in one draw of fifty.
+        nets.ProfileGenerator(8, 2, width=8, blocks=2, num_classes=c, output="tanh"),
+        nets.ProfileDiscriminator(8, 2, width=8, blocks=2, num_classes=c),
     ),
     "acgan": lambda c, how: (
         nets.ACGANGenerator(28, 1, latent_dim=8, num_classes=c, width=4),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -192,6 +193,33 @@ def test_an_abandoned_round_leaves_no_trace_in_client_state():
         assert all(float(step) == 6 for step in steps)
 
 
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_client_that_is_not_let_in_keeps_its_private_state(fault):
+    """Its round did not happen: neither in the average nor in its discriminator and moments."""
+    rules, screening = RoundRules(minimum=0.5), Screening(max_norm=100.0)
+    options = {"sync": {"discriminator": "local"}, "optimizer": adam, "rules": rules, "screening": screening}
+    result = run(executor=faulty(always={1: fault}), **options)
+    assert result[1].store.read(1) == {}
+    assert all(result[1].store.read(client_id) for client_id in (0, 2, 3))
+
+
+def test_a_late_update_that_is_refused_does_not_close_the_door_to_this_rounds():
+    class LateAndBad(SequentialExecutor):
+        """Client 1 answers every round, and once more the round before, with NaN."""
+
+        def run(self, tasks):
+            for own in super().run(tasks):
+                if own.client_id == 1 and own.round:
+                    nans = {name: torch.full_like(value, torch.nan) for name, value in own.delta.items()}
+                    yield dataclasses.replace(own, round=own.round - 1, delta=nans)
+                yield own
+
+    late = RoundRules(late="discount")
+    result = run(executor=LateAndBad(), rules=late, screening=Screening())
+    assert result[1].ledger.events == {"rejected": 2}
+    assert_states_equal(weights(result), weights(run(rules=late)))
+
+
 def test_a_lost_quorum_ends_the_run_with_a_named_error():
     with pytest.raises(QuorumError, match=r"needs 100% of its cohort; received fewer in each of 3 tries of round 0"):
         run(executor=faulty(always={0: "hang"}), rules=RoundRules(attempts=3))
@@ -220,8 +248,6 @@ def test_a_late_update_at_full_weight_is_still_late():
 
 
 def test_metrics_that_are_no_numbers_are_refused_and_end_nothing():
-    import dataclasses
-
     class Odd(SequentialExecutor):
         def run(self, tasks):
             for own in super().run(tasks):
