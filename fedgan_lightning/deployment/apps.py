@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from fedgan_lightning.deployment import wire
-from fedgan_lightning.deployment.flower import FlowerExecutor, Sites, only_plain
+from fedgan_lightning.deployment.flower import FlowerExecutor
 from fedgan_lightning.deployment.secure import SecureSessions
 from fedgan_lightning.deployment.secure_users import SecureExecutor, SecureSurvey
 from fedgan_lightning.deployment.session import members_of_facts, members_to_facts, sealed_of_facts, sealed_to_facts
+from fedgan_lightning.deployment.sites import Sites, only_plain
 from fedgan_lightning.deployment.supervise import end_with_parent
 from fedgan_lightning.errors import FedGANError
 
@@ -147,8 +148,11 @@ def serve_over(grid: Any, arguments: list[str]) -> None:
     from fedgan_lightning.deployment.site import digest_of
 
     def prepare(cli: Any) -> None:
-        sites = Sites(grid, num_clients=cli.datamodule.num_clients, digest=digest_of(cli.plain_settings))
-        orchestrator, timeout = cli.orchestrator, cli.orchestrator.rules.timeout
+        orchestrator, num_clients = cli.orchestrator, cli.datamodule.num_clients
+        timeout, needed = orchestrator.rules.timeout, orchestrator.rules.needed(num_clients)
+        memory = Path(cli.trainer.default_root_dir) / "sites.json"
+        digest = digest_of(cli.plain_settings)
+        sites = Sites(grid, num_clients=num_clients, digest=digest, needed=needed, memory=memory)
         if orchestrator.secure is None:
             orchestrator.executor = FlowerExecutor(sites, timeout=timeout)
             cli.datamodule = SurveyedDataModule(cli.datamodule, sites)

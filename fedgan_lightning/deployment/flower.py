@@ -6,230 +6,22 @@ Flower's own strategies are not used: they wait for ever for lost nodes, average
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from fedgan_lightning.deployment import wire
-from fedgan_lightning.errors import QuorumError, RoundInterrupted, message
-from fedgan_lightning.federation.local import ClientContext, never
-from fedgan_lightning.protocol import ROUND_TRIP, ClientFailure, ClientTask, ClientUpdate, Executor, State
+from fedgan_lightning.deployment.sites import Sites, trouble_in
+from fedgan_lightning.errors import RoundInterrupted
+from fedgan_lightning.federation.local import ClientContext
+from fedgan_lightning.protocol import ROUND_TRIP, ClientFailure, ClientTask, ClientUpdate, Executor
 
-logger = logging.getLogger("fedgan_lightning")
-
-#: Seconds between two looks for answers: Flower's own loop takes three.
-POLL_SECONDS = 0.2
-#: Seconds between two looks at who is connected, while answers are waited for.
-WATCH_SECONDS = 10.0
-#: Seconds to wait for all sites at the start, and for the answer to a question.
-JOIN_SECONDS, ANSWER_SECONDS = 600.0, 600.0
 #: Tag of the number of connected sites.
 CONNECTED = "sites/connected"
 #: Where the server notes, among a client's private state, which task it let in last.
 ACCEPTED = "accepted/seed"
-
-
-class Sites:
-    """The sites that are connected to a Flower grid, by client.
-
-    Args:
-        grid: Flower's grid.
-        num_clients: Sites that the federation has.
-        digest: Hash of the settings that all share.
-    """
-
-    #: Whether :meth:`sums` are those of all sites together.
-    sums_only: ClassVar[bool] = False
-
-    def __init__(self, grid: Any, *, num_clients: int, digest: str) -> None:
-        self.grid, self.num_clients, self.digest = grid, num_clients, digest
-        self._facts: dict[int, dict[str, Any]] = {}
-        self._nodes: dict[int, int] = {}
-        self._connected: set[int] = set()
-        self._present: set[int] = set()
-        self._watched = time.monotonic()
-        self._refused: set[int] = set()
-        self._troubles: dict[int, str] = {}
-
-    def facts(self) -> dict[int, dict[str, Any]]:
-        """Return what every site said of itself, once all are there.
-
-        Raises:
-            QuorumError: If they are not, in time.
-        """
-        deadline = time.monotonic() + JOIN_SECONDS
-        while True:
-            self.refresh()
-            missing = [client_id for client_id in range(self.num_clients) if client_id not in self._facts]
-            if not missing:
-                return dict(self._facts)
-            if time.monotonic() > deadline:
-                raise QuorumError(
-                    message(
-                        f"a federation begins when its {self.num_clients} sites are there",
-                        received=f"none for clients {missing} within {JOIN_SECONDS:.0f} s",
-                        fix="start their SuperNodes, or lower data.num_clients",
-                    )
-                )
-            time.sleep(1.0)
-
-    @property
-    def num_connected(self) -> int:
-        """Number of clients whose sites were connected when last looked at."""
-        return len(self._present)
-
-    def watch(self) -> None:
-        """Look who is connected, unless that was a moment ago."""
-        if time.monotonic() - self._watched > WATCH_SECONDS:
-            self._look()
-            self._announce()
-
-    def _look(self) -> None:
-        self._connected = {int(node_id) for node_id in self.grid.get_node_ids()}
-        self._watched = time.monotonic()
-
-    def _announce(self) -> None:
-        """Say who is connected, once for every change."""
-        present = {client_id for client_id, node_id in self._nodes.items() if node_id in self._connected}
-        changes = {"gone": self._present - present, "here": present - self._present}
-        if any(changes.values()):
-            told = "; ".join(f"{word}: {_clients(own)}" for word, own in changes.items() if own)
-            logger.info(f"{len(present)} of {self.num_clients} sites connected ({told})")
-        self._present = present
-
-    def refresh(self) -> None:
-        """Look who is connected, and ask those that are new who they are."""
-        self._look()
-        new = sorted(self._connected - {*self._nodes.values()} - self._refused)
-        for node_id, facts in self._ask({node_id: wire.content({"ask": "facts"}) for node_id in new}).items():
-            self._introduce(node_id, wire.facts_of(facts))
-        self._announce()
-
-    def _introduce(self, node_id: int, answer: dict[str, Any]) -> None:
-        """Let a site take part, or refuse it by name."""
-        try:
-            facts: dict[str, Any] = {name: int(answer[name]) for name in ("client_id", "num_examples")}
-            facts["label_counts"] = [int(count) for count in answer["label_counts"]]
-            reason = self._objection(node_id, facts["client_id"], str(answer["digest"]))
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"answers with no facts ({type(error).__name__}: {error})"
-        if reason is not None:
-            self._refused.add(node_id)
-            logger.warning(f"site {node_id} refused: it {reason}")
-            return
-        self._nodes[facts["client_id"]], self._facts[facts["client_id"]] = node_id, facts
-        logger.info(f"client {facts['client_id']} joined with {facts['num_examples']} samples")
-
-    def _objection(self, node_id: int, client_id: int, digest: str) -> str | None:
-        """Return why a site must not take part, or ``None``."""
-        if not 0 <= client_id < self.num_clients:
-            return f"says that it is client {client_id} of {self.num_clients}"
-        if digest != self.digest:
-            return f"has other settings of model or federation ({digest}, here {self.digest})"
-        if self._nodes.get(client_id) in self._connected - {node_id}:
-            return f"says that it is client {client_id}, which another site is"
-        return None
-
-    def node_of(self, client_id: int) -> int | None:
-        """Return the node of a client; ``None`` if it is not connected."""
-        node_id = self._nodes.get(client_id)
-        return node_id if node_id in self._connected else None
-
-    def sums(self, facts: dict[str, Any], state: State) -> list[State]:
-        """Return the sums that every site makes of its own samples.
-
-        Args:
-            facts: A question's, with its ``question``.
-            state: Its tensors.
-
-        Raises:
-            QuorumError: If a site does not answer: sums of some would be mistaken for those of all.
-        """
-        self.facts()
-        question = {**facts, "ask": "sums"}
-        nodes = {client_id: self._nodes[client_id] for client_id in range(self.num_clients)}
-        answers = self._ask({node: wire.content(question, told=state) for node in nodes.values()})
-        found: list[State] = []
-        silent: dict[int, str] = {}
-        for client_id, node in nodes.items():
-            try:
-                found.append(wire.state_of(answers[node], "sums"))
-            except (KeyError, ValueError, TypeError):
-                silent[client_id] = "an answer without sums" if node in answers else self._troubles.get(node, "")
-        if silent:
-            raise QuorumError(
-                message(
-                    "every site answers what the evaluation asks",
-                    received=f"no sums from clients {sorted(silent)} ({'; '.join(dict.fromkeys(silent.values()))})",
-                    fix="look at their logs, and start again with --ckpt_path last",
-                )
-            )
-        return found
-
-    def _ask(self, contents: Mapping[int, Any]) -> dict[int, Any]:
-        """Return the answers by node, of those that answer in time and without an error."""
-        found, troubles = self.exchange(contents, seconds=ANSWER_SECONDS)
-        for node_id, trouble in troubles.items():
-            if self._troubles.get(node_id) != trouble:  # a site that is waited for is asked again and again
-                logger.warning(f"site {node_id} could not answer: {trouble}")
-        self._troubles |= troubles
-        return found
-
-    def exchange(
-        self,
-        contents: Mapping[int, Any],
-        *,
-        seconds: float | None,
-        kind: str = wire.QUERY,
-        group: str = "",
-        stop_requested: Callable[[], bool] = never,
-        clock: dict[int, float] | None = None,
-    ) -> tuple[dict[int, Any], dict[int, str]]:
-        """Ask nodes, and wait for all of them; return the answers, and what went wrong with the others, by node.
-
-        Args:
-            contents: What each is asked.
-            seconds: Time they have; ``None`` waits as long as they are connected.
-            kind: Type of the messages.
-            group: Name under which Flower lists them.
-            stop_requested: Whether to give up.
-            clock: The seconds that an answer took are added here, by node.
-
-        Raises:
-            RoundInterrupted: If the user asks to stop.
-        """
-        from flwr.app import Message
-
-        messages = [
-            Message(content, dst_node_id=node_id, message_type=kind, group_id=group)
-            for node_id, content in contents.items()
-        ]
-        waiting = dict(zip(self.grid.push_messages(messages), contents)) if messages else {}
-        found: dict[int, Any] = {}
-        troubles: dict[int, str] = {}
-        started = time.monotonic()
-        deadline = None if seconds is None else started + seconds
-        while waiting:
-            if stop_requested():
-                raise RoundInterrupted("the user asked to stop")
-            for reply in self.grid.pull_messages(list(waiting)):
-                node_id, trouble = waiting.pop(reply.metadata.reply_to_message_id), _trouble(reply)
-                if trouble is None:
-                    found[node_id] = reply.content
-                    if clock is not None:
-                        clock[node_id] = clock.get(node_id, 0.0) + time.monotonic() - started
-                else:
-                    troubles[node_id] = trouble
-            if deadline is not None and time.monotonic() > deadline:
-                break
-            if waiting:
-                self.watch()
-                time.sleep(POLL_SECONDS)
-        silent = "" if seconds is None else f"no answer within {seconds:.0f} s"
-        return found, {**troubles, **dict.fromkeys(waiting.values(), silent)}
 
 
 class Sent(NamedTuple):
@@ -285,8 +77,7 @@ class FlowerExecutor(Executor):
                     yield self._answer(reply, (late if is_late else open_).pop(key), is_late=is_late)
                 if deadline is not None and time.monotonic() > deadline:
                     break
-                self.sites.watch()
-                time.sleep(POLL_SECONDS)
+                self.sites.pause()
             for task, _ in open_.values():
                 cause = f"no answer within {self.timeout:.0f} s"
                 yield ClientFailure(task.client_id, task.round, stage="reply", cause=cause)
@@ -311,7 +102,7 @@ class FlowerExecutor(Executor):
 
     def _answer(self, reply: Any, sent: Sent, *, is_late: bool) -> ClientUpdate | ClientFailure:
         assert self._context is not None
-        trouble, task = _trouble(reply), sent.task
+        trouble, task = trouble_in(reply), sent.task
         if trouble is None:
             try:
                 update = wire.to_update(reply.content, client_id=task.client_id)
@@ -334,25 +125,3 @@ class FlowerExecutor(Executor):
 
     def gauges(self) -> dict[str, float]:
         return {CONNECTED: float(self.sites.num_connected)}
-
-
-def _clients(ids: Iterable[int]) -> str:
-    """Return clients in words; of many the first ten."""
-    listed = sorted(ids)
-    more = f" and {len(listed) - 10} more" if len(listed) > 10 else ""
-    return f"client{'s' if len(listed) > 1 else ''} {', '.join(map(str, listed[:10]))}{more}"
-
-
-def _trouble(reply: Any) -> str | None:
-    """Return what is wrong with a reply, in words."""
-    if reply.has_error():
-        return f"Flower error {reply.error.code}: {reply.error.reason}"
-    if "facts" not in reply.content:
-        return "an answer without facts"
-    trouble = wire.facts_of(reply.content).get("error")
-    return None if trouble is None else str(trouble)
-
-
-def only_plain(error: BaseException) -> str:
-    """Return an error in one line, for the other side."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]

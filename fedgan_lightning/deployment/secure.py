@@ -18,7 +18,6 @@ from typing import Any
 from torch import Tensor
 
 from fedgan_lightning.deployment import masking, wire
-from fedgan_lightning.deployment.flower import ANSWER_SECONDS, Sites
 from fedgan_lightning.deployment.masking import Member
 from fedgan_lightning.deployment.session import (
     members_of_facts,
@@ -28,6 +27,7 @@ from fedgan_lightning.deployment.session import (
     shares_of,
     summand_of_content,
 )
+from fedgan_lightning.deployment.sites import ANSWER_SECONDS, Sites
 from fedgan_lightning.errors import UpdateError
 from fedgan_lightning.federation.ledger import network_in_ledger
 from fedgan_lightning.federation.local import never

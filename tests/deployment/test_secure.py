@@ -21,11 +21,11 @@ from fedgan_lightning.__main__ import main
 from fedgan_lightning.checkpoints import read_checkpoint
 from fedgan_lightning.deployment import masking, wire
 from fedgan_lightning.deployment.apps import STAGES, _site, serve_over
-from fedgan_lightning.deployment.flower import Sites
 from fedgan_lightning.deployment.secure import SecureSessions
 from fedgan_lightning.deployment.secure_users import SecureSurvey
 from fedgan_lightning.deployment.session import Session, sealed_of_facts, summand_to_content
 from fedgan_lightning.deployment.site import SHARED, digest_of
+from fedgan_lightning.deployment.sites import Sites
 from fedgan_lightning.errors import ConfigurationError, ProtocolError, QuorumError
 from fedgan_lightning.federation.secure import Summand
 from fedgan_lightning.packing import Packed
@@ -333,7 +333,7 @@ LENIENT = ["--federation.rules", "RoundRules", "--federation.rules.minimum", "0.
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch):
     """Nobody has to be waited for."""
-    monkeypatch.setattr("fedgan_lightning.deployment.flower.POLL_SECONDS", 0.0)
+    monkeypatch.setattr("fedgan_lightning.deployment.sites.POLL_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ LOCAL = ["--federation.sync", "{discriminator: local}"]
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch):
     """Nobody has to be waited for."""
-    monkeypatch.setattr("fedgan_lightning.deployment.flower.POLL_SECONDS", 0.0)
+    monkeypatch.setattr("fedgan_lightning.deployment.sites.POLL_SECONDS", 0.0)
 
 
 def grid_of(tmp_path, options, *, told=None, sites: int = 3) -> LoopbackGrid:
@@ -134,6 +134,44 @@ def test_a_killed_server_continues_and_sites_go_back_with_it(tmp_path):
     assert_states_equal(weights(tmp_path, "whole"), weights(tmp_path / "b", "cut"))
 
 
+def test_a_restarted_server_goes_on_without_a_site_it_knows_and_takes_it_back(tmp_path, monkeypatch, caplog):
+    """What it must know of a site lies in the run directory; metrics that ask all sites wait for it."""
+    monkeypatch.setattr("fedgan_lightning.deployment.sites.RETURN_SECONDS", 0.0)
+    options = [*SAFE, "--federation.rounds", "5", "--evaluation.every_n_rounds", "1"]
+    grid = deploy(tmp_path, *SAFE, "--evaluation.every_n_rounds", "1")
+    known = json.loads((tmp_path / "deployed" / "sites.json").read_text())["sites"]
+    assert {own["client_id"] for own in known.values()} == {0, 1, 2}
+    assert set(known["1"]) == {"client_id", "num_examples", "label_counts"}
+
+    class Late(LoopbackGrid):
+        """Client 1 is back when the others have trained once."""
+
+        def get_node_ids(self):
+            self.away = set() if any(kind == "train" for _, kind in self.asked) else {101}
+            return super().get_node_ids()
+
+    grid = grid_of(tmp_path, [*SHORT, *options])
+    grid.__class__ = Late
+    with caplog.at_level("WARNING", logger="fedgan_lightning"):
+        deploy(tmp_path, *options, grid=grid)
+    told = [record.message for record in caplog.records]
+    assert any("going on without client 1, not back within" in own for own in told)
+    assert any("has to wait: every site answers" in own and "clients [1]" in own for own in told)
+    found = summary(tmp_path, "deployed")
+    assert [(own["round"], own["client_id"], own["reason"]) for own in found["incidents"]] == [
+        (3, 1, "connect: its site is not connected")
+    ]
+    scored = {entry["rounds"]: "fid" in entry for entry in found["history"]}
+    assert scored == {0: True, 1: True, 2: True, 3: True, 4: False, 5: True}
+    # Without it being known, the same server waits for it:
+    (tmp_path / "deployed" / "sites.json").unlink()
+    monkeypatch.setattr("fedgan_lightning.deployment.sites.JOIN_SECONDS", 0.0)
+    grid = grid_of(tmp_path, [*SHORT, *options])
+    grid.away = {101}
+    with pytest.raises(QuorumError, match=r"none for clients \[1\]"):
+        deploy(tmp_path, *options[:-4], "--federation.rounds", "6", grid=grid)
+
+
 def test_private_state_follows_the_task_that_was_let_in(tmp_path):
     from fedgan_lightning.deployment.site import Site
 
@@ -175,9 +213,9 @@ def test_what_a_site_says_of_its_data_counts(tmp_path):
 
 
 def test_a_site_that_cannot_answer_is_waited_for_and_named_once(monkeypatch, caplog):
-    from fedgan_lightning.deployment.flower import Sites
+    from fedgan_lightning.deployment.sites import Sites
 
-    monkeypatch.setattr("fedgan_lightning.deployment.flower.JOIN_SECONDS", 0.5)
+    monkeypatch.setattr("fedgan_lightning.deployment.sites.JOIN_SECONDS", 0.5)
     sites = Sites(LoopbackGrid({100: {"client-id": 0}}, run_config={}), num_clients=1, digest="")
     with caplog.at_level("WARNING", logger="fedgan_lightning"), pytest.raises(QuorumError, match=r"clients \[0\]"):
         sites.facts()
@@ -276,7 +314,7 @@ def test_a_late_answer_is_counted_and_dropped(tmp_path):
 
 
 def test_a_site_with_other_settings_another_s_number_or_no_facts_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedgan_lightning.deployment.flower.JOIN_SECONDS", 0.0)
+    monkeypatch.setattr("fedgan_lightning.deployment.sites.JOIN_SECONDS", 0.0)
 
     def refused(name, **told):
         grid = grid_of(tmp_path, SHORT, told=told.get("told"))

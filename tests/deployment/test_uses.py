@@ -22,7 +22,7 @@ pytestmark = pytest.mark.flower
 @pytest.mark.parametrize("name", ["medical", "recommendation", "inpainting", "text_mle", "timeseries"])
 def test_a_use_is_deployed_unchanged(name, tmp_path, monkeypatch, caplog):
     monkeypatch.syspath_prepend(str(ROOT))
-    monkeypatch.setattr("fedgan_lightning.deployment.flower.POLL_SECONDS", 0.0)
+    monkeypatch.setattr("fedgan_lightning.deployment.sites.POLL_SECONDS", 0.0)
     _, config, *options = small(name)
     options = [*options, "--data.num_clients", "3"]
     if name in ("medical", "timeseries"):
