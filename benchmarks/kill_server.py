@@ -28,7 +28,7 @@ import yaml
 
 from benchmarks.kill_resume import same
 from fedgan_lightning.checkpoints import read_checkpoint
-from fedgan_lightning.deployment.launch import free_port
+from fedgan_lightning.deployment.programs import free_port
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 6

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedgan_lightning.deployment import launch
+from fedgan_lightning.deployment import launch, programs
 from tests.conftest import ROOT
 from tests.deployment.processes import (
     CONFIG,
@@ -74,10 +74,10 @@ def as_installed() -> Iterator[None]:
 def federation(tmp_path_factory, as_installed) -> Iterator[Recorded]:
     """A federation as the documentation has it: TLS, node keys, and proxies where there is nginx."""
     home = tmp_path_factory.mktemp("federation")
-    keys, port, proxy = home / "keys", launch.free_port(), launch.free_port()
+    keys, port, proxy = home / "keys", programs.free_port(), programs.free_port()
     assert launch.main(["keys", str(keys), "--sites", str(SITES), "--host", "fedgan.example.org"]) == 0
-    with launch._processes() as started, contextlib.ExitStack() as relays:
-        started.append(launch.superlink(home, keys=keys, host="127.0.0.1", port=port))
+    with programs.processes() as started, contextlib.ExitStack() as relays:
+        started.append(programs.superlink(home, keys=keys, host="127.0.0.1", port=port))
         opened = relays.enter_context(contextlib.closing(OpeningRelay(port, keys=keys)))
         wires = {"to the SuperLink": relays.enter_context(contextlib.closing(Relay(opened.port)))}
         if nginx() is not None:
@@ -85,12 +85,12 @@ def federation(tmp_path_factory, as_installed) -> Iterator[Recorded]:
                 server_proxy(home / "proxy", keys=keys, superlink=wires["to the SuperLink"].port, port=proxy)
             )
             wires["between the proxies"] = relays.enter_context(contextlib.closing(Relay(proxy)))
-        launch._await(port, keys, started[0])
-        launch._register(home, keys, port)
-        with launch.quick_clientapp(home) as first, launch._processes() as sites:
+        programs.await_superlink(port, keys, started[0])
+        programs.register(home, keys, port)
+        with programs.quick_clientapp(home) as first, programs.processes() as sites:
             for number in range(SITES):
                 start_site(number, home, sites=sites, relays=relays, wires=wires, first=first)
-            code = launch._run(home, CONFIG, home / "run", OPTIONS)
+            code = programs.run_app(home, CONFIG, home / "run", OPTIONS)
             seen = (home / "proxy" / "fedgan.log").read_text() if nginx() is not None else ""
         copies = {name: copied(relay) for name, relay in wires.items()}
         yield Recorded(home, code, port, proxy, copies, copied(opened), seen)
@@ -100,17 +100,17 @@ def start_site(number: int, home: Path, *, sites, relays, wires, first) -> None:
     """Start a SuperNode and, where there is nginx, its proxy, with a recording relay between them."""
     keys, door = home / "keys", wires["to the SuperLink"].port
     if nginx() is not None:
-        own = {"number": number, "server": wires["between the proxies"].port, "port": launch.free_port()}
+        own = {"number": number, "server": wires["between the proxies"].port, "port": programs.free_port()}
         sites.append(site_proxy(home / f"proxy{number}", keys=keys, **own))
         wires[f"at site {number}"] = relays.enter_context(contextlib.closing(Relay(own["port"])))
         door = wires[f"at site {number}"].port
     node = {"client-id": number, "state": str(home / f"site{number}")}
     own = {"ca": keys / "ca.crt", "key": keys / f"site{number}", "tls": keys / f"site{number}.tls", "node": node}
-    port = launch.free_port()
+    port = programs.free_port()
     if may_listen():
         wires[f"among the processes of site {number}"] = relays.enter_context(contextlib.closing(Listener(port)))
-    command = launch.supernode(superlink=f"localhost:{door}", port=port, **own)
-    sites.append(launch._start(command, home / f"site{number}", log="log", first=first))
+    command = programs.supernode(superlink=f"localhost:{door}", port=port, **own)
+    sites.append(programs.start(command, home / f"site{number}", log="log", first=first))
 
 
 def copied(wire: Relay | Listener) -> list[bytes]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.kill_server import wait_for
-from fedgan_lightning.deployment import launch
+from fedgan_lightning.deployment import programs
 from tests.conftest import ROOT
 
 CONFIG = ROOT / "configs" / "digits.yaml"
@@ -22,11 +22,11 @@ CONFIG = ROOT / "configs" / "digits.yaml"
 
 def site_command(keys: Path, number: int, *, port: int, home: Path, ca: Path | None = None) -> list[str]:
     node = {"client-id": number, "state": str(home / f"site{number}")}
-    return launch.supernode(
+    return programs.supernode(
         superlink=f"127.0.0.1:{port}",
         ca=ca or keys / "ca.crt",
         key=keys / f"site{number}",
-        port=launch.free_port(),
+        port=programs.free_port(),
         node=node,
     )
 
@@ -55,7 +55,7 @@ def start_proxy(template: Path, folder: Path, *, changed: dict[str, str], port: 
     (folder / "nginx.conf").write_text(text)
     command = [str(nginx()), "-p", str(folder), "-c", str(folder / "nginx.conf")]
     options = f"daemon off; pid {folder}/nginx.pid; error_log {folder}/error.log;"
-    process = launch._start([*command, "-g", options], folder, log="nginx.log")
+    process = programs.start([*command, "-g", options], folder, log="nginx.log")
     assert wait_for(lambda: answers(port) or process.poll() is not None, seconds=30)
     assert process.poll() is None, (folder / "nginx.log").read_text()
     return process

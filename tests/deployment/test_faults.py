@@ -25,7 +25,7 @@ flwr = pytest.importorskip("flwr", reason="needs the extra 'flower' (Python 3.11
 from benchmarks.kill_server import Deployment, descendants, finish, send_kill, settings, wait_for  # noqa: E402
 from fedgan_lightning.__main__ import main  # noqa: E402
 from fedgan_lightning.checkpoints import read_checkpoint  # noqa: E402
-from fedgan_lightning.deployment import launch  # noqa: E402
+from fedgan_lightning.deployment import programs  # noqa: E402
 from fedgan_lightning.deployment.keys import make_authority, make_node_key  # noqa: E402
 from tests.conftest import assert_states_equal  # noqa: E402
 from tests.deployment import hostile  # noqa: E402
@@ -55,7 +55,7 @@ def story(tmp_path_factory):
         deployment = Deployment(folder / "home", config, sites=4)
         stack.callback(deployment.close)
         server = deployment.server(folder / "run")
-        strangers = turned_away(deployment, stack.enter_context(launch._processes()))
+        strangers = turned_away(deployment, stack.enter_context(programs.processes()))
         sites = []
         for number in range(4):
             overlay = folder / f"site{number}.yaml" if number in BAD else None
@@ -78,10 +78,10 @@ def turned_away(deployment, started) -> list[subprocess.Popen]:
     make_authority(other, hosts=["localhost"])
     assert wait_for(lambda: "Successfully started run" in deployment.log("server"), seconds=300)
     for name, key, ca in (("key", other / "site0", keys / "ca.crt"), ("ca", keys / "site0", other / "ca.crt")):
-        command = launch.supernode(
-            superlink=f"127.0.0.1:{deployment.port}", ca=ca, key=key, port=launch.free_port(), node={"client-id": 0}
+        command = programs.supernode(
+            superlink=f"127.0.0.1:{deployment.port}", ca=ca, key=key, port=programs.free_port(), node={"client-id": 0}
         )
-        started.append(launch._start(command, other / name, log="log"))
+        started.append(programs.start(command, other / name, log="log"))
     return started
 
 

@@ -12,12 +12,12 @@ from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedgan_lightning.__main__ import main
-from fedgan_lightning.deployment import launch
+from fedgan_lightning.deployment import programs
 
 
 @pytest.fixture
 def keys(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "program", lambda name: name)
+    monkeypatch.setattr(programs, "program", lambda name: name)
     assert main(["federation", "keys", str(tmp_path / "keys"), "--sites", "2", "--host", "fedgan.example.org"]) == 0
     return tmp_path / "keys"
 
@@ -56,7 +56,7 @@ def test_private_keys_are_readable_by_their_owner_alone(keys):
 
 
 def test_a_site_with_a_certificate_uses_tls_among_its_own_processes_too(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(launch, "program", lambda name: name)
+    monkeypatch.setattr(programs, "program", lambda name: name)
     told = {
         "superlink": "localhost:8443",
         "ca": tmp_path / "ca.crt",
@@ -64,12 +64,12 @@ def test_a_site_with_a_certificate_uses_tls_among_its_own_processes_too(tmp_path
         "port": 9094,
         "node": {},
     }
-    command = launch.supernode(**told, tls=tmp_path / "site0.tls")
+    command = programs.supernode(**told, tls=tmp_path / "site0.tls")
     options = dict(zip(command[1::2], command[2::2]))
     assert options["--ssl-certfile"] == str(tmp_path / "site0.tls.crt")
     assert options["--ssl-keyfile"] == str(tmp_path / "site0.tls.key")
     assert options["--ssl-ca-certfile"] == str(tmp_path / "ca.crt")
-    assert "--ssl-certfile" not in launch.supernode(**told)
+    assert "--ssl-certfile" not in programs.supernode(**told)
     for name in ("ca.crt", "site0", "config.yaml"):
         (tmp_path / name).touch()
     site = ["--superlink", "h:1", "--ca", "ca.crt", "--key", "site0", "--client-id", "0", "--config", "config.yaml"]

@@ -14,7 +14,7 @@ import time
 import pytest
 
 from fedgan_lightning.__main__ import main
-from fedgan_lightning.deployment import launch, supervise
+from fedgan_lightning.deployment import programs, supervise
 from fedgan_lightning.errors import ConfigurationError
 from tests.conftest import ROOT
 
@@ -30,13 +30,13 @@ def refused(capsys, *arguments: str) -> str:
 
 
 def test_without_flower_a_federation_says_what_to_install(capsys, monkeypatch):
-    monkeypatch.setattr(launch, "program", lambda name: None)
+    monkeypatch.setattr(programs, "program", lambda name: None)
     text = refused(capsys, "trial", "--sites", "2", "--config", CONFIG, "--run_dir", "r")
     assert "pip install 'fedgan-lightning[flower]'" in text
 
 
 def test_bad_options_are_one_line(capsys, monkeypatch):
-    monkeypatch.setattr(launch, "program", lambda name: name)
+    monkeypatch.setattr(programs, "program", lambda name: name)
     assert "federation --help" in refused(capsys, "hospital")
     assert "--sites" in refused(capsys, "keys", "folder")
     site = ["--superlink", "h:1", "--ca", "ca", "--key", "k", "--client-id", "0", "--config", CONFIG]
@@ -49,7 +49,7 @@ def test_bad_options_are_one_line(capsys, monkeypatch):
 
 
 def test_a_site_is_told_its_own_settings_and_nothing_else(tmp_path):
-    command = launch.supernode(
+    command = programs.supernode(
         superlink="fedgan.example.org:8000", ca=tmp_path / "ca.crt", key=tmp_path / "site1", port=9094,
         node={"client-id": 1, "config": "/srv/mnist.yaml", "state": "/srv/state"},
     )  # fmt: skip
@@ -82,8 +82,8 @@ def test_keys_are_private_and_the_certificate_is_the_authority_s(tmp_path):
 
 
 def test_processes_end_with_the_body_and_with_their_children(tmp_path):
-    with pytest.raises(RuntimeError, match="stop"), launch._processes() as started:
-        started.append(launch._start(["sh", "-c", "sleep 60 & wait"], tmp_path, log="log"))
+    with pytest.raises(RuntimeError, match="stop"), programs.processes() as started:
+        started.append(programs.start(["sh", "-c", "sleep 60 & wait"], tmp_path, log="log"))
         raise RuntimeError("stop")
     (process,) = started
     assert process.poll() is not None
@@ -106,8 +106,8 @@ def _running(*, group: int) -> list[str]:
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
 def test_what_a_server_started_ends_with_it_however_it_ends(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from fedgan_lightning.deployment import launch\n"
-        "print(launch._start(['sleep', '60'], Path(sys.argv[1]), log='log').pid, flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from fedgan_lightning.deployment import programs\n"
+        "print(programs.start(['sleep', '60'], Path(sys.argv[1]), log='log').pid, flush=True); sys.stdin.read()"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     parent = subprocess.Popen(
@@ -126,12 +126,12 @@ def test_a_server_waits_for_its_port_and_refuses_one_that_stays_taken(tmp_path, 
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        monkeypatch.setattr(launch, "PORT_SECONDS", 0.0)
+        monkeypatch.setattr(programs, "PORT_SECONDS", 0.0)
         with pytest.raises(ConfigurationError, match=f"one server listens on a port; received 127.0.0.1:{port}"):
-            launch._await_port("127.0.0.1", port)
-        monkeypatch.setattr(launch, "PORT_SECONDS", 30.0)
+            programs.await_port("127.0.0.1", port)
+        monkeypatch.setattr(programs, "PORT_SECONDS", 30.0)
         threading.Timer(0.5, other.close).start()
-        launch._await_port("127.0.0.1", port)
+        programs.await_port("127.0.0.1", port)
         assert other.fileno() == -1, "it has waited"
 
 

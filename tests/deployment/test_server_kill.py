@@ -26,7 +26,7 @@ from benchmarks.kill_server import (  # noqa: E402
 )
 from fedgan_lightning.__main__ import main  # noqa: E402
 from fedgan_lightning.checkpoints import read_checkpoint  # noqa: E402
-from fedgan_lightning.deployment import launch  # noqa: E402
+from fedgan_lightning.deployment import programs  # noqa: E402
 from fedgan_lightning.deployment.keys import make_authority  # noqa: E402
 from tests.conftest import ROOT, assert_states_equal  # noqa: E402
 
@@ -91,20 +91,20 @@ def command_of(pid: int) -> str:
 
 def test_a_run_that_had_not_begun_when_its_server_was_killed_does_not_begin_beside_the_next(tmp_path):
     """A SuperLink starts it again, 30 s later, and two servers would write one run directory."""
-    keys, home, port = tmp_path / "keys", tmp_path / "home", launch.free_port()
+    keys, home, port = tmp_path / "keys", tmp_path / "home", programs.free_port()
     make_authority(keys, hosts=["localhost", "127.0.0.1"])
     told = f'config="{CONFIG}" options="--run_dir {tmp_path / "run"}"'
-    with launch._processes() as started:
+    with programs.processes() as started:
         for _ in range(2):
-            started.append(launch.superlink(home, keys=keys, host="127.0.0.1", port=port))
-            launch._await(port, keys, started[-1])
-            launch._connect(home, keys, port)
+            started.append(programs.superlink(home, keys=keys, host="127.0.0.1", port=port))
+            programs.await_superlink(port, keys, started[-1])
+            programs.connect(home, keys, port)
             if len(started) == 1:
-                launch._flwr(home, "run", str(launch.APP), "own", "--run-config", told)
+                programs.flwr(home, "run", str(programs.APP), "own", "--run-config", told)
                 kill(started[-1])
-        launch._end_old_runs(home, keys, port)
+        programs.end_old_runs(home, keys, port)
         assert [own["status"] for own in runs(home)] == ["finished:stopped"]
 
 
 def runs(home):
-    return json.loads(launch._flwr(home, "list", "own", "--format", "json").stdout)["runs"]
+    return json.loads(programs.flwr(home, "list", "own", "--format", "json").stdout)["runs"]

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("flwr", reason="needs the extra 'flower' (Python 3.11 or later)")
 
 from benchmarks.kill_server import descendants, send_kill, wait_for
-from fedgan_lightning.deployment import launch, warm
+from fedgan_lightning.deployment import launch, programs, warm
 
 pytestmark = [
     pytest.mark.flower,
@@ -32,7 +32,7 @@ def quick(tmp_path, monkeypatch):
     cold = tmp_path / "cold"
     cold.write_text('#!/bin/sh\necho cold "$@"\nexit 3\n')
     cold.chmod(0o700)
-    with warm.opened(str(cold), environment=launch._environment(tmp_path)) as folder:
+    with warm.opened(str(cold), environment=programs.environment(tmp_path)) as folder:
         yield folder / warm.PROGRAM
 
 
@@ -96,4 +96,4 @@ def test_what_a_site_s_supernode_finds_is_the_quick_one(tmp_path, monkeypatch):
     site = ["--superlink", "h:1", "--ca", "ca.crt", "--key", "site0", "--client-id", "0", "--config", "config.yaml"]
     assert launch.main(["site", *site]) == 0
     assert "door.py" in found[0]
-    assert str(launch.program(warm.PROGRAM)) in found[0], "Flower's own, for when nobody is behind the door"
+    assert str(programs.program(warm.PROGRAM)) in found[0], "Flower's own, for when nobody is behind the door"
