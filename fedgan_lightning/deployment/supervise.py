@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from fedgan_lightning.errors import ConfigurationError, message
 
@@ -23,6 +24,8 @@ PAUSE_SECONDS, POLL_SECONDS = 5.0, 0.2
 PATIENCE_SECONDS = 90.0
 #: A SuperNode that ran so long was not refused.
 SETTLED_SECONDS = 30.0
+#: What a SuperNode starts, to start a process for every task.
+STARTER = "flower-superexec"
 PR_SET_PDEATHSIG = 1
 
 
@@ -88,14 +91,35 @@ def keep_running(command: Sequence[str], *, environment: Mapping[str, str]) -> i
 
 
 def _wait(process: subprocess.Popen, stops: Sequence[int]) -> int:
-    """Return the exit code of a process; the first signal asks it to end, a second one ends it."""
-    asked = 0
+    """Return the exit code of a SuperNode; the first signal asks it to end, a second one ends it.
+
+    One that cannot do tasks any more is ended, too.
+    """
+    asked, is_useless = 0, False
     while (code := process.poll()) is None:
         if len(stops) > asked:
             process.terminate() if asked == 0 else _signal_group(process, signal.SIGKILL)
             asked = len(stops)
+        elif not is_useless and (is_useless := _has_lost_its_starter(process.pid)):
+            logger.warning(f"{STARTER} ended, and the SuperNode does not start another: it could do nothing any more")
+            process.terminate()
         time.sleep(POLL_SECONDS)
     return code
+
+
+def _has_lost_its_starter(number: int) -> bool:
+    """Whether the program that a SuperNode starts first, and never looks at again, has ended; Linux only.
+
+    Args:
+        number: Process number of the SuperNode.
+    """
+    with contextlib.suppress(OSError, ValueError):  # it ended meanwhile, or a system without these files
+        for listed in Path(f"/proc/{number}/task").glob("*/children"):
+            for child in listed.read_text().split():
+                name, _, state = Path(f"/proc/{child}/stat").read_text().partition("(")[2].rpartition(")")
+                if name == STARTER[:15] and state.split()[0] == "Z":  # nobody has asked how it ended
+                    return True
+    return False
 
 
 def _signal_group(process: subprocess.Popen, number: int) -> None:

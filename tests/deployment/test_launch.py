@@ -146,6 +146,31 @@ def test_a_site_starts_its_supernode_again_and_gives_up_when_it_is_always_refuse
     assert "the SuperNode ended (1); it is started again" in caplog.text
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of other processes' children")
+def test_a_supernode_whose_starter_of_tasks_has_ended_is_started_again(tmp_path, monkeypatch, caplog):
+    """Flower's SuperNode would take messages for ever, and nobody would do what they ask."""
+    monkeypatch.setattr(supervise, "PAUSE_SECONDS", 0.05)
+    starter, starts = tmp_path / supervise.STARTER, tmp_path / "starts"
+    starter.write_text(f"#!{sys.executable} -IS\nimport time\ntime.sleep(0.5)\n")
+    starter.chmod(0o700)
+    # Its first one starts a starter that ends; its second one asks the whole to stop.
+    code = f"""
+import os, signal, subprocess, sys, threading, time
+with open({str(starts)!r}, "a") as file:
+    file.write("start ")
+if open({str(starts)!r}).read().count("start") == 2:
+    os.kill({os.getpid()}, signal.SIGTERM)
+else:
+    child = []
+    thread = threading.Thread(target=lambda: child.append(subprocess.Popen([{str(starter)!r}])))
+    thread.start()
+time.sleep(60)
+"""
+    assert supervise.keep_running([sys.executable, "-ISc", code], environment=os.environ) == 0
+    assert starts.read_text() == "start start "
+    assert f"{supervise.STARTER} ended, and the SuperNode does not start another" in caplog.text
+
+
 def test_a_site_that_is_asked_to_stop_asks_its_supernode(tmp_path, monkeypatch):
     monkeypatch.setattr(supervise, "PAUSE_SECONDS", 0.05)
     before = signal.getsignal(signal.SIGTERM)
