@@ -98,6 +98,15 @@ def test_the_orders_mlp_pair_has_its_layers():
     assert shapes == [(512, 784), (256, 512), (1, 256)]
 
 
+def test_the_slope_is_that_below_zero():
+    inputs = torch.randn(64, 2)
+    for slope in (0.0, 0.2):
+        network = nets.MLPDiscriminator((2,), hidden=(4,), slope=slope)
+        first, phi = network.features[1], network.features(inputs)
+        plain = first(inputs)
+        torch.testing.assert_close(phi, torch.where(plain > 0, plain, slope * plain))
+
+
 def test_fedgans_pair_for_time_series():
     generator, discriminator = nets.ProfileGenerator(num_classes=4), nets.ProfileDiscriminator(num_classes=4)
     shapes = [tuple(p.shape) for p in generator.parameters() if p.dim() > 1]
@@ -124,6 +133,7 @@ def test_resolution_plans(size, expected):
     [
         (lambda: nets.DCGANGenerator(27), "image_size=27"),
         (lambda: nets.DCGANDiscriminator(128), "image_size=128"),
+        (lambda: nets.MLPDiscriminator((2,), slope=1.0), r"lies in \[0, 1\); received 1"),
         (lambda: nets.ACGANGenerator(48), "image_size=48"),
         (lambda: nets.MLPDiscriminator((2,), num_classes=3), "num_classes=3, conditioning=none"),
         (lambda: nets.MLPDiscriminator((2,), conditioning="projection"), "num_classes=0, conditioning=projection"),

@@ -58,13 +58,17 @@ class MLPGenerator(nn.Module):
 
 
 class MLPDiscriminator(nn.Module):
-    """(x, y) -> logit through fully connected layers with leaky ReLU (slope .2): in -> 512 -> 256 -> 1.
+    """(x, y) -> logit through fully connected layers with leaky ReLU: in -> 512 -> 256 -> 1.
 
     Args:
         sample_shape: Shape of one sample.
         hidden: Widths of the hidden layers.
         num_classes: Classes C; 0 makes it unconditional.
         conditioning: ``none``, ``projection`` or ``auxiliary`` (ACGAN).
+        slope: Of leaky ReLU below zero, in [0, 1); 0 is ReLU, which fits narrow modes better (benchmarks/RESULTS.md).
+
+    Raises:
+        ConfigurationError: If the slope is out of range.
     """
 
     def __init__(
@@ -74,13 +78,18 @@ class MLPDiscriminator(nn.Module):
         hidden: Sequence[int] = (512, 256),
         num_classes: int = 0,
         conditioning: Conditioning = "none",
+        slope: float = 0.2,
     ) -> None:
         super().__init__()
+        if not 0 <= slope < 1:
+            raise ConfigurationError(
+                message("the slope of leaky ReLU lies in [0, 1)", received=slope, fix="0.2 is usual, 0 is ReLU")
+            )
         self.sample_shape, self.num_classes, self.conditioning = tuple(sample_shape), num_classes, conditioning
         widths = [math.prod(self.sample_shape), *hidden]
         layers: list[nn.Module] = [nn.Flatten()]
         for fan_in, fan_out in itertools.pairwise(widths):
-            layers += [nn.Linear(fan_in, fan_out), nn.LeakyReLU(0.2)]
+            layers += [nn.Linear(fan_in, fan_out), nn.LeakyReLU(slope)]
         self.features = nn.Sequential(*layers)
         self.head = DiscriminatorHead(widths[-1], num_classes=num_classes, conditioning=conditioning)
 
