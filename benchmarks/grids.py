@@ -113,6 +113,10 @@ AGGREGATORS = {
         *("--federation.aggregator.num_selected", "6"),
     ],
     "geometric median": ["--federation.aggregator", "GeometricMedian"],
+    "Krum of mixed updates": [
+        *("--federation.aggregator", "NearestNeighborMixing", "--federation.aggregator.num_bad", "2"),
+        *("--federation.aggregator.aggregator", "Krum", "--federation.aggregator.aggregator.num_bad", "2"),
+    ],
 }
 KINDS = ("crash", "hang", "slow", "nan", "wrong_shape", "wrong_keys", "stale", "huge_norm")
 FAULTS = [

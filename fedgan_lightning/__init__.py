@@ -89,7 +89,13 @@ if TYPE_CHECKING:
         VectorizedExecutor,
     )
     from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
-    from fedgan_lightning.federation.robust import CoordinateMedian, GeometricMedian, Krum, TrimmedMean
+    from fedgan_lightning.federation.robust import (
+        CoordinateMedian,
+        GeometricMedian,
+        Krum,
+        NearestNeighborMixing,
+        TrimmedMean,
+    )
     from fedgan_lightning.federation.rules import RoundRules, Screening
     from fedgan_lightning.federation.sampling import (
         AllClients,
@@ -233,7 +239,13 @@ _HOMES = {
         "VectorizedExecutor",
     ],
     "fedgan_lightning.federation.orchestrator": ["FederatedOrchestrator"],
-    "fedgan_lightning.federation.robust": ["CoordinateMedian", "GeometricMedian", "Krum", "TrimmedMean"],
+    "fedgan_lightning.federation.robust": [
+        "CoordinateMedian",
+        "GeometricMedian",
+        "Krum",
+        "NearestNeighborMixing",
+        "TrimmedMean",
+    ],
     "fedgan_lightning.federation.rules": ["RoundRules", "Screening"],
     "fedgan_lightning.federation.secure": ["SecureAggregation"],
     "fedgan_lightning.federation.sampling": [
@@ -326,7 +338,7 @@ __all__ = [
     "FeatureShift",
     "Federation", "FederatedOrchestrator", "ServerModule", "AutoExecutor", "SequentialExecutor", "VectorizedExecutor",
     "FaultyExecutor", "RoundRules", "Screening", "SecureAggregation", "StartFrom", "TemperatureSchedule",
-    "WeightedMean", "CoordinateMedian", "TrimmedMean", "Krum", "GeometricMedian",
+    "WeightedMean", "CoordinateMedian", "TrimmedMean", "Krum", "GeometricMedian", "NearestNeighborMixing",
     "AllClients", "AvailableClients", "FractionOfClients", "PoissonSampling", "SelectedClients",
     "Aggregator", "ClientSampler", "ClientTask", "ClientUpdate", "ClientFailure", "Participant",
     "UpdateSum", "Executor",

@@ -168,6 +168,51 @@ class GeometricMedian(RobustAggregator):
         return weighted(deltas, weights), weighted(extras, weights)
 
 
+class NearestNeighborMixing(RobustAggregator):
+    """Another robust rule, applied to updates that are each the mean of their n - f nearest (Allouah et al. 2023,
+    algorithm 2).
+
+    Robust rules take what honest clients do differently for an attack. Mixing brings honest updates together first, so
+    that Krum does not throw away what all but one have learned, nor a median what only a minority holds.
+
+    Args:
+        aggregator: The rule.
+        num_bad: Bad clients f to withstand; a round needs n >= 2 f + 1 updates, or as many as the rule.
+    """
+
+    def __init__(self, aggregator: RobustAggregator, *, num_bad: int = 1) -> None:
+        if not isinstance(aggregator, RobustAggregator):
+            raise ConfigurationError(
+                message(
+                    "mixing comes before a robust rule",
+                    received=type(aggregator).__name__,
+                    fix="choose CoordinateMedian, TrimmedMean, Krum or GeometricMedian",
+                )
+            )
+        if num_bad < 0:
+            raise ConfigurationError(
+                message("mixing withstands 0 bad clients or more", received=f"num_bad={num_bad}", fix="raise it")
+            )
+        self.aggregator, self.num_bad = aggregator, num_bad
+        self.needed = max(2 * num_bad + 1, aggregator.needed)
+
+    def combine(self, deltas: Sequence[Packed], extras: Sequence[Packed]) -> tuple[Packed, Packed]:
+        count = len(deltas)
+        if count < self.needed:
+            raise UpdateError(
+                message(
+                    f"mixing against {self.num_bad} bad clients needs {self.needed} updates",
+                    received=count,
+                    fix="lower num_bad, or ask more clients per round",
+                )
+            )
+        own = distances(deltas).fill_diagonal_(-1.0)  # an update is its own nearest, whoever has sent the same
+        nearest = own.argsort(dim=1, stable=True)[:, : count - self.num_bad]
+        weights = torch.zeros_like(own).scatter_(1, nearest, 1 / (count - self.num_bad))
+        mixed = ([weighted(states, row) for row in weights] for states in (deltas, extras))
+        return self.aggregator.combine(*mixed)
+
+
 def by_coordinate(states: Sequence[Packed], rule: Callable[[Tensor], Tensor]) -> Packed:
     """Return ``rule`` applied to every vector of the states stacked, (n, length) -> (length,), in float64."""
     layout = states[0].layout

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 
 from fedgan_lightning.errors import UpdateError
 from fedgan_lightning.federation.aggregation import WeightedMean
-from fedgan_lightning.federation.robust import CoordinateMedian, GeometricMedian, Krum, TrimmedMean
+from fedgan_lightning.federation.robust import (
+    CoordinateMedian,
+    GeometricMedian,
+    Krum,
+    NearestNeighborMixing,
+    TrimmedMean,
+)
 from fedgan_lightning.protocol import Aggregator, ClientUpdate
 from tests.conftest import finish
 
@@ -21,6 +27,7 @@ AGGREGATORS: dict[str, Aggregator] = {
     "krum": Krum(num_bad=0),
     "multi-krum": Krum(num_bad=0, num_selected=3),
     "geometric": GeometricMedian(),
+    "mixing": NearestNeighborMixing(GeometricMedian(), num_bad=0),
 }
 
 

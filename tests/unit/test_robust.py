@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedgan_lightning import CoordinateMedian, GeometricMedian, Krum, TrimmedMean, WeightedMean
+from fedgan_lightning import CoordinateMedian, GeometricMedian, Krum, NearestNeighborMixing, TrimmedMean, WeightedMean
 from fedgan_lightning.errors import ConfigurationError, UpdateError
 from fedgan_lightning.protocol import ClientUpdate
 from tests.conftest import finish
@@ -78,12 +78,46 @@ def test_geometric_median_has_the_least_sum_of_distances():
     assert np.linalg.norm(few - best) > np.linalg.norm(found - best)
 
 
+def test_mixing_takes_the_mean_of_each_update_s_nearest():
+    matrix, count, num_bad = drawn(9), 9, 2
+    mixed = np.empty_like(matrix)
+    for i, row in enumerate(matrix):
+        order = np.argsort(((matrix - row) ** 2).sum(1))
+        assert order[0] == i
+        mixed[i] = matrix[order[: count - num_bad]].mean(0)
+    for rule in (CoordinateMedian(), TrimmedMean(0.2), Krum(num_bad=2)):
+        found = combined(NearestNeighborMixing(rule, num_bad=num_bad), matrix)
+        np.testing.assert_allclose(found, combined(rule, mixed), atol=1e-6)
+
+
+def test_mixing_keeps_what_a_minority_has_learned():
+    """Of ten clients three hold a class of their own: the median of their updates is nothing, the mixed one is not."""
+    matrix = np.zeros((10, 6))
+    matrix[:3] = 1.0
+    assert np.abs(combined(CoordinateMedian(), matrix)).max() == 0
+    assert combined(NearestNeighborMixing(CoordinateMedian(), num_bad=2), matrix).min() > 0.1
+
+
+def test_of_equal_updates_each_is_its_own_nearest():
+    matrix = np.ones((5, 6))
+    np.testing.assert_allclose(combined(NearestNeighborMixing(Krum(num_bad=1)), matrix), np.ones(6))
+
+
+def test_mixing_says_how_many_updates_it_needs():
+    assert NearestNeighborMixing(Krum(num_bad=2), num_bad=1).needed == 7
+    assert NearestNeighborMixing(CoordinateMedian(), num_bad=3).needed == 7
+    with pytest.raises(UpdateError, match="against 3 bad clients needs 7 updates; received 6"):
+        finish(NearestNeighborMixing(CoordinateMedian(), num_bad=3), updates(drawn(6)))
+
+
 ROBUST = {
     "median": CoordinateMedian(),
     "trimmed": TrimmedMean(0.2),
     "krum": Krum(num_bad=2),
     "multi-krum": Krum(num_bad=2, num_selected=5),
     "geometric": GeometricMedian(),
+    "mixed median": NearestNeighborMixing(CoordinateMedian(), num_bad=2),
+    "mixed krum": NearestNeighborMixing(Krum(num_bad=2), num_bad=2),
 }
 
 
@@ -116,6 +150,8 @@ def test_settings_that_cannot_work_are_refused():
         lambda: Krum(num_selected=0),
         lambda: GeometricMedian(iterations=0),
         lambda: GeometricMedian(smoothing=0.0),
+        lambda: NearestNeighborMixing(WeightedMean()),
+        lambda: NearestNeighborMixing(Krum(), num_bad=-1),
     ):
         with pytest.raises(ConfigurationError, match="Fix:"):
             make()

@@ -1,0 +1,249 @@
+"""Flower's own programs, started and ended: the SuperLink, SuperNodes, and its command line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedgan_lightning.deployment import warm
+from fedgan_lightning.deployment.supervise import end_with_parent
+from fedgan_lightning.errors import ConfigurationError, message
+
+APP = Path(__file__).parent / "app"
+#: No telemetry, no look for updates, no installation of packages at run time.
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+#: How often Flower looks for a task to start a process for, in seconds; its own default is one.
+PACE = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
+#: Seconds for the SuperLink to start, and for the port of its predecessor to be free.
+START_SECONDS, PORT_SECONDS = 60.0, 20.0
+
+
+def program(name: str) -> str | None:
+    """Return the path of a program of this environment."""
+    beside = Path(sys.executable).parent / name
+    return str(beside) if beside.exists() else shutil.which(name)
+
+
+def superlink(home: Path, *, keys: Path, host: str, port: int) -> subprocess.Popen:
+    """Start a SuperLink with TLS, node authentication and a database."""
+    for name in ("ca.crt", "server.crt", "server.key"):
+        check_file(keys / name)
+    await_port(host, port)
+    home.mkdir(parents=True, exist_ok=True)
+    command = [
+        *(str(program("flower-superlink")), "--host", host, "--port", str(port)),
+        *("--ssl-ca-certfile", str(keys / "ca.crt"), "--ssl-certfile", str(keys / "server.crt")),
+        *("--ssl-keyfile", str(keys / "server.key"), "--enable-supernode-auth"),
+        *("--database", str((home / "superlink.db").resolve()), "--disable-runtime-dependency-installation"),
+    ]
+    return start(command, home, log="superlink.log")
+
+
+def supernode(
+    *, superlink: str, ca: Path, key: Path, port: int, node: dict[str, Any], tls: Path | None = None
+) -> list[str]:
+    """Return the command of a SuperNode.
+
+    Args:
+        superlink: Where the SuperLink, or the proxy in front of it, listens.
+        ca: Certificate of the authority.
+        key: The site's private key.
+        port: Port of this machine for Flower's own processes at the site.
+        node: What its ClientApp is told.
+        tls: Certificate and key, without ``.crt`` and ``.key``, for that port; without, what passes there is readable
+            to whoever may capture this machine's loopback traffic.
+    """
+    told = " ".join(
+        f"{name}={value}" if isinstance(value, int) else f'{name}="{value}"' for name, value in node.items()
+    )
+    command = [
+        *(str(program("flower-supernode")), "--superlink", superlink, "--root-certificates", str(ca)),
+        *("--auth-supernode-private-key", str(key), "--port", str(port), "--node-config", told),
+    ]
+    if tls is not None:
+        certificate, private = pair(tls)
+        command += ["--ssl-ca-certfile", str(ca), "--ssl-certfile", str(certificate), "--ssl-keyfile", str(private)]
+    return command
+
+
+def pair(tls: Path) -> tuple[Path, Path]:
+    """Return the certificate and the key that go by this name."""
+    return tls.with_name(f"{tls.name}.crt"), tls.with_name(f"{tls.name}.key")
+
+
+def connect(home: Path, keys: Path, port: int) -> None:
+    """Tell Flower's command line where the SuperLink is."""
+    text = f'[superlink]\ndefault = "own"\n[superlink.own]\naddress = "127.0.0.1:{port}"\n'
+    (home / "config.toml").write_text(f'{text}root-certificates = "{(keys / "ca.crt").resolve()}"\n')
+
+
+def flwr(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of Flower's command line to its end."""
+    command = [str(program("flwr")), *arguments]
+    return subprocess.run(command, env=environment(home), capture_output=True, text=True, check=False)
+
+
+def end_old_runs(home: Path, keys: Path, port: int) -> None:
+    """End the runs that a killed server left in the database.
+
+    A SuperLink starts a run that it was killed with once more if it had not begun, and two servers would write one run
+    directory.
+    """
+    connect(home, keys, port)
+    listed = flwr(home, "list", "own", "--format", "json").stdout
+    runs = json.loads(listed).get("runs", []) if listed.strip() else []
+    for run in runs:
+        if not str(run["status"]).startswith("finished"):
+            flwr(home, "stop", str(run["run-id"]), "own")
+
+
+def register(home: Path, keys: Path, port: int) -> None:
+    """Tell the SuperLink which sites may come; those that it knows already are no error."""
+    connect(home, keys, port)
+    for path in sorted(keys.glob("*.pub")):
+        done = flwr(home, "supernode", "register", str(path), "own")
+        if done.returncode and "already" not in (done.stdout + done.stderr):
+            raise ConfigurationError(
+                message(
+                    "a site's key can be registered", received=f"{path}: {done.stdout}{done.stderr}", fix="see above"
+                )
+            )
+
+
+def run_app(home: Path, config: Path, run_dir: Path, others: Sequence[str]) -> int:
+    """Run the federation; return 0 if it came to its end."""
+    options = [*others, "--run_dir", str(run_dir.resolve()), "--trainer.enable_progress_bar", "false"]
+    told = f"config={json.dumps(str(config.resolve()))} options={json.dumps(shlex.join(options))}"
+    command = [str(program("flwr")), "run", str(APP), "own", "--stream", "--run-config", told]
+    subprocess.run(command, env=environment(home), check=False, preexec_fn=end_with_parent(signal.SIGKILL))
+    with contextlib.suppress(OSError, ValueError):
+        status = json.loads((run_dir / "summary.json").read_text())["status"]
+        print(f"{run_dir}: {status}")
+        return 0 if status == "finished" else 1
+    return 1
+
+
+def await_superlink(port: int, keys: Path, process: subprocess.Popen) -> None:
+    """Return when the SuperLink answers."""
+    import ssl
+
+    context = ssl.create_default_context(cafile=str(keys / "ca.crt"))
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"https://127.0.0.1:{port}/health", context=context, timeout=2)
+            return
+        time.sleep(0.3)
+    raise ConfigurationError(
+        message(
+            "the SuperLink starts", received=f"no answer on port {port}", fix="read superlink.log, try another --port"
+        )
+    )
+
+
+def await_port(host: str, port: int) -> None:
+    """Return when nobody listens on a port: what is left of a server that was killed takes a moment to end.
+
+    A second server would otherwise take the first one's SuperLink for its own, and run the federation twice.
+    """
+    deadline = time.monotonic() + PORT_SECONDS
+    while True:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+                return
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise ConfigurationError(
+                        message(
+                            "one server listens on a port",
+                            received=f"{host}:{port} ({error.strerror or error})",
+                            fix="end the one that runs there, or choose another --port",
+                        )
+                    ) from error
+        time.sleep(0.3)
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[list[subprocess.Popen]]:
+    """Give a list for processes, all of which end with the body, with their children."""
+    started: list[subprocess.Popen] = []
+    try:
+        yield started
+    finally:
+        for process in reversed(started):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+        for process in started:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def start(command: Sequence[str], home: Path, *, log: str, first: Path | None = None) -> subprocess.Popen:
+    """Start a program that ends with this process, and writes to a log.
+
+    Args:
+        command: The program and its arguments.
+        home: Flower's folder, and that of the log.
+        log: Name of the log, which is continued.
+        first: Folder whose programs take precedence.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / log).open("ab") as file:
+        return subprocess.Popen(
+            list(command),
+            env=environment(home, first=first),
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            preexec_fn=end_with_parent(signal.SIGKILL),  # asked to end, a SuperLink waits for its connections
+        )
+
+
+def quick_clientapp(home: Path) -> contextlib.AbstractContextManager[Path | None]:
+    """Give the folder with a ``flwr-clientapp`` that need not import anything; see ``warm.py``."""
+    return warm.opened(str(program(warm.PROGRAM)), environment=environment(home))
+
+
+def environment(home: Path, *, first: Path | None = None) -> dict[str, str]:
+    """Return the environment of Flower's programs; those in the folder ``first`` take precedence."""
+    folders = [*filter(None, [first]), Path(sys.executable).parent, os.environ.get("PATH", "")]
+    path = os.pathsep.join(map(str, folders))
+    return {**PACE, **os.environ, **QUIET, "FLWR_HOME": str(Path(home).resolve()), "PATH": path}
+
+
+def check_file(path: Path) -> None:
+    """Refuse a path without a file.
+
+    Raises:
+        ConfigurationError: If there is none.
+    """
+    if not path.is_file():
+        raise ConfigurationError(message("files that are named exist", received=path, fix="check the path"))
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
