@@ -233,7 +233,7 @@ GRIDS = {
         columns=RING_COLUMNS,
     ),
     "grid25_loss": Grid(
-        title="25-grid, five clients with five modes each, and IID: losses at 15 000 steps",
+        title="25-grid, five clients with five modes each, and IID: losses at 30 000 steps",
         config="grid25.yaml",
         common=["--federation.executor", "VectorizedExecutor"],
         cells=losses(),
