@@ -31,7 +31,8 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 
 # Examples are the same in every run; HYPOTHESIS_PROFILE=default searches on.
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,16 +45,26 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _in_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
 def _same_draws() -> None:
-    """A test's random numbers depend neither on the tests before it nor on the clock."""
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _in_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Fixtures draw the same numbers whatever ran before them."""
+    _same_draws()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    """Tests draw the same numbers whatever their fixtures drew."""
+    _same_draws()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -149,10 +149,13 @@ def serve_over(grid: Any, arguments: list[str]) -> None:
 
     def prepare(cli: Any) -> None:
         orchestrator, num_clients = cli.orchestrator, cli.datamodule.num_clients
-        timeout, needed = orchestrator.rules.timeout, orchestrator.rules.needed(num_clients)
-        memory = Path(cli.trainer.default_root_dir) / "sites.json"
-        digest = digest_of(cli.plain_settings)
-        sites = Sites(grid, num_clients=num_clients, digest=digest, needed=needed, memory=memory)
+        timeout, memory = orchestrator.rules.timeout, Path(cli.trainer.default_root_dir) / "sites.json"
+        digest, needed = digest_of(cli.plain_settings), None
+        if cli.config[cli.subcommand].ckpt_path is not None:
+            needed = max(orchestrator.rules.needed(num_clients), min(orchestrator.aggregator.needed, num_clients))
+            if orchestrator.secure is not None:
+                needed = max(needed, orchestrator.secure.needed(num_clients))
+        sites = Sites(grid, num_clients=num_clients, digest=digest, memory=memory, needed=needed)
         if orchestrator.secure is None:
             orchestrator.executor = FlowerExecutor(sites, timeout=timeout)
             cli.datamodule = SurveyedDataModule(cli.datamodule, sites)

@@ -86,6 +86,7 @@ class SecureSessions:
         *,
         kind: str,
         group: str = "",
+        complete: bool = False,
         stop_requested: Callable[[], bool] = never,
     ) -> Opened:
         """Return the sum of what these clients answer to ``question``.
@@ -95,12 +96,15 @@ class SecureSessions:
             question: Records for a client; the session's are added to them.
             kind: Type of the message that carries them.
             group: Name under which Flower lists the messages.
+            complete: Whether to open the sum of all of them or none. What sites answer every time alike would otherwise
+                be told apart: the sum with a site, less the sum without it.
             stop_requested: Whether to give up.
 
         Raises:
             RoundInterrupted: If the user asks to stop.
         """
-        return _Run(self, secrets.randbits(62), kind, group, stop_requested).opened(clients, question)
+        session = _Run(self, secrets.randbits(62), kind, group, stop_requested)
+        return session.opened(clients, question, complete=complete)
 
 
 class _Run:
@@ -112,17 +116,18 @@ class _Run:
         self.owner, self.session, self.kind, self.group = owner, session, kind, group
         self.stop_requested, self.result = stop_requested, Opened()
 
-    def opened(self, clients: Sequence[int], question: Callable[[int], Any]) -> Opened:
+    def opened(self, clients: Sequence[int], question: Callable[[int], Any], *, complete: bool) -> Opened:
         members = self._advertised(clients)
         needed = self.owner.secure.needed(len(members))
-        if not self._enough(members, needed, "advertise"):
+        least = max(needed, len(clients)) if complete else needed
+        if not self._enough(members, least, "advertise"):
             return self.result
         self.result.members = members
         sealed = self._sealed(members)
-        if not self._enough(sealed, needed, "share"):
+        if not self._enough(sealed, least, "share"):
             return self.result
         vectors = self._masked(sealed, question)
-        if not self._enough(vectors, needed, "mask"):
+        if not self._enough(vectors, least, "mask"):
             return self.result
         answers = self._unmasked(vectors)
         if len(answers) < needed:

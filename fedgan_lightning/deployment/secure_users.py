@@ -93,7 +93,7 @@ class SecureSurvey:
         self.sessions = sessions
 
     def facts(self) -> dict[int, dict[str, Any]]:
-        """Return what every site said of itself, once all are there."""
+        """Return what every site said of itself; see :meth:`Sites.facts`."""
         return self.sessions.sites.facts()
 
     def sums(self, facts: dict[str, Any], state: State) -> list[State]:
@@ -109,7 +109,7 @@ class SecureSurvey:
         """
         clients = sorted(self.facts())
         question = {**facts, "ask": "sums"}
-        found = self.sessions.run(clients, lambda _: wire.content(question, told=state), kind=wire.QUERY)
+        found = self.sessions.run(clients, lambda _: wire.content(question, told=state), kind=wire.QUERY, complete=True)
         if found.lost:
             too_large = [cause for _, cause in found.lost.values() if cause.startswith(OutOfRangeError.__name__)]
             if too_large:

@@ -33,19 +33,19 @@ class Sites:
         grid: Flower's grid.
         num_clients: Sites that the federation has.
         digest: Hash of the settings that all share.
-        needed: Sites without which a restarted server waits; default all.
-        memory: File for what sites said of themselves: a restarted server knows those that are away.
+        memory: File for what sites said of themselves when the federation began.
+        needed: Sites with which a server goes on that finds the others in ``memory``; ``None`` begins anew, with all.
     """
 
     #: Whether :meth:`sums` are those of all sites together.
     sums_only: ClassVar[bool] = False
 
     def __init__(
-        self, grid: Any, *, num_clients: int, digest: str, needed: int | None = None, memory: Path | None = None
+        self, grid: Any, *, num_clients: int, digest: str, memory: Path | None = None, needed: int | None = None
     ) -> None:
         self.grid, self.num_clients, self.digest = grid, num_clients, digest
-        self.needed, self.memory = num_clients if needed is None else needed, memory
-        self._facts: dict[int, dict[str, Any]] = self._remembered()
+        self.memory, self.needed = memory, needed
+        self._facts: dict[int, dict[str, Any]] = {} if needed is None else self._remembered()
         self._has_begun = False
         self._nodes: dict[int, int] = {}
         self._connected: set[int] = set()
@@ -82,19 +82,28 @@ class Sites:
 
     def _may_begin_without(self, missing: list[int]) -> bool:
         """Whether these sites are known, and the others enough for a round."""
-        enough = self._facts.keys() >= {*missing} and self.num_connected >= max(1, self.needed)
-        if enough:
-            logger.warning(f"going on without {_clients(missing)}, not back within {RETURN_SECONDS:.0f} s")
-        return enough
+        if self.needed is None or not self._facts.keys() >= {*missing} or self.num_connected < max(1, self.needed):
+            return False
+        logger.warning(f"going on without {_clients(missing)}, not back within {RETURN_SECONDS:.0f} s")
+        return True
 
     def _remembered(self) -> dict[int, dict[str, Any]]:
+        """Return what the file says of this federation's clients; nothing where it is another's, or none."""
         if self.memory is None or not self.memory.exists():
             return {}
-        kept = json.loads(self.memory.read_text())
-        return {int(k): own for k, own in kept["sites"].items()} if kept["digest"] == self.digest else {}
+        try:
+            kept = json.loads(self.memory.read_text())
+            known = {int(k): dict(own) for k, own in kept["sites"].items()} if kept["digest"] == self.digest else {}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.warning(
+                f"{self.memory} cannot be read, so all sites are waited for: {type(error).__name__}: {error}"
+            )
+            return {}
+        return {k: own for k, own in known.items() if 0 <= k < self.num_clients}
 
     def _remember(self) -> None:
-        if self.memory is not None:
+        """Write the file, at the beginning of a federation alone: later it tells what its checkpoints are about."""
+        if self.memory is not None and self.needed is None:
             write_text(self.memory, json.dumps({"digest": self.digest, "sites": self._facts}, indent=1, sort_keys=True))
 
     @property
@@ -115,6 +124,7 @@ class Sites:
 
     def _look(self) -> None:
         self._connected = {int(node_id) for node_id in self.grid.get_node_ids()}
+        self._refused &= self._connected  # one that comes back may have been mended
         self._watched = time.monotonic()
 
     def _announce(self) -> None:
@@ -139,7 +149,7 @@ class Sites:
         try:
             facts: dict[str, Any] = {name: int(answer[name]) for name in ("client_id", "num_examples")}
             facts["label_counts"] = [int(count) for count in answer["label_counts"]]
-            reason = self._objection(node_id, facts["client_id"], str(answer["digest"]))
+            reason = self._objection(node_id, facts, str(answer["digest"]))
         except (KeyError, TypeError, ValueError) as error:
             reason = f"answers with no facts ({type(error).__name__}: {error})"
         if reason is not None:
@@ -149,14 +159,18 @@ class Sites:
         self._nodes[facts["client_id"]], self._facts[facts["client_id"]] = node_id, facts
         logger.info(f"client {facts['client_id']} joined with {facts['num_examples']} samples")
 
-    def _objection(self, node_id: int, client_id: int, digest: str) -> str | None:
+    def _objection(self, node_id: int, facts: dict[str, Any], digest: str) -> str | None:
         """Return why a site must not take part, or ``None``."""
+        client_id = facts["client_id"]
         if not 0 <= client_id < self.num_clients:
             return f"says that it is client {client_id} of {self.num_clients}"
         if digest != self.digest:
             return f"has other settings of model or federation ({digest}, here {self.digest})"
         if self._nodes.get(client_id) in self._connected - {node_id}:
             return f"says that it is client {client_id}, which another site is"
+        if (known := self._facts.get(client_id, facts)) != facts:
+            sizes = f"{facts['num_examples']}, then {known['num_examples']}"
+            return f"is client {client_id}, and holds other samples than when the federation began ({sizes})"
         return None
 
     def node_of(self, client_id: int) -> int | None:

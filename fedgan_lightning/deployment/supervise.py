@@ -67,12 +67,20 @@ def keep_running(command: Sequence[str], *, environment: Mapping[str, str]) -> i
             started = time.monotonic()
             ending = end_with_parent(signal.SIGTERM)  # it says goodbye, and may come back at once
             process = subprocess.Popen(list(command), env=dict(environment), start_new_session=True, preexec_fn=ending)
-            code = _wait(process, stops)
+            code, has_lost_starter = _wait(process, stops)
             _signal_group(process, signal.SIGKILL)  # what it started, and its port, must not be in the way
             now = time.monotonic()
             refused_since = now if now - started > SETTLED_SECONDS else refused_since
             if stops:
                 break
+            if now - refused_since > PATIENCE_SECONDS and has_lost_starter:
+                raise ConfigurationError(
+                    message(
+                        f"a SuperNode has a {STARTER}, which starts a process for every task",
+                        received="one that ended again and again",
+                        fix="read what it said last; check the installation, and --tls where it is given",
+                    )
+                )
             if now - refused_since > PATIENCE_SECONDS:
                 raise ConfigurationError(
                     message(
@@ -90,21 +98,21 @@ def keep_running(command: Sequence[str], *, environment: Mapping[str, str]) -> i
             signal.signal(number, handler)
 
 
-def _wait(process: subprocess.Popen, stops: Sequence[int]) -> int:
-    """Return the exit code of a SuperNode; the first signal asks it to end, a second one ends it.
+def _wait(process: subprocess.Popen, stops: Sequence[int]) -> tuple[int, bool]:
+    """Return the exit code of a SuperNode, and whether it was ended because it could not do tasks any more.
 
-    One that cannot do tasks any more is ended, too.
+    The first signal asks it to end, a second one ends it.
     """
     asked, is_useless = 0, False
     while (code := process.poll()) is None:
         if len(stops) > asked:
             process.terminate() if asked == 0 else _signal_group(process, signal.SIGKILL)
             asked = len(stops)
-        elif not is_useless and (is_useless := _has_lost_its_starter(process.pid)):
+        elif not stops and not is_useless and (is_useless := _has_lost_its_starter(process.pid)):
             logger.warning(f"{STARTER} ended, and the SuperNode does not start another: it could do nothing any more")
             process.terminate()
         time.sleep(POLL_SECONDS)
-    return code
+    return code, is_useless
 
 
 def _has_lost_its_starter(number: int) -> bool:

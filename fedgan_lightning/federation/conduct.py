@@ -260,14 +260,15 @@ class Conductor:
             self._receive_sum(answer, order, reports)
             return
         client_id = answer.client_id
+        is_late = answer.round is not None and answer.round == order.round - 1
         if isinstance(answer, ClientFailure):
-            contact = self._contact(order, reports, client_id, was_sent=answer.reached)
-            self._close(reports, client_id)
+            contact = self._contact(order, reports, client_id, was_sent=answer.reached and not is_late)
+            if not is_late:  # its answer of this round may still come
+                reports.open.discard(client_id)
             self._incident(reports, order.round, contact, "failed", f"{answer.stage}: {answer.cause}")
             return
         finite, sizes = {n: v for n, v in answer.metrics.items() if math.isfinite(v)}, bytes_up(answer)
         reports.received.append((sizes, finite))
-        is_late = answer.round is not None and answer.round == order.round - 1
         contact = self._contact(order, reports, client_id, was_sent=not is_late, received=sizes, metrics=finite)
         if is_late and self.rules.late == "drop":
             self._incident(reports, order.round, contact, "late", f"answers round {answer.round}")
@@ -279,8 +280,8 @@ class Conductor:
         except UpdateError as error:
             if self.screening is None:
                 raise
-            if not is_late:  # its answer of this round may still come
-                self._close(reports, client_id)
+            if not is_late:
+                reports.open.discard(client_id)
             self._incident(reports, order.round, contact, "rejected", str(error))
             return
         if is_late:  # its round is over: it is in the average, and in no statistics
@@ -293,12 +294,6 @@ class Conductor:
         reports.records.append(record)
         reports.drift.add(update.delta, record.lengths)
         order.on_update(update)
-
-    def _close(self, reports: Reports, client_id: int) -> None:
-        """Wait no longer for a client whose update is not let in; its private state stays that of before, too."""
-        if client_id in reports.open:
-            reports.open.discard(client_id)
-            self.context.store.forget(client_id)
 
     def _receive_sum(self, total: UpdateSum, order: Order, reports: Reports) -> None:
         """Take the sum of several updates into the aggregate; what was wrong with any of them, its client has found.
@@ -398,6 +393,8 @@ class Conductor:
             contacts=contacts,
             population=self.context.data.num_clients,
         )
+        for client_id in {*reports.asked} - {record.client_id for record in reports.records}:
+            self.context.store.forget(client_id)  # a round that does not count for the server does not for the client
         self.context.store.exchange(ranks.exchange_states)
         aggregate = self.aggregator.finalize(self.aggregator.reduce(reports.accumulator, ranks))
         return Outcome(info=info, aggregate=aggregate, summary=summary, ledger=ledger)

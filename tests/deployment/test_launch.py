@@ -171,6 +171,19 @@ time.sleep(60)
     assert f"{supervise.STARTER} ended, and the SuperNode does not start another" in caplog.text
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of other processes' children")
+def test_a_site_that_never_has_a_starter_says_so(tmp_path, monkeypatch):
+    """And blames no key."""
+    monkeypatch.setattr(supervise, "PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(supervise, "PATIENCE_SECONDS", 1.0)
+    starter = tmp_path / supervise.STARTER
+    starter.write_text("#!/bin/sh\nexit 1\n")
+    starter.chmod(0o700)
+    code = f"import subprocess, time; child = subprocess.Popen([{str(starter)!r}]); time.sleep(60)"
+    with pytest.raises(ConfigurationError, match="a flower-superexec, .* received one that ended again and again"):
+        supervise.keep_running([sys.executable, "-ISc", code], environment=os.environ)
+
+
 def test_a_site_that_is_asked_to_stop_asks_its_supernode(tmp_path, monkeypatch):
     monkeypatch.setattr(supervise, "PAUSE_SECONDS", 0.05)
     before = signal.getsignal(signal.SIGTERM)

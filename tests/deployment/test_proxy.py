@@ -12,7 +12,7 @@ import pytest
 
 flwr = pytest.importorskip("flwr", reason="needs the extra 'flower' (Python 3.11 or later)")
 
-from fedgan_lightning.deployment import launch  # noqa: E402
+from fedgan_lightning.deployment import programs  # noqa: E402
 from fedgan_lightning.deployment.keys import make_authority, make_site_certificate  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
 from tests.deployment.processes import nginx, site_command, site_proxy, wait_for  # noqa: E402
@@ -92,8 +92,8 @@ def test_without_a_certificate_of_the_authority_nobody_reaches_flower(federation
 
 def test_a_supernode_without_a_certificate_ends(federation):
     command = site_command(federation.home / "keys", 0, port=federation.proxy, home=federation.home)
-    with launch._processes() as started:
-        started.append(launch._start(command, federation.home / "bare", log="log"))
+    with programs.processes() as started:
+        started.append(programs.start(command, federation.home / "bare", log="log"))
         assert wait_for(lambda: started[0].poll() is not None, seconds=120)
     assert started[0].returncode != 0
     assert "400" in (federation.home / "bare" / "log").read_text()
@@ -103,8 +103,8 @@ def test_a_site_s_proxy_refuses_a_server_of_another_authority(federation, tmp_pa
     make_authority(tmp_path / "other", hosts=["localhost"])
     statuses = []
     for name, ca in (("true", federation.home / "keys" / "ca.crt"), ("false", tmp_path / "other" / "ca.crt")):
-        port = launch.free_port()
-        with launch._processes() as started:
+        port = programs.free_port()
+        with programs.processes() as started:
             own = {"keys": federation.home / "keys", "number": 0, "server": federation.proxy, "port": port, "ca": ca}
             started.append(site_proxy(tmp_path / name, **own))
             statuses.append(asked(port, "/v1/fleet/pull-messages", ca=federation.home / "keys" / "ca.crt")[0])

@@ -480,8 +480,32 @@ def test_features_of_all_sites_are_summed_under_masks_too(tmp_path, state):
             assert torch.allclose(found[name], sum(own[name] for own in exact), atol=2e-6, rtol=0)
     grid.away = {101}
     sites.refresh()
+    asked = len(grid.asked)
     with pytest.raises(QuorumError, match=r"every site is in the sums .* client 1 \(advertise: its site is not conn"):
         survey.sums(question, {})
+    assert len(grid.asked) == asked + 3, "nobody was asked for more than keys: all less all but one is one site's own"
+
+
+def test_sums_without_a_site_that_is_lost_on_the_way_are_not_opened(state):
+    """Those of everybody, asked for later, would otherwise tell the lost one's."""
+
+    class Leaving(LoopbackGrid):
+        def push_messages(self, messages):
+            listed = list(messages)
+            self.kinds = [*getattr(self, "kinds", []), *(wire.facts_of(own.content)["ask"] for own in listed)]
+            keys = super().push_messages(listed)
+            if self.kinds[-1] == "sums":
+                self._open = {key: own for key, own in self._open.items() if own.metadata.dst_node_id != 101}
+            return keys
+
+    grid = grid_of(state)
+    grid.__class__ = Leaving
+    sites = Sites(grid, num_clients=4, digest=_site(grid.contexts[100]).digest)
+    sessions = SecureSessions(sites, secure=SecureAggregation(), weight=float, timeout=1.0)
+    with pytest.raises(QuorumError, match=r"client 1 \(reply: no answer within 1 s"):
+        SecureSurvey(sessions).sums({"question": "feature moments", "kind": "pixels", "side": 0, "limit": 50}, {})
+    assert grid.kinds.count("sums") == 4
+    assert "unmask" not in grid.kinds
 
 
 def test_a_metric_whose_sums_cannot_be_masked_is_left_out_by_name(tmp_path, state, monkeypatch, caplog):

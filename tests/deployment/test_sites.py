@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from fedgan_lightning.__main__ import main  # noqa: E402
 from fedgan_lightning.checkpoints import read_checkpoint  # noqa: E402
 from fedgan_lightning.deployment import wire  # noqa: E402
 from fedgan_lightning.deployment.apps import serve_over  # noqa: E402
+from fedgan_lightning.deployment.sites import Sites  # noqa: E402
 from fedgan_lightning.errors import ConfigurationError, QuorumError  # noqa: E402
 from fedgan_lightning.packing import Layout  # noqa: E402
 from fedgan_lightning.protocol import ClientTask, ClientUpdate, LocalWork  # noqa: E402
@@ -66,6 +68,12 @@ def hostile(tmp_path, *faults, **options):
     path = tmp_path / "hostile.yaml"
     path.write_text(hostile_settings(faults, **options))
     return {"site": str(path)}
+
+
+def digest_at(grid) -> str:
+    from fedgan_lightning.deployment.apps import _site
+
+    return _site(grid.contexts[100]).digest
 
 
 def weights(tmp_path, name):
@@ -172,6 +180,51 @@ def test_a_restarted_server_goes_on_without_a_site_it_knows_and_takes_it_back(tm
         deploy(tmp_path, *options[:-4], "--federation.rounds", "6", grid=grid)
 
 
+def test_a_site_that_comes_back_with_other_samples_is_refused_until_it_has_its_own(tmp_path, monkeypatch, caplog):
+    """The checkpoint is about those that the federation began with."""
+    monkeypatch.setattr("fedgan_lightning.deployment.sites.JOIN_SECONDS", 0.0)
+    grid = grid_of(tmp_path, SHORT)
+    digest, memory = digest_at(grid), tmp_path / "sites.json"
+    sites = Sites(grid, num_clients=3, digest=digest, memory=memory)
+    begun, written = sites.facts(), memory.read_text()
+    other = tmp_path / "other.yaml"
+    other.write_text("data: {num_clients: 7}\n")
+    changed = grid_of(tmp_path, SHORT, told={1: {"site": str(other)}})
+    sites = Sites(changed, num_clients=3, digest=digest, memory=memory, needed=3)
+    with caplog.at_level("WARNING", logger="fedgan_lightning"), pytest.raises(QuorumError, match=r"clients \[1\]"):
+        sites.facts()
+    assert "client 1, and holds other samples than when the federation began" in caplog.text
+    assert memory.read_text() == written
+    # The operator mends it and starts its SuperNode again, which has the same number:
+    changed.away = {101}
+    sites.refresh()
+    changed.away, changed.contexts = set(), grid.contexts
+    assert sites.facts() == begun
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"digest": "x", "sites": 3}', '{"digest": "x", "sites": {"a": {}}}'])
+def test_a_memory_that_is_none_is_not_believed(tmp_path, monkeypatch, caplog, text):
+    monkeypatch.setattr("fedgan_lightning.deployment.sites.JOIN_SECONDS", 0.0)
+    (tmp_path / "sites.json").write_text(text)
+    sites = Sites(LoopbackGrid({}, run_config={}), num_clients=1, digest="x", memory=tmp_path / "sites.json", needed=1)
+    assert "cannot be read, so all sites are waited for" in caplog.text
+    with pytest.raises(QuorumError, match=r"none for clients \[0\]"):
+        sites.facts()
+
+
+def test_a_new_run_waits_for_all_its_sites_whatever_file_it_finds(tmp_path, monkeypatch):
+    """As does one whose server was killed before its first checkpoint."""
+    monkeypatch.setattr("fedgan_lightning.deployment.sites.RETURN_SECONDS", 0.0)
+    monkeypatch.setattr("fedgan_lightning.deployment.sites.JOIN_SECONDS", 0.5)
+    deploy(tmp_path, *SAFE, name="first")
+    (tmp_path / "deployed").mkdir()
+    shutil.copy(tmp_path / "first" / "sites.json", tmp_path / "deployed")
+    grid = grid_of(tmp_path, [*SHORT, *SAFE])
+    grid.away = {101}
+    with pytest.raises(QuorumError, match=r"none for clients \[1\]"):
+        deploy(tmp_path, *SAFE, grid=grid)
+
+
 def test_private_state_follows_the_task_that_was_let_in(tmp_path):
     from fedgan_lightning.deployment.site import Site
 
@@ -213,8 +266,6 @@ def test_what_a_site_says_of_its_data_counts(tmp_path):
 
 
 def test_a_site_that_cannot_answer_is_waited_for_and_named_once(monkeypatch, caplog):
-    from fedgan_lightning.deployment.sites import Sites
-
     monkeypatch.setattr("fedgan_lightning.deployment.sites.JOIN_SECONDS", 0.5)
     sites = Sites(LoopbackGrid({100: {"client-id": 0}}, run_config={}), num_clients=1, digest="")
     with caplog.at_level("WARNING", logger="fedgan_lightning"), pytest.raises(QuorumError, match=r"clients \[0\]"):

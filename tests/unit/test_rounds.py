@@ -22,7 +22,7 @@ from fedgan_lightning import (
 )
 from fedgan_lightning.errors import ConfigurationError, QuorumError, UpdateError
 from fedgan_lightning.federation.conduct import Conductor
-from fedgan_lightning.protocol import ClientUpdate
+from fedgan_lightning.protocol import ClientFailure, ClientUpdate
 from tests.conftest import adam, assert_states_equal, federate, quiet_trainer, ring_data, ring_gan, sgd
 
 FAULTS = ("crash", "hang", "slow", "nan", "wrong_shape", "wrong_keys", "stale", "huge_norm")
@@ -218,6 +218,38 @@ def test_a_late_update_that_is_refused_does_not_close_the_door_to_this_rounds():
     result = run(executor=LateAndBad(), rules=late, screening=Screening())
     assert result[1].ledger.events == {"rejected": 2}
     assert_states_equal(weights(result), weights(run(rules=late)))
+
+
+@pytest.mark.parametrize("screening", [None, Screening()], ids=["unscreened", "screened"])
+def test_a_late_failure_does_not_close_the_door_to_this_rounds_answer(screening):
+    class LateFailure(SequentialExecutor):
+        """Client 1 answers every round, after news that it failed the round before."""
+
+        def run(self, tasks):
+            for own in super().run(tasks):
+                if own.client_id == 1 and own.round:
+                    yield ClientFailure(1, own.round - 1, stage="reply", cause="an error, at last")
+                yield own
+
+    options = {"sync": {"discriminator": "local"}, "screening": screening}
+    result = run(executor=LateFailure(), **options)
+    assert result[1].ledger.events == {"failed": 2}
+    assert_states_equal(weights(result), weights(run(**options)))
+    assert result[1].ledger.bytes_down == run(**options)[1].ledger.bytes_down
+
+
+@pytest.mark.parametrize("late", ["drop", "discount"])
+def test_an_answer_that_claims_the_round_before_keeps_no_private_state(late):
+    class Claiming(SequentialExecutor):
+        def run(self, tasks):
+            for own in super().run(tasks):
+                yield dataclasses.replace(own, round=own.round - 1) if own.client_id == 1 else own
+
+    rules = RoundRules(minimum=0.5, late=late)
+    result = run(executor=Claiming(), rules=rules, sync={"discriminator": "local"}, screening=Screening())
+    assert result[1].ledger.events == {"late": 3}
+    assert result[1].store.read(1) == {}
+    assert result[1].store.read(0)
 
 
 def test_a_lost_quorum_ends_the_run_with_a_named_error():

@@ -65,7 +65,7 @@ class MLPDiscriminator(nn.Module):
         hidden: Widths of the hidden layers.
         num_classes: Classes C; 0 makes it unconditional.
         conditioning: ``none``, ``projection`` or ``auxiliary`` (ACGAN).
-        slope: Of leaky ReLU below zero, in [0, 1); 0 is ReLU, which fits narrow modes better (benchmarks/RESULTS.md).
+        slope: Of leaky ReLU below zero, in [0, 1); 0 is ReLU.
 
     Raises:
         ConfigurationError: If the slope is out of range.
