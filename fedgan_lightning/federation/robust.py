@@ -45,16 +45,20 @@ class RobustAggregator(Aggregator):
         count, examples = len(collected), sum(own[1] for own in collected)
         if not collected:
             return Aggregate(delta={}, extras={}, num_clients=0, num_examples=0)
+        if count < self.needed:
+            raise UpdateError(
+                message(
+                    f"{type(self).__name__} needs {self.needed} updates a round",
+                    received=count,
+                    fix="lower num_bad, or ask more clients per round",
+                )
+            )
         delta, extras = self.combine([own[2] for own in collected], [own[3] for own in collected])
         return Aggregate(delta=delta, extras=extras, num_clients=count, num_examples=examples)
 
     @abstractmethod
     def combine(self, deltas: Sequence[Packed], extras: Sequence[Packed]) -> tuple[Packed, Packed]:
-        """Return parameter update and extras of the whole; at least one of each comes in, in the order of clients.
-
-        Raises:
-            UpdateError: If there are too few for the rule.
-        """
+        """Return parameter update and extras of the whole; at least ``needed`` of each, in the order of clients."""
 
 
 class CoordinateMedian(RobustAggregator):
@@ -115,14 +119,6 @@ class Krum(RobustAggregator):
 
     def combine(self, deltas: Sequence[Packed], extras: Sequence[Packed]) -> tuple[Packed, Packed]:
         count = len(deltas)
-        if count < self.needed:
-            raise UpdateError(
-                message(
-                    f"Krum against {self.num_bad} bad clients needs {self.needed} updates",
-                    received=count,
-                    fix="lower num_bad, or ask more clients per round",
-                )
-            )
         squares = distances(deltas).square()
         nearest = squares.sort(dim=1).values[:, 1 : count - self.num_bad - 1]  # the first is the update itself
         best = nearest.sum(1).argsort(stable=True)[: min(self.num_selected, count - self.num_bad)]
@@ -198,14 +194,6 @@ class NearestNeighborMixing(RobustAggregator):
 
     def combine(self, deltas: Sequence[Packed], extras: Sequence[Packed]) -> tuple[Packed, Packed]:
         count = len(deltas)
-        if count < self.needed:
-            raise UpdateError(
-                message(
-                    f"mixing against {self.num_bad} bad clients needs {self.needed} updates",
-                    received=count,
-                    fix="lower num_bad, or ask more clients per round",
-                )
-            )
         own = distances(deltas).fill_diagonal_(-1.0)  # an update is its own nearest, whoever has sent the same
         nearest = own.argsort(dim=1, stable=True)[:, : count - self.num_bad]
         weights = torch.zeros_like(own).scatter_(1, nearest, 1 / (count - self.num_bad))
