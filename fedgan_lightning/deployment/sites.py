@@ -64,7 +64,7 @@ class Sites:
         while not self._has_begun:
             self.refresh()
             waited = time.monotonic() - began
-            missing = sorted({*range(self.num_clients)} - {*self._nodes})
+            missing = self._missing()
             self._has_begun = not missing or (waited >= RETURN_SECONDS and self._may_begin_without(missing))
             if self._has_begun:
                 self._remember()
@@ -79,6 +79,10 @@ class Sites:
             else:
                 time.sleep(1.0)
         return dict(self._facts)
+
+    def _missing(self) -> list[int]:
+        """Return the clients whose sites have not come since the server's start."""
+        return [client_id for client_id in range(self.num_clients) if client_id not in self._nodes]
 
     def _may_begin_without(self, missing: list[int]) -> bool:
         """Whether these sites are known, and the others enough for a round."""
@@ -169,7 +173,7 @@ class Sites:
         if self._nodes.get(client_id) in self._connected - {node_id}:
             return f"says that it is client {client_id}, which another site is"
         if (known := self._facts.get(client_id, facts)) != facts:
-            sizes = f"{facts['num_examples']}, then {known['num_examples']}"
+            sizes = f"{facts['num_examples']} now, {known['num_examples']} then"
             return f"is client {client_id}, and holds other samples than when the federation began ({sizes})"
         return None
 
@@ -190,23 +194,19 @@ class Sites:
         """
         self.facts()
         question = {**facts, "ask": "sums"}
-        nodes = dict(sorted(self._nodes.items()))
-        silent = dict.fromkeys({*range(self.num_clients)} - {*nodes}, "not connected since the server's start")
-        answers = {} if silent else self._ask({node: wire.content(question, told=state) for node in nodes.values()})
+        if missing := self._missing():
+            raise _incomplete(dict.fromkeys(missing, "not connected since the server's start"))
+        nodes = {client_id: self._nodes[client_id] for client_id in range(self.num_clients)}
+        answers = self._ask({node: wire.content(question, told=state) for node in nodes.values()})
         found: list[State] = []
-        for client_id, node in nodes.items() if not silent else ():
+        silent: dict[int, str] = {}
+        for client_id, node in nodes.items():
             try:
                 found.append(wire.state_of(answers[node], "sums"))
             except (KeyError, ValueError, TypeError):
                 silent[client_id] = "an answer without sums" if node in answers else self._troubles.get(node, "")
         if silent:
-            raise QuorumError(
-                message(
-                    "every site answers what the evaluation asks",
-                    received=f"no sums from clients {sorted(silent)} ({'; '.join(dict.fromkeys(silent.values()))})",
-                    fix="look at their logs, and start again with --ckpt_path last",
-                )
-            )
+            raise _incomplete(silent)
         return found
 
     def _ask(self, contents: Mapping[int, Any]) -> dict[int, Any]:
@@ -269,6 +269,17 @@ class Sites:
                 self.pause()
         silent = "" if seconds is None else f"no answer within {seconds:.0f} s"
         return found, {**troubles, **dict.fromkeys(waiting.values(), silent)}
+
+
+def _incomplete(causes: Mapping[int, str]) -> QuorumError:
+    """Return the error that sums are not those of all sites, by client and cause."""
+    return QuorumError(
+        message(
+            "every site answers what the evaluation asks",
+            received=f"no sums from clients {sorted(causes)} ({'; '.join(dict.fromkeys(causes.values()))})",
+            fix="look at their logs, and start again with --ckpt_path last",
+        )
+    )
 
 
 def _clients(ids: Iterable[int]) -> str:

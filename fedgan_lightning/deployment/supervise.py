@@ -73,22 +73,8 @@ def keep_running(command: Sequence[str], *, environment: Mapping[str, str]) -> i
             refused_since = now if now - started > SETTLED_SECONDS else refused_since
             if stops:
                 break
-            if now - refused_since > PATIENCE_SECONDS and has_lost_starter:
-                raise ConfigurationError(
-                    message(
-                        f"a SuperNode has a {STARTER}, which starts a process for every task",
-                        received="one that ended again and again",
-                        fix="read what it said last; check the installation, and --tls where it is given",
-                    )
-                )
             if now - refused_since > PATIENCE_SECONDS:
-                raise ConfigurationError(
-                    message(
-                        "a site is let in with a key that the server knows, over a certificate of its authority",
-                        received=f"a SuperNode that ended with {code} again and again",
-                        fix="read what it said last; compare --key with the server's *.pub, and --ca with its ca.crt",
-                    )
-                )
+                raise _hopeless(code, has_lost_starter=has_lost_starter)
             logger.warning(f"the SuperNode ended ({code}); it is started again in {PAUSE_SECONDS:.0f} s")
             while not stops and time.monotonic() < now + PAUSE_SECONDS:
                 time.sleep(POLL_SECONDS)
@@ -96,6 +82,17 @@ def keep_running(command: Sequence[str], *, environment: Mapping[str, str]) -> i
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def _hopeless(code: int, *, has_lost_starter: bool) -> ConfigurationError:
+    """Return the error of a SuperNode that ended with this code again and again."""
+    if has_lost_starter:
+        rule = f"a SuperNode has a {STARTER}, which starts a process for every task"
+        fix = "read what it said last; check the installation, and --tls where it is given"
+        return ConfigurationError(message(rule, received="one that ended again and again", fix=fix))
+    rule = "a site is let in with a key that the server knows, over a certificate of its authority"
+    fix = "read what it said last; compare --key with the server's *.pub, and --ca with its ca.crt"
+    return ConfigurationError(message(rule, received=f"a SuperNode that ended with {code} again and again", fix=fix))
 
 
 def _wait(process: subprocess.Popen, stops: Sequence[int]) -> tuple[int, bool]:

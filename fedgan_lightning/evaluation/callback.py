@@ -90,17 +90,17 @@ class Evaluation(L.Callback):
                 f"{name} has no sample method: there are no sample metrics and no pictures of it", stacklevel=2
             )
         self.facts["num_samples"] = self.num_samples
-        self._prepare(trainer, data, patient=stage == "fit")
+        self._prepare(trainer, patient=stage == "fit")
 
-    def _prepare(self, trainer: L.Trainer, data: FederatedDataModule, *, patient: bool) -> None:
+    def _prepare(self, trainer: L.Trainer, *, patient: bool) -> None:
         """Prepare the metrics that are not ready, and leave out those that cannot be taken here.
 
         Args:
             trainer: The server's.
-            data: The federation's data.
             patient: Whether to leave metrics for later for which some site does not answer.
         """
         assert self.metrics is not None
+        data: FederatedDataModule = trainer.datamodule  # type: ignore[attr-defined]
         for metric in list(self.metrics):
             if metric in self._ready or (metric.full and trainer.state.fn != "test"):
                 continue
@@ -124,14 +124,14 @@ class Evaluation(L.Callback):
             QuorumError: If a site does not answer: a run that is continued can wait for it, and a new one needs all.
         """
         if trainer.global_step == 0:
-            self._prepare(trainer, trainer.datamodule, patient=False)  # type: ignore[attr-defined]
+            self._prepare(trainer, patient=False)
             self._log(trainer, pl_module, self.evaluate(trainer, pl_module), monitor=False)
 
     def on_round_end(self, trainer: L.Trainer, server: ServerModule, info: Any, metrics: Any) -> None:
         """Score the generator every ``every_n_rounds``, and at the end."""
         rounds = trainer.global_step
         if rounds % self.every_n_rounds == 0 or rounds == trainer.max_steps:
-            self._prepare(trainer, trainer.datamodule, patient=True)  # type: ignore[attr-defined]
+            self._prepare(trainer, patient=True)
             self._log(trainer, server, self.evaluate(trainer, server, patient=True), monitor=True)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -152,9 +152,7 @@ class Evaluation(L.Callback):
             QuorumError: If a site does not answer, and that is not accepted.
         """
         assert isinstance(pl_module, ServerModule)
-        metrics = [
-            own for own in self.metrics or () if own in self._ready and (trainer.state.fn == "test" or not own.full)
-        ]
+        metrics = [metric for metric in self._ready if trainer.state.fn == "test" or not metric.full]
         values: dict[str, float] = {}
         for metric in metrics:
             try:
