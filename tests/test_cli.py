@@ -358,3 +358,32 @@ def test_version_and_help_are_answered_without_torch():
 def test_the_short_help_names_every_command():
     own = {*FederatedCLI.subcommands()} - {"site"}  # what a site of a deployment calls, and nobody types
     assert set(COMMANDS) == own | {"report", "federation"}
+
+
+#: Parses configurations while another thread imports, as Ray's import goes on beside Flower's server.
+BESIDE_IMPORTS = """
+import sys, threading, time, types
+from fedgan_lightning.cli import run
+
+sys.setswitchinterval(1e-4)
+
+def go_on_importing():
+    for number in range(10**6):
+        sys.modules[f"passing_{number}"] = types.ModuleType(f"passing_{number}")
+        time.sleep(1e-4)
+
+threading.Thread(target=go_on_importing, daemon=True).start()
+for path in sys.argv[1:]:
+    try:
+        run(["fit", "--config", path, "--print_config"])
+    except SystemExit as left:
+        assert not left.code, path
+"""
+
+
+def test_configurations_are_read_while_another_thread_imports():
+    """A generic alias that names a type in a string makes jsonargparse walk over all modules, and lose the types."""
+    paths = [str(path) for path in CONFIGS if path.stem in ("digits", "recommendation", "text")]
+    done = subprocess.run([sys.executable, "-c", BESIDE_IMPORTS, *paths], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("class_path: fedgan_lightning.GAN") == len(paths) == 3

@@ -18,10 +18,10 @@ from fedgan_lightning.gan.penalties import Lift, Penalty, once
 
 Generate = Callable[[Tensor, Tensor], Tensor]
 #: (x, y, u) -> logits, or (logits, class logits); u are the numbers of an augmentation, or None.
-Discriminate = Callable[[Tensor, Tensor, "Tensor | None"], "Tensor | tuple[Tensor, Tensor]"]
+Discriminate = Callable[[Tensor, Tensor, Tensor | None], Tensor | tuple[Tensor, Tensor]]
 Stats = dict[str, Tensor]
 #: A penalty that is due on this step; for several clients with a factor for each, 1 where it is due and 0 elsewhere.
-DuePenalty = tuple[Penalty, "Tensor | None"]
+DuePenalty = tuple[Penalty, Tensor | None]
 
 
 @dataclass(frozen=True)
