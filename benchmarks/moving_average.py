@@ -2,13 +2,16 @@
 
     python -m benchmarks.moving_average --config configs/digits.yaml --federation.rounds 100
 
-Options are those of ``fit``. The weights after every round are kept in the run directory; then they are averaged with
-the configuration's half-life, constant or limited to a share of the images seen, and every average is scored.
+    python -m benchmarks.moving_average --metric high_quality --config configs/ring8.yaml
+
+Options are those of ``fit``, but for the metric that is compared (FID). The weights after every round are kept in the
+run directory; then they are averaged with the configuration's half-life, constant or limited to a share of the images
+seen, and every average is scored.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +37,8 @@ class KeepRounds(L.Callback):
         torch.save(server.model.generator.state_dict(), folder / f"{trainer.global_step:05d}.pt")
 
 
-def score(cli: FederatedCLI) -> list[str]:
-    """Return a table of FID after a half, three quarters and all of the rounds."""
+def score(cli: FederatedCLI, *, metric: str) -> list[str]:
+    """Return a table of a metric after a half, three quarters and all of the rounds."""
     gan, per_round = cli.model.model, cli.datamodule.batch_size * cli.orchestrator.local_steps
     (evaluation,) = (own for own in cli.trainer.callbacks if isinstance(own, Evaluation))
     start, *files = sorted((Path(cli.trainer.default_root_dir) / "rounds").glob("*.pt"))
@@ -50,18 +53,21 @@ def score(cli: FederatedCLI) -> list[str]:
             follow(gan.generator_ema, gan.generator, num_images=per_round, **rule)
             if number in looks:
                 values = evaluation.evaluate(cli.trainer, cli.model)
-                found[name].append(values["fid"])
-                found["raw"].append(values["fid_raw"])
+                found[name].append(values[metric])
+                found["raw"].append(values[f"{metric}_raw"])
     lines = ["| | " + " | ".join(f"round {look}" for look in looks) + " |", "|---" * (len(looks) + 1) + "|"]
-    for name, fids in found.items():  # the raw weights' come again with every average
-        lines.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in fids[: len(looks)]) + " |")
+    for name, values_of in found.items():  # the raw weights' come again with every average
+        lines.append(f"| {name} | " + " | ".join(f"{value:.4g}" for value in values_of[: len(looks)]) + " |")
     return lines
 
 
 def main() -> None:
-    keep = ["--trainer.callbacks+", "benchmarks.moving_average.KeepRounds", "--evaluation.metrics", "[FrechetDistance]"]
-    keep += ["--evaluation.raw", "true"]
-    print("\n".join(score(run(["fit", *sys.argv[1:], *keep]))))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--metric", default="fid")
+    own, options = parser.parse_known_args()
+    keep = ["--trainer.callbacks+", "benchmarks.moving_average.KeepRounds", "--evaluation.raw", "true"]
+    keep += ["--evaluation.metrics", "[FrechetDistance]"] if own.metric == "fid" else []
+    print("\n".join(score(run(["fit", *options, *keep]), metric=own.metric)))
 
 
 if __name__ == "__main__":

@@ -55,13 +55,14 @@ def run_cell(grid: Grid, label: str, seed: int, folder: Path, *, shared: str) ->
 
 def table(grid: Grid, folder: Path) -> str:
     """Return mean +- standard deviation over the seeds that are done, as markdown."""
-    found, facts = {}, {}
+    found, facts, rulers = {}, {}, set()
     for label in grid.cells:
         paths = sorted(folder.glob(f"{folder_of(label)}/seed*/summary.json"))
         runs = [read_run(path.parent) for path in paths]
         found[label] = [{**run.summary, "test": ends(run)} for run in runs if "test" in run.summary]
         for summary in found[label]:
             facts |= summary["evaluation"]
+            rulers |= {value for name, value in summary["evaluation"].items() if name == "fid_features_hash"}
     known = [c for c in grid.columns if any(c in s["test"] for done in found.values() for s in done)]
     lines = [f"| {grid.title} | seeds | " + " | ".join(known) + " | MB | s |", "|---" * (len(known) + 4) + "|"]
     for name in grid.baselines:
@@ -76,7 +77,10 @@ def table(grid: Grid, folder: Path) -> str:
             means = f"{statistics.mean(total):.1f} | {statistics.mean(seconds):.0f}"
             lines.append(f"| {label} | {len(done)}{failed(folder, label)} | " + " | ".join(cells) + f" | {means} |")
     floors = ", ".join(f"{name} {value:.3g}" for name, value in facts.items() if name.endswith("floor"))
-    return "\n".join([*lines, "", f"Floors: {floors}." if floors else ""])
+    last = f"Floors: {floors}." if floors else ""
+    if rulers:  # machines round differently, and so train different classifiers from the same seed
+        last += f" Feature network {', '.join(sorted(rulers))}" + (": NOT COMPARABLE." if len(rulers) > 1 else ".")
+    return "\n".join([*lines, "", last])
 
 
 def ends(run: Run) -> dict[str, float]:

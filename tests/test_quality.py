@@ -58,7 +58,7 @@ def test_the_table_has_mean_and_deviation_of_what_is_done(tmp_path):
         folder.mkdir(parents=True)
         summary = {
             "test": {"fid": fid},
-            "evaluation": {"fid_floor": 0.5, "fid_guess": 7.0},
+            "evaluation": {"fid_floor": 0.5, "fid_guess": 7.0, "fid_features_hash": f"net{seed}"},
             "bytes_up": {"generator": 1e6},
             "bytes_down": {"generator": 2e6},
             "wall_seconds": 10.0,
@@ -69,7 +69,7 @@ def test_the_table_has_mean_and_deviation_of_what_is_done(tmp_path):
     assert lines[2] == "| guess | | 7 | | |", "what needs no training"
     assert lines[3] == f"| a | 2 | 2 ± {math.sqrt(2):.2g} | 3.0 | 10 |"
     assert len(lines) == 6, "cells without runs are left out"
-    assert lines[-1] == "Floors: fid_floor 0.5."
+    assert lines[-1] == "Floors: fid_floor 0.5. Feature network net0, net1: NOT COMPARABLE."
 
 
 def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):

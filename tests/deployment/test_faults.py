@@ -55,13 +55,13 @@ def story(tmp_path_factory):
         deployment = Deployment(folder / "home", config, sites=4)
         stack.callback(deployment.close)
         server = deployment.server(folder / "run")
-        strangers = turned_away(deployment, stack.enter_context(programs.processes()))
         sites = []
         for number in range(4):
             overlay = folder / f"site{number}.yaml" if number in BAD else None
             if overlay is not None:
                 overlay.write_text(hostile.settings(BAD[number], hang_seconds=seconds))
             sites.append(deployment.site(number, overlay=overlay))
+        strangers = turned_away(deployment, stack.enter_context(programs.processes()))
         middle = wait_for(lambda: any(round == 1 for _, round in deployment.tried(1)), seconds=900)
         assert middle, deployment.log("server")[-2000:] + deployment.log("site1")[-2000:]
         send_kill(descendants(sites[1].pid))
