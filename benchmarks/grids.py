@@ -127,6 +127,13 @@ FAULTS = [
 ]
 SPLITS: dict[str, list[str]] = {"divided": [], "IID": IID}
 
+#: The ring's learning rates, falling within 6 000 steps; the discriminator's, the generator's in place of twice it.
+FALLING = [
+    *("--model.generator_scheduler.init_args.total_iters", "6000"),
+    *("--model.discriminator_scheduler.init_args.total_iters", "6000"),
+]
+EQUAL = ["--model.discriminator_optimizer.init_args.lr", "1e-3"]
+
 
 def losses() -> dict[str, list[str]]:
     """Return cells for adversarial losses, IID and as the configuration divides the data."""
@@ -224,6 +231,17 @@ GRIDS = {
         cells=losses(),
         columns=RING_COLUMNS,
         seeds=(0, 1, 2, 3, 4),
+    ),
+    "ring8_k": Grid(
+        title="ring of 8, four clients with two modes each: synchronised every step, at 6 000 steps",
+        config="ring8.yaml",
+        common=["--federation.executor", "VectorizedExecutor", *FALLING],
+        cells={
+            f"K = {k}{where}": [*rounds(6000, k), *rate]
+            for where, rate in (("", []), (", equal rates", EQUAL))
+            for k in (1, 5)
+        },
+        columns=RING_COLUMNS,
     ),
     "ring8_optimizer": Grid(
         title="ring of 8, four clients with two modes each, and IID: optimizer state at 15 000 steps",

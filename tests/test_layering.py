@@ -55,7 +55,7 @@ LAYERS = {
     "gan.statistics": 0,
     "gan.optimizers": 0,
     "gan.augment": 1,
-    "gan.sampling": 0,
+    "gan.sampling": 1,
     "gan.average": 0,
     "gan.checks": 1,
     "gan.tracing": 1,

@@ -24,7 +24,7 @@ from fedgan_lightning.gan.objectives import AdversarialLoss, NonSaturating
 from fedgan_lightning.gan.optimizers import OptimizerCallable, SchedulerCallable, dcgan_adam
 from fedgan_lightning.gan.penalties import Penalty
 from fedgan_lightning.gan.priors import Normal, Prior
-from fedgan_lightning.gan.sampling import RECALIBRATION_SAMPLES, estimate_statistics, generated, inputs
+from fedgan_lightning.gan.sampling import RECALIBRATION_SAMPLES, estimate_statistics, generated, inputs, settled
 from fedgan_lightning.gan.statistics import StepMeans
 from fedgan_lightning.gan.steps import Draws, DuePenalty, Stats, discriminator_step, generator_step
 from fedgan_lightning.protocol import RoundInfo
@@ -59,7 +59,7 @@ class GAN(L.LightningModule):
         auxiliary_weight: Weight of the classification terms of an auxiliary classifier.
         ema_half_life_images: Half-life, in images, of the moving average of the generator that is used for sampling
             and metrics; ``None`` keeps no average. In a federation the average lives on the server, and moves by the
-            mean number of images that a client of the round has seen.
+            mean number of images that a client of the round has seen. Its BatchNorm statistics are of its own samples.
         ema_rampup: Share of the images seen so far that the half-life does not exceed, so that the average does not
             lag behind weights that still improve fast; ``None`` keeps the half-life constant.
         clip_gradient_norm: Largest norm of each network's gradient; ``None`` does not clip.
@@ -398,7 +398,7 @@ class GAN(L.LightningModule):
             ConfigurationError: If conditions are missing, or given to a generator that takes none.
         """
         check_conditions(self, conditions)
-        network = self.generator if raw or self.generator_ema is None else self.generator_ema
+        network = self.generator if raw or self.generator_ema is None else settled(self)
         given = {"labels": labels, "latents": latents, "conditions": conditions}
         z, told = inputs(self, network, num_samples, generator=generator, **given)
         decode = None if self.codec is None else self.codec.decode

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fedgan_lightning.seeding import isolated_rng, make_generator
+
 #: Generated samples from which BatchNorm statistics are estimated.
 RECALIBRATION_SAMPLES = 2000
 
@@ -42,6 +44,35 @@ def inputs(
         return latents.to(**where), conditions.to(**where)
     told = torch.arange(len(latents)) % max(gan.num_classes, 1) if labels is None else labels[: len(latents)]
     return latents.to(**where), told.to(own.device)
+
+
+def settled(gan: Any) -> nn.Module:
+    """Return the moving average of a GAN's generator, with BatchNorm statistics of its own activations.
+
+    Those that it has copied are of other weights (MNIST: 1.5 to 5 points of FID). They are estimated from noise and
+    all classes in turn, once for the weights that there are. A generator that is told conditions keeps the copied ones:
+    there are no conditions without data.
+
+    Args:
+        gan: The GAN, with a moving average.
+    """
+    average: Any = gan.generator_ema
+    if gan.condition is not None or not _normalised(average):
+        return average  # type: ignore[no-any-return]
+    weights = list(average.parameters())
+    counted = not any(own.is_inference() for own in weights)  # torch counts the changes of all other tensors
+    state = [(id(own), own._version) for own in weights] if counted else None
+    if state is None or getattr(average, "settled_for", None) != state:
+        with isolated_rng(0):  # of layers that draw in training mode
+            noise = make_generator(0, "statistics")
+            estimate_statistics(average, *inputs(gan, average, RECALIBRATION_SAMPLES, generator=noise))
+        average.settled_for = state
+    return average  # type: ignore[no-any-return]
+
+
+def _normalised(network: nn.Module) -> list[_BatchNorm]:
+    """Return the layers whose running statistics count."""
+    return [layer for layer in network.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
 
 
 @torch.no_grad()
@@ -83,7 +114,7 @@ def estimate_statistics(network: nn.Module, latents: Tensor, labels: Tensor, *, 
         labels: (N,).
         chunk_size: Samples per forward pass.
     """
-    layers = [layer for layer in network.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+    layers = _normalised(network)
     if not layers:
         return
     modes = [(part, part.training) for part in network.modules()]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from fedgan_lightning import GAN, DCGANDiscriminator, DCGANGenerator
 from fedgan_lightning.errors import ConfigurationError
-from fedgan_lightning.gan.sampling import estimate_statistics
-from tests.conftest import digits_data, federate
+from fedgan_lightning.gan.sampling import RECALIBRATION_SAMPLES, estimate_statistics, inputs
+from fedgan_lightning.seeding import make_generator
+from tests.conftest import assert_states_equal, digits_data, federate
 from tests.foreign import SomebodysGAN
 
 
@@ -37,10 +40,11 @@ def test_statistics_are_the_means_over_chunks_and_everything_else_is_restored():
     assert not network.norm.training
 
 
-def convolutional(**options) -> GAN:
+def convolutional(num_classes=0, **options) -> GAN:
     torch.manual_seed(0)
-    sizes = {"image_size": 28, "channels": 1, "width": 4}
-    return GAN(DCGANGenerator(latent_dim=8, **sizes), DCGANDiscriminator(**sizes), **options)
+    sizes = {"image_size": 28, "channels": 1, "width": 4, "num_classes": num_classes}
+    told = {"conditioning": "projection"} if num_classes else {}
+    return GAN(DCGANGenerator(latent_dim=8, **sizes), DCGANDiscriminator(**sizes, **told), **options)
 
 
 @pytest.fixture
@@ -67,6 +71,56 @@ def test_the_server_s_statistics_come_from_its_own_samples(mnist_like):
             torch.testing.assert_close(value, means[name])
             assert value.abs().sum() > 0
     assert any("running_mean" in name for name in orchestrator.store.read(0)), "clients keep their own"
+
+
+def statistics(network):
+    return {name: value.clone() for name, value in network.named_buffers() if "running" in name}
+
+
+@pytest.mark.parametrize("num_classes", [0, 10])
+def test_the_moving_average_has_statistics_of_its_own_activations(num_classes):
+    """Those of the raw weights, which it copies, are of other activations."""
+    gan = convolutional(ema_half_life_images=100.0, num_classes=num_classes)
+    with torch.no_grad():
+        for parameter in gan.generator.parameters():
+            parameter.mul_(1.5)
+        gan.generator.train()(torch.randn(64, 8), torch.zeros(64, dtype=torch.int64))
+    gan.update_ema(num_images=50)
+    copied, drawn = statistics(gan.generator), torch.get_rng_state()
+    assert_states_equal(statistics(gan.generator_ema), copied)
+
+    sampled = gan.sample(20, generator=torch.Generator().manual_seed(1))
+    expected = copy.deepcopy(gan.generator_ema)
+    noise = make_generator(0, "statistics")
+    estimate_statistics(expected, *inputs(gan, expected, RECALIBRATION_SAMPLES, generator=noise))
+    assert_states_equal(statistics(gan.generator_ema), statistics(expected))
+    assert any(not torch.allclose(value, copied[name]) for name, value in statistics(expected).items())
+    z, y = inputs(gan, expected, 20, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(sampled, expected.eval()(z, y))
+    assert torch.equal(torch.get_rng_state(), drawn), "training draws what it would have drawn"
+    assert_states_equal(statistics(gan.generator), copied)
+
+
+def test_statistics_of_the_moving_average_are_estimated_once_for_its_weights():
+    gan = convolutional(ema_half_life_images=100.0)
+    passes = []
+    gan.generator_ema.register_forward_hook(lambda network, *_: passes.append(network.training))
+
+    def estimated():
+        passes.clear()
+        gan.sample(4)
+        return any(passes)
+
+    assert estimated()
+    assert not estimated()
+    gan.update_ema(num_images=10)
+    assert estimated()
+    gan.load_state_dict(convolutional(ema_half_life_images=100.0).state_dict())
+    assert estimated()
+    with torch.inference_mode():
+        assert not estimated()
+    gan.sample(4, raw=True)
+    assert not estimated()
 
 
 def test_buffers_that_are_estimated_do_not_travel(mnist_like):
