@@ -134,6 +134,19 @@ FALLING = [
 ]
 EQUAL = ["--model.discriminator_optimizer.init_args.lr", "1e-3"]
 
+#: With K = 1 and SGD of rate 1 a client's update is its gradient, and the server does what a centralised run does.
+ON_MEAN_GRADIENT = [
+    *("--model.generator_optimizer", "{class_path: torch.optim.SGD, init_args: {lr: 1.0}}"),
+    *("--model.discriminator_optimizer", "{class_path: torch.optim.SGD, init_args: {lr: 1.0}}"),
+    *("--model.generator_scheduler", "null", "--model.discriminator_scheduler", "null"),
+    *("--server.optimizer", "{class_path: torch.optim.Adam, init_args: {lr: 1e-3, betas: [0.5, 0.999]}}"),
+    *(
+        "--server.scheduler",
+        "{class_path: torch.optim.lr_scheduler.LinearLR,"
+        " init_args: {start_factor: 1.0, end_factor: 0.05, total_iters: 6000}}",
+    ),
+]
+
 
 def losses() -> dict[str, list[str]]:
     """Return cells for adversarial losses, IID and as the configuration divides the data."""
@@ -237,9 +250,17 @@ GRIDS = {
         config="ring8.yaml",
         common=["--federation.executor", "VectorizedExecutor", *FALLING],
         cells={
-            f"K = {k}{where}": [*rounds(6000, k), *rate]
-            for where, rate in (("", []), (", equal rates", EQUAL))
-            for k in (1, 5)
+            **{
+                f"K = {k}{where}": [*rounds(6000, k), *rate]
+                for where, rate in (("", []), (", equal rates", EQUAL))
+                for k in (1, 5)
+            },
+            "K = 1, equal rates, Adam at the server on the mean gradient": [*rounds(6000, 1), *ON_MEAN_GRADIENT],
+            "centralised, equal rates": [*rounds(6000, 100), *CENTRALISED, *EQUAL],
+            "centralised, equal rates, minibatches of 512": [
+                *(*rounds(6000, 100), *CENTRALISED, *EQUAL),
+                *("--data.batch_size", "512"),
+            ],
         },
         columns=RING_COLUMNS,
     ),

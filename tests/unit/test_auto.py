@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from fedgan_lightning import AutoExecutor, SequentialExecutor, VectorizedExecutor
-from fedgan_lightning.errors import ConfigurationError
+from fedgan_lightning.errors import ConfigurationError, UpdateError
 from fedgan_lightning.federation.executors.auto import Plan, available_threads
 from fedgan_lightning.federation.ranks import Ranks
+from fedgan_lightning.protocol import LocalWork
 from tests.conftest import adam, federate, ring_data, ring_gan
 from tests.contracts.test_executors import assert_same, updates
 from tests.foreign import SomebodysGAN
@@ -72,6 +73,20 @@ def test_an_optimizer_that_looks_at_whole_tensors_is_refused_by_the_vectorized_e
         ConfigurationError, match=r"stacked training equals sequential training; received after 6 steps"
     ):
         updates(VectorizedExecutor(), gan, ring_data())
+
+
+def test_rates_that_only_one_step_survives_do_not_keep_clients_from_being_stacked():
+    """A client that synchronises every step may hand its gradient over as a step of rate 1."""
+
+    def plain(parameters):
+        return torch.optim.SGD(parameters, lr=1e6)
+
+    def trained(executor, steps):
+        return updates(executor, ring_gan(optimizer=plain).double(), ring_data(), work=LocalWork(steps=steps))
+
+    with pytest.raises(UpdateError, match="updates are finite numbers"):
+        trained(SequentialExecutor(), 6)
+    assert_same(trained(VectorizedExecutor(), 1), trained(SequentialExecutor(), 1), rtol=1e-11)
 
 
 def test_a_network_with_randomness_of_its_own_is_not_stacked(tmp_path):
