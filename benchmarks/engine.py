@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -36,20 +37,21 @@ def options_of(clients: int, rounds: int, run_dir: Path) -> list[str]:
     return [*count, "--data.batch_size", "16", "--run_dir", str(run_dir)]
 
 
-def superlink(home: Path) -> subprocess.Popen:
-    """Start a SuperLink for simulations that ends with this process, and tell ``flwr`` of it.
+def superlink(home: Path, started: list[subprocess.Popen]) -> None:
+    """Start a SuperLink for simulations, tell ``flwr`` of it, and return when it answers.
 
     The one that ``flwr run`` starts by itself stays, on a fixed port, and serves all later runs of this machine.
     """
     port = programs.free_port()
     command = [str(programs.program("flower-superlink")), "--insecure", "--simulation", "--host", "127.0.0.1"]
     process = programs.start([*command, "--port", str(port)], home, log="superlink.log")
+    started.append(process)
     own = f'[superlink]\ndefault = "own"\n[superlink.own]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     (home / "config.toml").write_text(own)
     deadline = time.monotonic() + programs.START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
-            return process
+            return
         time.sleep(0.3)
     raise RuntimeError(f"the SuperLink does not answer: {(home / 'superlink.log').read_text()[-2000:]}")
 
@@ -60,11 +62,11 @@ def run_engine(home: Path, options: Sequence[str], *, clients: int) -> None:
     Raises:
         RuntimeError: If the run did not come to its end.
     """
-    told = f"config={json.dumps(str(CONFIG))} options={json.dumps(' '.join(options))}"
+    told = f"config={json.dumps(str(CONFIG))} options={json.dumps(shlex.join(options))}"
     nodes = f"num-supernodes={clients} client-resources-num-cpus=1"
     home.mkdir(parents=True)
     with programs.processes() as started:
-        started.append(superlink(home))
+        superlink(home, started)
         done = programs.flwr(
             home,
             *("run", str(programs.APP), "own", "--stream", "--federation-config", nodes, "--run-config", told),
@@ -97,7 +99,7 @@ def compare(folder: Path, *, clients: int, rounds: int) -> tuple[bool, dict[str,
     return equal, {"Flower's engine": seconds_of(engine), "sequential": seconds_of(sequential)}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=4)
@@ -108,7 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("| | median s/round | every round |\n|---|---|---|")
     for name, values in seconds.items():
         print(f"| {name} | {statistics.median(values):.2f} | {', '.join(f'{value:.2f}' for value in values)} |")
+    return 0 if equal else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -134,8 +134,11 @@ FALLING = [
 ]
 EQUAL = ["--model.discriminator_optimizer.init_args.lr", "1e-3"]
 
-#: With K = 1 and SGD of rate 1 a client's update is its gradient, and the server does what a centralised run does.
+SIMULTANEOUS = ["--model.updates", "simultaneous"]
+#: With K = 1, SGD of rate 1 and both gradients at one point a client's update is its gradient: the server does what a
+#: centralised run does.
 ON_MEAN_GRADIENT = [
+    *SIMULTANEOUS,
     *("--model.generator_optimizer", "{class_path: torch.optim.SGD, init_args: {lr: 1.0}}"),
     *("--model.discriminator_optimizer", "{class_path: torch.optim.SGD, init_args: {lr: 1.0}}"),
     *("--model.generator_scheduler", "null", "--model.discriminator_scheduler", "null"),
@@ -180,6 +183,13 @@ GRIDS = {
         config="mnist.yaml",
         common=MNIST,
         cells=k_sweep(1000, (1, 5, 20, 100, 500)),
+        columns=IMAGE_COLUMNS,
+    ),
+    "mnist": Grid(
+        title="MNIST, five clients with two digits each, and centralised: 1 200 generator steps, width 16",
+        config="mnist.yaml",
+        common=MNIST,
+        cells={"K = 20": rounds(1200, 20), "centralised": [*rounds(1200, 100), *CENTRALISED]},
         columns=IMAGE_COLUMNS,
     ),
     "mnist_clients": Grid(
@@ -246,7 +256,7 @@ GRIDS = {
         seeds=(0, 1, 2, 3, 4),
     ),
     "ring8_k": Grid(
-        title="ring of 8, four clients with two modes each: synchronised every step, at 6 000 steps",
+        title="ring of 8, four clients with two modes each: synchronised every step, every five, and centralised",
         config="ring8.yaml",
         common=["--federation.executor", "VectorizedExecutor", *FALLING],
         cells={
@@ -256,6 +266,11 @@ GRIDS = {
                 for k in (1, 5)
             },
             "K = 1, equal rates, Adam at the server on the mean gradient": [*rounds(6000, 1), *ON_MEAN_GRADIENT],
+            "K = 1, equal rates, simultaneous": [*rounds(6000, 1), *EQUAL, *SIMULTANEOUS],
+            "centralised, equal rates, minibatches of 512, simultaneous": [
+                *(*rounds(6000, 100), *CENTRALISED, *EQUAL, *SIMULTANEOUS),
+                *("--data.batch_size", "512"),
+            ],
             "centralised, equal rates": [*rounds(6000, 100), *CENTRALISED, *EQUAL],
             "centralised, equal rates, minibatches of 512": [
                 *(*rounds(6000, 100), *CENTRALISED, *EQUAL),

@@ -62,7 +62,7 @@ def table(grid: Grid, folder: Path) -> str:
         found[label] = [{**run.summary, "test": ends(run)} for run in runs if "test" in run.summary]
         for summary in found[label]:
             facts |= summary["evaluation"]
-            rulers |= {value for name, value in summary["evaluation"].items() if name == "fid_features_hash"}
+            rulers |= {summary["evaluation"].get("fid_features_hash")} - {None}
     known = [c for c in grid.columns if any(c in s["test"] for done in found.values() for s in done)]
     lines = [f"| {grid.title} | seeds | " + " | ".join(known) + " | MB | s |", "|---" * (len(known) + 4) + "|"]
     for name in grid.baselines:

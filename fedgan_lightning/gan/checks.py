@@ -126,7 +126,7 @@ def check_networks(gan: Any, *, sample_shape: tuple[int, ...], num_classes: int)
     real, told = _zeros(gan, sample_shape)
     conditions = None if gan.condition is None else told
     with _accepting(f"the generator accepts latents ({gan.latent_dim},) and conditions", fix="set its sizes to theirs"):
-        made = list(gan.sample(2, latents=torch.zeros(2, gan.latent_dim), conditions=conditions).shape[1:])
+        made = list(gan.sample(2, latents=torch.zeros(2, gan.latent_dim), conditions=conditions, raw=True).shape[1:])
     if made != wanted:
         raise ConfigurationError(
             message(

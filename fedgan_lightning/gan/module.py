@@ -24,11 +24,10 @@ from fedgan_lightning.gan.objectives import AdversarialLoss, NonSaturating
 from fedgan_lightning.gan.optimizers import OptimizerCallable, SchedulerCallable, dcgan_adam
 from fedgan_lightning.gan.penalties import Penalty
 from fedgan_lightning.gan.priors import Normal, Prior
-from fedgan_lightning.gan.sampling import RECALIBRATION_SAMPLES, estimate_statistics, generated, inputs, settled
+from fedgan_lightning.gan.sampling import generated, inputs, recalibrate, settled
 from fedgan_lightning.gan.statistics import StepMeans
 from fedgan_lightning.gan.steps import Draws, DuePenalty, Stats, discriminator_step, generator_step
 from fedgan_lightning.protocol import RoundInfo
-from fedgan_lightning.seeding import make_generator
 
 
 class GAN(L.LightningModule):
@@ -59,7 +58,7 @@ class GAN(L.LightningModule):
         auxiliary_weight: Weight of the classification terms of an auxiliary classifier.
         ema_half_life_images: Half-life, in images, of the moving average of the generator that is used for sampling
             and metrics; ``None`` keeps no average. In a federation the average lives on the server, and moves by the
-            mean number of images that a client of the round has seen. Its BatchNorm statistics are of its own samples.
+            mean number of images that a client of the round has seen. ``sample`` gives it its own BatchNorm statistics.
         ema_rampup: Share of the images seen so far that the half-life does not exceed, so that the average does not
             lag behind weights that still improve fast; ``None`` keeps the half-life constant.
         clip_gradient_norm: Largest norm of each network's gradient; ``None`` does not clip.
@@ -368,8 +367,7 @@ class GAN(L.LightningModule):
             ConfigurationError: If the generator needs more than noise and labels.
         """
         check_conditions(self, None)
-        noise = make_generator(0, "statistics")
-        estimate_statistics(self.generator, *inputs(self, self.generator, RECALIBRATION_SAMPLES, generator=noise))
+        recalibrate(self, self.generator)
 
     @torch.no_grad()
     def sample(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedgan_lightning.seeding import isolated_rng, make_generator
+from fedgan_lightning.seeding import make_generator
 
 #: Generated samples from which BatchNorm statistics are estimated.
 RECALIBRATION_SAMPLES = 2000
@@ -49,25 +49,31 @@ def inputs(
 def settled(gan: Any) -> nn.Module:
     """Return the moving average of a GAN's generator, with BatchNorm statistics of its own activations.
 
-    Those that it has copied are of other weights (MNIST: 1.5 to 5 points of FID). They are estimated from noise and
-    all classes in turn, once for the weights that there are. A generator that is told conditions keeps the copied ones:
-    there are no conditions without data.
+    Those that it has copied are of other weights. They are estimated once for the weights that there are. A generator
+    that is told conditions keeps the copied ones: there are no conditions without data.
 
     Args:
         gan: The GAN, with a moving average.
     """
     average: Any = gan.generator_ema
-    if gan.condition is not None or not _normalised(average):
-        return average  # type: ignore[no-any-return]
-    weights = list(average.parameters())
-    counted = not any(own.is_inference() for own in weights)  # torch counts the changes of all other tensors
-    state = [(id(own), own._version) for own in weights] if counted else None
-    if state is None or getattr(average, "settled_for", None) != state:
-        with isolated_rng(0):  # of layers that draw in training mode
-            noise = make_generator(0, "statistics")
-            estimate_statistics(average, *inputs(gan, average, RECALIBRATION_SAMPLES, generator=noise))
-        average.settled_for = state
+    if gan.condition is None and _normalised(average):
+        known: list[Tensor] = getattr(average, "settled_as", [])
+        now = list(average.state_dict().values())
+        if len(known) != len(now) or not all(a.device == b.device and torch.equal(a, b) for a, b in zip(known, now)):
+            recalibrate(gan, average)
+            average.settled_as = [value.clone() for value in average.state_dict().values()]
     return average  # type: ignore[no-any-return]
+
+
+def recalibrate(gan: Any, network: nn.Module) -> None:
+    """Estimate a generator's BatchNorm statistics from noise and all classes in turn, always the same.
+
+    Args:
+        gan: The GAN.
+        network: Its generator, or the moving average.
+    """
+    noise = make_generator(0, "statistics")
+    estimate_statistics(network, *inputs(gan, network, RECALIBRATION_SAMPLES, generator=noise))
 
 
 def _normalised(network: nn.Module) -> list[_BatchNorm]:
@@ -106,7 +112,7 @@ def generated(
 def estimate_statistics(network: nn.Module, latents: Tensor, labels: Tensor, *, chunk_size: int = 500) -> None:
     """Set the running mean and variance of every BatchNorm to their means over chunks of generated activations.
 
-    Modes and momenta are restored.
+    All other layers work as in evaluation: they draw nothing and learn nothing. Modes and momenta are restored.
 
     Args:
         network: The generator.
@@ -123,7 +129,9 @@ def estimate_statistics(network: nn.Module, latents: Tensor, labels: Tensor, *, 
         layer.reset_running_stats()
         layer.momentum = None  # the plain mean over all passes
     try:
-        network.train()
+        network.eval()
+        for layer in layers:
+            layer.train()
         for z, y in zip(latents.split(chunk_size), labels.split(chunk_size)):
             network(z, y)
     finally:

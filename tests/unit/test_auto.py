@@ -75,7 +75,7 @@ def test_an_optimizer_that_looks_at_whole_tensors_is_refused_by_the_vectorized_e
         updates(VectorizedExecutor(), gan, ring_data())
 
 
-def test_rates_that_only_one_step_survives_do_not_keep_clients_from_being_stacked():
+def test_steps_that_nobody_could_take_six_times_do_not_keep_clients_from_being_stacked():
     """A client that synchronises every step may hand its gradient over as a step of rate 1."""
 
     def plain(parameters):

@@ -27,6 +27,24 @@ class Doubling(nn.Module):
         return self.norm(2 * z + 1)
 
 
+class Pair(Doubling):
+    """The same, told nothing."""
+
+    def forward(self, z):
+        return super().forward(z, None)
+
+
+class Told(nn.Module):
+    """Whatever is told (z, y) and looks at z only."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, z, y):
+        return self.network(z)
+
+
 def test_statistics_are_the_means_over_chunks_and_everything_else_is_restored():
     network = Doubling().eval()
     z = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0))
@@ -104,7 +122,8 @@ def test_the_moving_average_has_statistics_of_its_own_activations(num_classes):
 def test_statistics_of_the_moving_average_are_estimated_once_for_its_weights():
     gan = convolutional(ema_half_life_images=100.0)
     passes = []
-    gan.generator_ema.register_forward_hook(lambda network, *_: passes.append(network.training))
+    layer = next(own for own in gan.generator_ema.modules() if isinstance(own, nn.BatchNorm2d))
+    layer.register_forward_hook(lambda own, *_: passes.append(own.training))
 
     def estimated():
         passes.clear()
@@ -117,10 +136,31 @@ def test_statistics_of_the_moving_average_are_estimated_once_for_its_weights():
     assert estimated()
     gan.load_state_dict(convolutional(ema_half_life_images=100.0).state_dict())
     assert estimated()
+    next(gan.generator_ema.parameters()).data.mul_(2)
+    assert estimated()
     with torch.inference_mode():
         assert not estimated()
     gan.sample(4, raw=True)
     assert not estimated()
+
+
+def test_the_check_before_training_leaves_the_moving_average_alone():
+    """It is made at every start, and by a site for every message."""
+    gan = convolutional(ema_half_life_images=100.0)
+    before = statistics(gan.generator_ema)
+    gan.check_data((1, 28, 28), num_classes=0)
+    assert_states_equal(statistics(gan.generator_ema), before)
+
+
+def test_statistics_are_estimated_with_all_other_layers_as_in_evaluation():
+    network = nn.Sequential(nn.Dropout(0.5), Pair(), nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3))).train()
+    before, drawn = copy.deepcopy(network[2].state_dict()), torch.get_rng_state()
+    z = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
+    estimate_statistics(Told(network), z, torch.zeros(100, dtype=torch.int64))
+    torch.testing.assert_close(network[1].norm.running_mean, (2 * z + 1).mean(0))
+    assert_states_equal(network[2].state_dict(), before)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert network.training
 
 
 def test_buffers_that_are_estimated_do_not_travel(mnist_like):
