@@ -369,6 +369,10 @@ class GAN(L.LightningModule):
         check_conditions(self, None)
         recalibrate(self, self.generator)
 
+    def sampling_generator(self, *, raw: bool = False) -> nn.Module:
+        """Return the generator that samples come from: the average, or the raw one if there is none, or ``raw``."""
+        return self.generator if raw or self.generator_ema is None else settled(self)
+
     @torch.no_grad()
     def sample(
         self,
@@ -396,7 +400,7 @@ class GAN(L.LightningModule):
             ConfigurationError: If conditions are missing, or given to a generator that takes none.
         """
         check_conditions(self, conditions)
-        network = self.generator if raw or self.generator_ema is None else settled(self)
+        network = self.sampling_generator(raw=raw)
         given = {"labels": labels, "latents": latents, "conditions": conditions}
         z, told = inputs(self, network, num_samples, generator=generator, **given)
         decode = None if self.codec is None else self.codec.decode

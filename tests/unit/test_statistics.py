@@ -142,6 +142,8 @@ def test_statistics_of_the_moving_average_are_estimated_once_for_its_weights():
         assert not estimated()
     gan.sample(4, raw=True)
     assert not estimated()
+    assert gan.sampling_generator() is gan.generator_ema
+    assert gan.sampling_generator(raw=True) is gan.generator
 
 
 def test_the_check_before_training_leaves_the_moving_average_alone():
