@@ -133,7 +133,8 @@ FALLING = [
     *("--model.discriminator_scheduler.init_args.total_iters", "6000"),
 ]
 EQUAL = ["--model.discriminator_optimizer.init_args.lr", "1e-3"]
-
+#: As many samples a step as the four clients together.
+UNION = ["--data.batch_size", "512"]
 SIMULTANEOUS = ["--model.updates", "simultaneous"]
 #: With K = 1, SGD of rate 1 and both gradients at one point a client's update is its gradient: the server does what a
 #: centralised run does.
@@ -267,15 +268,14 @@ GRIDS = {
             },
             "K = 1, equal rates, Adam at the server on the mean gradient": [*rounds(6000, 1), *ON_MEAN_GRADIENT],
             "K = 1, equal rates, simultaneous": [*rounds(6000, 1), *EQUAL, *SIMULTANEOUS],
-            "centralised, equal rates, minibatches of 512, simultaneous": [
-                *(*rounds(6000, 100), *CENTRALISED, *EQUAL, *SIMULTANEOUS),
-                *("--data.batch_size", "512"),
-            ],
-            "centralised, equal rates": [*rounds(6000, 100), *CENTRALISED, *EQUAL],
-            "centralised, equal rates, minibatches of 512": [
-                *(*rounds(6000, 100), *CENTRALISED, *EQUAL),
-                *("--data.batch_size", "512"),
-            ],
+            **{
+                f"centralised, equal rates{how}": [*rounds(6000, 100), *CENTRALISED, *EQUAL, *own]
+                for how, own in (
+                    ("", []),
+                    (", minibatches of 512", UNION),
+                    (", minibatches of 512, simultaneous", [*UNION, *SIMULTANEOUS]),
+                )
+            },
         },
         columns=RING_COLUMNS,
     ),
