@@ -74,6 +74,11 @@ def split(clients: int) -> list[str]:
 
 IID = ["--data.partition", "IID"]
 MNIST = ["--data.source.init_args.root", "{shared}", "--federation.executor", "SequentialExecutor"]
+#: Networks that take no label, in place of conditional ones.
+UNCONDITIONAL = [
+    *("--model.generator.init_args.num_classes", "0"),
+    *("--model.discriminator.init_args.num_classes", "0", "--model.discriminator.init_args.conditioning", "none"),
+]
 LOSSES = ("NonSaturating", "Hinge", "LeastSquares", "RelativisticPairing")
 #: What becomes of moments, and optimizers without any on clients.
 OPTIMIZERS = {policy: ["--federation.optimizer_state", policy] for policy in ("average", "keep", "reset")}
@@ -127,11 +132,16 @@ FAULTS = [
 ]
 SPLITS: dict[str, list[str]] = {"divided": [], "IID": IID}
 
-#: The ring's learning rates, falling within 6 000 steps; the discriminator's, the generator's in place of twice it.
-FALLING = [
-    *("--model.generator_scheduler.init_args.total_iters", "6000"),
-    *("--model.discriminator_scheduler.init_args.total_iters", "6000"),
-]
+
+def falling(total: int) -> list[str]:
+    """Return options for learning rates of the ring and the grid that fall within so many steps."""
+    return [
+        *("--model.generator_scheduler.init_args.total_iters", str(total)),
+        *("--model.discriminator_scheduler.init_args.total_iters", str(total)),
+    ]
+
+
+#: The discriminator's learning rate, the generator's in place of twice it.
 EQUAL = ["--model.discriminator_optimizer.init_args.lr", "1e-3"]
 #: As many samples a step as the four clients together.
 UNION = ["--data.batch_size", "512"]
@@ -215,6 +225,20 @@ GRIDS = {
         },
         columns=(*IMAGE_COLUMNS[:6], *(f"{sign}, {end}" for sign in SIGNS for end in ("first", "last"))),
     ),
+    "mnist_optimizer": Grid(
+        title="MNIST, five clients, 600 generator steps, K = 20, width 16: optimizer state, two digits each and IID",
+        config="mnist.yaml",
+        common=[*MNIST, *rounds(600, 20)],
+        cells=optimizers(lr=0.1, server=1e-2),
+        columns=IMAGE_COLUMNS[:7],
+    ),
+    "mnist_optimizer_unconditional": Grid(
+        title="MNIST without labels, else as mnist_optimizer: optimizer state, two digits each and IID",
+        config="mnist.yaml",
+        common=[*MNIST, *UNCONDITIONAL, *rounds(600, 20)],
+        cells=optimizers(lr=0.1, server=1e-2),
+        columns=IMAGE_COLUMNS[:6],
+    ),
     "mnist_buffers": Grid(
         title="MNIST, five clients with two digits each, 600 generator steps, K = 20, width 16: BatchNorm's statistics",
         config="mnist.yaml",
@@ -238,6 +262,13 @@ GRIDS = {
         },
         columns=IMAGE_COLUMNS[:6],
     ),
+    "mnist_attacks": Grid(
+        title="MNIST, ten clients, IID, 600 generator steps, K = 20, width 16: the same two attackers",
+        config="mnist.yaml",
+        common=[*MNIST, *rounds(600, 20), *IID, "--data.num_clients", "10"],
+        cells={"mean, all honest": [], **{f"{name}, attacked": [*STRONG, *own] for name, own in AGGREGATORS.items()}},
+        columns=IMAGE_COLUMNS[:6],
+    ),
     "digits_faults": Grid(
         title="digits, ten clients with two kinds of digit each, 100 rounds: half of the cohort fails each round",
         config="digits.yaml",
@@ -259,7 +290,7 @@ GRIDS = {
     "ring8_k": Grid(
         title="ring of 8, four clients with two modes each: synchronised every step, every five, and centralised",
         config="ring8.yaml",
-        common=["--federation.executor", "VectorizedExecutor", *FALLING],
+        common=["--federation.executor", "VectorizedExecutor", *falling(6000)],
         cells={
             **{
                 f"K = {k}{where}": [*rounds(6000, k), *rate]
@@ -283,6 +314,13 @@ GRIDS = {
         title="ring of 8, four clients with two modes each, and IID: optimizer state at 15 000 steps",
         config="ring8.yaml",
         common=["--federation.executor", "VectorizedExecutor"],
+        cells=optimizers(lr=0.1, server=1e-3),
+        columns=RING_COLUMNS,
+    ),
+    "grid25_optimizer": Grid(
+        title="25-grid, five clients with five modes each, and IID: optimizer state at 10 000 of its 30 000 steps",
+        config="grid25.yaml",
+        common=["--federation.executor", "VectorizedExecutor", *rounds(10000, 5), *falling(10000)],
         cells=optimizers(lr=0.1, server=1e-3),
         columns=RING_COLUMNS,
     ),

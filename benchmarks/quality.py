@@ -46,6 +46,8 @@ def run_cell(grid: Grid, label: str, seed: int, folder: Path, *, shared: str) ->
         commands = [["benchmarks.controls", kind, str(num_steps), *options]]
     for options_of in commands:
         done = subprocess.run([*python, *options_of], env=environment, stdout=subprocess.DEVNULL)
+        if done.returncode < 0 or done.returncode > 128:  # a signal: neither finished nor diverged
+            raise SystemExit(f"{label}, seed {seed}, was stopped by a signal; the same command goes on with it")
         if done.returncode:  # weights that are not finite, say: the table counts it
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "failed").write_text(" ".join(options_of))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,6 +79,14 @@ def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):
     (folder / "summary.json").write_text(json.dumps({"test": {}}))
     monkeypatch.setattr(quality.subprocess, "run", lambda *_, **__: pytest.fail("ran again"))
     quality.run_cell(grids.GRIDS["digits_k"], "K = 5", 0, tmp_path, shared="")
+
+
+@pytest.mark.parametrize("code", [-9, 143])
+def test_a_run_that_a_signal_ended_has_not_diverged(code, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=code))
+    with pytest.raises(SystemExit, match=r"K = 5, seed 0, was stopped by a signal; the same command goes on with it"):
+        quality.run_cell(grids.GRIDS["digits_k"], "K = 5", 0, tmp_path, shared="")
+    assert not list(tmp_path.rglob("failed"))
 
 
 @pytest.mark.parametrize("grid", sorted(grids.GRIDS))
