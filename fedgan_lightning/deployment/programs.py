@@ -88,10 +88,11 @@ def pair(tls: Path) -> tuple[Path, Path]:
     return tls.with_name(f"{tls.name}.crt"), tls.with_name(f"{tls.name}.key")
 
 
-def connect(home: Path, keys: Path, port: int) -> None:
-    """Tell Flower's command line where the SuperLink is."""
+def connect(home: Path, keys: Path | None, port: int) -> None:
+    """Tell Flower's command line where the SuperLink is, and with which authority if it has a certificate."""
     text = f'[superlink]\ndefault = "own"\n[superlink.own]\naddress = "127.0.0.1:{port}"\n'
-    (home / "config.toml").write_text(f'{text}root-certificates = "{(keys / "ca.crt").resolve()}"\n')
+    trust = "insecure = true" if keys is None else f'root-certificates = "{(keys / "ca.crt").resolve()}"'
+    (home / "config.toml").write_text(f"{text}{trust}\n")
 
 
 def flwr(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -127,11 +128,19 @@ def register(home: Path, keys: Path, port: int) -> None:
             )
 
 
-def run_app(home: Path, config: Path, run_dir: Path, others: Sequence[str]) -> int:
-    """Run the federation; return 0 if it came to its end."""
+def run_app(home: Path, config: Path, run_dir: Path, others: Sequence[str], *, engine: Sequence[str] = ()) -> int:
+    """Run the federation; return 0 if it came to its end.
+
+    Args:
+        home: Flower's folder, which says where the SuperLink is.
+        config: The configuration.
+        run_dir: Where the run is written.
+        others: Options beside these.
+        engine: Arguments of ``flwr run`` for its simulation engine, such as the number of SuperNodes.
+    """
     options = [*others, "--run_dir", str(run_dir.resolve()), "--trainer.enable_progress_bar", "false"]
     told = f"config={json.dumps(str(config.resolve()))} options={json.dumps(shlex.join(options))}"
-    command = [str(program("flwr")), "run", str(APP), "own", "--stream", "--run-config", told]
+    command = [str(program("flwr")), "run", str(APP), "own", "--stream", *engine, "--run-config", told]
     subprocess.run(command, env=environment(home), check=False, preexec_fn=end_with_parent(signal.SIGKILL))
     with contextlib.suppress(OSError, ValueError):
         status = json.loads((run_dir / "summary.json").read_text())["status"]
@@ -140,15 +149,20 @@ def run_app(home: Path, config: Path, run_dir: Path, others: Sequence[str]) -> i
     return 1
 
 
-def await_superlink(port: int, keys: Path, process: subprocess.Popen) -> None:
-    """Return when the SuperLink answers."""
+def await_superlink(port: int, keys: Path | None, process: subprocess.Popen) -> None:
+    """Return when the SuperLink answers, by TLS if there is a folder with its certificate's authority.
+
+    Raises:
+        ConfigurationError: If it does not, within a minute.
+    """
     import ssl
 
-    context = ssl.create_default_context(cafile=str(keys / "ca.crt"))
+    context = None if keys is None else ssl.create_default_context(cafile=str(keys / "ca.crt"))
+    address = f"http{'' if keys is None else 's'}://127.0.0.1:{port}/health"
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"https://127.0.0.1:{port}/health", context=context, timeout=2)
+            urllib.request.urlopen(address, context=context, timeout=2)
             return
         time.sleep(0.3)
     raise ConfigurationError(
