@@ -7,27 +7,69 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.files import replacing
 
-VALID_DAYS = 365
+logger = logging.getLogger("fedgan_lightning")
+
+#: For how long an authority is valid, and what it signs.
+AUTHORITY_DAYS, VALID_DAYS = 3650, 365
+#: Who starts with a certificate that ends so soon is told.
+NOTICE_DAYS = 30
 #: What a machine calls itself.
 LOCAL = ("localhost", "127.0.0.1")
 
 
-def make_authority(folder: Path, *, hosts: Sequence[str]) -> None:
-    """Write ``ca.crt`` and ``ca.key``, and ``server.crt`` and ``server.key`` for these names and addresses."""
+def prepare(folder: Path, *, sites: int, hosts: Sequence[str]) -> dict[str, str]:
+    """Write what a federation needs; an authority and node keys that are there stay, certificates are renewed.
+
+    A site that has made its own keys gives ``siteN.pub`` and a request, ``siteN.csr``, of which only the public key is
+    used. One that has given the first alone gets no certificate.
+
+    Args:
+        folder: Where it all lies.
+        sites: Number of sites.
+        hosts: Names and addresses of the server.
+
+    Returns:
+        ``made``, ``renewed``, ``kept`` or ``left to the site``, by file name without ending.
+
+    Raises:
+        ConfigurationError: If the authority's key is elsewhere, or its certificate has ended.
+    """
+    done = {"ca": "kept" if (folder / "ca.crt").exists() else "made"}
+    if done["ca"] == "made":
+        make_authority(folder)
+    done["server"] = _state_of(folder / "server.crt")
+    make_server_certificate(folder, hosts=hosts)
+    for path in (folder / f"site{number}" for number in range(sites)):
+        tls, request = path.with_name(f"{path.name}.tls"), path.with_suffix(".csr")
+        is_known = path.with_suffix(".pub").exists()
+        done[path.name] = "kept" if is_known else "made"
+        if not is_known:
+            make_node_key(path)
+        if is_known and not request.exists() and not tls.with_name(f"{tls.name}.crt").exists():
+            done[tls.name] = "left to the site"
+            continue
+        done[tls.name] = _state_of(tls.with_name(f"{tls.name}.crt"))
+        make_site_certificate(path, authority=folder, request=request if request.exists() else None)
+    return done
+
+
+def make_authority(folder: Path) -> None:
+    """Write ``ca.crt`` and ``ca.key``."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import ExtendedKeyUsageOID
 
     folder.mkdir(parents=True, exist_ok=True)
     authority, name = ec.generate_private_key(ec.SECP384R1()), _named("fedgan authority")
-    own = _unsigned(name, authority, issuer=name)
+    own = _unsigned(name, authority.public_key(), issuer=name, end=_now() + datetime.timedelta(days=AUTHORITY_DAYS))
     own = own.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     usage = {"digital_signature": True, "key_cert_sign": True, "crl_sign": True}
     others = ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "encipher_only")
@@ -37,10 +79,16 @@ def make_authority(folder: Path, *, hosts: Sequence[str]) -> None:
     own = own.add_extension(identifier, critical=False)
     _write(folder / "ca.key", _pem(authority))
     (folder / "ca.crt").write_bytes(_certificate(own.sign(authority, hashes.SHA384())))
+
+
+def make_server_certificate(folder: Path, *, hosts: Sequence[str]) -> None:
+    """Write ``server.crt`` and ``server.key`` for these names and addresses, signed by the authority in the folder."""
+    from cryptography.x509.oid import ExtendedKeyUsageOID
+
     _issue(folder / "server", name=hosts[0], hosts=hosts, uses=[ExtendedKeyUsageOID.SERVER_AUTH], authority=folder)
 
 
-def make_site_certificate(path: Path, *, authority: Path) -> None:
+def make_site_certificate(path: Path, *, authority: Path, request: Path | None = None) -> None:
     """Write a site's certificate and its key beside its node key ``path``, as ``.tls.crt`` and ``.tls.key``.
 
     The site's proxy shows it to the server's, and to the site's SuperNode: it names this machine, too.
@@ -48,11 +96,41 @@ def make_site_certificate(path: Path, *, authority: Path) -> None:
     Args:
         path: The site's node key; its name is the certificate's.
         authority: Folder with ``ca.crt`` and ``ca.key``.
+        request: The request of a site that keeps the key to itself; no key is written then.
     """
+    from cryptography import x509
     from cryptography.x509.oid import ExtendedKeyUsageOID
 
     uses = [ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH]
-    _issue(path.with_name(f"{path.name}.tls"), name=path.name, hosts=LOCAL, uses=uses, authority=authority)
+    public = None if request is None else x509.load_pem_x509_csr(request.read_bytes()).public_key()
+    tls = path.with_name(f"{path.name}.tls")
+    _issue(tls, name=path.name, hosts=LOCAL, uses=uses, authority=authority, public=public)
+
+
+def check_valid(path: Path) -> None:
+    """Refuse a certificate that has ended, and warn of one that is about to.
+
+    Raises:
+        ConfigurationError: If it has ended.
+    """
+    from cryptography import x509
+
+    end = x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
+    fix = "renew it: federation keys, with the same arguments as before"
+    if end < _now():
+        raise ConfigurationError(
+            message("certificates are valid", received=f"{path}, which ended on {end:%Y-%m-%d}", fix=fix)
+        )
+    if end < _now() + datetime.timedelta(days=NOTICE_DAYS):
+        logger.warning(f"{path} ends on {end:%Y-%m-%d}; {fix}")
+
+
+def _state_of(path: Path) -> str:
+    return "renewed" if path.exists() else "made"
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.timezone.utc)
 
 
 def make_node_key(path: Path) -> None:
@@ -74,27 +152,28 @@ def _named(text: str) -> Any:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
 
 
-def _unsigned(subject: Any, key: Any, *, issuer: Any) -> Any:
+def _unsigned(subject: Any, public: Any, *, issuer: Any, end: datetime.datetime) -> Any:
     """Return a certificate without extensions, to be signed by its issuer."""
     from cryptography import x509
 
     found = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer)
-    found = found.public_key(key.public_key()).serial_number(x509.random_serial_number())
-    now = datetime.datetime.now(datetime.timezone.utc)
-    start, end = now - datetime.timedelta(minutes=5), now + datetime.timedelta(days=VALID_DAYS)
-    return found.not_valid_before(start).not_valid_after(end)
+    found = found.public_key(public).serial_number(x509.random_serial_number())
+    return found.not_valid_before(_now() - datetime.timedelta(minutes=5)).not_valid_after(end)
 
 
-def _issue(path: Path, *, name: str, hosts: Sequence[str], uses: Sequence[Any], authority: Path) -> None:
-    """Write ``path``.key and ``path``.crt, signed by the authority in a folder."""
+def _issue(
+    path: Path, *, name: str, hosts: Sequence[str], uses: Sequence[Any], authority: Path, public: Any = None
+) -> None:
+    """Write ``path``.crt, signed by the authority in a folder, and ``path``.key unless a public key is given."""
     from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    signer: Any = serialization.load_pem_private_key((authority / "ca.key").read_bytes(), password=None)
-    issuer = x509.load_pem_x509_certificate((authority / "ca.crt").read_bytes()).subject
-    key = ec.generate_private_key(ec.SECP384R1())
-    signed = _unsigned(_named(name), key, issuer=issuer)
+    signer, issuer = _authority_in(authority)
+    key = ec.generate_private_key(ec.SECP384R1()) if public is None else None
+    public = public if key is None else key.public_key()
+    end = min(_now() + datetime.timedelta(days=VALID_DAYS), issuer.not_valid_after_utc)
+    signed = _unsigned(_named(name), public, issuer=issuer.subject, end=end)
     alternatives = x509.SubjectAlternativeName([_alternative(host) for host in hosts])
     signed = signed.add_extension(alternatives, critical=False)
     signed = signed.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -102,8 +181,34 @@ def _issue(path: Path, *, name: str, hosts: Sequence[str], uses: Sequence[Any], 
     signed = signed.add_extension(x509.ExtendedKeyUsage(list(uses)), critical=False)
     link = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())
     signed = signed.add_extension(link, critical=False)
-    _write(path.with_name(f"{path.name}.key"), _pem(key))
+    if key is not None:
+        _write(path.with_name(f"{path.name}.key"), _pem(key))
     path.with_name(f"{path.name}.crt").write_bytes(_certificate(signed.sign(signer, hashes.SHA384())))
+
+
+def _authority_in(folder: Path) -> tuple[Any, Any]:
+    """Return the key and the certificate of the authority in a folder."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import serialization
+
+    if not (folder / "ca.key").exists():
+        raise ConfigurationError(
+            message(
+                "certificates are signed with the authority's key",
+                received=f"{folder} without ca.key",
+                fix="bring it from its safe, and take it back afterwards",
+            )
+        )
+    certificate = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
+    if certificate.not_valid_after_utc < _now():
+        raise ConfigurationError(
+            message(
+                "an authority is valid",
+                received=f"{folder / 'ca.crt'}, which ended on {certificate.not_valid_after_utc:%Y-%m-%d}",
+                fix="make another in an empty folder, and give its ca.crt to all",
+            )
+        )
+    return serialization.load_pem_private_key((folder / "ca.key").read_bytes(), password=None), certificate
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fedgan_lightning.deployment import programs
-from fedgan_lightning.deployment.supervise import keep_running
+from fedgan_lightning.deployment.supervise import keep_running, kept
 from fedgan_lightning.errors import ConfigurationError, message
 
 
@@ -76,24 +76,27 @@ def _check_flower() -> None:
 
 
 def _keys(options: argparse.Namespace, others: list[str]) -> None:
-    from fedgan_lightning.deployment.keys import LOCAL, make_authority, make_node_key, make_site_certificate
+    from fedgan_lightning.deployment.keys import LOCAL, prepare
 
     # The server's own commands, and a proxy on the same machine, reach the SuperLink under a local name.
-    make_authority(options.folder, hosts=list(dict.fromkeys([*options.host, *LOCAL])))
-    for number in range(options.sites):
-        make_node_key(options.folder / f"site{number}")
-        make_site_certificate(options.folder / f"site{number}", authority=options.folder)
+    done = prepare(options.folder, sites=options.sites, hosts=list(dict.fromkeys([*options.host, *LOCAL])))
+    for word in dict.fromkeys(done.values()):
+        print(f"{word}: {', '.join(name for name, own in done.items() if own == word)}")
     print(
-        f"wrote {options.folder}: ca.crt, siteN, siteN.tls.crt and siteN.tls.key go to site N; "
+        f"{options.folder}: ca.crt, siteN, siteN.tls.crt and siteN.tls.key go to site N; "
         "siteN.pub, server.crt and server.key stay at the server, ca.key in a safe"
     )
 
 
 def _site(options: argparse.Namespace, others: list[str]) -> int:
     """Keep a SuperNode running."""
+    from fedgan_lightning.deployment.keys import check_valid
+
     own = () if options.tls is None else programs.pair(options.tls)
     for path in filter(None, (options.ca, options.key, options.config, options.site, *own)):
         programs.check_file(path)
+    for path in (options.ca, *own[:1]):
+        check_valid(path)
     command = programs.supernode(
         superlink=options.superlink,
         ca=options.ca,
@@ -124,8 +127,7 @@ def _trial(options: argparse.Namespace, others: list[str]) -> int:
     home: Path = options.home.resolve()
     programs.check_file(options.config)
     keys = home / "keys"
-    if not (keys / "ca.crt").exists():
-        _keys(argparse.Namespace(folder=keys, sites=options.sites, host=["localhost", "127.0.0.1"]), [])
+    _keys(argparse.Namespace(folder=keys, sites=options.sites, host=[]), [])
     port = programs.free_port()
     others = [*others, "--data.num_clients", str(options.sites)]
     with programs.quick_clientapp(home) as first, programs.processes() as started:
@@ -145,5 +147,5 @@ def _trial(options: argparse.Namespace, others: list[str]) -> int:
                 node=node,
                 tls=keys / f"site{number}.tls",
             )
-            started.append(programs.start(command, home / f"site{number}", log="supernode.log", first=first))
+            started.append(programs.start(kept(command), home / f"site{number}", log="supernode.log", first=first))
         return programs.run_app(home, options.config, options.run_dir, others)

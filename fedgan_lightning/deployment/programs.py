@@ -43,8 +43,12 @@ def program(name: str) -> str | None:
 
 def superlink(home: Path, *, keys: Path, host: str, port: int) -> subprocess.Popen:
     """Start a SuperLink with TLS, node authentication and a database."""
+    from fedgan_lightning.deployment.keys import check_valid
+
     for name in ("ca.crt", "server.crt", "server.key"):
         check_file(keys / name)
+    for name in ("ca.crt", "server.crt"):
+        check_valid(keys / name)
     await_port(host, port)
     home.mkdir(parents=True, exist_ok=True)
     command = [

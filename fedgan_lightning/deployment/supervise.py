@@ -84,6 +84,15 @@ def keep_running(command: Sequence[str], *, environment: Mapping[str, str]) -> i
             signal.signal(number, handler)
 
 
+def kept(command: Sequence[str]) -> list[str]:
+    """Return a command that runs :func:`keep_running` in a process of its own.
+
+    Args:
+        command: The SuperNode's; it gets the environment of that process.
+    """
+    return [sys.executable, "-m", "fedgan_lightning.deployment.supervise", *command]
+
+
 def _hopeless(code: int, *, has_lost_starter: bool) -> ConfigurationError:
     """Return the error of a SuperNode that ended with this code again and again."""
     if has_lost_starter:
@@ -130,3 +139,11 @@ def _has_lost_its_starter(number: int) -> bool:
 def _signal_group(process: subprocess.Popen, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, number)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
+    try:
+        sys.exit(keep_running(sys.argv[1:], environment=os.environ))
+    except ConfigurationError as failure:
+        sys.exit(f"error: {failure}")

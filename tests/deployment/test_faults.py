@@ -75,7 +75,7 @@ def turned_away(deployment, started) -> list[subprocess.Popen]:
     """Start a SuperNode with a key that nobody knows, and one that trusts another authority."""
     keys, other = deployment.home / "keys", deployment.home / "stranger"
     make_node_key(other / "site0")
-    make_authority(other, hosts=["localhost"])
+    make_authority(other)
     assert wait_for(lambda: "Successfully started run" in deployment.log("server"), seconds=300)
     for name, key, ca in (("key", other / "site0", keys / "ca.crt"), ("ca", keys / "site0", other / "ca.crt")):
         command = programs.supernode(

@@ -64,10 +64,9 @@ def test_keys_are_private_and_the_certificate_is_the_authority_s(tmp_path):
     from cryptography import x509
     from cryptography.hazmat.primitives import serialization
 
-    from fedgan_lightning.deployment.keys import make_authority, make_node_key
+    from fedgan_lightning.deployment.keys import prepare
 
-    make_authority(tmp_path, hosts=["fedgan.example.org", "10.0.0.1"])
-    make_node_key(tmp_path / "site0")
+    prepare(tmp_path, sites=1, hosts=["fedgan.example.org", "10.0.0.1"])
     for name in ("ca.key", "server.key", "site0"):
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
     ca, server = (x509.load_pem_x509_certificate((tmp_path / f"{n}.crt").read_bytes()) for n in ("ca", "server"))
@@ -182,6 +181,19 @@ def test_a_site_that_never_has_a_starter_says_so(tmp_path, monkeypatch):
     code = f"import subprocess, time; child = subprocess.Popen([{str(starter)!r}]); time.sleep(60)"
     with pytest.raises(ConfigurationError, match="a flower-superexec, .* received one that ended again and again"):
         supervise.keep_running([sys.executable, "-ISc", code], environment=os.environ)
+
+
+def test_the_sites_of_a_trial_are_looked_after_by_a_process_of_their_own(tmp_path):
+    """It starts them again, and ends them when it is asked to stop."""
+    up, asked = tmp_path / "up", tmp_path / "asked"
+    polite = (
+        f"trap 'echo asked > {asked}; exit 0' TERM; echo x >> {up}; [ $(wc -l < {up}) = 1 ] && exit 3; sleep 60 & wait"
+    )
+    with programs.processes() as started:
+        started.append(programs.start(supervise.kept(["sh", "-c", polite]), tmp_path, log="log"))
+        assert eventually(lambda: up.exists() and up.read_text() == "x\nx\n"), (tmp_path / "log").read_text()
+    assert eventually(asked.exists)
+    assert "the SuperNode ended (3); it is started again" in (tmp_path / "log").read_text()
 
 
 def test_a_site_that_is_asked_to_stop_asks_its_supernode(tmp_path, monkeypatch):

@@ -77,7 +77,7 @@ def test_a_federation_finishes_through_both_proxies(federation):
 
 def test_without_a_certificate_of_the_authority_nobody_reaches_flower(federation, tmp_path):
     stranger, path = tmp_path / "stranger", "/v1/fleet/pull-messages"
-    make_authority(stranger, hosts=["localhost"])
+    make_authority(stranger)
     make_site_certificate(stranger / "site0", authority=stranger)
     own = {"ca": federation.home / "keys" / "ca.crt"}
     for certificate in (None, stranger / "site0.tls", federation.home / "keys" / "server"):  # a server's is no client's
@@ -100,7 +100,7 @@ def test_a_supernode_without_a_certificate_ends(federation):
 
 
 def test_a_site_s_proxy_refuses_a_server_of_another_authority(federation, tmp_path):
-    make_authority(tmp_path / "other", hosts=["localhost"])
+    make_authority(tmp_path / "other")
     statuses = []
     for name, ca in (("true", federation.home / "keys" / "ca.crt"), ("false", tmp_path / "other" / "ca.crt")):
         port = programs.free_port()

@@ -27,7 +27,7 @@ from benchmarks.kill_server import (  # noqa: E402
 from fedgan_lightning.__main__ import main  # noqa: E402
 from fedgan_lightning.checkpoints import read_checkpoint  # noqa: E402
 from fedgan_lightning.deployment import programs  # noqa: E402
-from fedgan_lightning.deployment.keys import make_authority  # noqa: E402
+from fedgan_lightning.deployment.keys import prepare  # noqa: E402
 from tests.conftest import ROOT, assert_states_equal  # noqa: E402
 
 CONFIG = ROOT / "configs" / "digits.yaml"
@@ -92,7 +92,7 @@ def command_of(pid: int) -> str:
 def test_a_run_that_had_not_begun_when_its_server_was_killed_does_not_begin_beside_the_next(tmp_path):
     """A SuperLink starts it again, 30 s later, and two servers would write one run directory."""
     keys, home, port = tmp_path / "keys", tmp_path / "home", programs.free_port()
-    make_authority(keys, hosts=["localhost", "127.0.0.1"])
+    prepare(keys, sites=0, hosts=["localhost", "127.0.0.1"])
     told = f'config="{CONFIG}" options="--run_dir {tmp_path / "run"}"'
     with programs.processes() as started:
         for _ in range(2):
