@@ -317,6 +317,16 @@ GRIDS = {
         cells=optimizers(lr=0.1, server=1e-3),
         columns=RING_COLUMNS,
     ),
+    "ring8_average": Grid(
+        title="ring of 8, four clients with two modes each, 15 000 steps: the moving average where learning rates stay",
+        config="ring8.yaml",
+        common=["--federation.executor", "VectorizedExecutor"],
+        cells={
+            "rates stay": ["--model.generator_scheduler", "null", "--model.discriminator_scheduler", "null"],
+            "rates fall": [],
+        },
+        columns=RING_COLUMNS,
+    ),
     "grid25_optimizer": Grid(
         title="25-grid, five clients with five modes each, and IID: optimizer state at 10 000 of its 30 000 steps",
         config="grid25.yaml",

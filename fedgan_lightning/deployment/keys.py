@@ -40,7 +40,7 @@ def prepare(folder: Path, *, sites: int, hosts: Sequence[str]) -> dict[str, str]
         ``made``, ``renewed``, ``kept`` or ``left to the site``, by file name without ending.
 
     Raises:
-        ConfigurationError: If the authority's key is elsewhere, or its certificate has ended.
+        ConfigurationError: If the authority's key is elsewhere, its certificate has ended, or a request is not signed.
     """
     done = {"ca": "kept" if (folder / "ca.crt").exists() else "made"}
     if done["ca"] == "made":
@@ -97,12 +97,14 @@ def make_site_certificate(path: Path, *, authority: Path, request: Path | None =
         path: The site's node key; its name is the certificate's.
         authority: Folder with ``ca.crt`` and ``ca.key``.
         request: The request of a site that keeps the key to itself; no key is written then.
+
+    Raises:
+        ConfigurationError: If whoever wrote the request does not have its key, or the authority's is not here.
     """
-    from cryptography import x509
     from cryptography.x509.oid import ExtendedKeyUsageOID
 
     uses = [ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH]
-    public = None if request is None else x509.load_pem_x509_csr(request.read_bytes()).public_key()
+    public = None if request is None else _requested_by(request)
     tls = path.with_name(f"{path.name}.tls")
     _issue(tls, name=path.name, hosts=LOCAL, uses=uses, authority=authority, public=public)
 
@@ -184,6 +186,18 @@ def _issue(
     if key is not None:
         _write(path.with_name(f"{path.name}.key"), _pem(key))
     path.with_name(f"{path.name}.crt").write_bytes(_certificate(signed.sign(signer, hashes.SHA384())))
+
+
+def _requested_by(path: Path) -> Any:
+    """Return the public key of a request."""
+    from cryptography import x509
+
+    request = x509.load_pem_x509_csr(path.read_bytes())
+    if not request.is_signature_valid:
+        raise ConfigurationError(
+            message("a request is signed with its own key", received=path, fix="ask the site to make it again")
+        )
+    return request.public_key()
 
 
 def _authority_in(folder: Path) -> tuple[Any, Any]:

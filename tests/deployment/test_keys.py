@@ -133,6 +133,18 @@ def test_a_site_with_keys_of_its_own_gets_a_certificate_for_its_request(keys, ca
     assert "left to the site: site3.tls\n" in capsys.readouterr().out
 
 
+def test_a_request_of_somebody_without_its_key_is_refused(keys, capsys):
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "site0")])
+    request = x509.CertificateSigningRequestBuilder().subject_name(name)
+    signed = request.sign(ec.generate_private_key(ec.SECP384R1()), hashes.SHA384())
+    forged = bytearray(signed.public_bytes(serialization.Encoding.DER))
+    forged[-1] ^= 1  # the end of the signature
+    found = x509.load_der_x509_csr(bytes(forged))
+    (keys / "site0.csr").write_bytes(found.public_bytes(serialization.Encoding.PEM))
+    assert again(keys, sites=1) == 2
+    assert "a request is signed with its own key; received" in capsys.readouterr().err
+
+
 def test_a_certificate_that_has_ended_is_refused_and_one_that_is_about_to_is_named(keys, monkeypatch, caplog):
     making.check_valid(keys / "server.crt")
     assert not caplog.text
