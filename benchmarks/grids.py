@@ -74,6 +74,8 @@ def split(clients: int) -> list[str]:
 
 IID = ["--data.partition", "IID"]
 MNIST = ["--data.source.init_args.root", "{shared}", "--federation.executor", "SequentialExecutor"]
+#: What most tables show, and no more: without classifiers trained on samples and neighbours in the clients' data.
+QUICK = ["--evaluation.metrics", "[FrechetDistance, KernelDistance, ClassCoverage, PrecisionRecall]"]
 #: Networks that take no label, in place of conditional ones.
 UNCONDITIONAL = [
     *("--model.generator.init_args.num_classes", "0"),
@@ -200,7 +202,11 @@ GRIDS = {
         title="MNIST, five clients with two digits each, and centralised: 1 200 generator steps, width 16",
         config="mnist.yaml",
         common=MNIST,
-        cells={"K = 20": rounds(1200, 20), "centralised": [*rounds(1200, 100), *CENTRALISED]},
+        cells={
+            "K = 20": rounds(1200, 20),
+            **{f"K = 20, {policy}": [*rounds(1200, 20), *OPTIMIZERS[policy]] for policy in ("keep", "reset")},
+            "centralised": [*rounds(1200, 100), *CENTRALISED],
+        },
         columns=IMAGE_COLUMNS,
     ),
     "mnist_clients": Grid(
@@ -229,20 +235,20 @@ GRIDS = {
         title="MNIST, five clients, 600 generator steps, K = 20, width 16: optimizer state, two digits each and IID",
         config="mnist.yaml",
         common=[*MNIST, *rounds(600, 20)],
-        cells=optimizers(lr=0.1, server=1e-2),
+        cells=optimizers(lr=0.02, server=1e-2),
         columns=IMAGE_COLUMNS[:7],
     ),
     "mnist_optimizer_unconditional": Grid(
         title="MNIST without labels, else as mnist_optimizer: optimizer state, two digits each and IID",
         config="mnist.yaml",
-        common=[*MNIST, *UNCONDITIONAL, *rounds(600, 20)],
-        cells=optimizers(lr=0.1, server=1e-2),
+        common=[*MNIST, *UNCONDITIONAL, *QUICK, *rounds(600, 20)],
+        cells=optimizers(lr=0.02, server=1e-2),
         columns=IMAGE_COLUMNS[:6],
     ),
     "mnist_buffers": Grid(
         title="MNIST, five clients with two digits each, 600 generator steps, K = 20, width 16: BatchNorm's statistics",
         config="mnist.yaml",
-        common=[*MNIST, *rounds(600, 20)],
+        common=[*MNIST, *QUICK, *rounds(600, 20)],
         cells={
             f"{buffers}, {where}": ["--federation.buffers", buffers, *part]
             for where, part in SPLITS.items()
@@ -265,7 +271,7 @@ GRIDS = {
     "mnist_attacks": Grid(
         title="MNIST, ten clients, IID, 600 generator steps, K = 20, width 16: the same two attackers",
         config="mnist.yaml",
-        common=[*MNIST, *rounds(600, 20), *IID, "--data.num_clients", "10"],
+        common=[*MNIST, *QUICK, *rounds(600, 20), *IID, "--data.num_clients", "10"],
         cells={"mean, all honest": [], **{f"{name}, attacked": [*STRONG, *own] for name, own in AGGREGATORS.items()}},
         columns=IMAGE_COLUMNS[:6],
     ),
