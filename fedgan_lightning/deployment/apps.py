@@ -150,7 +150,8 @@ def serve_over(grid: Any, arguments: list[str]) -> None:
     def prepare(cli: Any) -> None:
         orchestrator, num_clients = cli.orchestrator, cli.datamodule.num_clients
         timeout, memory = orchestrator.rules.timeout, Path(cli.trainer.default_root_dir) / "sites.json"
-        digest, needed = digest_of(cli.plain_settings), None
+        cli.datamodule.prepare_data()
+        digest, needed = digest_of(cli.plain_settings, cli.datamodule), None
         if cli.config[cli.subcommand].ckpt_path is not None:
             needed = max(orchestrator.rules.needed(num_clients), min(orchestrator.aggregator.needed, num_clients))
             if orchestrator.secure is not None:

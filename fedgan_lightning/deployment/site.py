@@ -88,29 +88,28 @@ class Site:
         cli = built(arguments)
         self.client_id, self.state_dir = client_id, Path(state_dir) / f"client{client_id:05d}"
         self.module, self.orchestrator = cli.model.model, cli.orchestrator
-        self.digest = digest_of(cli.plain_settings)
         self.trainer = cli.trainer
         data: FederatedDataModule = cli.datamodule
         data.prepare_data()
         if part is None and not data.source.agreed:
             raise ConfigurationError(
                 message(
-                    "sites agree on a vocabulary before they train",
-                    received="data.source.vocabulary: null",
-                    fix="name the same vocabulary.json at the server and at all sites",
+                    "sites agree on what samples mean before they train",
+                    received=f"a {type(data.source).__name__} without its list of words or items",
+                    fix="name the same data.source.vocabulary (text) or items (interactions) everywhere",
                 )
             )
         if part is None:
             view = ClientSamples(samples=data.train_samples, indices=torch.arange(len(data.train_samples)))
         else:
             view = data.client_samples(part)
-        self.whole = data
+        self.whole, self.digest = data, digest_of(cli.plain_settings, data)
         self.data = SiteData(view, client_id=client_id, batch_size=data.batch_size, seed=data.seed)
         if hasattr(self.module, "check_data"):
             self.module.check_data(data.sample_shape, data.num_classes)
 
     def facts(self) -> dict[str, Any]:
-        """Return what the server may know: sizes, counts of labels, and the hash of the settings."""
+        """Return what the server may know: sizes, counts of labels, and the hash of what all share."""
         labels = self.data.view.samples.y
         counts = [len(self.data.view)]
         if labels is not None and self.whole.num_classes:
@@ -124,18 +123,18 @@ class Site:
         Args:
             task: The task.
             accepted: Seed of the last task whose update the server let in: the private state goes on from there.
-            digest: The server's hash of the settings.
+            digest: The server's hash of what all share.
 
         Raises:
-            ConfigurationError: If the settings differ from the server's.
+            ConfigurationError: If something of it differs from the server's.
             UpdateError: If the update is not finite.
         """
         if digest != self.digest:
             raise ConfigurationError(
                 message(
-                    "server and sites share the settings of model and federation",
+                    f"server and sites share {wire.SHARED}",
                     received=f"{self.digest} here, {digest} at the server",
-                    fix="give all of them the same configuration file",
+                    fix="give all of them the same configuration file, class_names and list of words or items",
                 )
             )
         options = self.orchestrator
@@ -269,10 +268,21 @@ class Site:
                 path.unlink(missing_ok=True)
 
 
-def digest_of(settings: Mapping[str, Any]) -> str:
-    """Return a hash of what server and sites share: the version, model, local work, policies, batch size, seed."""
+def digest_of(settings: Mapping[str, Any], data: FederatedDataModule) -> str:
+    """Return a hash of what server and sites share.
+
+    That is the version, the model, local work, policies, batch size and seed, and what samples mean: their shape, the
+    names of the classes, the words or items.
+
+    Args:
+        settings: Those of the command line.
+        data: Built from them.
+    """
     federation = {name: settings["federation"][name] for name in SHARED}
     if (secure := settings["federation"]["secure"]) is not None:  # then a client weights its own update
         federation |= {"secure": secure, "aggregator": settings["federation"]["aggregator"]}
-    shared = [__version__, settings["model"], federation, settings["data"]["batch_size"], settings["seed_everything"]]
+    source = data.agree()
+    meaning = [list(source.sample_shape), list(source.class_names), source.agreement()]
+    own = [settings["data"]["batch_size"], settings["seed_everything"], meaning]
+    shared = [__version__, settings["model"], federation, *own]
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]

@@ -32,7 +32,7 @@ class Sites:
     Args:
         grid: Flower's grid.
         num_clients: Sites that the federation has.
-        digest: Hash of the settings that all share.
+        digest: Hash of what all share.
         memory: File for what sites said of themselves when the federation began.
         needed: Sites with which a server goes on that finds the others in ``memory``; ``None`` begins anew, with all.
     """
@@ -169,7 +169,7 @@ class Sites:
         if not 0 <= client_id < self.num_clients:
             return f"says that it is client {client_id} of {self.num_clients}"
         if digest != self.digest:
-            return f"has other settings of model or federation ({digest}, here {self.digest})"
+            return f"does not share {wire.SHARED} ({digest}, here {self.digest})"
         if self._nodes.get(client_id) in self._connected - {node_id}:
             return f"says that it is client {client_id}, which another site is"
         if (known := self._facts.get(client_id, facts)) != facts:

@@ -15,6 +15,8 @@ from fedgan_lightning.protocol import ClientTask, ClientUpdate, LocalWork, State
 #: Message types, as Flower routes them to a function of the ClientApp.
 TRAIN, QUERY = "train", "query"
 SEPARATOR = "|"
+#: What server and sites share, and a task's digest is of, in words.
+SHARED = "the settings of model and federation, names of classes, and words or items"
 
 
 def content(facts: Mapping[str, Any], **states: State) -> Any:
@@ -62,7 +64,7 @@ def from_task(task: ClientTask, *, accepted: int, digest: str) -> Any:
     Args:
         task: The task.
         accepted: Seed of the last task whose update the server let in; -1 for none.
-        digest: Hash of the settings that both sides must share.
+        digest: Hash of what both sides must share.
     """
     facts: dict[str, Any] = {
         "client_id": task.client_id,

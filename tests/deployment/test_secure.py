@@ -30,7 +30,7 @@ from fedgan_lightning.errors import ConfigurationError, ProtocolError, QuorumErr
 from fedgan_lightning.federation.secure import Summand
 from fedgan_lightning.packing import Packed
 from fedgan_lightning.protocol import ClientTask, LocalWork
-from tests.conftest import ROOT, assert_states_equal
+from tests.conftest import ROOT, assert_states_equal, ring_data
 from tests.deployment.loopback import LoopbackGrid
 from tests.deployment.test_sites import hostile, quoted, summary, weights
 from tests.unit.test_secure import states_of
@@ -456,10 +456,12 @@ def test_a_site_answers_in_the_clear_only_where_its_own_configuration_lets_it(tm
         (reply,) = asked.pull_messages(asked.push_messages([Message(content, dst_node_id=100, message_type=kind)]))
         assert "federation.secure" in wire.facts_of(reply.content)["error"]
 
+    data = ring_data()
+
     def digest(**federation):
         shared = dict.fromkeys(SHARED)
         settings = {"model": 0, "federation": {**shared, **federation}, "data": {"batch_size": 1}, "seed_everything": 0}
-        return digest_of(settings)
+        return digest_of(settings, data)
 
     assert digest(secure=None, aggregator="a") == digest(secure=None, aggregator="b")
     assert len({digest(secure=s, aggregator=a) for s in (None, "x", "y") for a in ("a", "b")}) == 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -9,8 +10,12 @@ import pytest
 
 pytest.importorskip("flwr", reason="needs the extra 'flower' (Python 3.11 or later)")
 
+from fedgan_lightning import Interactions
 from fedgan_lightning.__main__ import main
+from fedgan_lightning.data.sources.interactions import most_popular
+from fedgan_lightning.data.vocabulary import summed
 from fedgan_lightning.deployment.apps import serve_over
+from fedgan_lightning.errors import QuorumError
 from tests.conftest import ROOT
 from tests.deployment.loopback import LoopbackGrid
 from tests.deployment.test_sites import quoted
@@ -48,3 +53,43 @@ def test_a_use_is_deployed_unchanged(name, tmp_path, monkeypatch, caplog):
             assert summary[kind].keys() == expected[kind].keys()
             assert summary[kind] == pytest.approx(expected[kind], rel=1e-9)
         assert 0 < summary["final"]["ndcg20"] < 1
+
+
+def test_institutions_with_files_of_their_own_number_items_alike_or_are_refused(tmp_path, monkeypatch, caplog):
+    """Each has a third of the users; the list of items comes from the counts that all three tell."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setattr("fedgan_lightning.deployment.sites.POLL_SECONDS", 0.0)
+    _, config, *options = small("recommendation")
+    options = [*options, "--data.num_clients", "3", "--data.source.catalogue", "null", "--data.partition", "IID"]
+    with (ROOT / "tests" / "data" / "ratings.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    paths = [tmp_path / f"ratings{k}.csv" for k in range(3)]
+    for k, path in enumerate(paths):
+        own = [row for row in rows if int(row[0]) % 3 == k]
+        path.write_text("\n".join(map(",".join, [header, *own])) + "\n")
+    told = [Interactions(str(path), num_items=30, threshold=3.0, min_user=5, min_item=1).popularity() for path in paths]
+    names = most_popular(summed(told), num_items=30)
+    lists = {"items": names, "turned": names[::-1]}
+    for name, own in lists.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(own))
+
+    def deploy(run_dir, *, last: str):
+        nodes = {}
+        for k, path in enumerate(paths):
+            items = last if k == 2 else "items"
+            told = f"{{path: {path}, items: {tmp_path / items}.json}}"
+            own = tmp_path / f"{run_dir.name}{k}.yaml"
+            own.write_text(f"data:\n  source:\n    init_args: {told}\n")
+            nodes[100 + k] = {"client-id": k, "state": str(tmp_path / "state"), "site": str(own)}
+        shared = [*options, "--data.source.items", str(tmp_path / "items.json")]
+        grid = LoopbackGrid(nodes, run_config={"config": config, "options": " ".join(quoted(shared))})
+        serve_over(grid, ["--config", config, *shared, "--run_dir", str(run_dir)])
+
+    deploy(tmp_path / "run", last="items")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["status"], summary["client_runs"]) == ("finished", 6)
+    assert json.loads((tmp_path / "run" / "items.json").read_text()) == names
+    monkeypatch.setattr("fedgan_lightning.deployment.sites.JOIN_SECONDS", 0.0)
+    with pytest.raises(QuorumError, match=r"none for clients \[2\]"):
+        deploy(tmp_path / "turned", last="turned")
+    assert "names of classes, and words or items" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from pathlib import Path
 
@@ -28,7 +29,9 @@ from fedgan_lightning import (
     ServerModule,
     VectorizedExecutor,
 )
-from fedgan_lightning.errors import ConfigurationError, DataError
+from fedgan_lightning.data.sources.interactions import most_popular
+from fedgan_lightning.data.vocabulary import summed
+from fedgan_lightning.errors import CheckpointError, ConfigurationError, DataError
 from fedgan_lightning.evaluation.defaults import default_metrics
 from fedgan_lightning.evaluation.ranking import histories, preferences, ranked, ranking_values
 from tests.conftest import ROOT, adam, federate, quiet_trainer, ring_data, ring_gan, sgd
@@ -104,6 +107,55 @@ class TestSource:
         assert Interactions(path, num_items=5, min_user=4, min_item=2).load("train").x.shape == (6, 5)
         with pytest.raises(DataError, match="6 items have 2 interactions or more; received 5 such items"):
             Interactions(path, num_items=6, min_user=4, min_item=2).load("train")
+
+    def test_the_items_are_what_clients_agree_on_and_a_later_run_starts_with(self, tmp_path):
+        data = module()
+        data.setup()
+        found = data.train_samples.x
+        names = data.state_dict()["items"]
+        assert len(names) == ITEMS
+        (tmp_path / "items.json").write_text(json.dumps(names))
+        given = source(items=str(tmp_path / "items.json"))
+        assert given.agreed
+        assert given.items == names
+        assert torch.equal(given.load("train").x, found), "the same users, and the same held out"
+        (tmp_path / "items.json").write_text(json.dumps(names[::-1]))
+        turned = source(items=str(tmp_path / "items.json"))
+        assert torch.equal((turned.load("train").x + turned.load("test").x).flip(1), found + data.test_samples.x)
+        with pytest.raises(CheckpointError, match=r"a checkpoint is used with the items that it was trained with"):
+            FederatedDataModule(turned, num_clients=4, batch_size=8).load_state_dict({"items": names})
+
+    def test_institutions_with_files_of_their_own_make_the_list_from_counts(self, tmp_path):
+        """Of the item that the second does not have, its users have nothing; rare ones are told to nobody."""
+        first = [*dense(6, 5), (0, 40, 4.0, 0), (1, 40, 4.0, 0)]
+        second = [(user, item, 4.0, 0) for user in range(8) for item in (1, 2, 4, 30)]
+        paths = [write(tmp_path / f"{k}.csv", rows) for k, rows in enumerate((first, second))]
+        options = {"num_items": 6, "min_item": 3, "min_user": 3}
+        told = [Interactions(path, **options).popularity() for path in paths]
+        assert told == [dict.fromkeys("01234", 6), {"1": 8, "2": 8, "30": 8, "4": 8}]
+        names = most_popular(summed(told), num_items=6)
+        assert names == ["0", "1", "2", "3", "4", "30"]
+        (tmp_path / "items.json").write_text(json.dumps(names))
+        own = [Interactions(path, items=str(tmp_path / "items.json"), **options) for path in paths]
+        joined = [one.load("train").x + one.load("test").x for one in own]
+        assert joined[0].tolist() == [[1.0, 1.0, 1.0, 1.0, 1.0, 0.0]] * 6
+        assert joined[1].tolist() == [[0.0, 1.0, 1.0, 0.0, 1.0, 1.0]] * 8
+        with pytest.raises(DataError, match="7 items have counts; received 6 items"):
+            most_popular(summed(told), num_items=7)
+
+    @pytest.mark.parametrize(
+        ("text", "received"),
+        [
+            ('{"a": 1}', "not a list of names"),
+            ("[", "Expecting value"),
+            ('["0", "0", "1"]', "3 names, 2 different"),
+            ('["0", "1"]', "2 names, 2 different"),
+        ],
+    )
+    def test_a_list_of_items_that_is_none_is_refused(self, text, received, tmp_path):
+        (tmp_path / "items.json").write_text(text)
+        with pytest.raises(DataError, match=rf"data.source.items .*; received .*{received}"):
+            source(num_items=3, items=str(tmp_path / "items.json"))
 
     def test_latest_holds_out_the_end_of_every_history(self, tmp_path):
         path = write(tmp_path / "a.csv", dense())

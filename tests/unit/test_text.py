@@ -171,7 +171,7 @@ class TestSource:
 
         options = ["--config", str(ROOT / "configs" / "text_mle.yaml"), "--data.source.path", SENTENCES]
         options += ["--data.source.test_path", "null"]
-        with pytest.raises(ConfigurationError, match="agree on a vocabulary before they train"):
+        with pytest.raises(ConfigurationError, match="samples mean before they train; received a TextFile"):
             Site(options, client_id=0, state_dir=tmp_path)
         (tmp_path / "v.json").write_text(json.dumps([END, UNKNOWN, "jet", "the"]))
         site = Site([*options, "--data.source.vocabulary", str(tmp_path / "v.json")], client_id=0, state_dir=tmp_path)

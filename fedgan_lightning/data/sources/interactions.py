@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import csv
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -39,13 +41,19 @@ class Interactions(Source):
     user's tenth by number of interactions (0 the least active), and with a catalogue ``genre``, the genre whose share
     among the user's training interactions exceeds its share among all users' by most.
 
+    The items: without ``items`` those of this file that have most interactions, which in a simulation is everybody's
+    file. Where every institution has a file of its own, columns mean the same with ``items`` alone: each tells its
+    :meth:`popularity`, and :func:`most_popular` makes the list from the sums.
+
     Filters, in this order: ratings of at least ``threshold`` count, repeated pairs count once; users with fewer than
     ``min_user`` and items with fewer than ``min_item`` interactions leave until none is left to leave (a k-core); the
-    ``num_items`` items with most interactions stay, and users with ``min_user`` of these.
+    ``num_items`` items with most interactions stay, and users with ``min_user`` of these. With ``items`` there is but
+    the last.
 
     Args:
         path: CSV file of interactions, with a header: MovieLens' ``ratings.csv``, or any other by column names.
         num_items: Items to keep, the length of the vector; both networks need the same number.
+        items: An ``items.json`` that another run wrote, or :func:`most_popular` made: names of items by column.
         catalogue: CSV file of items (MovieLens' ``movies.csv``); its column ``item`` joins it.
         user: Column of the user.
         item: Column of the item, in both files.
@@ -62,7 +70,8 @@ class Interactions(Source):
 
     Raises:
         ConfigurationError: If a number is out of range.
-        DataError: If a file is missing, has not these columns or numbers, or too few items stay.
+        DataError: If ``items`` are not ``num_items`` different names, a file is missing, has not these columns or
+            numbers, or too few items stay.
     """
 
     def __init__(
@@ -70,6 +79,7 @@ class Interactions(Source):
         path: str,
         *,
         num_items: int,
+        items: str | None = None,
         catalogue: str | None = None,
         user: str = "userId",
         item: str = "movieId",
@@ -97,6 +107,33 @@ class Interactions(Source):
         self.threshold, self.min_user, self.min_item = threshold, min_user, min_item
         self.holdout, self.holdout_fraction, self.seed = holdout, holdout_fraction, seed
         self.sample_shape = (num_items,)
+        self._items = None if items is None else _read_items(Path(items), num_items)
+
+    @property
+    def agreed(self) -> bool:  # type: ignore[override]
+        """Whether the items are given, and not those of this file."""
+        return self._items is not None
+
+    def agree(self, samples: Samples, parts: Sequence[Integers]) -> Source:
+        """Return the source with the items of the file: clients of a simulation share it."""
+        agreed = copy.copy(self)
+        agreed._items = self.items
+        return agreed
+
+    def agreement(self) -> dict[str, Any]:
+        return {} if self._items is None else {"items": list(self._items)}
+
+    def popularity(self) -> dict[str, int]:
+        """Return how many users of the file have each item, of the items that at least ``min_item`` of them have.
+
+        It is what an institution tells before the first round. Users with fewer than ``min_user`` interactions do not
+        count.
+        """
+        pairs, _ = self._pairs()
+        names, counts = np.unique(
+            pairs[_core(pairs, min_user=self.min_user, min_item=self.min_item), 1], return_counts=True
+        )
+        return dict(zip(names.tolist(), counts.tolist()))
 
     def load(self, split: Split) -> Samples:
         table = self._table
@@ -135,6 +172,25 @@ class Interactions(Source):
     @cached_property
     def _table(self) -> Table:
         pairs, times = self._pairs()
+        if self._items is None:
+            items, kept = self._popular(pairs)
+        else:
+            items, kept = self._items, np.arange(len(pairs))
+        kept = kept[np.isin(pairs[kept, 1], items)]
+        active, counts = np.unique(pairs[kept, 0], return_counts=True)
+        kept = kept[np.isin(pairs[kept, 0], active[counts >= self.min_user])]
+        if not len(kept):
+            raise DataError(
+                message(
+                    f"some user has {self.min_user} interactions with the {len(items)} items that stay",
+                    received=f"none in {self.path}",
+                    fix="lower data.source.min_user, raise num_items, or check that items are named as in the file",
+                )
+            )
+        return self._named(pairs[kept], None if times is None else times[kept], items)
+
+    def _popular(self, pairs: NDArray[np.str_]) -> tuple[list[str], Integers]:
+        """Return the items that most pairs are of, in the order of their names, and where the filters' pairs are."""
         kept = _core(pairs, min_user=self.min_user, min_item=self.min_item)
         survivors, counts = np.unique(pairs[kept, 1], return_counts=True)
         (num_items,) = self.sample_shape
@@ -147,21 +203,10 @@ class Interactions(Source):
                 )
             )
         popular = survivors[np.argsort(-counts, kind="stable")[:num_items]]
-        kept = kept[np.isin(pairs[kept, 1], popular)]
-        active, counts = np.unique(pairs[kept, 0], return_counts=True)
-        kept = kept[np.isin(pairs[kept, 0], active[counts >= self.min_user])]
-        if not len(kept):
-            raise DataError(
-                message(
-                    f"some user has {self.min_user} interactions with the {num_items} items that stay",
-                    received=f"none in {self.path}",
-                    fix="lower data.source.min_user or raise num_items",
-                )
-            )
-        return self._named(pairs[kept], None if times is None else times[kept])
+        return sorted(popular.tolist(), key=_by_number), kept
 
-    def _named(self, pairs: NDArray[np.str_], times: NDArray[np.float64] | None) -> Table:
-        users, items = (sorted(set(names.tolist()), key=_by_number) for names in pairs.T)
+    def _named(self, pairs: NDArray[np.str_], times: NDArray[np.float64] | None, items: list[str]) -> Table:
+        users = sorted(set(pairs[:, 0].tolist()), key=_by_number)
         places = ({name: place for place, name in enumerate(names)} for names in (users, items))
         rows, columns = (np.array([place[name] for name in names.tolist()]) for place, names in zip(places, pairs.T))
         if times is None:
@@ -226,6 +271,50 @@ class Interactions(Source):
         shares = seen @ member / seen.sum(1, keepdims=True)
         favourites: NDArray = np.array(names)[np.argmax(shares - shares.mean(0), axis=1)]
         return favourites
+
+
+def most_popular(counts: Mapping[str, int], *, num_items: int) -> list[str]:
+    """Return the items with the largest counts, in the order of their names, as ``items.json`` lists them.
+
+    Args:
+        counts: Users by item, summed over institutions; see :meth:`Interactions.popularity`.
+        num_items: How many. Of equal counts the names that sort first are taken.
+
+    Raises:
+        DataError: If there are not so many.
+    """
+    if len(counts) < num_items:
+        raise DataError(
+            message(
+                f"{num_items} items have counts", received=f"{len(counts)} items", fix="lower num_items or min_item"
+            )
+        )
+    ranked = sorted(counts, key=lambda name: (-counts[name], _by_number(name)))
+    return sorted(ranked[:num_items], key=_by_number)
+
+
+def _read_items(path: Path, num_items: int) -> list[str]:
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("not a list of names")
+    except (OSError, ValueError) as error:
+        raise DataError(
+            message(
+                "data.source.items is a JSON list of items' names by column",
+                received=f"{path} ({error})",
+                fix="name an items.json that a run wrote",
+            )
+        ) from error
+    if len(set(names)) != len(names) or len(names) != num_items:
+        raise DataError(
+            message(
+                f"data.source.items names {num_items} different items",
+                received=f"{len(names)} names, {len(set(names))} different, in {path}",
+                fix="set data.source.num_items (and both networks' items) to the length of the list",
+            )
+        )
+    return names
 
 
 def _core(pairs: NDArray[np.str_], *, min_user: int, min_item: int) -> Integers:
