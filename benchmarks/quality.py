@@ -38,8 +38,7 @@ def run_cell(grid: Grid, label: str, seed: int, folder: Path, *, shared: str) ->
     python = [sys.executable, "-W", "ignore", "-m"]
     last = run_dir / "checkpoints" / "last.ckpt"
     started = time.perf_counter()
-    resume = ["--ckpt_path", "last"] if last.exists() else []
-    commands = [["fit", *options, *resume], ["test", *options, "--ckpt_path", str(last)]]
+    commands = [["fit", *options, "--ckpt_path", "last"], ["test", *options, "--ckpt_path", str(last)]]
     commands = [["fedgan_lightning", *own] for own in commands]
     if label in grid.controls:
         kind, num_steps = grid.controls[label]

@@ -81,6 +81,14 @@ def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):
     quality.run_cell(grids.GRIDS["digits_k"], "K = 5", 0, tmp_path, shared="")
 
 
+def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(tmp_path, monkeypatch):
+    chosen = dataclasses.replace(grids.GRIDS["digits_k"], cells={"a": ["--federation.rounds", "1", *CHEAP]})
+    (tmp_path / "a" / "seed0").mkdir(parents=True)
+    (tmp_path / "a" / "seed0" / "config.yaml").write_text("")  # what such a run leaves
+    quality.run_cell(chosen, "a", 0, tmp_path, shared="")
+    assert "test" in json.loads((tmp_path / "a" / "seed0" / "summary.json").read_text())
+
+
 @pytest.mark.parametrize("code", [-9, 143])
 def test_a_run_that_a_signal_ended_has_not_diverged(code, tmp_path, monkeypatch):
     monkeypatch.setattr(quality.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=code))

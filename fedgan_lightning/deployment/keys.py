@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,41 +23,52 @@ AUTHORITY_DAYS, VALID_DAYS = 3650, 365
 NOTICE_DAYS = 30
 #: What a machine calls itself.
 LOCAL = ("localhost", "127.0.0.1")
+#: Fewest bits of a site's own key: elliptic curves, RSA.
+CURVE_BITS, RSA_BITS = 256, 2048
 
 
-def prepare(folder: Path, *, sites: int, hosts: Sequence[str]) -> dict[str, str]:
-    """Write what a federation needs; an authority and node keys that are there stay, certificates are renewed.
+def prepare(folder: Path, *, sites: int, hosts: Sequence[str] = ()) -> dict[str, str]:
+    """Write what a federation needs; keys that are there stay, and their certificates are renewed.
 
-    A site that has made its own keys gives ``siteN.pub`` and a request, ``siteN.csr``, of which only the public key is
-    used. One that has given the first alone gets no certificate.
+    A renewed certificate is for the same key: nothing secret travels a second time, and besides the authority renewal
+    needs but certificates and public keys. A site that makes its own keys gives ``siteN.pub`` and a request,
+    ``siteN.csr``, of which only the public key is used; with the first alone it gets no certificate.
 
     Args:
         folder: Where it all lies.
-        sites: Number of sites.
-        hosts: Names and addresses of the server.
+        sites: Number of sites; others that the folder knows are renewed, too.
+        hosts: Names and addresses of the server; without any those of its certificate, else of this machine alone.
 
     Returns:
         ``made``, ``renewed``, ``kept`` or ``left to the site``, by file name without ending.
 
     Raises:
-        ConfigurationError: If the authority's key is elsewhere, its certificate has ended, or a request is not signed.
+        ConfigurationError: If something is not there that belongs to what is, the authority has ended, or a file is not
+            what its name says. Nothing is written then.
     """
-    done = {"ca": "kept" if (folder / "ca.crt").exists() else "made"}
+    known = (path.stem.removeprefix("site") for path in folder.glob("site*.pub"))
+    numbers = sorted({*range(sites), *(int(number) for number in known if number.isdecimal())})
+    paths = [folder / f"site{number}" for number in numbers]
+    done = {"ca": "kept" if (folder / "ca.crt").exists() or (folder / "ca.key").exists() else "made"}
+    if done["ca"] == "kept":
+        _authority_in(folder)
+    server, keys = _known_key(folder / "server"), {path: _key_of_site(path) for path in paths}
+    names = hosts or _hosts_of(folder / "server.crt") or LOCAL
+    # Whatever could be refused has been.
     if done["ca"] == "made":
         make_authority(folder)
-    done["server"] = _state_of(folder / "server.crt")
-    make_server_certificate(folder, hosts=hosts)
-    for path in (folder / f"site{number}" for number in range(sites)):
-        tls, request = path.with_name(f"{path.name}.tls"), path.with_suffix(".csr")
-        is_known = path.with_suffix(".pub").exists()
-        done[path.name] = "kept" if is_known else "made"
-        if not is_known:
-            make_node_key(path)
-        if is_known and not request.exists() and not tls.with_name(f"{tls.name}.crt").exists():
+    done["server"] = "renewed" if (folder / "server.crt").exists() else "made"
+    make_server_certificate(folder, hosts=names, public=server)
+    for path, public in keys.items():
+        tls, is_known = _tls(path), path.with_suffix(".pub").exists()
+        done[path.name] = "kept" if is_known or path.exists() else "made"
+        if public is None and is_known and not path.exists():
             done[tls.name] = "left to the site"
             continue
-        done[tls.name] = _state_of(tls.with_name(f"{tls.name}.crt"))
-        make_site_certificate(path, authority=folder, request=request if request.exists() else None)
+        if not is_known:
+            make_node_key(path)
+        done[tls.name] = "renewed" if _with(tls, "crt").exists() else "made"
+        make_site_certificate(path, authority=folder, public=public)
     return done
 
 
@@ -67,7 +78,6 @@ def make_authority(folder: Path) -> None:
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    folder.mkdir(parents=True, exist_ok=True)
     authority, name = ec.generate_private_key(ec.SECP384R1()), _named("fedgan authority")
     own = _unsigned(name, authority.public_key(), issuer=name, end=_now() + datetime.timedelta(days=AUTHORITY_DAYS))
     own = own.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -78,73 +88,199 @@ def make_authority(folder: Path) -> None:
     identifier = x509.SubjectKeyIdentifier.from_public_key(authority.public_key())
     own = own.add_extension(identifier, critical=False)
     _write(folder / "ca.key", _pem(authority))
-    (folder / "ca.crt").write_bytes(_certificate(own.sign(authority, hashes.SHA384())))
+    _write(folder / "ca.crt", _certificate(own.sign(authority, hashes.SHA384())), is_secret=False)
 
 
-def make_server_certificate(folder: Path, *, hosts: Sequence[str]) -> None:
-    """Write ``server.crt`` and ``server.key`` for these names and addresses, signed by the authority in the folder."""
+def make_server_certificate(folder: Path, *, hosts: Sequence[str], public: Any = None) -> None:
+    """Write ``server.crt`` for these names and addresses, signed by the authority in the folder.
+
+    Args:
+        folder: Where the authority is.
+        hosts: What the server is called.
+        public: Its key, which stays where it is; without one ``server.key`` is written.
+    """
     from cryptography.x509.oid import ExtendedKeyUsageOID
 
-    _issue(folder / "server", name=hosts[0], hosts=hosts, uses=[ExtendedKeyUsageOID.SERVER_AUTH], authority=folder)
+    uses = [ExtendedKeyUsageOID.SERVER_AUTH]
+    _issue(folder / "server", name=hosts[0], hosts=hosts, uses=uses, authority=folder, public=public)
 
 
-def make_site_certificate(path: Path, *, authority: Path, request: Path | None = None) -> None:
-    """Write a site's certificate and its key beside its node key ``path``, as ``.tls.crt`` and ``.tls.key``.
+def make_site_certificate(path: Path, *, authority: Path, public: Any = None) -> None:
+    """Write a site's certificate beside its node key ``path``, as ``.tls.crt``.
 
     The site's proxy shows it to the server's, and to the site's SuperNode: it names this machine, too.
 
     Args:
         path: The site's node key; its name is the certificate's.
         authority: Folder with ``ca.crt`` and ``ca.key``.
-        request: The request of a site that keeps the key to itself; no key is written then.
-
-    Raises:
-        ConfigurationError: If whoever wrote the request does not have its key, or the authority's is not here.
+        public: The certificate's key, which stays where it is; without one it is written, as ``.tls.key``.
     """
     from cryptography.x509.oid import ExtendedKeyUsageOID
 
     uses = [ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH]
-    public = None if request is None else _requested_by(request)
-    tls = path.with_name(f"{path.name}.tls")
-    _issue(tls, name=path.name, hosts=LOCAL, uses=uses, authority=authority, public=public)
+    _issue(_tls(path), name=path.name, hosts=LOCAL, uses=uses, authority=authority, public=public)
+
+
+def make_node_key(path: Path) -> None:
+    """Write a SuperNode's private key (EC P-384, OpenSSH) to ``path`` unless it is there, and the public one beside it,
+    as ``.pub``.
+    """
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    if path.exists():
+        key: Any = _read(path, lambda data: serialization.load_ssh_private_key(data, password=None))
+    else:
+        key = ec.generate_private_key(ec.SECP384R1())
+        form = serialization.PrivateFormat.OpenSSH
+        _write(path, key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    _write(path.with_suffix(".pub"), public + b"\n", is_secret=False)
 
 
 def check_valid(path: Path) -> None:
     """Refuse a certificate that has ended, and warn of one that is about to.
 
     Raises:
-        ConfigurationError: If it has ended.
+        ConfigurationError: If it has ended, or is none.
     """
     from cryptography import x509
 
-    end = x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
-    fix = "renew it: federation keys, with the same arguments as before"
+    found = _read(path, x509.load_pem_x509_certificate)
+    end, is_authority = found.not_valid_after_utc, found.issuer == found.subject
+    fix = "the consortium renews it with federation keys, where the authority's key is"
+    if is_authority:
+        fix = "the consortium makes another authority with federation keys, in an empty folder, and gives it to all"
     if end < _now():
         raise ConfigurationError(
             message("certificates are valid", received=f"{path}, which ended on {end:%Y-%m-%d}", fix=fix)
         )
     if end < _now() + datetime.timedelta(days=NOTICE_DAYS):
-        logger.warning(f"{path} ends on {end:%Y-%m-%d}; {fix}")
+        logger.warning(f"{path} ends on {end:%Y-%m-%d}: {fix}")
 
 
-def _state_of(path: Path) -> str:
-    return "renewed" if path.exists() else "made"
+# ---------------------------------------------------------------------- what is there
+
+
+def _key_of_site(path: Path) -> Any:
+    """Return the public key of a site's certificate: that of its request, else that which it has; ``None`` without."""
+    from cryptography import x509
+
+    request = path.with_suffix(".csr")
+    if not request.exists():
+        return _known_key(_tls(path))
+    if not path.with_suffix(".pub").exists():
+        raise ConfigurationError(
+            message(
+                "a site that makes its own keys gives both public ones",
+                received=f"{request} without {path.name}.pub",
+                fix="ask the site for it",
+            )
+        )
+    found = _read(request, x509.load_pem_x509_csr)
+    if not found.is_signature_valid:
+        raise ConfigurationError(
+            message("a request is signed with its own key", received=request, fix="ask the site to make it again")
+        )
+    return _strong(found.public_key(), request)
+
+
+def _strong(public: Any, path: Path) -> Any:
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
+    bits = getattr(public, "key_size", CURVE_BITS)  # some curves have but one size
+    if bits < (RSA_BITS if isinstance(public, rsa.RSAPublicKey) else CURVE_BITS):
+        raise ConfigurationError(
+            message(
+                f"keys have {CURVE_BITS} bits on a curve, {RSA_BITS} with RSA",
+                received=f"{bits} in {path}",
+                fix="ask the site for another request",
+            )
+        )
+    return public
+
+
+def _known_key(path: Path) -> Any:
+    """Return the public key of ``path``.crt or else ``path``.key, ``None`` without either."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import serialization
+
+    if _with(path, "crt").exists():
+        return _read(_with(path, "crt"), x509.load_pem_x509_certificate).public_key()
+    if _with(path, "key").exists():  # what was killed between the two
+        return _read(
+            _with(path, "key"), lambda data: serialization.load_pem_private_key(data, password=None)
+        ).public_key()
+    return None
+
+
+def _hosts_of(path: Path) -> list[str]:
+    """Return the names and addresses of a certificate; nothing without one."""
+    from cryptography import x509
+
+    if not path.exists():
+        return []
+    found = _read(path, x509.load_pem_x509_certificate).extensions
+    return [str(own.value) for own in found.get_extension_for_class(x509.SubjectAlternativeName).value]
+
+
+def _authority_in(folder: Path) -> tuple[Any, Any]:
+    """Return the key and the certificate of the authority in a folder."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import serialization
+
+    for here, missing in (("ca.crt", "ca.key"), ("ca.key", "ca.crt")):
+        if not (folder / missing).exists():
+            raise ConfigurationError(
+                message(
+                    "an authority signs with its key, and is known by its certificate",
+                    received=f"{folder} with {here} and without {missing}",
+                    fix=f"bring {missing} from where it is kept, and take ca.key away again afterwards",
+                )
+            )
+    certificate = _read(folder / "ca.crt", x509.load_pem_x509_certificate)
+    key = _read(folder / "ca.key", lambda data: serialization.load_pem_private_key(data, password=None))
+    if key.public_key() != certificate.public_key():
+        raise ConfigurationError(
+            message(
+                "an authority's key and certificate belong together",
+                received=f"ca.key and ca.crt of two authorities in {folder}",
+                fix="bring the key of the certificate that the sites have",
+            )
+        )
+    check_valid(folder / "ca.crt")
+    return key, certificate
+
+
+def _read(path: Path, reader: Callable[[bytes], Any]) -> Any:
+    """Return what a file holds.
+
+    Raises:
+        ConfigurationError: If it holds something else.
+    """
+    try:
+        return reader(path.read_bytes())
+    except (ValueError, TypeError) as error:
+        raise ConfigurationError(
+            message(
+                "keys, certificates and requests are PEM files", received=f"{path} ({error})", fix="ask for it again"
+            )
+        ) from error
+
+
+# ---------------------------------------------------------------------- what is made
 
 
 def _now() -> datetime.datetime:
     return datetime.datetime.now(datetime.timezone.utc)
 
 
-def make_node_key(path: Path) -> None:
-    """Write a SuperNode's private key (EC P-384, OpenSSH) to ``path``, and the public one beside it, as ``.pub``."""
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
+def _tls(path: Path) -> Path:
+    return path.with_name(f"{path.name}.tls")
 
-    key = ec.generate_private_key(ec.SECP384R1())
-    form = serialization.PrivateFormat.OpenSSH
-    _write(path, key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
-    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    path.with_suffix(".pub").write_bytes(public + b"\n")
+
+def _with(path: Path, ending: str) -> Path:
+    return path.with_name(f"{path.name}.{ending}")
 
 
 def _named(text: str) -> Any:
@@ -184,49 +320,12 @@ def _issue(
     link = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())
     signed = signed.add_extension(link, critical=False)
     if key is not None:
-        _write(path.with_name(f"{path.name}.key"), _pem(key))
-    path.with_name(f"{path.name}.crt").write_bytes(_certificate(signed.sign(signer, hashes.SHA384())))
+        _write(_with(path, "key"), _pem(key))
+    _write(_with(path, "crt"), _certificate(signed.sign(signer, hashes.SHA384())), is_secret=False)
 
 
-def _requested_by(path: Path) -> Any:
-    """Return the public key of a request."""
-    from cryptography import x509
-
-    request = x509.load_pem_x509_csr(path.read_bytes())
-    if not request.is_signature_valid:
-        raise ConfigurationError(
-            message("a request is signed with its own key", received=path, fix="ask the site to make it again")
-        )
-    return request.public_key()
-
-
-def _authority_in(folder: Path) -> tuple[Any, Any]:
-    """Return the key and the certificate of the authority in a folder."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import serialization
-
-    if not (folder / "ca.key").exists():
-        raise ConfigurationError(
-            message(
-                "certificates are signed with the authority's key",
-                received=f"{folder} without ca.key",
-                fix="bring it from its safe, and take it back afterwards",
-            )
-        )
-    certificate = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
-    if certificate.not_valid_after_utc < _now():
-        raise ConfigurationError(
-            message(
-                "an authority is valid",
-                received=f"{folder / 'ca.crt'}, which ended on {certificate.not_valid_after_utc:%Y-%m-%d}",
-                fix="make another in an empty folder, and give its ca.crt to all",
-            )
-        )
-    return serialization.load_pem_private_key((folder / "ca.key").read_bytes(), password=None), certificate
-
-
-def _write(path: Path, data: bytes) -> None:
-    with replacing(path, mode=0o600) as file:
+def _write(path: Path, data: bytes, *, is_secret: bool = True) -> None:
+    with replacing(path, mode=0o600 if is_secret else 0o644) as file:
         file.write(data)
 
 

@@ -24,10 +24,12 @@ def main(arguments: Sequence[str]) -> int:
     """Run a role; return the exit code."""
     parser = _Parser(prog="python -m fedgan_lightning federation", description=__doc__)
     roles = parser.add_subparsers(dest="role", required=True, parser_class=_Parser)
-    keys = roles.add_parser("keys", help="make a certificate authority, a server certificate and node keys")
+    keys = roles.add_parser(
+        "keys", help="make a certificate authority, a server certificate and node keys, or renew certificates"
+    )
     keys.add_argument("folder", type=Path)
     keys.add_argument("--sites", type=int, required=True)
-    keys.add_argument("--host", nargs="+", default=["localhost", "127.0.0.1"], help="names of the server")
+    keys.add_argument("--host", nargs="+", default=[], help="names of the server; by default those that it has")
     server = roles.add_parser("server", help="SuperLink and run; continues a run that was cut off")
     _shared(server)
     server.add_argument("--keys", type=Path, required=True, help="ca.crt, server.crt, server.key, and *.pub of sites")
@@ -79,12 +81,13 @@ def _keys(options: argparse.Namespace, others: list[str]) -> None:
     from fedgan_lightning.deployment.keys import LOCAL, prepare
 
     # The server's own commands, and a proxy on the same machine, reach the SuperLink under a local name.
-    done = prepare(options.folder, sites=options.sites, hosts=list(dict.fromkeys([*options.host, *LOCAL])))
+    hosts = list(dict.fromkeys([*options.host, *LOCAL])) if options.host else []
+    done = prepare(options.folder, sites=options.sites, hosts=hosts)
     for word in dict.fromkeys(done.values()):
         print(f"{word}: {', '.join(name for name, own in done.items() if own == word)}")
     print(
         f"{options.folder}: ca.crt, siteN, siteN.tls.crt and siteN.tls.key go to site N; "
-        "siteN.pub, server.crt and server.key stay at the server, ca.key in a safe"
+        "siteN.pub, server.crt and server.key to the server, ca.key into a safe; keep *.crt and *.pub for renewal"
     )
 
 

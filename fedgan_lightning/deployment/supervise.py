@@ -19,6 +19,8 @@ logger = logging.getLogger("fedgan_lightning")
 
 #: Seconds between two starts of a SuperNode, and between two looks at it.
 PAUSE_SECONDS, POLL_SECONDS = 5.0, 0.2
+#: Seconds for a SuperNode that is asked to end to do so; whoever asked this process waits ten.
+STOP_SECONDS = 7.0
 #: Seconds for which a refused SuperNode is started again. A SuperLink takes a killed SuperNode for connected until it
 #: has missed two heartbeats (60 s), and turns its successor away as it turns strangers away.
 PATIENCE_SECONDS = 90.0
@@ -107,13 +109,15 @@ def _hopeless(code: int, *, has_lost_starter: bool) -> ConfigurationError:
 def _wait(process: subprocess.Popen, stops: Sequence[int]) -> tuple[int, bool]:
     """Return the exit code of a SuperNode, and whether it was ended because it could not do tasks any more.
 
-    The first signal asks it to end, a second one ends it.
+    The first signal asks it to end; a second one, or time, ends it.
     """
-    asked, is_useless = 0, False
+    asked, asked_at, is_useless = 0, 0.0, False
     while (code := process.poll()) is None:
-        if len(stops) > asked:
-            process.terminate() if asked == 0 else _signal_group(process, signal.SIGKILL)
-            asked = len(stops)
+        if asked and (len(stops) > asked or time.monotonic() > asked_at + STOP_SECONDS):
+            _signal_group(process, signal.SIGKILL)
+        elif len(stops) > asked:
+            process.terminate()
+            asked, asked_at = len(stops), time.monotonic()
         elif not stops and not is_useless and (is_useless := _has_lost_its_starter(process.pid)):
             logger.warning(f"{STARTER} ended, and the SuperNode does not start another: it could do nothing any more")
             process.terminate()

@@ -42,7 +42,7 @@ class StartFrom(L.Callback):
             raise self._unfit("no networks", "use checkpoints/last.ckpt or best.ckpt of a run")
         data: Any = getattr(trainer, "datamodule", None)
         if isinstance(data, FederatedDataModule):
-            check_agreement(data, found.get(type(data).__qualname__, {}), path=self.ckpt_path)
+            check_agreement(data, _agreement_in(found, type(data).__qualname__), path=self.ckpt_path)
         model = pl_module.model if isinstance(pl_module, ServerModule) else pl_module
         for name in self.networks:
             self._load(model, found["state_dict"], name)
@@ -75,3 +75,10 @@ class StartFrom(L.Callback):
                 fix=fix,
             )
         )
+
+
+def _agreement_in(checkpoint: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return what clients had agreed on; a deployment's data module, and a simulation's, have names of their own."""
+    others = (key for key in checkpoint if key.endswith("DataModule"))
+    found: dict[str, Any] = checkpoint.get(name) or next((checkpoint[key] for key in others if checkpoint[key]), {})
+    return found

@@ -10,7 +10,7 @@ pytest.importorskip("cryptography", reason="comes with the extra 'flower'")
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedgan_lightning.__main__ import main
@@ -84,43 +84,98 @@ def test_a_site_with_a_certificate_uses_tls_among_its_own_processes_too(tmp_path
 # ---------------------------------------------------------------------- a year later
 
 
-def again(keys, *, sites):
-    return main(["federation", "keys", str(keys), "--sites", str(sites), "--host", "fedgan.example.org"])
+def again(keys, *, sites, hosts=()):
+    return main(["federation", "keys", str(keys), "--sites", str(sites), *(["--host", *hosts] if hosts else [])])
 
 
-def test_the_same_command_renews_certificates_and_keeps_the_authority_and_node_keys(keys, capsys):
-    before = {path.name: path.read_bytes() for path in keys.iterdir()}
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def forget(keys, *patterns):
+    for pattern in patterns:
+        for path in keys.glob(pattern):
+            path.unlink()
+
+
+def request_of(key, *, name="site2", host="localhost"):
+    found = x509.CertificateSigningRequestBuilder()
+    found = found.subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
+    more = x509.SubjectAlternativeName([x509.DNSName(host)])
+    return found.add_extension(more, critical=False).sign(key, hashes.SHA256())
+
+
+def pem(found):
+    return found.public_bytes(serialization.Encoding.PEM)
+
+
+def test_the_same_command_renews_certificates_and_keeps_every_key(keys, capsys):
+    before = contents(keys)
     assert again(keys, sites=3) == 0
-    after = {path.name: path.read_bytes() for path in keys.iterdir()}
-    assert {name for name in before if before[name] == after[name]} == {
-        *("ca.crt", "ca.key", "site0", "site0.pub", "site1", "site1.pub")
-    }
+    after = contents(keys)
+    renewed = {f"{name}.crt" for name in ("server", "site0.tls", "site1.tls")}
+    assert {name for name in before if before[name] != after[name]} == renewed
     assert after.keys() - before.keys() == {"site2", "site2.pub", "site2.tls.crt", "site2.tls.key"}
     for name in ("server", "site0.tls", "site1.tls", "site2.tls"):
         found = certificate(keys / f"{name}.crt")
         found.verify_directly_issued_by(certificate(keys / "ca.crt"))
         own = serialization.load_pem_private_key(after[f"{name}.key"], password=None)
         assert own.public_key() == found.public_key(), "key and certificate belong together"
+    assert "fedgan.example.org" in names_and_uses(certificate(keys / "server.crt"))[0], "nobody named it again"
     text = capsys.readouterr().out
     assert "kept: ca, site0, site1\n" in text
     assert "renewed: server, site0.tls, site1.tls\n" in text
+    assert again(keys, sites=1, hosts=["other.example.org"]) == 0
+    assert names_and_uses(certificate(keys / "server.crt"))[0] == {"other.example.org", "localhost", "127.0.0.1"}
+    assert (keys / "site2.tls.crt").read_bytes() != after["site2.tls.crt"], "sites that are known are renewed, too"
 
 
-def test_an_authority_whose_key_is_in_a_safe_signs_nothing(keys, capsys):
-    (keys / "ca.key").rename(keys.parent / "safe")
-    before = {path.name: path.read_bytes() for path in keys.iterdir()}
+def test_renewal_needs_no_secret_but_the_authority_s(keys):
+    forget(keys, "site?", "*.tls.key", "server.key")
+    before = contents(keys)
+    assert again(keys, sites=2) == 0
+    after = contents(keys)
+    assert after.keys() == before.keys(), "no private key was made"
+    for name in ("server", "site0.tls", "site1.tls"):
+        old, new = (x509.load_pem_x509_certificate(held[f"{name}.crt"]) for held in (before, after))
+        assert old.serial_number != new.serial_number
+        assert old.public_key() == new.public_key()
+
+
+def test_what_was_killed_half_way_is_completed(keys):
+    forget(keys, "site0.tls.*", "site1.tls.crt", "site1.pub", "server.crt")
+    before = contents(keys)
+    assert again(keys, sites=2) == 0
+    after = contents(keys)
+    assert all(after[name] == before[name] for name in ("site0", "site1", "site1.tls.key", "server.key", "ca.key"))
+    for name in ("site0.tls", "site1.tls", "server"):
+        own = serialization.load_pem_private_key(after[f"{name}.key"], password=None)
+        assert own.public_key() == certificate(keys / f"{name}.crt").public_key()
+    node = serialization.load_ssh_private_key(after["site1"], password=None)
+    assert serialization.load_ssh_public_key(after["site1.pub"]).public_numbers() == node.public_key().public_numbers()
+
+
+@pytest.mark.parametrize(("missing", "here"), [("ca.key", "ca.crt"), ("ca.crt", "ca.key")])
+def test_half_an_authority_signs_nothing(missing, here, keys, capsys):
+    (keys / missing).rename(keys.parent / "safe")
+    before = contents(keys)
     assert again(keys, sites=3) == 2
-    assert "received " + str(keys) + " without ca.key. Fix: bring it from its safe" in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in keys.iterdir()} == before
+    assert f"received {keys} with {here} and without {missing}. Fix: bring {missing}" in capsys.readouterr().err
+    assert contents(keys) == before
+
+
+def test_the_key_of_another_authority_signs_nothing(keys, capsys):
+    making.make_authority(keys.parent / "other")
+    (keys / "ca.key").write_bytes((keys.parent / "other" / "ca.key").read_bytes())
+    before = contents(keys)
+    assert again(keys, sites=2) == 2
+    assert "an authority's key and certificate belong together" in capsys.readouterr().err
+    assert contents(keys) == before
 
 
 def test_a_site_with_keys_of_its_own_gets_a_certificate_for_its_request(keys, capsys):
     key = ec.generate_private_key(ec.SECP384R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "the server, really")])
-    request = x509.CertificateSigningRequestBuilder().subject_name(name)
-    more = x509.SubjectAlternativeName([x509.DNSName("fedgan.example.org")])
-    request = request.add_extension(more, critical=False).sign(key, hashes.SHA384())
-    (keys / "site2.csr").write_bytes(request.public_bytes(serialization.Encoding.PEM))
+    (keys / "site2.csr").write_bytes(pem(request_of(key, name="the server, really", host="fedgan.example.org")))
     for number in (2, 3):
         (keys / f"site{number}.pub").write_bytes((keys / "site0.pub").read_bytes())
     assert again(keys, sites=4) == 0
@@ -129,20 +184,36 @@ def test_a_site_with_keys_of_its_own_gets_a_certificate_for_its_request(keys, ca
     assert found.public_key() == key.public_key()
     assert names_and_uses(found)[0] == {"localhost", "127.0.0.1"}, "whatever the request says"
     assert found.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value == "site2"
-    assert not {"site2", "site2.tls.key", "site3", "site3.tls.crt"} & {path.name for path in keys.iterdir()}
+    assert not {"site2", "site2.tls.key", "site3", "site3.tls.crt"} & set(contents(keys))
     assert "left to the site: site3.tls\n" in capsys.readouterr().out
+    (keys / "site2.csr").unlink()
+    assert again(keys, sites=4) == 0
+    assert certificate(keys / "site2.tls.crt").public_key() == key.public_key(), "a year later, too"
 
 
-def test_a_request_of_somebody_without_its_key_is_refused(keys, capsys):
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "site0")])
-    request = x509.CertificateSigningRequestBuilder().subject_name(name)
-    signed = request.sign(ec.generate_private_key(ec.SECP384R1()), hashes.SHA384())
-    forged = bytearray(signed.public_bytes(serialization.Encoding.DER))
-    forged[-1] ^= 1  # the end of the signature
-    found = x509.load_der_x509_csr(bytes(forged))
-    (keys / "site0.csr").write_bytes(found.public_bytes(serialization.Encoding.PEM))
-    assert again(keys, sites=1) == 2
-    assert "a request is signed with its own key; received" in capsys.readouterr().err
+def forged():
+    found = request_of(ec.generate_private_key(ec.SECP384R1())).public_bytes(serialization.Encoding.DER)
+    return pem(x509.load_der_x509_csr(found[:-1] + bytes([found[-1] ^ 1])))  # the end of the signature
+
+
+@pytest.mark.parametrize(
+    ("request_", "has_node_key", "rule"),
+    [
+        (forged, True, "a request is signed with its own key"),
+        (lambda: b"no request", True, "keys, certificates and requests are PEM files"),
+        (lambda: pem(request_of(rsa.generate_private_key(65537, 1024))), True, "received 1024 in"),
+        (lambda: pem(request_of(ec.generate_private_key(ec.SECP192R1()))), True, "received 192 in"),
+        (lambda: pem(request_of(ec.generate_private_key(ec.SECP384R1()))), False, "without site2.pub"),
+    ],
+)
+def test_a_request_that_must_not_be_signed_changes_nothing(request_, has_node_key, rule, keys, capsys):
+    (keys / "site2.csr").write_bytes(request_())
+    if has_node_key:
+        (keys / "site2.pub").write_bytes((keys / "site0.pub").read_bytes())
+    before = contents(keys)
+    assert again(keys, sites=3) == 2
+    assert rule in capsys.readouterr().err
+    assert contents(keys) == before
 
 
 def test_a_certificate_that_has_ended_is_refused_and_one_that_is_about_to_is_named(keys, monkeypatch, caplog):
@@ -156,6 +227,9 @@ def test_a_certificate_that_has_ended_is_refused_and_one_that_is_about_to_is_nam
     assert again(keys, sites=2) == 0
     with pytest.raises(ConfigurationError, match=r"certificates are valid; received .*server.crt, which ended on 2"):
         programs.superlink(keys.parent / "home", keys=keys, host="127.0.0.1", port=0)
+    (keys / "server.crt").write_text("none")
+    with pytest.raises(ConfigurationError, match=r"PEM files; received .*server.crt"):
+        making.check_valid(keys / "server.crt")
 
 
 def test_an_authority_that_has_ended_signs_nothing_and_outlives_what_it_signs(tmp_path, monkeypatch, capsys):
@@ -167,4 +241,5 @@ def test_an_authority_that_has_ended_signs_nothing_and_outlives_what_it_signs(tm
     monkeypatch.setattr(making, "AUTHORITY_DAYS", -1e-3)
     making.make_authority(tmp_path)
     assert again(tmp_path, sites=1) == 2
-    assert "an authority is valid; received" in capsys.readouterr().err
+    assert "ca.crt, which ended on 2" in (text := capsys.readouterr().err)
+    assert "makes another authority with federation keys, in an empty folder" in text

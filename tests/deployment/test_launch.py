@@ -208,6 +208,16 @@ def test_a_site_that_is_asked_to_stop_asks_its_supernode(tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_a_supernode_that_does_not_end_when_it_is_asked_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(supervise, "STOP_SECONDS", 0.5)
+    deaf = f"trap '' TERM; echo $$ > {tmp_path / 'up'}; while true; do sleep 0.1; done"
+    threading.Thread(
+        target=lambda: eventually((tmp_path / "up").exists) and os.kill(os.getpid(), signal.SIGTERM)
+    ).start()
+    assert supervise.keep_running(["sh", "-c", deaf], environment=os.environ) == 0
+    assert eventually(lambda: not _running(group=int((tmp_path / "up").read_text())))
+
+
 def eventually(condition) -> bool:
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:

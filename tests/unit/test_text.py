@@ -419,6 +419,14 @@ class TestStartFrom:
         with pytest.raises(CheckpointError, match="with no networks"):
             self.start(str(tmp_path / "plain.ckpt"))
 
+    def test_what_was_agreed_between_sites_counts_in_a_simulation_and_the_other_way_round(self, checkpoint, tmp_path):
+        state = torch.load(checkpoint, weights_only=True)
+        state["SurveyedDataModule"] = state.pop("FederatedDataModule")
+        torch.save(state, tmp_path / "deployed.ckpt")
+        self.start(str(tmp_path / "deployed.ckpt"))
+        with pytest.raises(CheckpointError, match="another vocabulary"):
+            self.start(str(tmp_path / "deployed.ckpt"), data=module(source=source(max_words=30)))
+
     def test_a_resumed_run_with_another_vocabulary_is_refused(self, checkpoint):
         state = torch.load(checkpoint, weights_only=True)["FederatedDataModule"]
         module().load_state_dict(state)

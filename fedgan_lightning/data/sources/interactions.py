@@ -278,7 +278,7 @@ def most_popular(counts: Mapping[str, int], *, num_items: int) -> list[str]:
 
     Args:
         counts: Users by item, summed over institutions; see :meth:`Interactions.popularity`.
-        num_items: How many. Of equal counts the names that sort first are taken.
+        num_items: How many. Of equal counts the names that sort first as words are taken.
 
     Raises:
         DataError: If there are not so many.
@@ -289,7 +289,7 @@ def most_popular(counts: Mapping[str, int], *, num_items: int) -> list[str]:
                 f"{num_items} items have counts", received=f"{len(counts)} items", fix="lower num_items or min_item"
             )
         )
-    ranked = sorted(counts, key=lambda name: (-counts[name], _by_number(name)))
+    ranked = sorted(counts, key=lambda name: (-counts[name], name))
     return sorted(ranked[:num_items], key=_by_number)
 
 
