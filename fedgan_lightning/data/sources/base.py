@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -59,6 +61,32 @@ class Source(ABC):
     def agreement(self) -> dict[str, Any]:
         """Return, as plain values for checkpoints, what the clients agreed on; nothing for most sources."""
         return {}
+
+
+def read_names(path: str | Path, *, option: str, numbered: str) -> list[str]:
+    """Return the names in a JSON file that clients have agreed on.
+
+    Args:
+        path: The file, a list of text.
+        option: Where it was named, for the error; runs write a file of that name.
+        numbered: What the list says, such as "words by id", for the error.
+
+    Raises:
+        DataError: If the file is missing or no list of text.
+    """
+    try:
+        names = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("not a list of names")
+    except (OSError, ValueError) as error:
+        raise DataError(
+            message(
+                f"data.source.{option} is a JSON list of {numbered}",
+                received=f"{path} ({error})",
+                fix=f"name a {option}.json that a run wrote",
+            )
+        ) from error
+    return names
 
 
 def to_pixels(images: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedgan_lightning.data.samples import Samples
-from fedgan_lightning.data.sources.base import Source, Split
+from fedgan_lightning.data.sources.base import Source, Split, read_names
 from fedgan_lightning.errors import ConfigurationError, DataError, message
 from fedgan_lightning.seeding import make_numpy_generator
 
@@ -294,18 +293,7 @@ def most_popular(counts: Mapping[str, int], *, num_items: int) -> list[str]:
 
 
 def _read_items(path: Path, num_items: int) -> list[str]:
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError("not a list of names")
-    except (OSError, ValueError) as error:
-        raise DataError(
-            message(
-                "data.source.items is a JSON list of items' names by column",
-                received=f"{path} ({error})",
-                fix="name an items.json that a run wrote",
-            )
-        ) from error
+    names = read_names(path, option="items", numbered="items' names by column")
     if len(set(names)) != len(names) or len(names) != num_items:
         raise DataError(
             message(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedgan_lightning.data.samples import Samples
-from fedgan_lightning.data.sources.base import Source, Split
+from fedgan_lightning.data.sources.base import Source, Split, read_names
 from fedgan_lightning.data.vocabulary import Sentence, Vocabulary, contribution, summed, tokens
 from fedgan_lightning.errors import DataError, message
 from fedgan_lightning.seeding import make_numpy_generator
@@ -73,7 +72,7 @@ class TextFile(Source):
         self.min_support, self.once_per_sentence = min_support, once_per_sentence
         self.topic_of = _by_word(topics or {})
         self.sample_shape = (max_length,)
-        self.vocabulary = None if vocabulary is None else read_vocabulary(vocabulary)
+        self.vocabulary = None if vocabulary is None else _vocabulary_in(vocabulary)
 
     @property
     def agreed(self) -> bool:  # type: ignore[override]
@@ -153,25 +152,8 @@ class TextFile(Source):
         return sentences, files
 
 
-def read_vocabulary(path: str | Path) -> Vocabulary:
-    """Return the vocabulary in a JSON file, a list of words by id.
-
-    Raises:
-        DataError: If the file is missing or is none.
-    """
-    try:
-        words = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            raise ValueError("not a list of words")
-        return Vocabulary(tuple(words))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            message(
-                "data.source.vocabulary is a JSON list of words by id",
-                received=f"{path} ({error})",
-                fix="name a vocabulary.json that a run wrote",
-            )
-        ) from error
+def _vocabulary_in(path: str) -> Vocabulary:
+    return Vocabulary(tuple(read_names(path, option="vocabulary", numbered="words by id")))
 
 
 def _every_word(sentences: Iterable[Sentence]) -> Vocabulary:
