@@ -64,6 +64,7 @@ IMAGE_COLUMNS = (
 #: Curves of TensorBoard, at their start and their end.
 SIGNS = ("train/loss_g", "drift/generator", "drift/discriminator", "gap/held_minus_absent")
 RING_COLUMNS = ("modes", "modes_raw", "high_quality", "high_quality_raw", "mode_divergence")
+RING_COLUMNS += ("mode_spread", "mode_spread_raw")
 
 
 def split(clients: int) -> list[str]:
@@ -136,11 +137,10 @@ SPLITS: dict[str, list[str]] = {"divided": [], "IID": IID}
 
 
 def falling(total: int) -> list[str]:
-    """Return options for learning rates of the ring and the grid that fall within so many steps."""
-    return [
-        *("--model.generator_scheduler.init_args.total_iters", str(total)),
-        *("--model.discriminator_scheduler.init_args.total_iters", str(total)),
-    ]
+    """Return options for learning rates that fall to 5 % within so many steps."""
+    scheduler = "{class_path: torch.optim.lr_scheduler.LinearLR, init_args: {start_factor: 1.0, end_factor: 0.05"
+    scheduler += f", total_iters: {total}}}}}"
+    return ["--model.generator_scheduler", scheduler, "--model.discriminator_scheduler", scheduler]
 
 
 #: The discriminator's learning rate, the generator's in place of twice it.
@@ -286,9 +286,9 @@ GRIDS = {
         columns=IMAGE_COLUMNS[:6],
     ),
     "ring8_loss": Grid(
-        title="ring of 8, four clients with two modes each, and IID: losses at 15 000 steps",
+        title="ring of 8, four clients with two modes each, and IID: losses at 15 000 steps, falling rates",
         config="ring8.yaml",
-        common=["--federation.executor", "VectorizedExecutor"],
+        common=["--federation.executor", "VectorizedExecutor", *falling(15000)],
         cells=losses(),
         columns=RING_COLUMNS,
         seeds=(0, 1, 2, 3, 4),
@@ -317,21 +317,19 @@ GRIDS = {
         columns=RING_COLUMNS,
     ),
     "ring8_optimizer": Grid(
-        title="ring of 8, four clients with two modes each, and IID: optimizer state at 15 000 steps",
+        title="ring of 8, four clients with two modes each, and IID: optimizer state at 15 000 steps, falling rates",
         config="ring8.yaml",
-        common=["--federation.executor", "VectorizedExecutor"],
+        common=["--federation.executor", "VectorizedExecutor", *falling(15000)],
         cells=optimizers(lr=0.1, server=1e-3),
         columns=RING_COLUMNS,
     ),
     "ring8_average": Grid(
-        title="ring of 8, four clients with two modes each, 15 000 steps: the moving average where learning rates stay",
+        title="ring of 8, four clients with two modes each, 15 000 steps: the moving average, and learning rates",
         config="ring8.yaml",
         common=["--federation.executor", "VectorizedExecutor"],
-        cells={
-            "rates stay": ["--model.generator_scheduler", "null", "--model.discriminator_scheduler", "null"],
-            "rates fall": [],
-        },
+        cells={"rates stay": [], "rates fall": falling(15000)},
         columns=RING_COLUMNS,
+        seeds=(0, 1, 2, 3, 4),
     ),
     "grid25_optimizer": Grid(
         title="25-grid, five clients with five modes each, and IID: optimizer state at 10 000 of its 30 000 steps",

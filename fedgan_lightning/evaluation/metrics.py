@@ -134,12 +134,12 @@ class ClassCoverage(Metric):
 
 
 class ModeCoverage(Metric):
-    """Modes covered, share of high-quality samples and balance, for data with known Gaussian modes.
+    """Modes covered, share of high-quality samples, balance, and spread within modes, where Gaussian modes are known.
 
     See :func:`fedgan_lightning.evaluation.modes.mode_statistics`.
     """
 
-    larger_is_better = ("modes", "high_quality")
+    larger_is_better = ("modes", "high_quality", "mode_spread")  # what fails is a spread below that of the data
 
     def __init__(self) -> None:
         self.centres, self.sigma = torch.empty(0), 0.0
@@ -156,7 +156,8 @@ class ModeCoverage(Metric):
             )
         self.centres, self.sigma = source.centres, float(source.sigma)  # type: ignore[attr-defined]
         real = modes.mode_statistics(data.test_samples.x, centres=self.centres, sigma=self.sigma)
-        return {"num_modes": len(self.centres), "high_quality_of_reals": real["high_quality"]}
+        of_reals = {f"{name}_of_reals": real[name] for name in ("high_quality", "mode_spread")}
+        return {"num_modes": len(self.centres), **of_reals}
 
     def compute(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
         return modes.mode_statistics(samples.cpu(), centres=self.centres, sigma=self.sigma)

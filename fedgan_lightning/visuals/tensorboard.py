@@ -21,7 +21,7 @@ LAYOUT = {
     "Quality": {
         "Fréchet distance": ["Multiline", ["^fid$", "^fid_raw$"]],
         "classes": ["Multiline", ["^classes$", "^class_accuracy$", "^class_distance$"]],
-        "modes": ["Multiline", ["^modes$", "^high_quality$", "^mode_divergence$"]],
+        "modes": ["Multiline", ["^modes$", "^high_quality$", "^mode_divergence$", "^mode_spread$"]],
         "distance": ["Multiline", ["^sliced_wasserstein$"]],
         "completed pictures, PSNR": ["Multiline", ["^completion_psnr$"]],
         "completed pictures, Fréchet distance": ["Multiline", ["^completion_fid$"]],

@@ -165,10 +165,29 @@ class TestModes:
 
     def test_perfect_and_hopeless(self):
         perfect = modes.mode_statistics(self.centres.repeat(5, 1), centres=self.centres, sigma=0.1)
-        assert perfect == {"modes": 4.0, "high_quality": 1.0, "mode_divergence": pytest.approx(0.0, abs=1e-12)}
+        balanced = {"modes": 4.0, "high_quality": 1.0, "mode_divergence": pytest.approx(0.0, abs=1e-12)}
+        assert perfect == {**balanced, "mode_spread": 0.0}, "what is no perfect sample of a Gaussian"
         hopeless = modes.mode_statistics(torch.full((9, 2), 99.0), centres=self.centres, sigma=0.1)
         assert hopeless["modes"] == hopeless["high_quality"] == 0
         assert 0 < hopeless["mode_divergence"] <= math.log(2)
+
+    @given(width=st.floats(0.05, 0.4), shift=st.floats(-0.5, 0.5))
+    def test_spread_is_that_of_samples_within_their_mode_wherever_they_are(self, width, shift):
+        noise = torch.randn(4, 500, 2, generator=torch.Generator().manual_seed(0)).double()
+        samples = (self.centres.unsqueeze(1) + shift + width * noise).flatten(0, 1)
+        found = modes.mode_statistics(samples, centres=self.centres, sigma=1.0)
+        assert found["high_quality"] == 1
+        expected = np.sqrt(np.mean([np.cov(own.T.numpy()).diagonal() for own in width * noise]))
+        assert found["mode_spread"] == pytest.approx(expected, rel=1e-9)
+
+    def test_spread_of_the_modes_own_samples_is_what_the_cut_leaves(self):
+        noise = torch.randn(4, 20000, 2, generator=torch.Generator().manual_seed(0))
+        samples = (self.centres.unsqueeze(1) + 0.1 * noise).flatten(0, 1)
+        found = modes.mode_statistics(samples, centres=self.centres, sigma=0.1)
+        cut = math.exp(-4.5)
+        assert found["mode_spread"] == pytest.approx(math.sqrt((1 - 5.5 * cut) / (1 - cut)), abs=0.005)
+        alone = modes.mode_statistics(self.centres[:1], centres=self.centres, sigma=0.1)
+        assert alone["mode_spread"] == 0, "one sample has none"
 
     def test_sliced_wasserstein_of_a_shift_along_one_axis(self):
         directions = torch.tensor([[1.0], [0.0]])
