@@ -15,6 +15,7 @@ pytest.importorskip("flwr", reason="needs the extra 'flower' (Python 3.11 or lat
 
 from benchmarks.kill_server import descendants, send_kill, wait_for
 from fedgan_lightning.deployment import launch, programs, warm
+from fedgan_lightning.deployment.keys import make_authority
 
 pytestmark = [
     pytest.mark.flower,
@@ -91,7 +92,8 @@ def test_what_a_site_s_supernode_finds_is_the_quick_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(launch, "keep_running", keep_running)
     monkeypatch.chdir(tmp_path)
-    for name in ("ca.crt", "site0", "config.yaml"):
+    make_authority(tmp_path)
+    for name in ("site0", "config.yaml"):
         Path(name).touch()
     site = ["--superlink", "h:1", "--ca", "ca.crt", "--key", "site0", "--client-id", "0", "--config", "config.yaml"]
     assert launch.main(["site", *site]) == 0
