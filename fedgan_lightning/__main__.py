@@ -64,9 +64,14 @@ def federate(arguments: Sequence[str]) -> int:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from fedgan_lightning.cli import HELP, run
+    from fedgan_lightning.federation.ranks import lost_rank
 
     try:
         run(list(arguments))
+    except RuntimeError as error:
+        if (lost := lost_rank(error)) is None:
+            raise
+        raise lost from error
     except MisconfigurationException as error:  # Lightning's own: a setting of the Trainer
         print(f"error: {' '.join(str(error).split())} {HELP}", file=sys.stderr)
         return 2

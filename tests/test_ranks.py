@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import signal
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fedgan_lightning.checkpoints import read_checkpoint
-from fedgan_lightning.federation.ranks import Ranks
+from fedgan_lightning.federation.ranks import Ranks, lost_rank
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.processes
@@ -103,6 +105,17 @@ def test_two_ranks_train_like_one_and_resume(tmp_path):
     ledgers = [json.loads((tmp_path / name / "summary.json").read_text()) for name in runs]
     for counted in ("bytes_down", "bytes_up", "client_steps", "client_runs"):
         assert ledgers[0][counted] == ledgers[1][counted], counted
+
+
+def test_a_rank_that_is_lost_in_a_collective_of_lightning_s_is_named_too(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError) as caught:
+        nobody = {"init_method": "tcp://127.0.0.1:1", "timeout": datetime.timedelta(seconds=0.2)}
+        dist.init_process_group("gloo", rank=1, world_size=2, **nobody)
+    assert "received rank 0 of 2 lost another" in str(lost_rank(caught.value))
+    with pytest.raises(RuntimeError) as caught:
+        torch.ones(2) @ torch.ones(3)
+    assert lost_rank(caught.value) is None
 
 
 def test_a_rank_that_dies_ends_the_run_with_a_named_error_and_a_usable_checkpoint(tmp_path):

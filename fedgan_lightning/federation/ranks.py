@@ -7,6 +7,8 @@ clients' scalars and private states exchanged. Nothing that travels is executed:
 from __future__ import annotations
 
 import json
+import os
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
 
-from fedgan_lightning.errors import ConfigurationError, RankError, RoundInterrupted, message
+from fedgan_lightning.errors import ConfigurationError, FedGANError, RankError, RoundInterrupted, message
 from fedgan_lightning.protocol import State
 
 
@@ -132,13 +134,30 @@ class Ranks:
         try:
             collective()
         except RuntimeError as error:
-            raise RankError(
-                message(
-                    "all processes of a run live until its end",
-                    received=f"rank {self.rank} of {self.world_size} lost another ({str(error).splitlines()[0][:120]})",
-                    fix="find out why it ended (memory?), and continue with --ckpt_path last",
-                )
-            ) from error
+            raise _lost(error, rank=self.rank, world_size=self.world_size) from error
+
+
+def lost_rank(error: RuntimeError) -> RankError | None:
+    """Return the named error where another process was lost in a collective of Lightning's, such as a barrier.
+
+    Args:
+        error: What ended this process; ``None`` is returned unless ``torch.distributed`` raised it.
+    """
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, FedGANError) or not frames or not frames[-1].startswith("torch.distributed"):
+        return None
+    rank, size = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")))
+    return _lost(error, rank=dist.get_rank() if dist.is_initialized() else rank, world_size=size)
+
+
+def _lost(error: RuntimeError, *, rank: int, world_size: int) -> RankError:
+    return RankError(
+        message(
+            "all processes of a run live until its end",
+            received=f"rank {rank} of {world_size} lost another ({str(error).splitlines()[0][:120]})",
+            fix="find out why it ended (memory?), and continue with --ckpt_path last",
+        )
+    )
 
 
 def first_known(values: Sequence[Any]) -> Any:
