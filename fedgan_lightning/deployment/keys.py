@@ -52,6 +52,7 @@ def prepare(folder: Path, *, sites: int, hosts: Sequence[str] = ()) -> dict[str,
     done = {"ca": "kept" if (folder / "ca.crt").exists() or (folder / "ca.key").exists() else "made"}
     if done["ca"] == "kept":
         _authority_in(folder)
+        check_valid(folder / "ca.crt")
     server, keys = _known_key(folder / "server"), {path: _key_of_site(path) for path in paths}
     names = hosts or _hosts_of(folder / "server.crt") or LOCAL
     # Whatever could be refused has been.
@@ -248,7 +249,6 @@ def _authority_in(folder: Path) -> tuple[Any, Any]:
                 fix="bring the key of the certificate that the sites have",
             )
         )
-    check_valid(folder / "ca.crt")
     return key, certificate
 
 

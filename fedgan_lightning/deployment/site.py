@@ -283,6 +283,6 @@ def digest_of(settings: Mapping[str, Any], data: FederatedDataModule) -> str:
         federation |= {"secure": secure, "aggregator": settings["federation"]["aggregator"]}
     source = data.agree()
     meaning = [list(source.sample_shape), list(source.class_names), source.agreement()]
-    own = [settings["data"]["batch_size"], settings["seed_everything"], meaning]
-    shared = [__version__, settings["model"], federation, *own]
+    work = [settings["model"], federation, settings["data"]["batch_size"], settings["seed_everything"]]
+    shared = [__version__, *work, meaning]
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
