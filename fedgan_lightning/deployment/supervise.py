@@ -24,7 +24,7 @@ STOP_SECONDS = 7.0
 #: Seconds for which a refused SuperNode is started again. A SuperLink takes a killed SuperNode for connected until it
 #: has missed two heartbeats (60 s), and turns its successor away as it turns strangers away.
 PATIENCE_SECONDS = 90.0
-#: A SuperNode that ran so long was not refused.
+#: A SuperNode that ran so long was not refused, whatever it ended with.
 SETTLED_SECONDS = 30.0
 #: What a SuperNode starts, to start a process for every task.
 STARTER = "flower-superexec"
@@ -63,7 +63,7 @@ def keep_running(command: Sequence[str], *, environment: Mapping[str, str]) -> i
         number: signal.signal(number, lambda number, frame: stops.append(number))
         for number in (signal.SIGINT, signal.SIGTERM)
     }
-    refused_since = time.monotonic()
+    refused_since: float | None = None
     try:
         while not stops:
             started = time.monotonic()
@@ -72,10 +72,14 @@ def keep_running(command: Sequence[str], *, environment: Mapping[str, str]) -> i
             code, has_lost_starter = _wait(process, stops)
             _signal_group(process, signal.SIGKILL)  # what it started, and its port, must not be in the way
             now = time.monotonic()
-            refused_since = now if now - started > SETTLED_SECONDS else refused_since
+            was_killed = code < 0 and not has_lost_starter  # by somebody else, however early: no refusal
+            if was_killed or now - started > SETTLED_SECONDS:
+                refused_since = None
+            elif refused_since is None:
+                refused_since = now
             if stops:
                 break
-            if now - refused_since > PATIENCE_SECONDS:
+            if refused_since is not None and now - refused_since > PATIENCE_SECONDS:
                 raise _hopeless(code, has_lost_starter=has_lost_starter)
             logger.warning(f"the SuperNode ended ({code}); it is started again in {PAUSE_SECONDS:.0f} s")
             while not stops and time.monotonic() < now + PAUSE_SECONDS:
@@ -111,16 +115,16 @@ def _wait(process: subprocess.Popen, stops: Sequence[int]) -> tuple[int, bool]:
 
     The first signal asks it to end; a second one, or time, ends it.
     """
-    asked, asked_at, is_useless = 0, 0.0, False
+    ending_since: float | None = None
+    is_useless = False
     while (code := process.poll()) is None:
-        if asked and (len(stops) > asked or time.monotonic() > asked_at + STOP_SECONDS):
-            _signal_group(process, signal.SIGKILL)
-        elif len(stops) > asked:
-            process.terminate()
-            asked, asked_at = len(stops), time.monotonic()
-        elif not stops and not is_useless and (is_useless := _has_lost_its_starter(process.pid)):
+        if ending_since is None and not stops and (is_useless := _has_lost_its_starter(process.pid)):
             logger.warning(f"{STARTER} ended, and the SuperNode does not start another: it could do nothing any more")
+        if ending_since is None and (stops or is_useless):
             process.terminate()
+            ending_since = time.monotonic()
+        elif ending_since is not None and (len(stops) > 1 or time.monotonic() > ending_since + STOP_SECONDS):
+            _signal_group(process, signal.SIGKILL)
         time.sleep(POLL_SECONDS)
     return code, is_useless
 

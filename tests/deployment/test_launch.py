@@ -145,6 +145,30 @@ def test_a_site_starts_its_supernode_again_and_gives_up_when_it_is_always_refuse
     assert "the SuperNode ended (1); it is started again" in caplog.text
 
 
+def test_a_site_that_is_killed_early_has_all_the_time_to_come_back(tmp_path, monkeypatch, caplog):
+    """That it had run for a moment alone must not count as refusal: those that follow it are refused for a minute."""
+    monkeypatch.setattr(supervise, "PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(supervise, "PATIENCE_SECONDS", 1.5)
+    starts = tmp_path / "starts"
+    # Let in for two seconds and killed, twice; between the two, and after them, refused for less than the patience.
+    code = f"""
+import os, signal, time
+with open({str(starts)!r}, "a") as file:
+    file.write("start ")
+number = open({str(starts)!r}).read().count("start")
+if number in (1, 4):
+    time.sleep(2)
+    os.kill(os.getpid(), signal.SIGKILL)
+elif number == 7:
+    os.kill({os.getpid()}, signal.SIGTERM)
+    time.sleep(60)
+raise SystemExit(1)
+"""
+    assert supervise.keep_running([sys.executable, "-ISc", code], environment=os.environ) == 0
+    assert starts.read_text().count("start") == 7
+    assert caplog.text.count("the SuperNode ended (-9)") == 2
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of other processes' children")
 def test_a_supernode_whose_starter_of_tasks_has_ended_is_started_again(tmp_path, monkeypatch, caplog):
     """Flower's SuperNode would take messages for ever, and nobody would do what they ask."""
@@ -214,6 +238,20 @@ def test_a_supernode_that_does_not_end_when_it_is_asked_is_ended(tmp_path, monke
     threading.Thread(
         target=lambda: eventually((tmp_path / "up").exists) and os.kill(os.getpid(), signal.SIGTERM)
     ).start()
+    assert supervise.keep_running(["sh", "-c", deaf], environment=os.environ) == 0
+    assert eventually(lambda: not _running(group=int((tmp_path / "up").read_text())))
+
+
+def test_a_second_request_to_stop_does_not_wait_though_it_comes_with_the_first(tmp_path, monkeypatch):
+    deaf = f"trap '' TERM; echo $$ > {tmp_path / 'up'}; while true; do sleep 0.1; done"
+
+    def ask_twice():
+        eventually((tmp_path / "up").exists)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(supervise, "STOP_SECONDS", 3600.0)
+    threading.Thread(target=ask_twice).start()
     assert supervise.keep_running(["sh", "-c", deaf], environment=os.environ) == 0
     assert eventually(lambda: not _running(group=int((tmp_path / "up").read_text())))
 
