@@ -29,7 +29,8 @@ CONFIG = ROOT / "configs" / "digits.yaml"
 
 def options_of(clients: int, rounds: int) -> list[str]:
     """Return the options that both runs share."""
-    return ["--data.num_clients", str(clients), "--federation.rounds", str(rounds), "--data.batch_size", "16"]
+    steps = ["--federation.rounds", str(rounds), "--federation.local_steps", "10"]
+    return ["--data.num_clients", str(clients), *steps, "--data.batch_size", "16"]
 
 
 def superlink(home: Path, started: list[subprocess.Popen]) -> None:

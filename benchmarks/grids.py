@@ -188,6 +188,7 @@ GRIDS = {
     "digits_optimizer": Grid(
         title="digits, ten clients: optimizer state, with two kinds of digit each and IID",
         config="digits.yaml",
+        common=rounds(1000, 10),
         cells=optimizers(lr=0.1, server=1e-3),
         columns=IMAGE_COLUMNS,
     ),
@@ -259,7 +260,7 @@ GRIDS = {
     "digits_attacks": Grid(
         title="digits, ten clients, IID: one that turns its updates round, one that sends noise",
         config="digits.yaml",
-        common=IID,
+        common=[*rounds(1000, 10), *IID],
         cells={
             "mean, all honest": [],
             "Krum, all honest": AGGREGATORS["Krum"],
@@ -278,6 +279,7 @@ GRIDS = {
     "digits_faults": Grid(
         title="digits, ten clients with two kinds of digit each, 100 rounds: half of the cohort fails each round",
         config="digits.yaml",
+        common=rounds(1000, 10),
         cells={
             "no faults": [],
             "no faults, half as many rounds": ["--federation.rounds", "50"],

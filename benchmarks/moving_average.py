@@ -1,6 +1,6 @@
 """How a moving average of the generator should be made: one run, averaged afterwards in several ways.
 
-    python -m benchmarks.moving_average --config configs/digits.yaml --federation.rounds 100
+    python -m benchmarks.moving_average --config configs/digits.yaml
 
     python -m benchmarks.moving_average --metric high_quality --config configs/ring8.yaml
 
