@@ -6,6 +6,7 @@ Every role starts Flower's own programs; nothing here listens or encrypts.
 from __future__ import annotations
 
 import argparse
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -138,17 +139,28 @@ def _trial(options: argparse.Namespace, others: list[str]) -> int:
         programs.await_superlink(port, keys, started[-1])
         programs.end_old_runs(home, keys, port)
         programs.register(home, keys, port)
-        for number in range(options.sites):
-            overlay = options.site[number] if number < len(options.site) else None
-            node = {"client-id": number, "state": str(home / f"site{number}")}
-            node |= {"site": str(overlay.resolve())} if overlay else {}
-            command = programs.supernode(
-                superlink=f"127.0.0.1:{port}",
-                ca=keys / "ca.crt",
-                key=keys / f"site{number}",
-                port=programs.free_port(),
-                node=node,
-                tls=keys / f"site{number}.tls",
-            )
-            started.append(programs.start(kept(command), home / f"site{number}", log="supernode.log", first=first))
-        return programs.run_app(home, options.config, options.run_dir, others)
+        sites = _start_sites(options, home=home, keys=keys, port=port, first=first)
+        started += sites.values()
+        with programs.watched(sites):
+            return programs.run_app(home, options.config, options.run_dir, others)
+
+
+def _start_sites(
+    options: argparse.Namespace, *, home: Path, keys: Path, port: int, first: Path | None
+) -> dict[Path, subprocess.Popen]:
+    """Start the sites of a trial, each kept by a process of its own; return these by their logs."""
+    sites: dict[Path, subprocess.Popen] = {}
+    for number in range(options.sites):
+        own = home / f"site{number}"
+        node = {"client-id": number, "state": str(own)}
+        node |= {"site": str(options.site[number].resolve())} if number < len(options.site) else {}
+        command = programs.supernode(
+            superlink=f"127.0.0.1:{port}",
+            ca=keys / "ca.crt",
+            key=keys / f"site{number}",
+            port=programs.free_port(),
+            node=node,
+            tls=keys / f"site{number}.tls",
+        )
+        sites[own / "supernode.log"] = programs.start(kept(command), own, log="supernode.log", first=first)
+    return sites

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -11,15 +12,18 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedgan_lightning.deployment import warm
 from fedgan_lightning.deployment.supervise import end_with_parent
 from fedgan_lightning.errors import ConfigurationError, message
+
+logger = logging.getLogger("fedgan_lightning")
 
 APP = Path(__file__).parent / "app"
 #: No telemetry, no look for updates, no installation of packages at run time.
@@ -215,6 +219,30 @@ def processes() -> Iterator[list[subprocess.Popen]]:
                 process.wait(10)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def watched(started: Mapping[Path, subprocess.Popen]) -> Iterator[None]:
+    """Say of every process that ends before the body where it said why.
+
+    Args:
+        started: Processes by their log.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        left = dict(started)
+        while left and not over.wait(1.0):
+            for log in [log for log, process in left.items() if process.poll() is not None]:
+                logger.warning(f"a process ended ({left.pop(log).returncode}); {log} says why")
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watching.join()
 
 
 def start(command: Sequence[str], home: Path, *, log: str, first: Path | None = None) -> subprocess.Popen:

@@ -51,7 +51,7 @@ class Sites:
         self._connected: set[int] = set()
         self._present: set[int] = set()
         self._watched = time.monotonic()
-        self._refused: set[int] = set()
+        self._refused: dict[int, str] = {}
         self._troubles: dict[int, str] = {}
 
     def facts(self) -> dict[int, dict[str, Any]]:
@@ -69,16 +69,22 @@ class Sites:
             if self._has_begun:
                 self._remember()
             elif waited > JOIN_SECONDS:
-                raise QuorumError(
-                    message(
-                        f"a federation begins when its {self.num_clients} sites are there",
-                        received=f"none for clients {missing} within {JOIN_SECONDS:.0f} s",
-                        fix="start their SuperNodes, or lower data.num_clients",
-                    )
-                )
+                raise self._too_few(missing)
             else:
                 time.sleep(1.0)
         return dict(self._facts)
+
+    def _too_few(self, missing: list[int]) -> QuorumError:
+        """Return the error that these clients' sites did not come, with what is wrong with those that did."""
+        refused = "; ".join(dict.fromkeys(self._refused.values()))
+        return QuorumError(
+            message(
+                f"a federation begins when its {self.num_clients} sites are there",
+                received=f"none for clients {missing} within {JOIN_SECONDS:.0f} s"
+                + (f", and {len(self._refused)} refused: {refused}" if refused else ""),
+                fix=("mend those, " if refused else "") + "start their SuperNodes, or lower data.num_clients",
+            )
+        )
 
     def _missing(self) -> list[int]:
         """Return the clients whose sites have not come since the server's start."""
@@ -128,7 +134,8 @@ class Sites:
 
     def _look(self) -> None:
         self._connected = {int(node_id) for node_id in self.grid.get_node_ids()}
-        self._refused &= self._connected  # one that comes back may have been mended
+        # One that comes back may have been mended.
+        self._refused = {node: reason for node, reason in self._refused.items() if node in self._connected}
         self._watched = time.monotonic()
 
     def _announce(self) -> None:
@@ -143,7 +150,7 @@ class Sites:
     def refresh(self) -> None:
         """Look who is connected, and ask those that are new who they are."""
         self._look()
-        new = sorted(self._connected - {*self._nodes.values()} - self._refused)
+        new = sorted(self._connected - {*self._nodes.values()} - self._refused.keys())
         for node_id, facts in self._ask({node_id: wire.content({"ask": "facts"}) for node_id in new}).items():
             self._introduce(node_id, wire.facts_of(facts))
         self._announce()
@@ -157,7 +164,7 @@ class Sites:
         except (KeyError, TypeError, ValueError) as error:
             reason = f"answers with no facts ({type(error).__name__}: {error})"
         if reason is not None:
-            self._refused.add(node_id)
+            self._refused[node_id] = reason
             logger.warning(f"site {node_id} refused: it {reason}")
             return
         self._nodes[facts["client_id"]], self._facts[facts["client_id"]] = node_id, facts

@@ -220,6 +220,16 @@ def test_the_sites_of_a_trial_are_looked_after_by_a_process_of_their_own(tmp_pat
     assert "the SuperNode ended (3); it is started again" in (tmp_path / "log").read_text()
 
 
+def test_a_site_of_a_trial_that_gives_up_is_named_while_the_run_goes_on(tmp_path, caplog):
+    with programs.processes() as started:
+        logs = [tmp_path / name / "log" for name in ("gives_up", "stays")]
+        for log, command in zip(logs, (["sh", "-c", "exit 3"], ["sleep", "60"])):
+            started.append(programs.start(command, log.parent, log="log"))
+        with programs.watched(dict(zip(logs, started))):
+            assert eventually(lambda: caplog.messages)
+    assert caplog.messages == [f"a process ended (3); {logs[0]} says why"], "once, and not of those that end later"
+
+
 def test_a_site_that_is_asked_to_stop_asks_its_supernode(tmp_path, monkeypatch):
     monkeypatch.setattr(supervise, "PAUSE_SECONDS", 0.05)
     before = signal.getsignal(signal.SIGTERM)

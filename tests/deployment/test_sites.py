@@ -372,18 +372,20 @@ def test_a_site_with_other_settings_another_s_number_or_no_facts_is_refused(tmp_
         grid.edit = told.get("edit", grid.edit)
         serve_over(grid, ["--config", CONFIG, *SHORT, "--run_dir", str(tmp_path / name)])
 
-    with pytest.raises(QuorumError, match=r"none for clients \[2\] within 0 s"):
+    with pytest.raises(QuorumError, match=r"clients \[2\] within 0 s, and 1 refused: says that it is client 1, which"):
         refused("number", told={2: {"client-id": 1}})
     other = tmp_path / "other.yaml"
     other.write_text("model:\n  class_path: GAN\n  init_args:\n    d_steps: 2\n")
-    with pytest.raises(QuorumError, match=r"none for clients \[0\]"):
+    with pytest.raises(
+        QuorumError, match=r"clients \[0\] within 0 s, and 1 refused: does not share .* Fix: mend those"
+    ):
         refused("settings", told={0: {"site": str(other)}})
 
     def lie(node, kind, reply):
         if node == 101:
             reply.content = wire.content({"client_id": 1, "num_examples": "many"})
 
-    with pytest.raises(QuorumError, match=r"none for clients \[1\]"):
+    with pytest.raises(QuorumError, match=r"clients \[1\] within 0 s, and 1 refused: answers with no facts"):
         refused("facts", edit=lie)
 
 
