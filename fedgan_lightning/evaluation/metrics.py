@@ -96,9 +96,8 @@ class ClassCoverage(Metric):
     """How many classes the generator makes, by a classifier: ``classes`` and ``class_distance``.
 
     A class counts if its share of the generated samples is at least a tenth of its share of the union. The distance is
-    total
-    variation between the two class histograms, in [0, 1]. With requested classes, ``class_accuracy`` is the share of
-    samples that the classifier puts into the class asked for.
+    total variation between the two class histograms, in [0, 1]. With requested classes, ``class_accuracy`` is the share
+    of samples that the classifier puts into the class asked for.
 
     Args:
         features: The classifier; its accuracy on the test split is reported as ``classifier_accuracy``.
