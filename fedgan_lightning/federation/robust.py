@@ -53,12 +53,20 @@ class RobustAggregator(Aggregator):
                     fix="lower num_bad, or ask more clients per round",
                 )
             )
-        delta, extras = self.combine([own[2] for own in collected], [own[3] for own in collected])
+        delta, extras = self.combine([own[2] for own in collected]), self.combine_extras([own[3] for own in collected])
         return Aggregate(delta=delta, extras=extras, num_clients=count, num_examples=examples)
 
     @abstractmethod
-    def combine(self, deltas: Sequence[Packed], extras: Sequence[Packed]) -> tuple[Packed, Packed]:
-        """Return parameter update and extras of the whole; at least ``needed`` of each, in the order of clients."""
+    def combine(self, deltas: Sequence[Packed]) -> Packed:
+        """Return the parameter update of the whole from at least ``needed``, in the order of clients."""
+
+    def combine_extras(self, extras: Sequence[Packed]) -> Packed:
+        """Return the extras of the whole: the median of every coordinate.
+
+        A rule that picks or weighs clients by their parameter updates says nothing of the moments and statistics that
+        come along: whoever sends an update like all others could send any of these.
+        """
+        return by_coordinate(extras, _median)
 
 
 class CoordinateMedian(RobustAggregator):
@@ -67,15 +75,16 @@ class CoordinateMedian(RobustAggregator):
     It withstands any minority. With clients that hold different classes it also forgets what only a minority holds.
     """
 
-    def combine(self, deltas: Sequence[Packed], extras: Sequence[Packed]) -> tuple[Packed, Packed]:
-        return by_coordinate(deltas, _median), by_coordinate(extras, _median)
+    def combine(self, deltas: Sequence[Packed]) -> Packed:
+        return by_coordinate(deltas, _median)
 
 
 class TrimmedMean(RobustAggregator):
     """The mean of every coordinate without its largest and smallest values (Yin et al. 2018, definition 2).
 
     Args:
-        share: Share of the clients left out at either end, in [0, 1/2).
+        share: Share of the clients left out at either end, in [0, 1/2), rounded down, but to at least one of three or
+            more.
     """
 
     def __init__(self, share: float = 0.1) -> None:
@@ -85,13 +94,18 @@ class TrimmedMean(RobustAggregator):
             )
         self.share = share
 
-    def combine(self, deltas: Sequence[Packed], extras: Sequence[Packed]) -> tuple[Packed, Packed]:
-        cut = int(self.share * len(deltas) + 1e-9)
+    def combine(self, deltas: Sequence[Packed]) -> Packed:
+        count = len(deltas)
+        fewest = 1 if self.share else 0  # a share that left out nobody would be a plain mean
+        cut = min(max(fewest, int(self.share * count + 1e-9)), (count - 1) // 2)
 
         def trimmed(values: Tensor) -> Tensor:
-            return values.sort(dim=0).values[cut : len(values) - cut].mean(0)
+            return values.sort(dim=0).values[cut : count - cut].mean(0)
 
-        return by_coordinate(deltas, trimmed), by_coordinate(extras, trimmed)
+        return by_coordinate(deltas, trimmed)
+
+    def combine_extras(self, extras: Sequence[Packed]) -> Packed:
+        return self.combine(extras)
 
 
 class Krum(RobustAggregator):
@@ -117,21 +131,19 @@ class Krum(RobustAggregator):
         self.num_bad, self.num_selected = num_bad, num_selected
         self.needed = 2 * num_bad + 3
 
-    def combine(self, deltas: Sequence[Packed], extras: Sequence[Packed]) -> tuple[Packed, Packed]:
+    def combine(self, deltas: Sequence[Packed]) -> Packed:
         count = len(deltas)
         squares = distances(deltas).square()
         nearest = squares.sort(dim=1).values[:, 1 : count - self.num_bad - 1]  # the first is the update itself
         best = nearest.sum(1).argsort(stable=True)[: min(self.num_selected, count - self.num_bad)]
         weights = torch.zeros(count, dtype=torch.float64)
         weights[best] = 1 / len(best)
-        return weighted(deltas, weights), weighted(extras, weights)
+        return weighted(deltas, weights)
 
 
 class GeometricMedian(RobustAggregator):
     """The point with the least sum of distances to all updates, by Weiszfeld's iteration (Pillutla et al. 2022,
     algorithm 2).
-
-    Extras are averaged with the weights that the updates end with.
 
     Args:
         iterations: Steps of the iteration.
@@ -149,7 +161,7 @@ class GeometricMedian(RobustAggregator):
             )
         self.iterations, self.smoothing = iterations, smoothing
 
-    def combine(self, deltas: Sequence[Packed], extras: Sequence[Packed]) -> tuple[Packed, Packed]:
+    def combine(self, deltas: Sequence[Packed]) -> Packed:
         weights = torch.full((len(deltas),), 1 / len(deltas), dtype=torch.float64)
         inner = inner_products(deltas)
         for _ in range(self.iterations):
@@ -161,7 +173,7 @@ class GeometricMedian(RobustAggregator):
                 break  # all updates are the same
             inverse = 1 / length.clamp_min(max(floor, 1e-12))
             weights = inverse / inverse.sum()
-        return weighted(deltas, weights), weighted(extras, weights)
+        return weighted(deltas, weights)
 
 
 class NearestNeighborMixing(RobustAggregator):
@@ -192,13 +204,15 @@ class NearestNeighborMixing(RobustAggregator):
         self.aggregator, self.num_bad = aggregator, num_bad
         self.needed = max(2 * num_bad + 1, aggregator.needed)
 
-    def combine(self, deltas: Sequence[Packed], extras: Sequence[Packed]) -> tuple[Packed, Packed]:
+    def combine(self, deltas: Sequence[Packed]) -> Packed:
         count = len(deltas)
         own = distances(deltas).fill_diagonal_(-1.0)  # an update is its own nearest, whoever has sent the same
         nearest = own.argsort(dim=1, stable=True)[:, : count - self.num_bad]
         weights = torch.zeros_like(own).scatter_(1, nearest, 1 / (count - self.num_bad))
-        mixed = ([weighted(states, row) for row in weights] for states in (deltas, extras))
-        return self.aggregator.combine(*mixed)
+        return self.aggregator.combine([weighted(deltas, row) for row in weights])
+
+    def combine_extras(self, extras: Sequence[Packed]) -> Packed:
+        return self.aggregator.combine_extras(extras)
 
 
 def by_coordinate(states: Sequence[Packed], rule: Callable[[Tensor], Tensor]) -> Packed:

@@ -40,11 +40,31 @@ def test_median_is_numpy_s(count):
     np.testing.assert_allclose(combined(CoordinateMedian(), matrix), np.median(matrix, axis=0), atol=1e-6)
 
 
-@pytest.mark.parametrize(("count", "share", "cut"), [(10, 0.1, 1), (10, 0.3, 3), (7, 0.2, 1), (5, 0.0, 0)])
+@pytest.mark.parametrize(
+    ("count", "share", "cut"), [(10, 0.1, 1), (10, 0.3, 3), (7, 0.2, 1), (5, 0.0, 0), (5, 0.1, 1), (2, 0.4, 0)]
+)
 def test_trimmed_mean_leaves_out_both_ends(count, share, cut):
     matrix = drawn(count)
     expected = np.sort(matrix, axis=0)[cut : count - cut].mean(0)
     np.testing.assert_allclose(combined(TrimmedMean(share), matrix), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["median", "trimmed", "krum", "geometric", "mixed"])
+def test_a_client_in_the_middle_of_all_updates_cannot_send_any_moments_along(name):
+    """Whoever sends the update that a rule likes best, and moments or statistics that it never looks at."""
+    honest = updates(drawn(6))
+    middle = {key: torch.stack([own.delta[key] for own in honest]).mean(0) for key in honest[0].delta}
+    liar = ClientUpdate(6, 1, middle, {}, {"generator.m": torch.full_like(honest[0].extras["generator.m"], 1e30)})
+    rules = {
+        "median": CoordinateMedian(),
+        "trimmed": TrimmedMean(0.2),
+        "krum": Krum(num_bad=1),
+        "geometric": GeometricMedian(),
+        "mixed": NearestNeighborMixing(CoordinateMedian(), num_bad=1),
+    }
+    found = finish(rules[name], [*honest, liar]).extras["generator.m"]
+    largest = torch.stack([own.extras["generator.m"] for own in honest]).max(0).values
+    assert (found <= largest).all()
 
 
 @pytest.mark.parametrize(("num_bad", "num_selected"), [(1, 1), (2, 1), (2, 4), (0, 2)])
