@@ -45,7 +45,8 @@ def stack_key(task: ClientTask, private: State) -> object:
 def disagreement(context: ClientContext, tasks: Sequence[ClientTask]) -> str | None:
     """Train two of the clients for a few steps stacked and one by one; say how the updates differ, or ``None``.
 
-    It is what an optimizer does that looks at whole tensors, or a network that draws random numbers of its own.
+    It is what an optimizer does that looks at whole tensors, or a network that draws random numbers of its own. Clients
+    that diverge alone tell nothing of stacks; what becomes of their updates is for others to say.
 
     Raises:
         ClientError: If a client fails on its own, too.
@@ -57,6 +58,8 @@ def disagreement(context: ClientContext, tasks: Sequence[ClientTask]) -> str | N
     trial = shortened(alike, steps=steps)
     alone, cohort = LocalTrainer(context), CohortTrainer(context)
     references = [alone.run(task).delta for task in trial]  # an error here is the client's own, and is raised
+    if not all(value.isfinite().all() for own in references for value in own.values()):
+        return None
     try:
         for _ in range(-(-TRIAL_STEPS // steps)):
             stacked = cohort.run(trial)

@@ -41,7 +41,9 @@ class MappedFunctions:
             name: Tells functions apart; equal names mean equal functions.
         """
         flat, structure = pytree.tree_flatten(arguments)
-        key = (name, tuple((value.shape, value.dtype, value.device.type) for value in flat))
+        # Casts are recorded, too: a penalty in full precision must not meet the record of a step in half.
+        casts = {own: torch.is_autocast_enabled(own) and torch.get_autocast_dtype(own) for own in _devices(flat)}
+        key = (name, tuple((value.shape, value.dtype, value.device.type) for value in flat), *casts.items())
         if key in self._records:
             return self._records[key](*flat)
         self._calls[key] = self._calls.get(key, 0) + 1
@@ -51,6 +53,11 @@ class MappedFunctions:
                 self._records.clear()
             self._records[key] = _record(function, flat, structure)
         return torch.vmap(function)(*arguments)
+
+
+def _devices(values: list[Tensor]) -> list[str]:
+    """Return the types of the devices on which these lie, in alphabetical order."""
+    return sorted({value.device.type for value in values})
 
 
 def _record(function: Callable[..., Any], flat: list[Tensor], structure: Any) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 
-from fedgan_lightning import AutoExecutor, SequentialExecutor, VectorizedExecutor
+from fedgan_lightning import R1, AutoExecutor, Hinge, SequentialExecutor, VectorizedExecutor
 from fedgan_lightning.errors import ConfigurationError, UpdateError
 from fedgan_lightning.federation.executors.auto import Plan, available_threads
 from fedgan_lightning.federation.ranks import Ranks
@@ -115,6 +115,41 @@ def test_another_workload_is_measured_anew(tmp_path):
     planned(AutoExecutor(cache=str(tmp_path)))
     planned(AutoExecutor(cache=str(tmp_path)), ring_gan(optimizer=adam), ring_data(batch_size=8))
     assert len(list(tmp_path.glob("executor-*.json"))) == 2
+
+
+def test_another_optimizer_rate_or_loss_is_another_workload(tmp_path):
+    """What can be stacked depends on them: a choice made for Adam must not meet an optimizer that cannot be."""
+
+    def slow(parameters):
+        return torch.optim.Adam(parameters, lr=1e-5)
+
+    ways = [{}, {"optimizer": slow}, {"optimizer": normalised}, {"loss": Hinge()}]
+    ways.append({"penalties": [R1(0.1)]})
+    for number, options in enumerate(ways, 1):
+        for _ in range(2):  # and the same one is the same, whatever addresses its objects have
+            planned(AutoExecutor(cache=str(tmp_path)), ring_gan(**options))
+        assert len(list(tmp_path.glob("executor-*.json"))) == number
+
+
+def test_a_choice_that_does_not_fit_any_more_is_given_up_with_a_warning(tmp_path, caplog):
+    executor = AutoExecutor(cache=str(tmp_path))
+    executor.plan = Plan(chunk_size=4, num_threads=1, reason="of other days")
+    model = ring_gan(optimizer=normalised).double()
+    plan, found = planned(executor, model)
+    assert plan.chunk_size == 1
+    assert "one client after the other" in caplog.text
+    assert "differs by" in caplog.text
+    assert_same(found, updates(SequentialExecutor(), ring_gan(optimizer=normalised).double(), ring_data()), rtol=1e-11)
+
+
+def test_clients_that_diverge_alone_tell_nothing_of_stacks(tmp_path):
+    def wild(parameters):
+        return torch.optim.SGD(parameters, lr=1e30)
+
+    executor = AutoExecutor(cache=str(tmp_path))
+    with pytest.raises(UpdateError, match="finite"):
+        planned(executor, ring_gan(optimizer=wild))
+    assert "nan" not in executor.plan.reason
 
 
 def test_threads_can_be_set_and_are_restored(tmp_path):

@@ -57,6 +57,23 @@ def test_records_give_outputs_gradients_and_statistics_of_interpretation(name):
             torch.testing.assert_close(grads[key], grads_v[key], atol=1e-12, rtol=1e-11)
 
 
+def test_what_was_recorded_in_half_precision_is_not_used_for_full():
+    """A step under autocast records the casts; the gradient penalty after it asks for full precision."""
+    torch.manual_seed(0)
+    network, mapped = NETWORKS["linear"](), MappedFunctions()
+    values, x = stacked(network), torch.randn(4, 6, 3)
+
+    def call(own, x):
+        return functional_call(network, own, (x,))
+
+    for _ in range(CALLS):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert mapped.call(call, (values, x), name="linear").dtype == torch.bfloat16
+        found = mapped.call(call, (values, x), name="linear")
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, torch.vmap(call)(values, x))
+
+
 def test_a_record_is_used_after_a_few_calls_and_runs_without_vmap(monkeypatch):
     mapped, x = MappedFunctions(), torch.randn(3, 4)
     for _ in range(CALLS):

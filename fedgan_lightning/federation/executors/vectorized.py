@@ -11,6 +11,10 @@ from fedgan_lightning.federation.local import ClientContext
 from fedgan_lightning.protocol import ClientTask, ClientUpdate, Executor
 
 
+class StackingError(ConfigurationError):
+    """Stacked training of these clients is not what sequential training is; raised before any of them is trained."""
+
+
 class VectorizedExecutor(Executor):
     """Trains the clients of a round in stacks, in this process. Updates are those of the sequential executor.
 
@@ -21,8 +25,8 @@ class VectorizedExecutor(Executor):
         chunk_size: Clients per stack, at least 1: memory grows with it, fixed cost per client falls.
 
     Raises:
-        ConfigurationError: If the module cannot be stacked (in :meth:`setup`), or stacked training is not what
-            sequential training is (in :meth:`run`, before the first round).
+        ConfigurationError: If the module cannot be stacked (in :meth:`setup`).
+        StackingError: If stacked training is not what sequential training is (in :meth:`run`, before the first round).
     """
 
     def __init__(self, *, chunk_size: int = 64) -> None:
@@ -52,7 +56,7 @@ class VectorizedExecutor(Executor):
     def _run_stack(self, cohort: CohortTrainer, tasks: list[ClientTask]) -> list[ClientUpdate]:
         reason = None if self._checked else disagreement(cohort.context, tasks)
         if reason is not None:
-            raise ConfigurationError(
+            raise StackingError(
                 message("stacked training equals sequential training", received=reason, fix="set executor: auto")
             )
         self._checked = True
