@@ -68,7 +68,7 @@ def test_what_was_recorded_in_half_precision_is_not_used_for_full():
 
     for _ in range(CALLS):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            half = mapped.call(call, (values, x), name="linear")
+            half = [mapped.call(call, (values, x), name="linear") for _ in range(2)][-1]  # one of them is the eighth
         found, full = mapped.call(call, (values, x), name="linear"), torch.vmap(call)(values, x)
         torch.testing.assert_close(found, full)
         assert (half - full).abs().max() > 1e-4, "a positive control: half precision shows"
