@@ -80,6 +80,7 @@ LAYERS = {
     "federation.rules": 3,
     "federation.secure": 4,
     "federation.robust": 4,
+    "federation.invitation": 4,
     "federation.conduct": 6,
     "federation.agreement": 6,
     "federation.executors.vectorized": 7,

@@ -13,6 +13,7 @@ from typing import Any
 
 from fedgan_lightning.errors import QuorumError, RoundInterrupted, UpdateError, message
 from fedgan_lightning.federation.drift import Drift
+from fedgan_lightning.federation.invitation import Invitations
 from fedgan_lightning.federation.ledger import Contact, Incident, Ledger, RollCall, bytes_by_network
 from fedgan_lightning.federation.local import ClientContext
 from fedgan_lightning.federation.ranks import flattened
@@ -33,7 +34,7 @@ from fedgan_lightning.protocol import (
     State,
     UpdateSum,
 )
-from fedgan_lightning.seeding import derive_seed, make_numpy_generator
+from fedgan_lightning.seeding import derive_seed
 
 logger = logging.getLogger("fedgan_lightning")
 
@@ -126,9 +127,17 @@ class Conductor:
         seed: int,
         strikes: dict[int, int] | None = None,
     ) -> None:
-        self.context, self.executor, self.aggregator, self.sampler = context, executor, aggregator, sampler
+        self.context, self.executor, self.aggregator = context, executor, aggregator
         self.rules, self.screening, self.seed = rules, screening, seed
-        self.strikes = strikes if strikes is not None else {}
+        self.invitations = Invitations(
+            sampler,
+            num_clients=context.data.num_clients,
+            rules=rules,
+            screening=screening,
+            seed=seed,
+            needed=aggregator.needed,
+            strikes=strikes if strikes is not None else {},
+        )
         self._networks = [network for network, sync in context.policy.sync.items() if sync == "average"]
 
     def conduct(
@@ -152,7 +161,7 @@ class Conductor:
             on_try: Called at the end of every try, with what came of each client.
 
         Raises:
-            QuorumError: If too few answered in every try.
+            QuorumError: If too few answered in every try, or too few are left to be asked.
             RoundInterrupted: If the user asks to stop.
         """
         expected = expected_update(self.context, state) if self.screening is not None else None
@@ -162,7 +171,7 @@ class Conductor:
         for attempt in tries:
             if attempt:
                 self._pause()
-            cohort, reserves = self.ask(round, attempt)
+            cohort, reserves = self.invitations.ask(round, attempt)
             info = RoundInfo(round=round, cohort=cohort)
             on_start(info)
             started = time.perf_counter()
@@ -174,7 +183,7 @@ class Conductor:
                 raise
             contacts = self._note(order, reports, ledger)
             counted = sum(self.context.ranks.exchange(reports.num_accepted))
-            needed = max(self.rules.needed(len(cohort)), min(self.aggregator.needed, len(cohort)))
+            needed = self._needed(len(cohort))
             seconds, gauges = time.perf_counter() - started, self.executor.gauges()
             on_try(RollCall(round, attempt, counted >= needed, seconds, contacts, gauges))
             if counted >= needed:
@@ -182,12 +191,19 @@ class Conductor:
             self.context.store.discard()
             ledger.count("abandoned")
             logger.warning(f"round {round} abandoned: {counted} of at least {needed} clients answered")
-        raise QuorumError(
-            message(
-                f"a round needs {self.rules.minimum:.0%} of its cohort",
-                received=f"fewer in each of {self.rules.attempts} tries of round {round}",
-                fix="find out why clients fail, lower rules.minimum, or raise rules.over_selection",
-            )
+        raise QuorumError(self._too_few(round))
+
+    def _needed(self, goal: int) -> int:
+        """Return how many updates make a round; none where chance asked nobody."""
+        return max(self.rules.needed(goal), self.aggregator.needed) if goal else 0
+
+    def _too_few(self, round: int) -> str:
+        name, needed = type(self.aggregator).__name__, self.aggregator.needed
+        rule = f"a round needs {self.rules.minimum:.0%} of its cohort"
+        return message(
+            f"{rule}, and {name} {needed} updates" if needed > 1 else rule,
+            received=f"fewer in each of {self.rules.attempts} tries of round {round}",
+            fix="find out why clients fail, lower rules.minimum, or raise rules.over_selection",
         )
 
     def _pause(self) -> None:
@@ -201,25 +217,6 @@ class Conductor:
             if self.context.stop_requested():
                 raise RoundInterrupted("the user asked to stop")
             time.sleep(min(0.2, max(0.0, end - time.monotonic())))
-
-    def ask(self, round: int, attempt: int) -> tuple[tuple[int, ...], list[int]]:
-        """Return the cohort of a try, and those who stand by; benched clients are in neither."""
-        seed = self.seed if attempt == 0 else derive_seed(self.seed, "attempt", attempt)
-        population = self.context.data.num_clients
-        cohort = self.sampler.sample(num_clients=population, round=round, seed=seed)
-        cohort = tuple(client_id for client_id in cohort if not self.is_benched(client_id))
-        wanted = self.rules.num_reserves(len(cohort))
-        if not wanted:
-            return cohort, []
-        others = sorted({*self.sampler.population(num_clients=population, round=round)} - {*cohort})
-        shuffled = make_numpy_generator(seed, "reserves", round).permutation(len(others))
-        free = [others[int(place)] for place in shuffled if not self.is_benched(others[int(place)])]
-        return cohort, free[:wanted]
-
-    def is_benched(self, client_id: int) -> bool:
-        """Whether the client is no longer asked."""
-        limit = None if self.screening is None else self.screening.strikes
-        return limit is not None and self.strikes.get(client_id, 0) >= limit
 
     # ------------------------------------------------------------------ one try
 
@@ -361,10 +358,8 @@ class Conductor:
         plain = flattened(self.context.ranks.exchange([vars(incident) for incident in reports.incidents]))
         for incident in (Incident(**fields) for fields in plain):
             ledger.note(incident)
-            if incident.kind == "rejected":
-                self.strikes[incident.client_id] = self.strikes.get(incident.client_id, 0) + 1
-                if self.is_benched(incident.client_id):
-                    logger.warning(f"client {incident.client_id} is not asked any more")
+            if incident.kind == "rejected" and self.invitations.strike(incident.client_id):
+                logger.warning(f"client {incident.client_id} is not asked any more")
         contacts = self._contacts(order, reports)
         ledger.client_asks += len(reports.asked)
         ledger.send(order.bytes_down, sum(contact.bytes_down > 0 for contact in contacts))

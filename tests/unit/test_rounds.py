@@ -257,6 +257,40 @@ def test_a_lost_quorum_ends_the_run_with_a_named_error():
         run(executor=faulty(always={0: "hang"}), rules=RoundRules(attempts=3))
 
 
+def test_a_run_of_which_all_clients_are_benched_ends_with_a_named_error():
+    """It would otherwise come to its end with untrained weights."""
+    with pytest.raises(QuorumError, match=r"left to be asked; received 0: 2 updates or more of clients \[0, 1, 2, 3\]"):
+        run(rounds=9, screening=Screening(max_norm=1e-9, strikes=2), rules=RoundRules(minimum=0.25, attempts=20))
+
+
+def test_a_round_of_fewer_than_a_robust_rule_needs_is_tried_with_others():
+    """Chance may ask too few; a cohort that chance left empty is a round without an update, as ever."""
+    sizes = []
+
+    class Counting(SequentialExecutor):
+        def run(self, tasks):
+            listed = list(tasks)
+            sizes.append(len(listed))
+            yield from super().run(listed)
+
+    options = {"clients": PoissonSampling(0.7), "aggregator": Krum(num_bad=1), "rules": RoundRules(attempts=None)}
+    result = run(num_clients=8, rounds=9, executor=Counting(), **options)
+    assert result[2].global_step == 9
+    assert result[1].ledger.events["abandoned"] == sum(0 < size < 5 for size in sizes) > 0
+
+
+def test_a_robust_rule_that_benching_left_with_too_few_says_whom_it_benched():
+    options = {"executor": faulty(always={0: "nan"}), "screening": Screening(strikes=1)}
+    with pytest.raises(QuorumError, match=r"at least 5 clients .* received 4: 1 updates or more of clients \[0\]"):
+        run(num_clients=5, rounds=4, aggregator=Krum(num_bad=1), rules=RoundRules(minimum=0.8), **options)
+
+
+def test_a_quorum_that_a_robust_rule_asks_for_is_named():
+    options = {"executor": faulty(always={0: "hang"}), "rules": RoundRules(minimum=0.5, attempts=2)}
+    with pytest.raises(QuorumError, match="50% of its cohort, and Krum 5 updates; received fewer"):
+        run(num_clients=5, aggregator=Krum(num_bad=1), **options)
+
+
 def test_tries_of_a_round_are_apart():
     import time
 
@@ -373,7 +407,7 @@ def test_a_resumed_run_meets_the_same_faults(tmp_path):
     rest.fit(other, datamodule=ring_data(), ckpt_path=str(tmp_path / "half.ckpt"), weights_only=True)
     assert_states_equal(module.model.state_dict(), other.model.state_dict())
     assert orchestrator.ledger.events == resumed.ledger.events
-    assert orchestrator.conductor.strikes == resumed.conductor.strikes
+    assert orchestrator.conductor.invitations.strikes == resumed.conductor.invitations.strikes
     assert orchestrator.ledger.events["late"] > 0
 
 
