@@ -277,7 +277,7 @@ class Natural(Partition):
                     fix=f"choose one of {sorted([*samples.columns, *(['label'] if samples.y is not None else [])])}",
                 )
             )
-        values, counts = np.unique(column, return_counts=True)
+        values, places, counts = np.unique(column, return_inverse=True, return_counts=True)
         if len(values) < num_clients:
             raise DataError(
                 message(
@@ -286,9 +286,12 @@ class Natural(Partition):
                     fix=f"set data.num_clients to {len(values)} or fewer",
                 )
             )
-        ranked = values if len(values) == num_clients else values[np.argsort(-counts, kind="stable")]
-        dealt = [ranked[client::num_clients] for client in range(num_clients)]
-        return [np.flatnonzero(np.isin(column, mine)).astype(np.int64) for mine in dealt]
+        ranked = np.arange(len(values)) if len(values) == num_clients else np.argsort(-counts, kind="stable")
+        owners = np.empty(len(values), dtype=np.int64)
+        owners[ranked] = np.arange(len(values)) % num_clients
+        order = np.argsort(owners[places], kind="stable")  # one pass, however many values and clients there are
+        sizes = np.bincount(owners, weights=counts, minlength=num_clients).astype(np.int64)
+        return [mine.astype(np.int64) for mine in np.split(order, np.cumsum(sizes)[:-1])]
 
 
 class FeatureShift(Partition):

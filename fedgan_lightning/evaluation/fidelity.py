@@ -134,6 +134,10 @@ class PrecisionRecall(Metric):
         return extracted(self.net, batches)
 
     def compute(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
+        if len(samples) <= self.k:
+            raise ConfigurationError(
+                message("PrecisionRecall needs more than k samples", received=len(samples), fix="raise num_samples")
+            )
         fakes = torch.cat(list(self._features(samples.split(CHUNK))))
         reach = neighbours.radii(fakes, k=self.k)
         covered = sum(neighbours.count_covered(own, fakes, reach) for own in self.clients)

@@ -175,10 +175,10 @@ class SlicedWasserstein(Metric):
         self.real = self.directions = torch.empty(0)
 
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
-        self.real = data.test_samples.x.double().flatten(1)
+        self.real = _points(data.test_samples)
         directions = torch.randn(self.real.shape[1], self.num_projections, generator=make_generator(0, "directions"))
         self.directions = torch.nn.functional.normalize(directions.double(), dim=0)
-        train = data.train_samples.x.double().flatten(1)
+        train = _points(data.train_samples)
         subset = train[torch.randperm(len(train), generator=make_generator(0, "floor"))[: len(self.real)]]
         return {"sliced_wasserstein_floor": modes.sliced_wasserstein(subset, self.real, self.directions)}
 
@@ -199,6 +199,11 @@ class ScalarParameters(Metric):
     def inspect(self, model: nn.Module) -> dict[str, float]:
         named = {name: parameter for name, parameter in model.named_parameters() if parameter.numel() == 1}
         return {f"parameters/{name.rsplit('.', 1)[-1]}": float(parameter.detach()) for name, parameter in named.items()}
+
+
+def _points(samples: Samples) -> Tensor:
+    """Return samples as rows of numbers in the generator's units: images are kept as bytes."""
+    return torch.cat([x.double().flatten(1) for x in chunks(everything(samples))])
 
 
 def suitable(features: FeatureNet | None, data: FederatedDataModule) -> FeatureNet:

@@ -21,6 +21,7 @@ from fedgan_lightning.evaluation.features import FrozenNet
 from fedgan_lightning.evaluation.fid import feature_sums
 from fedgan_lightning.evaluation.portable import from_facts, sums_to_state, to_facts
 from fedgan_lightning.protocol import State
+from fedgan_lightning.seeding import make_generator
 
 #: Samples that are looked at together.
 CHUNK = 1000
@@ -154,7 +155,11 @@ def net_of(facts: Mapping[str, Any], state: State, respondent: Respondent) -> Fr
 
 
 def chunks(data: ClientSamples, limit: int | None = None) -> Iterator[Tensor]:
-    """Yield the samples, without labels, in batches; at most ``limit`` of them."""
-    count = len(data) if limit is None else min(limit, len(data))
-    for positions in torch.arange(count).split(CHUNK):
+    """Yield the samples, without labels, in batches; at most ``limit`` of them, always the same, drawn by chance: the
+    first ones of a folder may all be of one class.
+    """
+    chosen = torch.arange(len(data))
+    if limit is not None and limit < len(data):
+        chosen = torch.randperm(len(data), generator=make_generator(0, "some samples"))[:limit].sort().values
+    for positions in chosen.split(CHUNK):
         yield data.take(positions)[0]

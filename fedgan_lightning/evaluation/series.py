@@ -77,7 +77,8 @@ class DiscriminativeScore(Metric):
         count = min(len(fake), len(self.real))
         generator = make_generator(self.seed, "halves")
         (fit_real, test_real), (fit_fake, test_fake) = (
-            values[torch.randperm(count, generator=generator)].tensor_split(2) for values in (self.real, fake)
+            values[torch.randperm(len(values), generator=generator)[:count]].tensor_split(2)
+            for values in (self.real, fake)
         )
         x, y = torch.cat([fit_real, fit_fake]), torch.cat([torch.ones(len(fit_real)), torch.zeros(len(fit_fake))])
         lossy = nn.functional.binary_cross_entropy_with_logits

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_auroc
+from torchmetrics.functional.classification import binary_auroc
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.samples import ClientSamples, Samples, to_bytes
@@ -160,7 +161,22 @@ def classified(
         parts = [(net(x.float())[1].softmax(1), y) for x, y in test.chunks(CHUNK)]
     beliefs, labels = torch.cat([belief for belief, _ in parts]), torch.cat([y for _, y in parts])
     accuracy = float((beliefs.argmax(1) == labels).float().mean())
-    return accuracy, float(multiclass_auroc(beliefs, labels, num_classes=num_classes))
+    return accuracy, auroc(beliefs, labels)
+
+
+def auroc(beliefs: Tensor, labels: Tensor) -> float:
+    """Return the area under the ROC curve, one class against the others, in the mean over classes.
+
+    Classes of which there are no samples, or nothing but samples, have no curve and do not count. NaN if none has.
+
+    Args:
+        beliefs: Probabilities (N, classes).
+        labels: Classes (N,).
+    """
+    counts = labels.bincount(minlength=beliefs.shape[1]).tolist()
+    known = [label for label, count in enumerate(counts) if 0 < count < len(labels)]
+    areas = [float(binary_auroc(beliefs[:, label], (labels == label).long())) for label in known]
+    return sum(areas) / len(areas) if areas else math.nan
 
 
 class Memorisation(Metric):

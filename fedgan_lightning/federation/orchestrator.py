@@ -114,6 +114,7 @@ class FederatedOrchestrator(L.Callback):
         self.clients = clients if clients is not None else AllClients()
         self.aggregator = aggregator if aggregator is not None else WeightedMean()
         self.rules, self.screening = rules if rules is not None else RoundRules(), screening
+        self.rules.check(self.aggregator)
         self.secure = secure
         if secure is not None:
             secure.check(aggregator=self.aggregator, rules=self.rules, screening=screening)

@@ -14,7 +14,7 @@ import torch
 from fedgan_lightning.errors import ConfigurationError, UpdateError, message
 from fedgan_lightning.federation.optimizer_state import is_optimizer_entry
 from fedgan_lightning.packing import Packed
-from fedgan_lightning.protocol import ClientUpdate, State
+from fedgan_lightning.protocol import Aggregator, ClientUpdate, State
 
 
 class RoundRules:
@@ -62,6 +62,21 @@ class RoundRules:
                 raise ConfigurationError(message(f"rules.{rule}", received=value, fix="set a value in that range"))
         self.over_selection, self.minimum, self.timeout = over_selection, minimum, timeout
         self.late, self.discount, self.attempts, self.pause = late, discount, attempts, pause
+
+    def check(self, aggregator: Aggregator) -> None:
+        """Refuse a discount for an aggregator that does not weigh updates.
+
+        Raises:
+            ConfigurationError: If it has one.
+        """
+        if self.late == "discount" and not aggregator.additive:
+            raise ConfigurationError(
+                message(
+                    "late updates count less where updates are weighed",
+                    received=f"rules.late=discount with {type(aggregator).__name__}, which treats all alike",
+                    fix="set rules.late to drop",
+                )
+            )
 
     def num_reserves(self, goal: int) -> int:
         """Return how many clients are asked beyond the goal."""

@@ -77,6 +77,9 @@ class SelectedClients(ClientSampler):
             )
         return self.clients
 
+    def population(self, *, num_clients: int, round: int) -> Sequence[int]:
+        return self.clients
+
 
 class AvailableClients(ClientSampler):
     """Only clients that a trace says are there: devices at night, hospitals that join late or leave.
@@ -92,6 +95,14 @@ class AvailableClients(ClientSampler):
 
     def __init__(self, trace: str, *, among: ClientSampler | None = None) -> None:
         self.among = among if among is not None else AllClients()
+        if isinstance(self.among, SelectedClients):
+            raise ConfigurationError(
+                message(
+                    "AvailableClients.among draws from however many are there",
+                    received="SelectedClients, which names them",
+                    fix="leave the others out of the trace",
+                )
+            )
         try:
             with Path(trace).open(encoding="utf-8", newline="") as file:
                 rows = [{name: int(row[name]) for name in COLUMNS} for row in csv.DictReader(file)]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.seeding import make_generator
 
 #: Generated samples from which BatchNorm statistics are estimated.
@@ -42,6 +43,12 @@ def inputs(
         latents = gan.prior.sample(num_samples, gan.latent_dim, generator=generator, **where)
     if conditions is not None:
         return latents.to(**where), conditions.to(**where)
+    if labels is not None and len(labels) < len(latents):
+        raise ConfigurationError(
+            message(
+                "every sample has a label", received=f"{len(labels)} for {len(latents)} samples", fix="give as many"
+            )
+        )
     told = torch.arange(len(latents)) % max(gan.num_classes, 1) if labels is None else labels[: len(latents)]
     return latents.to(**where), told.to(own.device)
 

@@ -55,6 +55,20 @@ def test_shares_outside_the_unit_interval_are_refused(share):
             make(share)
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda value: type(value).__name__)
+def test_the_cohort_is_of_the_population(sampler):
+    """Those who stand by for a cohort are of the population, too: nobody is asked whom the sampler excludes."""
+    for number in range(20):
+        population = sampler.population(num_clients=10, round=number)
+        assert {*sampler.sample(num_clients=10, round=number, seed=3)} <= {*population} <= {*range(10)}
+    assert [*sampling.SelectedClients([4, 1]).population(num_clients=9, round=0)] == [1, 4]
+
+
+def test_a_trace_and_named_clients_do_not_go_together():
+    with pytest.raises(ConfigurationError, match="received SelectedClients, which names them"):
+        sampling.AvailableClients(TRACE, among=sampling.SelectedClients([1]))
+
+
 def test_selected_clients_are_those_that_were_named():
     assert sampling.SelectedClients([4, 1]).sample(num_clients=5, round=7, seed=0) == (1, 4)
     with pytest.raises(ConfigurationError, match="below the number of clients, 4; received 4"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from fedgan_lightning import (
 )
 from fedgan_lightning.errors import ConfigurationError
 from fedgan_lightning.evaluation.audit import membership_auc
+from fedgan_lightning.evaluation.utility import auroc
 from tests.conftest import digits_data
 
 CPU = torch.device("cpu")
@@ -86,3 +89,12 @@ def test_areas_under_the_curve_stand_beside_accuracies():
     values = metric.compute(*data.train_samples.take(torch.arange(1000)))
     assert 0.8 < values["tstr_accuracy"] < values["tstr_auc"] <= 1
     assert values["trtr_auc"] == pytest.approx(values["tstr_auc"], abs=0.03)
+
+
+def test_a_class_without_test_samples_does_not_count_in_the_area_under_the_curve():
+    """A perfect classifier of the two classes that there are has an area of 1, however many others it knows."""
+    labels = torch.tensor([0, 0, 2, 2])
+    beliefs = torch.tensor([[0.7, 0.1, 0.1, 0.1]] * 2 + [[0.1, 0.1, 0.7, 0.1]] * 2)
+    assert auroc(beliefs, labels) == 1.0
+    assert auroc(beliefs.flip(0), labels) == 0.0
+    assert math.isnan(auroc(beliefs, torch.zeros(4, dtype=torch.int64)))

@@ -15,6 +15,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from fedgan_lightning import (
     ClassCoverage,
     ClassifierFeatures,
+    Digits,
     Evaluation,
     FederatedDataModule,
     FrechetDistance,
@@ -25,12 +26,14 @@ from fedgan_lightning import (
     Ring,
     SlicedWasserstein,
 )
+from fedgan_lightning.data.samples import ClientSamples, Samples
 from fedgan_lightning.errors import ConfigurationError, DataError
 from fedgan_lightning.evaluation import modes
 from fedgan_lightning.evaluation.callback import quantise
 from fedgan_lightning.evaluation.defaults import default_metrics
 from fedgan_lightning.evaluation.features import FrozenNet
 from fedgan_lightning.evaluation.fid import feature_sums, frechet_distance
+from fedgan_lightning.evaluation.questions import chunks
 from tests.conftest import digits_data, ring_data
 
 CPU = torch.device("cpu")
@@ -207,6 +210,33 @@ class TestModes:
         assert sliced.compute(torch.zeros(500, 2), None)["sliced_wasserstein"] > 10 * floor
         with pytest.raises(ConfigurationError, match="known modes; received Digits"):
             ModeCoverage().prepare(digits_data(), device=CPU)
+
+
+def test_sliced_distance_of_images_is_in_the_generator_s_units():
+    """They are kept as bytes: real images would otherwise be a hundred times as far away as the floor."""
+    data = digits_data()
+    metric = SlicedWasserstein()
+    floor = metric.prepare(data, device=CPU)["sliced_wasserstein_floor"]
+    train = data.train_samples
+    x = train.take(torch.arange(len(train)))[0]
+    assert (
+        metric.compute(x, None)["sliced_wasserstein"] < 1.5 * floor < metric.compute(0 * x, None)["sliced_wasserstein"]
+    )
+
+
+def test_some_reals_are_drawn_by_chance_and_not_the_first_ones():
+    """Folders come class by class; both ways of asking for some see the same samples."""
+    samples = Digits().load("train")
+    assert samples.y is not None
+    order = samples.y.argsort(stable=True)
+    ordered = Samples(samples.x[order], samples.y[order])
+    view = ClientSamples(samples=ordered, indices=torch.arange(len(ordered)))
+    some = torch.cat(list(chunks(view, 200)))
+    assert len(some) == 200
+    places = [int((view.take(torch.arange(len(view)))[0] == x).flatten(1).all(1).nonzero()[0]) for x in some]
+    assert set(ordered.y[places].tolist()) == set(range(10))
+    assert torch.equal(some, torch.cat(list(chunks(view, 200))))
+    assert len(torch.cat(list(chunks(view, 10**6)))) == len(view)
 
 
 def test_class_coverage_counts_missing_classes_and_obedience():

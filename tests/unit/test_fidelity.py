@@ -180,6 +180,8 @@ class TestPrecisionRecall:
     def test_settings(self, data):
         with pytest.raises(ConfigurationError, match="at least 1 neighbour"):
             PrecisionRecall(k=0)
+        with pytest.raises(ConfigurationError, match="more than k samples; received 3"):
+            PrecisionRecall(PixelFeatures(), k=3).compute(torch.zeros(3, *data.sample_shape), None)
         with pytest.raises(ConfigurationError, match="more than k test samples"):
             PrecisionRecall(PixelFeatures(), k=400).prepare(data, device=CPU)
 

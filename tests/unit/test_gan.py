@@ -227,3 +227,8 @@ def test_latents_drawn_ahead_are_those_drawn_one_by_one(prior, dtype, count, dim
     together = prior.draw_ahead(5, count, dim, generator=ahead, **where)
     assert torch.equal(torch.stack(singly), together)
     assert torch.equal(one.get_state(), ahead.get_state())
+
+
+def test_fewer_labels_than_samples_are_refused():
+    with pytest.raises(ConfigurationError, match="every sample has a label; received 2 for 5 samples"):
+        ring_gan().sample(5, labels=torch.tensor([1, 2]))

@@ -157,6 +157,22 @@ class TestSource:
         with pytest.raises(DataError, match=rf"data.source.items .*; received .*{received}"):
             source(num_items=3, items=str(tmp_path / "items.json"))
 
+    @given(seed=st.integers(0, 1000), fraction=st.sampled_from([0.05, 0.2, 0.5, 0.9]))
+    @settings(max_examples=30, deadline=None)
+    def test_every_user_s_share_is_held_out_by_the_order_of_its_keys(self, seed, fraction):
+        """Against the definition, user by user."""
+        draw = np.random.default_rng(seed)
+        seen = draw.random((15, 12)) < 0.5
+        pairs = np.array([(str(u), str(i)) for u, i in zip(*np.nonzero(seen))])
+        times = draw.integers(0, 4, len(pairs)).astype(float)  # with ties
+        own = Interactions("unread", num_items=12, holdout="latest", holdout_fraction=fraction)
+        table = own._named(pairs, times, [str(item) for item in range(12)])
+        for row in range(len(table.users)):
+            mine = [k for k in range(len(pairs)) if table.rows[k] == row]
+            mine.sort(key=lambda k: (-times[k], table.columns[k]))
+            count = min(max(1, round(len(mine) * fraction)), len(mine) - 1)
+            assert [bool(table.held[k]) for k in mine] == [place < count for place in range(len(mine))]
+
     def test_latest_holds_out_the_end_of_every_history(self, tmp_path):
         path = write(tmp_path / "a.csv", dense())
         own = Interactions(path, num_items=8, min_item=1, min_user=2, holdout="latest", holdout_fraction=0.25)

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from fedgan_lightning import (
+    CoordinateMedian,
     FaultyExecutor,
+    FederatedOrchestrator,
     FractionOfClients,
     Krum,
     PoissonSampling,
@@ -303,6 +305,12 @@ def test_tries_of_a_round_are_apart():
         patch.setattr(Conductor, "_pause", lambda self: slept.append(self.rules.pause))
         run(executor=faulty(always={0: "hang"}), rules=RoundRules(attempts=3, pause=60.0))
     assert slept == [60.0, 60.0], "between tries, and not after the last"
+
+
+@pytest.mark.parametrize("rule", [Krum(), CoordinateMedian()], ids=lambda own: type(own).__name__)
+def test_a_discount_is_refused_where_all_updates_are_alike(rule):
+    with pytest.raises(ConfigurationError, match="late=discount with .*, which treats all alike. Fix: set rules.late"):
+        FederatedOrchestrator(rounds=1, local_steps=1, aggregator=rule, rules=RoundRules(late="discount"))
 
 
 def test_a_late_update_at_full_weight_is_still_late():

@@ -18,7 +18,7 @@ from fedgan_lightning import (
 )
 from fedgan_lightning.errors import ConfigurationError, DataError
 from fedgan_lightning.evaluation.defaults import default_metrics
-from fedgan_lightning.evaluation.series import centroids, matched_distance
+from fedgan_lightning.evaluation.series import _sequences, centroids, matched_distance
 from tests.fakes import RandomSeries
 
 CPU = torch.device("cpu")
@@ -115,6 +115,19 @@ class TestMetrics:
             assert bad > factor * good, name
             if f"{name}_floor" in facts:
                 assert good <= facts[f"{name}_floor"] + 0.15
+
+    def test_fewer_generated_than_real_series_are_compared_with_some_of_all_kinds(self):
+        """Series of a folder come kind by kind: the first of them are another law than all."""
+
+        def two_kinds(count: int, seed: int) -> torch.Tensor:
+            generator = torch.Generator().manual_seed(seed)
+            return torch.cat([torch.randn(count, 1, 8, generator=generator) + shift for shift in (-2.0, 2.0)])
+
+        metric = DiscriminativeScore(steps=300)
+        metric.real = _sequences(two_kinds(200, 0))
+        fakes = two_kinds(100, 1)
+        assert metric.compute(fakes, None)["discriminative_score"] < 0.15
+        assert metric.compute(fakes[:100], None)["discriminative_score"] > 0.2, "a positive control: one kind alone"
 
     def test_a_copy_is_at_no_distance_and_cannot_be_told_apart(self):
         data = module()

@@ -214,11 +214,12 @@ class Interactions(Source):
             keys[order] = make_numpy_generator(self.seed, "held-out interactions").random(len(order))
         else:
             keys = -times
+        counts = np.bincount(rows, minlength=len(users))
+        wanted = np.minimum(np.maximum(1, np.rint(counts * self.holdout_fraction)), counts - 1)
+        order = np.lexsort((columns, keys, rows))  # user by user, those to be held out first
+        ranks = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
         held = np.zeros(len(rows), dtype=bool)
-        for row in range(len(users)):
-            own = np.flatnonzero(rows == row)
-            count = min(max(1, round(len(own) * self.holdout_fraction)), len(own) - 1)
-            held[own[np.lexsort((columns[own], keys[own]))[:count]]] = True
+        held[order] = ranks < wanted[rows[order]]
         return Table(users, items, rows, columns, held)
 
     def _pairs(self) -> tuple[NDArray[np.str_], NDArray[np.float64] | None]:
