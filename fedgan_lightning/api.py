@@ -10,10 +10,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from fedgan_lightning.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from fedgan_lightning.data.datamodule import FederatedDataModule
+from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.callback import Evaluation
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
 from fedgan_lightning.federation.server import ServerModule
-from fedgan_lightning.recorder import RunRecorder
+from fedgan_lightning.recorder import RunRecorder, listed
 from fedgan_lightning.visuals.inspection import Inspection
 from fedgan_lightning.visuals.progress import RoundProgressBar
 from fedgan_lightning.visuals.samples import SamplePictures
@@ -34,6 +35,8 @@ class Federation:
         best: Which checkpoint is the best; default none.
         trainer: Further arguments of the server's ``L.Trainer``: accelerator, callbacks, ...
         **federation: Further arguments of :class:`FederatedOrchestrator`: local_steps, sync, optimizer_state, seed, ...
+            The seed decides what clients draw; the weights of ``model`` were drawn when it was built, by torch's own
+            generator: call ``L.seed_everything`` before.
     """
 
     def __init__(
@@ -60,6 +63,15 @@ class Federation:
         self.recorder = RunRecorder(seed=self.orchestrator.seed)
         self._checkpoints = [LastCheckpoint(), *([best] if best is not None else [])]
         self._options = dict(trainer or {})
+        for name in ("max_steps", "max_epochs"):
+            if self._options.get(name, -1) not in (-1, None):
+                raise ConfigurationError(
+                    message(
+                        "an epoch is a round, and rounds counts them",
+                        received=f"trainer={{'{name}': {self._options[name]}}}",
+                        fix="set rounds",
+                    )
+                )
 
     def fit(self, *, ckpt_path: str | None = None) -> dict[str, float]:
         """Run the rounds; return the last values of all metrics.
@@ -86,9 +98,9 @@ class Federation:
 
     def _make_trainer(self, *, logger: Any) -> L.Trainer:
         options = dict(self._options)
-        plugins = options.pop("plugins", [])
+        plugins = listed(options.pop("plugins", None))
         callbacks = [
-            *options.pop("callbacks", []),
+            *listed(options.pop("callbacks", None)),
             self.orchestrator,
             self.evaluation,
             self.pictures,

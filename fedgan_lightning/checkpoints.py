@@ -52,12 +52,20 @@ def read_checkpoint(path: str | Path, *, map_location: Any = "cpu") -> Any:
                 fix="use a checkpoint that this program wrote, from a source you trust",
             )
         ) from error
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise CheckpointError(
+            message(
+                "a checkpoint is a file",
+                received=f"{path}, which is {'a folder' if Path(path).is_dir() else 'not there'}",
+                fix="name one of the run's checkpoints: best, last, or the path of a .ckpt file",
+            )
+        ) from error
     except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
         raise CheckpointError(
             message(
                 "a checkpoint can be read",
                 received=f"{path} ({type(error).__name__}: {str(error).splitlines()[0]})",
-                fix="check the path, or resume from another checkpoint: the file is missing or damaged",
+                fix="resume from another checkpoint: the file is damaged",
             )
         ) from error
 
@@ -135,13 +143,14 @@ class BestCheckpoint(_InRunDirectory):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse a metric that nobody measures, now that the untrained generator has been scored.
 
-        Where metrics had to be left out, as in a deployment, one of theirs only means that there is no best checkpoint.
+        Where nothing is measured, or metrics had to be left out, as in a deployment, there is no best checkpoint.
         """
         histories = histories_of(trainer)
         known = sorted({name for history in histories for entry in history for name in entry} - {"rounds"})
         left_out = [name for item in trainer.callbacks for name in getattr(item, "left_out", [])]  # type: ignore[attr-defined]
-        if self.monitor is not None and self.monitor not in known and left_out:
-            logger.warning(f"no best checkpoint: {self.monitor} is not measured here (left out: {', '.join(left_out)})")
+        if self.monitor is not None and self.monitor not in known and (left_out or not known):
+            why = f"left out: {', '.join(left_out)}" if left_out else "nothing is measured"
+            logger.warning(f"no best checkpoint: {self.monitor} is not measured here ({why})")
         elif self.monitor is not None and self.monitor not in known:
             raise ConfigurationError(
                 message(

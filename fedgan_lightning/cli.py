@@ -30,7 +30,7 @@ from fedgan_lightning.federation.executors import AutoExecutor
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.gan import networks, priors
-from fedgan_lightning.recorder import RunRecorder, check_run_directory
+from fedgan_lightning.recorder import RunRecorder, check_run_directory, listed
 from fedgan_lightning.visuals import pictures
 from fedgan_lightning.visuals.inspection import Inspection
 from fedgan_lightning.visuals.progress import RoundProgressBar
@@ -149,7 +149,9 @@ class FederatedCLI(LightningCLI):
                     )
                 )
         if "ckpt_path" in settings:
-            settings.ckpt_path = resolve_checkpoint(settings.ckpt_path, settings.run_dir)
+            settings.ckpt_path = resolve_checkpoint(
+                settings.ckpt_path, settings.run_dir, is_new=self.subcommand == "fit"
+            )
 
     def instantiate_classes(self) -> None:
         try:
@@ -215,27 +217,38 @@ class FederatedCLI(LightningCLI):
         values = ", ".join(f"{name} {value:.4g}" for name, value in (history[-1] if history else {}).items())
         if self.trainer.is_global_zero:
             print(f"{self.trainer.default_root_dir}: {values}")
-        number = self.orchestrator.stop_signal
-        if number is not None:
-            rounds = self.trainer.global_step
+        number, rounds = self.orchestrator.stop_signal, self.trainer.global_step
+        if rounds < self.orchestrator.rounds and self.trainer.is_global_zero:
+            by = f" by {signal.Signals(number).name}" if number is not None else ""
             print(
-                f"stopped by {signal.Signals(number).name} after {rounds} complete rounds; "
+                f"stopped{by} after {rounds} complete rounds of {self.orchestrator.rounds}; "
                 f"continue with: --ckpt_path last --run_dir {self.trainer.default_root_dir}"
             )
+        if number is not None:
             raise SystemExit(128 + number)
 
 
-def resolve_checkpoint(ckpt_path: str | None, run_dir: str) -> str | None:
-    """Return the checkpoint to resume from; ``last`` is the run directory's own, or ``None`` where it has none yet.
+def resolve_checkpoint(ckpt_path: str | None, run_dir: str, *, is_new: bool) -> str | None:
+    """Return the checkpoint to start from, or ``None`` for a run that begins.
+
+    Args:
+        ckpt_path: A file, or the run directory's own ``last`` or ``best``. Without it a run begins, and other commands
+            take the best one, or else the last.
+        run_dir: The run directory.
+        is_new: Whether there may be none yet.
 
     Raises:
         CheckpointError: If the file is missing, damaged, or no checkpoint of this program.
     """
     if ckpt_path is None:
-        return None
+        if is_new:
+            return None
+        folder = Path(run_dir) / "checkpoints"
+        ckpt_path = "best" if (folder / "best.ckpt").exists() else "last"
+        print(f"checkpoint: {folder / ckpt_path}.ckpt")
     if ckpt_path in ("last", "best"):
         path = Path(run_dir) / "checkpoints" / f"{ckpt_path}.ckpt"
-        if ckpt_path == "last" and not path.exists():
+        if ckpt_path == "last" and is_new and not path.exists():
             print(f"{path} does not exist yet: the run begins anew")  # killed before its first round was complete
             return None
         ckpt_path = str(path)
@@ -249,13 +262,6 @@ def resolve_checkpoint(ckpt_path: str | None, run_dir: str) -> str | None:
             )
         )
     return ckpt_path
-
-
-def listed(value: Any) -> list[Any]:
-    """Return several, one or no values as a list: Lightning takes either form."""
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def without_command(text: str) -> str:

@@ -56,6 +56,7 @@ class RunRecorder(L.Callback):
     def __init__(self, *, config: str | None = None, seed: int | None = None, resuming: bool = False) -> None:
         self.config, self.seed, self.resuming = config, seed, resuming
         self._wall_seconds, self._started = 0.0, time.perf_counter()
+        self._has_begun = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -77,6 +78,7 @@ class RunRecorder(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Every callback has checked what it checks: from the first round on the directory belongs to this run."""
+        self._has_begun = True
         root = Path(trainer.default_root_dir)
         if (root / "partition.npz").exists() or not trainer.is_global_zero:
             return
@@ -99,11 +101,11 @@ class RunRecorder(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         orchestrator = _find(trainer, FederatedOrchestrator)
-        stopped = orchestrator is not None and orchestrator.stop_signal is not None
+        stopped = orchestrator is not None and trainer.global_step < orchestrator.rounds
         self.write(trainer, status="stopped" if stopped else "finished")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if trainer.state.fn == "fit" and trainer.training and (Path(trainer.default_root_dir) / "config.yaml").exists():
+        if self._has_begun:  # what was refused before has changed nothing of an earlier run's account
             self.write(trainer, status=f"failed: {type(exception).__name__}: {exception}")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -160,6 +162,13 @@ def best_values(history: list[dict[str, float]], *, larger_is_better: Collection
             if name not in best or sign * value < sign * best[name]["value"]:
                 best[name] = {"value": value, "rounds": entry["rounds"]}
     return best
+
+
+def listed(value: Any) -> list[Any]:
+    """Return several, one or no callbacks or plugins as a list: Lightning's Trainer takes either form."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def versions() -> dict[str, str]:

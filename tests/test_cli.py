@@ -171,11 +171,55 @@ class TestCommands:
         assert (tmp_path / "out" / "predictions" / "samples.png").exists()
 
     def test_predict_writes_recommendations(self, tmp_path, capsys):
-        code, out, err = run("predict", *small("recommendation"), "--run_dir", tmp_path / "out", capsys=capsys)
+        arguments = [*small("recommendation"), "--run_dir", tmp_path / "out"]
+        assert run("fit", *arguments, "--federation.rounds", "1", capsys=capsys)[0] == 0
+        code, out, err = run("predict", *arguments, capsys=capsys)  # from the checkpoint that is there
         assert code == 0, err
+        assert f"checkpoint: {tmp_path / 'out' / 'checkpoints'}" in out
         assert "wrote" in out
         lines = (tmp_path / "out" / "predictions" / "recommendations.csv").read_text().splitlines()
         assert lines[0] == "user,rank,item,title,score"
+
+    @pytest.mark.parametrize("command", ["validate", "test", "predict"])
+    def test_what_was_never_trained_is_not_judged(self, command, tmp_path, capsys):
+        for told in ([], ["--ckpt_path", "last"]):
+            code, _, err = run(command, "--config", DIGITS, "--run_dir", tmp_path / "typo", *told, capsys=capsys)
+            assert code == 2
+            assert "a checkpoint is a file; received" in one_line(err)
+            assert "not there" in err
+        assert not (tmp_path / "typo").exists()
+
+    def test_a_refused_resume_leaves_the_account_of_the_run_as_it_was(self, finished, capsys):
+        before = (finished / "summary.json").read_text()
+        arguments = ["--config", finished / "config.yaml", "--ckpt_path", "last", "--model.loss", "Hinge"]
+        code, _, err = run("fit", *arguments, "--federation.rounds", "9", capsys=capsys)
+        assert code == 2
+        assert "model.init_args.loss" in one_line(err)
+        assert (finished / "summary.json").read_text() == before
+
+    def test_a_run_that_something_else_ended_is_not_called_finished(self, tmp_path, capsys):
+        arguments = [*small("ring8"), "--federation.rounds", "500", "--trainer.max_time", "00:00:00:01"]
+        code, out, err = run("fit", *arguments, "--run_dir", tmp_path / "run", capsys=capsys)
+        assert code == 0, err
+        assert re.search(r"stopped after \d+ complete rounds of 500; continue with: --ckpt_path last", out)
+        assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "stopped"
+
+    def test_other_loggers_beside_tensorboard_s(self, tmp_path, capsys):
+        folders = {"CSVLogger": tmp_path / "csv", "TensorBoardLogger": tmp_path / "tb"}
+        loggers = [{"class_path": name, "init_args": {"save_dir": str(own)}} for name, own in folders.items()]
+        told = ["--trainer.logger", json.dumps(loggers)]
+        code, _, err = run("fit", *small("ring8"), *told, "--run_dir", tmp_path / "run", capsys=capsys)
+        assert code == 0, err
+        assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
+        assert list((tmp_path / "csv").rglob("metrics.csv"))
+
+    def test_a_run_that_measures_nothing_has_no_best_checkpoint(self, tmp_path, capsys, caplog):
+        code, _, err = run(
+            "fit", *small("digits"), "--evaluation.metrics", "[]", "--run_dir", tmp_path / "run", capsys=capsys
+        )
+        assert code == 0, err
+        assert "no best checkpoint: fid is not measured here (nothing is measured)" in caplog.text
+        assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"last.ckpt"}
 
     def test_partition_prints_who_holds_what(self, tmp_path, capsys):
         code, out, _ = run("partition", "--config", DIGITS, "--run_dir", tmp_path / "p", capsys=capsys)
@@ -263,6 +307,11 @@ BAD = {
         "Dirichlet splits by label; received a source without labels",
     ),
     "sync of no network": (["--federation.sync", "{encoder: local}"], "received encoder. Fix: choose from generator"),
+    "a cut epoch": (
+        ["--trainer.limit_train_batches", "3"],
+        "nothing cuts short; received trainer.limit_train_batches=3",
+    ),
+    "a trial run": (["--trainer.fast_dev_run", "true"], "nothing cuts short; received trainer.fast_dev_run"),
     "no rounds": (["--federation.rounds", "0"], "rounds is at least 1; received 0"),
     "negative rounds": (["--federation.rounds=-3"], "rounds is at least 1; received -3"),
     "monitor of no metric": (["--best.monitor", "fidd"], "names a metric of the evaluation; received fidd"),
@@ -302,7 +351,7 @@ class TestBadInput:
             ("truncate", "a checkpoint can be read"),
             ("pickle", "holds tensors and plain values only"),
             ("plain", "without an orchestrator's state"),
-            ("missing", "a checkpoint can be read; received .*FileNotFoundError"),
+            ("missing", "a checkpoint is a file; received .*bad.ckpt, which is not there"),
         ],
     )
     def test_checkpoints_that_cannot_be_trusted(self, damage, words, finished, tmp_path, capsys):

@@ -73,6 +73,10 @@ class FederatedDataModule(L.LightningDataModule):
                     fix="raise them",
                 )
             )
+        if not isinstance(source, Source):
+            raise ConfigurationError(
+                message("data come from a source", received=repr(source), fix="give an object, such as Digits()")
+            )
         self.source, self.partition = source, partition if partition is not None else IID()
         self._num_clients, self.batch_size, self.max_samples, self.seed = num_clients, batch_size, max_samples, seed
         self.sample_shape, self.num_classes = source.sample_shape, source.num_classes
@@ -135,6 +139,22 @@ class FederatedDataModule(L.LightningDataModule):
 
     def _training_split(self) -> Samples:
         samples = self.source.load("train")
+        if not isinstance(samples, Samples):
+            raise DataError(
+                message("a source loads Samples", received=type(samples).__name__, fix="return Samples(x, y) from load")
+            )
+        if (
+            samples.y is not None
+            and self.num_classes
+            and not 0 <= int(samples.y.min()) <= int(samples.y.max()) < self.num_classes
+        ):
+            raise DataError(
+                message(
+                    f"labels are numbers in [0, {self.num_classes}), one for each of class_names",
+                    received=f"{int(samples.y.min())} to {int(samples.y.max())}",
+                    fix="give the source a name for every class",
+                )
+            )
         if tuple(samples.x.shape[1:]) != self.sample_shape:
             raise DataError(
                 message(

@@ -119,6 +119,7 @@ def _site(options: argparse.Namespace, others: list[str]) -> int:
 
 
 def _server(options: argparse.Namespace, others: list[str]) -> int:
+    programs.check_file(options.config)
     with programs.processes() as started:
         started.append(programs.superlink(options.home, keys=options.keys, host=options.host, port=options.port))
         programs.await_superlink(options.port, options.keys, started[-1])

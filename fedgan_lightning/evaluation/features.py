@@ -69,9 +69,8 @@ class PixelFeatures(FeatureNet):
     """The samples themselves, flattened: no training, no seed, no weights.
 
     Args:
-        side: Images larger than this are averaged down to ``side`` pixels a side first. A Fréchet distance in d
-        dimensions
-            needs many times d samples, and its matrix root takes d^3 operations.
+        side: Pictures (C, H, W) larger than this are averaged down to ``side`` pixels a side first. A Fréchet distance
+            in d dimensions needs many times d samples, and its matrix root takes d^3 operations.
     """
 
     def __init__(self, side: int = 8) -> None:
@@ -79,7 +78,7 @@ class PixelFeatures(FeatureNet):
 
     def build(self, samples: Samples, *, num_classes: int) -> FrozenNet:
         shape = tuple(samples.x.shape[1:])
-        if samples.is_image and max(shape[1:]) > self.side:
+        if len(shape) == 3 and max(shape[1:]) > self.side:
             net = nn.Sequential(nn.AdaptiveAvgPool2d(self.side), nn.Flatten())
             size, name = shape[0] * self.side**2, f"pixels averaged to {self.side}x{self.side}"
         else:

@@ -159,6 +159,9 @@ class FederatedOrchestrator(L.Callback):
         if hasattr(model, "check_data") and hasattr(data, "sample_shape"):
             model.check_data(data.sample_shape, getattr(data, "num_classes", 0))
         if stage == "fit":
+            _refuse_cut_rounds(trainer)
+            if trainer.precision == "64-true":
+                server.double()  # Lightning does so after it has read a checkpoint, whose doubles pass through float32
             trainer.limit_val_batches = 0  # rounds are evaluated where they end, by callbacks
             trainer.fit_loop.max_epochs = -1
             trainer.fit_loop.epoch_loop.max_steps = self.rounds
@@ -398,3 +401,17 @@ class FederatedOrchestrator(L.Callback):
         server.moments = dict(state["moments"])
         self.executor.load_state_dict(state["executor"])
         self._strikes = {int(client_id): count for client_id, count in state["strikes"].items()}
+
+
+def _refuse_cut_rounds(trainer: Any) -> None:
+    """Refuse options of the Trainer that would cut an epoch short, which is one round, and not its local steps."""
+    options = {"fast_dev_run": (trainer.fast_dev_run, False), "limit_train_batches": (trainer.limit_train_batches, 1.0)}
+    for name, (value, default) in options.items():
+        if value != default:
+            raise ConfigurationError(
+                message(
+                    "an epoch is a round, which nothing cuts short",
+                    received=f"trainer.{name}={value}",
+                    fix="set federation.rounds and federation.local_steps",
+                )
+            )

@@ -82,6 +82,10 @@ class TensorBoardLayout(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         history = [item.history[-1] for item in trainer.callbacks if isinstance(item, Evaluation) and item.history]  # type: ignore[attr-defined]
         final = {f"hp/{name}": value for entry in history for name, value in entry.items() if name != "rounds"}
+        if not self.hyperparameters or not final:
+            return
         for logger in trainer.loggers:
-            if self.hyperparameters and final and hasattr(logger, "log_hyperparams"):
+            if isinstance(logger, TensorBoardLogger):  # values beside settings are an idea of TensorBoard's
                 logger.log_hyperparams(self.hyperparameters, final)
+            else:
+                logger.log_hyperparams(self.hyperparameters)

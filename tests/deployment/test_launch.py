@@ -44,6 +44,8 @@ def test_bad_options_are_one_line(capsys, monkeypatch):
     assert "files that are named exist; received ca" in refused(capsys, "site", *site)
     text = refused(capsys, "trial", "--sites", "2", "--config", "none.yaml", "--run_dir", "r")
     assert "received none.yaml" in text
+    text = refused(capsys, "server", "--keys", "keys", "--config", "none.yaml", "--run_dir", "r")
+    assert "received none.yaml" in text, "before anything is started"
     server = ["server", "--keys", "keys", "--config", CONFIG, "--run_dir", "r"]
     assert "received keys/ca.crt" in refused(capsys, *server)
 

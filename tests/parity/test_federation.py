@@ -454,6 +454,24 @@ class TestResume:
         assert_states_equal(whole.server.moments, resumed.server.moments)
         assert whole.orchestrator.ledger.bytes_up == resumed.orchestrator.ledger.bytes_up
 
+    @pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
+    def test_a_resumed_run_is_bit_identical_in_other_precisions(self, tmp_path, precision):
+        """Doubles must not pass through float32 on the way out of a checkpoint."""
+
+        def start(name: str, rounds: int) -> Federation:
+            options = {"accelerator": "cpu", "enable_progress_bar": False, "precision": precision}
+            run_dir, executor = str(tmp_path / name), SequentialExecutor()
+            how = {"local_steps": 3, "executor": executor, "evaluation": Evaluation(metrics=[]), "trainer": options}
+            return Federation(ring_gan(ema_half_life_images=50.0), ring_data(), rounds=rounds, run_dir=run_dir, **how)
+
+        whole = start("whole", 3)
+        whole.fit()
+        start("parts", 2).fit()
+        resumed = start("parts", 3)
+        resumed.fit(ckpt_path=str(tmp_path / "parts" / "checkpoints" / "last.ckpt"))
+        assert_states_equal(whole.server.model.state_dict(), resumed.server.model.state_dict())
+        assert_states_equal(whole.server.moments, resumed.server.moments)
+
     def test_a_checkpoint_of_other_settings_is_refused(self, tmp_path):
         from tests.conftest import ring_data as data
 
@@ -525,6 +543,28 @@ def test_what_the_server_cannot_know_is_said():
 def test_a_mapping_leaves_the_other_networks_at_the_default():
     policy = resolve(ring_gan(), sync=None, optimizer_state={"generator": "keep"}, buffers="merge")
     assert policy.optimizer_state == {"generator": "keep", "discriminator": "average"}
+
+
+@pytest.mark.parametrize("option", [{"max_steps": 5}, {"max_epochs": 1}])
+def test_options_that_rounds_overrule_are_refused(option, tmp_path):
+    with pytest.raises(
+        ConfigurationError, match=r"rounds counts them; received trainer={'max_\w+': \d}. Fix: set rounds"
+    ):
+        Federation(ring_gan(), ring_data(), rounds=2, local_steps=1, run_dir=str(tmp_path), trainer=option)
+
+
+def test_one_callback_is_as_good_as_a_list_of_one(tmp_path):
+    class Counting(L.Callback):
+        rounds = 0
+
+        def on_round_end(self, trainer, server, info, metrics):
+            self.rounds += 1
+
+    own = Counting()
+    options = {"accelerator": "cpu", "enable_progress_bar": False, "callbacks": own}
+    how = {"rounds": 2, "local_steps": 1, "run_dir": str(tmp_path / "run"), "evaluation": Evaluation(metrics=[])}
+    Federation(ring_gan(), ring_data(), trainer=options, **how).fit()
+    assert own.rounds == 2
 
 
 def test_a_foreign_module_without_sample_runs_with_all_callbacks(tmp_path):

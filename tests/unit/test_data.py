@@ -219,6 +219,24 @@ class TestDataModule:
         with pytest.raises(DataError, match="full minibatch of 64 samples; received client 0 with 36"):
             data.setup()
 
+    def test_what_is_no_source_or_loads_no_samples_is_refused_by_name(self):
+        with pytest.raises(ConfigurationError, match=r"data come from a source; received 'Digits'. Fix: .* Digits\(\)"):
+            FederatedDataModule("Digits")
+
+        class Own(sources.Digits):
+            found: object = None
+
+            def load(self, split):
+                return self.found
+
+        own = Own()
+        own.found = (torch.zeros(9, 1, 8, 8), torch.zeros(9))
+        with pytest.raises(DataError, match="a source loads Samples; received tuple"):
+            FederatedDataModule(own, num_clients=2).setup()
+        own.found = Samples(torch.zeros(99, 1, 8, 8), torch.arange(99) % 12)
+        with pytest.raises(DataError, match=r"labels are numbers in \[0, 10\).*received 0 to 11"):
+            FederatedDataModule(own, num_clients=2, batch_size=4).setup()
+
     def test_max_samples_keeps_a_seeded_subset(self):
         data = FederatedDataModule(sources.Digits(), num_clients=2, max_samples=100)
         assert len(data.train_samples) == 100

@@ -212,6 +212,14 @@ class TestModes:
             ModeCoverage().prepare(digits_data(), device=CPU)
 
 
+def test_pictures_in_floats_are_averaged_like_those_in_bytes():
+    """A source of one's own may give floats; 256 pixels would be too many for a kernel distance over clients."""
+    floats = PixelFeatures().build(Samples(torch.rand(10, 1, 16, 16) * 2 - 1), num_classes=0)
+    assert floats.num_features == 64
+    assert PixelFeatures().build(Samples(torch.rand(10, 16)), num_classes=0).num_features == 16
+    assert PixelFeatures().build(Samples(torch.rand(10, 2, 24)), num_classes=0).num_features == 48
+
+
 def test_sliced_distance_of_images_is_in_the_generator_s_units():
     """They are kept as bytes: real images would otherwise be a hundred times as far away as the floor."""
     data = digits_data()

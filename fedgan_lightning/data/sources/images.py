@@ -190,7 +190,7 @@ class ImageFolder(Source):
         groups = np.array([path.relative_to(base).parts[0] if path.parent != base else "." for path in files])
         labels = None
         if self.classes:
-            unknown = sorted(set(groups) - set(self.class_names))
+            unknown = sorted({str(group) for group in groups} - set(self.class_names))
             if unknown:
                 raise DataError(
                     message(
