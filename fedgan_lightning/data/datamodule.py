@@ -7,6 +7,7 @@ Lightning data modules: :meth:`FederatedDataModule.pooled` (centralised) and :me
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
@@ -21,6 +22,8 @@ from fedgan_lightning.data.samples import BatchStream, ClientSamples, CohortStre
 from fedgan_lightning.data.sources import Source
 from fedgan_lightning.errors import CheckpointError, ConfigurationError, DataError, message
 from fedgan_lightning.seeding import derive_seed
+
+logger = logging.getLogger("fedgan_lightning")
 
 
 class RoundTick:
@@ -81,6 +84,7 @@ class FederatedDataModule(L.LightningDataModule):
         self._num_clients, self.batch_size, self.max_samples, self.seed = num_clients, batch_size, max_samples, seed
         self.sample_shape, self.num_classes = source.sample_shape, source.num_classes
         self.class_names = source.class_names
+        self._has_told = False
 
     # ------------------------------------------------------------------ Lightning
 
@@ -91,6 +95,22 @@ class FederatedDataModule(L.LightningDataModule):
         """Read the training split, divide it, and refuse a division that cannot be trained on."""
         for client_id in range(self.num_clients):
             check_batch_size(self.num_examples(client_id), batch_size=self.batch_size, client_id=client_id)
+        if self.has_client_samples and not self._has_told:
+            self._has_told = True
+            self._tell_what_nobody_holds()
+
+    def _tell_what_nobody_holds(self) -> None:
+        """Say which classes the partition gave to no client: nothing will ever be trained on them."""
+        labels = self.train_samples.y
+        if labels is None or not self.class_names:
+            return
+        left = labels.bincount(minlength=self.num_classes).numpy() * (self.label_counts().sum(0) == 0)
+        if left.any():
+            names = ", ".join(str(name) for name, count in zip(self.class_names, left) if count)
+            logger.warning(
+                f"no client holds a sample of {names}: {left.sum()} of {len(labels)} samples are left out. "
+                "More clients, or more classes for each, would hold them"
+            )
 
     def train_dataloader(self) -> RoundTick:
         return RoundTick()

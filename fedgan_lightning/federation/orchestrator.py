@@ -159,7 +159,6 @@ class FederatedOrchestrator(L.Callback):
         if hasattr(model, "check_data") and hasattr(data, "sample_shape"):
             model.check_data(data.sample_shape, getattr(data, "num_classes", 0))
         if stage == "fit":
-            _refuse_cut_rounds(trainer)
             if trainer.precision == "64-true":
                 server.double()  # Lightning does so after it has read a checkpoint, whose doubles pass through float32
             trainer.limit_val_batches = 0  # rounds are evaluated where they end, by callbacks
@@ -167,39 +166,43 @@ class FederatedOrchestrator(L.Callback):
             trainer.fit_loop.epoch_loop.max_steps = self.rounds
 
     def _checked(self, trainer: L.Trainer, module: L.LightningModule) -> tuple[ServerModule, FederatedData]:
-        data = getattr(trainer, "datamodule", None)
-        if not isinstance(module, ServerModule):
-            raise ConfigurationError(
-                message(
-                    "FederatedOrchestrator trains a ServerModule",
-                    received=type(module).__name__,
-                    fix="fit ServerModule(your_module)",
-                )
-            )
-        if not isinstance(data, FederatedData):
-            raise ConfigurationError(
-                message(
-                    "a federation needs a data module that knows its clients",
-                    received=type(data).__name__,
-                    fix="pass datamodule=FederatedDataModule(...)",
-                )
-            )
-        if trainer.precision == "16-mixed":
-            raise ConfigurationError(
-                message(
-                    "the server's step must not pass through a loss scaler",
-                    received="trainer.precision=16-mixed",
-                    fix="use bf16-mixed",
-                )
-            )
-        if trainer.world_size > 1 and not self.aggregator.additive:
-            raise ConfigurationError(
-                message(
-                    "several devices sum their clients' updates, so the aggregator must be additive",
-                    received=f"{type(self.aggregator).__name__} on {trainer.world_size} devices",
-                    fix="set trainer.devices to 1, or use WeightedMean",
-                )
-            )
+        data, name = getattr(trainer, "datamodule", None), type(self.aggregator).__name__
+        several = trainer.world_size > 1 and not self.aggregator.additive
+        cut = "an epoch is a round, which nothing cuts short", "set federation.rounds and federation.local_steps"
+        wrong: list[tuple[bool, str, object, str]] = [
+            (
+                not isinstance(module, ServerModule),
+                "FederatedOrchestrator trains a ServerModule",
+                type(module).__name__,
+                "fit ServerModule(your_module)",
+            ),
+            (
+                not isinstance(data, FederatedData),
+                "a federation needs a data module that knows its clients",
+                type(data).__name__,
+                "pass datamodule=FederatedDataModule(...)",
+            ),
+            (
+                trainer.precision == "16-mixed",
+                "the server's step must not pass through a loss scaler",
+                "trainer.precision=16-mixed",
+                "use bf16-mixed",
+            ),
+            (
+                several,
+                "several devices sum their clients' updates, so the aggregator must be additive",
+                f"{name} on {trainer.world_size} devices",
+                "set trainer.devices to 1, or use WeightedMean",
+            ),
+        ]
+        for option, default in (("fast_dev_run", False), ("limit_train_batches", 1.0)):
+            value = getattr(trainer, option)
+            wrong.append((value != default, cut[0], f"trainer.{option}={value}", cut[1]))
+        for is_wrong, rule, received, fix in wrong:
+            if is_wrong:
+                raise ConfigurationError(message(rule, received=received, fix=fix))
+        assert isinstance(module, ServerModule)
+        assert isinstance(data, FederatedData)
         return module, data
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -401,17 +404,3 @@ class FederatedOrchestrator(L.Callback):
         server.moments = dict(state["moments"])
         self.executor.load_state_dict(state["executor"])
         self._strikes = {int(client_id): count for client_id, count in state["strikes"].items()}
-
-
-def _refuse_cut_rounds(trainer: Any) -> None:
-    """Refuse options of the Trainer that would cut an epoch short, which is one round, and not its local steps."""
-    options = {"fast_dev_run": (trainer.fast_dev_run, False), "limit_train_batches": (trainer.limit_train_batches, 1.0)}
-    for name, (value, default) in options.items():
-        if value != default:
-            raise ConfigurationError(
-                message(
-                    "an epoch is a round, which nothing cuts short",
-                    received=f"trainer.{name}={value}",
-                    fix="set federation.rounds and federation.local_steps",
-                )
-            )

@@ -393,10 +393,11 @@ class TestRounds:
             quiet_trainer().fit(ServerModule(ring_gan()), datamodule=ring_data())
         with pytest.raises(ConfigurationError, match=r"received trainer.precision=16-mixed. Fix: use bf16-mixed"):
             orchestrator = FederatedOrchestrator(rounds=1)
-            facts = {"datamodule": ring_data(), "precision": "16-mixed", "world_size": 1}
+            uncut = {"fast_dev_run": False, "limit_train_batches": 1.0}
+            facts = {"datamodule": ring_data(), "precision": "16-mixed", "world_size": 1, **uncut}
             orchestrator._checked(type("T", (), facts)(), ServerModule(ring_gan()))
         with pytest.raises(ConfigurationError, match="must be additive; received Median on 2 devices"):
-            facts = {"datamodule": ring_data(), "precision": "32-true", "world_size": 2}
+            facts = {"datamodule": ring_data(), "precision": "32-true", "world_size": 2, **uncut}
             orchestrator.aggregator = type("Median", (), {"additive": False})()
             orchestrator._checked(type("T", (), facts)(), ServerModule(ring_gan()))
 

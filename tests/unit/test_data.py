@@ -237,6 +237,18 @@ class TestDataModule:
         with pytest.raises(DataError, match=r"labels are numbers in \[0, 10\).*received 0 to 11"):
             FederatedDataModule(own, num_clients=2, batch_size=4).setup()
 
+    def test_classes_that_nobody_holds_are_named_once(self, caplog):
+        data = FederatedDataModule(sources.Digits(), partition=parts.ClassesPerClient(2), num_clients=3)
+        data.setup()
+        data.setup("fit")
+        left = len(data.train_samples) - sum(data.num_examples(k) for k in range(3))
+        told = [text for text in caplog.messages if "no client holds a sample of 6, 7, 8, 9: " in text]
+        assert len(told) == 1
+        assert f"{left} of 1438 samples are left out" in told[0]
+        caplog.clear()
+        FederatedDataModule(sources.Digits(), partition=parts.ClassesPerClient(2), num_clients=5).setup()
+        assert not caplog.messages
+
     def test_max_samples_keeps_a_seeded_subset(self):
         data = FederatedDataModule(sources.Digits(), num_clients=2, max_samples=100)
         assert len(data.train_samples) == 100
