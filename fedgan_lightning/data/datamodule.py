@@ -310,11 +310,29 @@ def check_agreement(data: FederatedDataModule, found: Mapping[str, Any], *, path
 
 
 class PlainDataModule(L.LightningDataModule):
-    """A data module for a plain Trainer: ``num_steps`` minibatches as one epoch. Arguments as :class:`BatchStream`."""
+    """A data module for a plain Trainer: ``num_steps`` minibatches as one epoch, and the next ones as the next.
+
+    Arguments as :class:`BatchStream`.
+    """
 
     def __init__(self, data: ClientSamples, **stream: Any) -> None:
         super().__init__()
         self.data, self.stream = data, stream
 
-    def train_dataloader(self) -> BatchStream:
-        return BatchStream(self.data, first_step=0, **self.stream)
+    def train_dataloader(self) -> _Epochs:
+        return _Epochs(self)
+
+
+class _Epochs:
+    """Minibatches of the epoch that a plain Trainer is in: it asks for its loader once, and iterates every epoch."""
+
+    def __init__(self, module: PlainDataModule) -> None:
+        self.module = module
+
+    def __len__(self) -> int:
+        return int(self.module.stream["num_steps"])
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        trainer = self.module.trainer
+        epoch = 0 if trainer is None else trainer.current_epoch
+        return iter(BatchStream(self.module.data, first_step=epoch * len(self), **self.module.stream))

@@ -67,9 +67,10 @@ class IID(Partition):
 
 
 class Dirichlet(Partition):
-    """Label skew: each class is divided by proportions ~ Dirichlet(alpha) over the clients (Hsu et al. 2019).
+    """Label skew: each class is divided by proportions ~ Dirichlet(alpha) over the clients.
 
-    Draws again, up to 1000 times, until every client has ``min_samples``.
+    Draws again, up to 1000 times, until every client has ``min_samples``. Source: Yurochkin et al. 2019, section 4;
+    Hsu et al. 2019 draw each client's shares of classes instead.
 
     Args:
         alpha: Concentration, > 0: .1 is strongly skewed, 100 nearly IID.

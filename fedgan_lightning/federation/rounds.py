@@ -91,7 +91,6 @@ class RoundSummary:
         self.records = sorted(records, key=lambda record: record.client_id)
         self.networks, self.drift, self.pooled = networks, drift, dict(pooled or {})
         self.contacts, self.population = contacts, population
-        self.total_weight = sum(record.num_examples for record in self.records)
 
     @property
     def schedule_positions(self) -> tuple[int, ...]:
@@ -105,11 +104,14 @@ class RoundSummary:
         return self._means().get("images", 0.0)
 
     def _means(self) -> dict[str, float]:
+        """Return means weighted by N_k over the clients that reported the value."""
         sums: dict[str, float] = {}
+        weights: dict[str, int] = {}
         for record in self.records:
             for name, value in record.metrics.items():
                 sums[name] = sums.get(name, 0.0) + record.num_examples * value
-        return {**{name: total / self.total_weight for name, total in sums.items()}, **self.pooled}
+                weights[name] = weights.get(name, 0) + record.num_examples
+        return {**{name: total / weights[name] for name, total in sums.items()}, **self.pooled}
 
     def metrics(self, aggregate: Aggregate) -> dict[str, float]:
         """Return means over the cohort; per-client values of small populations, quantiles of large ones."""

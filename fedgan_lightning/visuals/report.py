@@ -143,7 +143,7 @@ def _comparison(runs: Sequence[Run], names: Sequence[str]) -> str:
     finals = [{**run.summary.get("final", {}), **_test_values(run)} for run in runs]
     metrics = list(dict.fromkeys(name for final in finals for name in final if name != "rounds"))
     metrics.sort(key=lambda name: list(TITLES).index(name) if name in TITLES else len(TITLES))
-    rows = [("rounds", [run.summary.get("rounds", "") for run in runs])]
+    rows = [(name, [run.summary.get(name, "") for run in runs]) for name in ("status", "rounds")]
     rows += [(TITLES.get(name, name), [_number(final.get(name)) for final in finals]) for name in metrics]
     rows += [
         ("bytes both ways", [_size(_total_bytes(run)) for run in runs]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fedgan_lightning.data import sources
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.samples import BatchStream, ClientSamples, Samples, Shift
 from fedgan_lightning.errors import ConfigurationError, DataError
+from tests.conftest import quiet_trainer, ring_data
 
 
 def labelled(n: int = 240, classes: int = 6) -> Samples:
@@ -236,6 +238,25 @@ class TestDataModule:
         own.found = Samples(torch.zeros(99, 1, 8, 8), torch.arange(99) % 12)
         with pytest.raises(DataError, match=r"labels are numbers in \[0, 10\).*received 0 to 11"):
             FederatedDataModule(own, num_clients=2, batch_size=4).setup()
+
+    def test_the_next_epoch_of_a_control_goes_on_where_the_last_one_ended(self):
+        class Seeing(L.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.automatic_optimization, self.seen, self.w = False, [], torch.nn.Parameter(torch.zeros(1))
+
+            def training_step(self, batch, _):
+                self.seen.append(batch[0])
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        whole, parts_of = Seeing(), Seeing()
+        data = ring_data()
+        quiet_trainer(max_epochs=1).fit(whole, datamodule=data.pooled(num_steps=12))
+        quiet_trainer(max_epochs=3).fit(parts_of, datamodule=data.pooled(num_steps=4))
+        assert len(parts_of.seen) == 12
+        assert all(map(torch.equal, whole.seen, parts_of.seen))
 
     def test_classes_that_nobody_holds_are_named_once(self, caplog):
         data = FederatedDataModule(sources.Digits(), partition=parts.ClassesPerClient(2), num_clients=3)

@@ -24,6 +24,7 @@ from fedgan_lightning import (
 )
 from fedgan_lightning.errors import ConfigurationError, QuorumError, UpdateError
 from fedgan_lightning.federation.conduct import Conductor
+from fedgan_lightning.federation.rounds import ClientRecord, RoundSummary
 from fedgan_lightning.protocol import ClientFailure, ClientUpdate
 from tests.conftest import adam, assert_states_equal, federate, quiet_trainer, ring_data, ring_gan, sgd
 
@@ -305,6 +306,12 @@ def test_tries_of_a_round_are_apart():
         patch.setattr(Conductor, "_pause", lambda self: slept.append(self.rules.pause))
         run(executor=faulty(always={0: "hang"}), rules=RoundRules(attempts=3, pause=60.0))
     assert slept == [60.0, 60.0], "between tries, and not after the last"
+
+
+def test_a_value_that_some_clients_reported_is_their_mean():
+    records = [ClientRecord(0, 10, {"loss": 1.0, "own": 4.0}, []), ClientRecord(1, 30, {"loss": 3.0}, [])]
+    means = RoundSummary(records, networks=[], drift={}, population=2)._means()
+    assert means == {"loss": 2.5, "own": 4.0}
 
 
 @pytest.mark.parametrize("rule", [Krum(), CoordinateMedian()], ids=lambda own: type(own).__name__)
