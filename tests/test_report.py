@@ -102,6 +102,8 @@ def test_several_runs_are_compared_and_names_are_escaped(runs):
     page = Page(path.read_text())
     assert "<second> & co" in page.texts
     assert "2 federations compared" in page.texts
+    assert "status" in page.texts
+    assert page.texts.count("finished") == 2, "how each came to its end"
     assert page.charts.count("FID, clients' union") == 1, "one chart for both"
 
 
