@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
+from pathlib import PurePath
+
 
 class FedGANError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -52,8 +55,16 @@ class ClientError(FedGANError, RuntimeError):
 
     def __init__(self, *, client_id: int, round: int, stage: str, cause: BaseException, stacked_with: int = 0) -> None:
         who = f"client {client_id}" + (f" or one of {stacked_with} stacked with it" if stacked_with else "")
-        super().__init__(f"{who} failed in round {round} at stage '{stage}': {type(cause).__name__}: {cause}")
+        text = f"{who} failed in round {round} at stage '{stage}': {type(cause).__name__}: {cause}"
+        super().__init__(text + _place_of(cause))
         self.client_id, self.round, self.stage = client_id, round, stage
+
+
+def _place_of(error: BaseException) -> str:
+    """Return file and line where the caller's code, and not torch or Lightning, raised an error; no folders."""
+    places = [(PurePath(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    own = [(path.name, line) for path, line in places if not {"torch", "lightning"} & {*path.parts}]
+    return f" ({own[-1][0]}:{own[-1][1]})" if own else ""
 
 
 def message(rule: str, *, received: object, fix: str) -> str:
