@@ -105,7 +105,7 @@ class RunRecorder(L.Callback):
         self.write(trainer, status="stopped" if stopped else "finished")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if self._has_begun:  # what was refused before has changed nothing of an earlier run's account
+        if self._has_begun and trainer.state.fn == "fit":  # what was refused before changes no earlier run's account
             self.write(trainer, status=f"failed: {type(exception).__name__}: {exception}")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -555,6 +555,23 @@ def test_options_that_rounds_overrule_are_refused(option, tmp_path):
         Federation(ring_gan(), ring_data(), rounds=2, local_steps=1, run_dir=str(tmp_path), trainer=option)
 
 
+def test_a_test_that_fails_leaves_the_account_of_the_run_as_it_was(tmp_path, monkeypatch):
+    options = {"accelerator": "cpu", "enable_progress_bar": False}
+    federation = Federation(
+        ring_gan(), ring_data(), rounds=1, local_steps=1, run_dir=str(tmp_path / "run"), trainer=options
+    )
+    federation.fit()
+    before = federation.summary_path.read_text()
+
+    def fail(*_, **__):
+        raise ArithmeticError("no luck")
+
+    monkeypatch.setattr(federation.evaluation, "evaluate", fail)
+    with pytest.raises(ArithmeticError):
+        federation.test()
+    assert federation.summary_path.read_text() == before
+
+
 def test_one_callback_is_as_good_as_a_list_of_one(tmp_path):
     class Counting(L.Callback):
         rounds = 0
