@@ -57,7 +57,7 @@ def read_checkpoint(path: str | Path, *, map_location: Any = "cpu") -> Any:
             message(
                 "a checkpoint is a file",
                 received=f"{path}, which is {'a folder' if Path(path).is_dir() else 'not there'}",
-                fix="name one of the run's checkpoints: best, last, or the path of a .ckpt file",
+                fix="check the path; a run keeps best.ckpt and last.ckpt in its folder checkpoints",
             )
         ) from error
     except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile) as error:

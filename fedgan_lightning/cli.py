@@ -150,7 +150,9 @@ class FederatedCLI(LightningCLI):
                 )
         if "ckpt_path" in settings:
             settings.ckpt_path = resolve_checkpoint(
-                settings.ckpt_path, settings.run_dir, is_new=self.subcommand == "fit"
+                settings.ckpt_path,
+                settings.run_dir,
+                is_new=self.subcommand == "fit" or self.prepare is not None,  # who prepares may bring the weights
             )
 
     def instantiate_classes(self) -> None:

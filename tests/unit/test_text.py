@@ -400,7 +400,7 @@ class TestStartFrom:
             assert torch.equal(model.generator_ema.state_dict()[name], value), name
 
     def test_a_missing_file_or_another_vocabulary_or_network_is_refused(self, checkpoint, tmp_path):
-        with pytest.raises(CheckpointError, match="can be read; received none.ckpt"):
+        with pytest.raises(CheckpointError, match="a checkpoint is a file; received none.ckpt, which is not there"):
             self.start("none.ckpt")
         with pytest.raises(
             CheckpointError, match="the vocabulary that it was trained with; received .*another vocabulary"
