@@ -52,15 +52,16 @@ def read_checkpoint(path: str | Path, *, map_location: Any = "cpu") -> Any:
                 fix="use a checkpoint that this program wrote, from a source you trust",
             )
         ) from error
-    except (FileNotFoundError, IsADirectoryError) as error:
+    except OSError as error:
+        why = {FileNotFoundError: "not there", IsADirectoryError: "a folder"}.get(type(error), error.strerror)
         raise CheckpointError(
             message(
                 "a checkpoint is a file",
-                received=f"{path}, which is {'a folder' if Path(path).is_dir() else 'not there'}",
+                received=f"{path}, which is {why}",
                 fix="check the path; a run keeps best.ckpt and last.ckpt in its folder checkpoints",
             )
         ) from error
-    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+    except (EOFError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
         raise CheckpointError(
             message(
                 "a checkpoint can be read",

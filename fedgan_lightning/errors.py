@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 from pathlib import PurePath
 
@@ -63,7 +64,9 @@ class ClientError(FedGANError, RuntimeError):
 def _place_of(error: BaseException) -> str:
     """Return file and line where the caller's code, and not torch or Lightning, raised an error; no folders."""
     places = [(PurePath(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-    own = [(path.name, line) for path, line in places if not {"torch", "lightning"} & {*path.parts}]
+    loaded = (getattr(sys.modules.get(name), "__file__", None) for name in ("torch", "lightning"))
+    others = [PurePath(path).parent for path in loaded if path]
+    own = [(path.name, line) for path, line in places if not any(path.is_relative_to(folder) for folder in others)]
     return f" ({own[-1][0]}:{own[-1][1]})" if own else ""
 
 

@@ -60,6 +60,7 @@ class RunRecorder(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
+            self._has_begun = False
             check_run_directory(trainer.default_root_dir, resuming=self.resuming)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -140,16 +140,21 @@ def _trial(options: argparse.Namespace, others: list[str]) -> int:
         programs.await_superlink(port, keys, started[-1])
         programs.end_old_runs(home, keys, port)
         programs.register(home, keys, port)
-        sites = _start_sites(options, home=home, keys=keys, port=port, first=first)
-        started += sites.values()
+        sites = _start_sites(options, home=home, keys=keys, port=port, first=first, started=started)
         with programs.watched(sites):
             return programs.run_app(home, options.config, options.run_dir, others)
 
 
 def _start_sites(
-    options: argparse.Namespace, *, home: Path, keys: Path, port: int, first: Path | None
+    options: argparse.Namespace,
+    *,
+    home: Path,
+    keys: Path,
+    port: int,
+    first: Path | None,
+    started: list[subprocess.Popen],
 ) -> dict[Path, subprocess.Popen]:
-    """Start the sites of a trial, each kept by a process of its own; return these by their logs."""
+    """Start the sites of a trial, each kept by a process of its own, and list these; return them by their logs."""
     sites: dict[Path, subprocess.Popen] = {}
     for number in range(options.sites):
         own = home / f"site{number}"
@@ -163,5 +168,6 @@ def _start_sites(
             node=node,
             tls=keys / f"site{number}.tls",
         )
-        sites[own / "supernode.log"] = programs.start(kept(command), own, log="supernode.log", first=first)
+        started.append(programs.start(kept(command), own, log="supernode.log", first=first))
+        sites[own / "supernode.log"] = started[-1]
     return sites

@@ -72,7 +72,7 @@ def keep_running(command: Sequence[str], *, environment: Mapping[str, str]) -> i
             code, has_lost_starter = _wait(process, stops)
             _signal_group(process, signal.SIGKILL)  # what it started, and its port, must not be in the way
             now = time.monotonic()
-            was_killed = code < 0 and not has_lost_starter  # by somebody else, however early: no refusal
+            was_killed = code in (-signal.SIGKILL, -signal.SIGTERM) and not has_lost_starter  # by others: no refusal
             if was_killed or now - started > SETTLED_SECONDS:
                 refused_since = None
             elif refused_since is None:

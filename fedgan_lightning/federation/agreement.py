@@ -21,6 +21,8 @@ TRIAL_STEPS = 6
 #: Rounding alone moves single entries by whole steps where Adam divides noise by noise (biases before a BatchNorm), so
 #: updates are compared by network; what couples clients, or leaves out a term, moves them by a multiple of this.
 TOLERANCE = 0.2
+#: What is said where that cannot be told; what becomes of such updates is for others to say.
+NOTHING_TO_COMPARE = "the first clients diverge on their own"
 
 
 def trial_context(context: ClientContext) -> ClientContext:
@@ -46,7 +48,7 @@ def disagreement(context: ClientContext, tasks: Sequence[ClientTask]) -> str | N
     """Train two of the clients for a few steps stacked and one by one; say how the updates differ, or ``None``.
 
     It is what an optimizer does that looks at whole tensors, or a network that draws random numbers of its own. Clients
-    that diverge alone tell nothing of stacks; what becomes of their updates is for others to say.
+    that diverge alone tell nothing of stacks: then the answer is ``NOTHING_TO_COMPARE``.
 
     Raises:
         ClientError: If a client fails on its own, too.
@@ -59,7 +61,7 @@ def disagreement(context: ClientContext, tasks: Sequence[ClientTask]) -> str | N
     alone, cohort = LocalTrainer(context), CohortTrainer(context)
     references = [alone.run(task).delta for task in trial]  # an error here is the client's own, and is raised
     if not all(value.isfinite().all() for own in references for value in own.values()):
-        return None
+        return NOTHING_TO_COMPARE
     try:
         for _ in range(-(-TRIAL_STEPS // steps)):
             stacked = cohort.run(trial)

@@ -171,7 +171,7 @@ class Conductor:
         for attempt in tries:
             if attempt:
                 self._pause()
-            cohort, reserves = self.invitations.ask(round, attempt)
+            cohort, reserves, needed = self.invitations.ask(round, attempt)
             info = RoundInfo(round=round, cohort=cohort)
             on_start(info)
             started = time.perf_counter()
@@ -183,7 +183,6 @@ class Conductor:
                 raise
             contacts = self._note(order, reports, ledger)
             counted = sum(self.context.ranks.exchange(reports.num_accepted))
-            needed = self._needed(len(cohort))
             seconds, gauges = time.perf_counter() - started, self.executor.gauges()
             on_try(RollCall(round, attempt, counted >= needed, seconds, contacts, gauges))
             if counted >= needed:
@@ -192,10 +191,6 @@ class Conductor:
             ledger.count("abandoned")
             logger.warning(f"round {round} abandoned: {counted} of at least {needed} clients answered")
         raise QuorumError(self._too_few(round))
-
-    def _needed(self, goal: int) -> int:
-        """Return how many updates make a round; none where chance asked nobody."""
-        return max(self.rules.needed(goal), self.aggregator.needed) if goal else 0
 
     def _too_few(self, round: int) -> str:
         name, needed = type(self.aggregator).__name__, self.aggregator.needed

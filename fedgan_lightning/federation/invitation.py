@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from fedgan_lightning.errors import QuorumError, message
 from fedgan_lightning.federation.rules import RoundRules, Screening
 from fedgan_lightning.protocol import ClientSampler
 from fedgan_lightning.seeding import derive_seed, make_numpy_generator
+
+#: Rounds that are looked at for somebody to ask, where a trace has nobody for this one.
+ROUNDS_AHEAD = 1000
+
+
+class Invitation(NamedTuple):
+    """Whom to ask, who stands by for those that fail, and how many updates make a round."""
+
+    cohort: tuple[int, ...]
+    reserves: list[int]
+    needed: int
 
 
 class Invitations:
@@ -36,33 +50,46 @@ class Invitations:
         self.limit = None if screening is None else screening.strikes
         self.needed, self.strikes = max(1, needed), strikes
 
-    def ask(self, round: int, attempt: int) -> tuple[tuple[int, ...], list[int]]:
-        """Return the cohort of a try, and those who stand by; benched clients are in neither.
+    def ask(self, round: int, attempt: int) -> Invitation:
+        """Return whom to ask in a try of a round; benched clients are in neither part.
+
+        A cohort that chance, or benching, has made smaller than the aggregator needs is filled up from the population.
 
         Raises:
-            QuorumError: If fewer are left to be asked than any round needs.
+            QuorumError: If fewer are left to be asked than a round needs.
         """
-        population = self.sampler.population(num_clients=self.num_clients, round=round)
-        benched = [client_id for client_id in population if self.is_benched(client_id)]
-        if benched and len(population) - len(benched) < self.needed:
-            raise QuorumError(
-                message(
-                    f"at least {self.needed} clients are left to be asked",
-                    received=f"{len(population) - len(benched)}: {self.limit} updates or more of clients {benched} were"
-                    " refused",
-                    fix="look at the reasons in the log, raise screening.strikes, or loosen the screening",
-                )
-            )
         seed = self.seed if attempt == 0 else derive_seed(self.seed, "attempt", attempt)
         drawn = self.sampler.sample(num_clients=self.num_clients, round=round, seed=seed)
-        cohort = tuple(client_id for client_id in drawn if not self.is_benched(client_id))
-        wanted = self.rules.num_reserves(len(cohort))
-        if not wanted:
-            return cohort, []
-        others = sorted({*population} - {*cohort})
+        population = self.sampler.population(num_clients=self.num_clients, round=round)
+        free = [client_id for client_id in population if not self.is_benched(client_id)]
+        if not drawn or (not free and self._is_anybody_free_after(round)):
+            return Invitation((), [], 0)  # chance, or the trace, leaves nobody to be asked in this round
+        if len(free) < self.needed:
+            raise QuorumError(self._too_few(population, free))
+        cohort = [client_id for client_id in drawn if not self.is_benched(client_id)]
+        others = sorted({*free} - {*cohort})
         shuffled = make_numpy_generator(seed, "reserves", round).permutation(len(others))
-        free = [others[int(place)] for place in shuffled if not self.is_benched(others[int(place)])]
-        return cohort, free[:wanted]
+        standing_by = [others[int(place)] for place in shuffled]
+        missing = max(0, self.needed - len(cohort))
+        cohort, standing_by = sorted([*cohort, *standing_by[:missing]]), standing_by[missing:]
+        needed = max(self.rules.needed(len(cohort)), self.needed)
+        return Invitation(tuple(cohort), standing_by[: self.rules.num_reserves(len(cohort))], needed)
+
+    def _is_anybody_free_after(self, round: int) -> bool:
+        """Whether a client that is not benched could be asked in any of the next rounds."""
+        later = range(round + 1, round + 1 + ROUNDS_AHEAD)
+        populations = (self.sampler.population(num_clients=self.num_clients, round=own) for own in later)
+        return any(not self.is_benched(client_id) for population in populations for client_id in population)
+
+    def _too_few(self, population: Sequence[int], free: Sequence[int]) -> str:
+        benched = sorted({*population} - {*free})
+        why = f": {self.limit} updates or more of clients {benched} were refused" if benched else ""
+        fix = "look at the reasons in the log, raise screening.strikes, or loosen the screening" if benched else ""
+        return message(
+            f"at least {self.needed} clients are left to be asked",
+            received=f"{len(free)}{why}",
+            fix=fix or "ask more clients per round, or withstand fewer bad ones",
+        )
 
     def is_benched(self, client_id: int) -> bool:
         """Whether the client is no longer asked."""

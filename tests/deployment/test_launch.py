@@ -147,6 +147,14 @@ def test_a_site_starts_its_supernode_again_and_gives_up_when_it_is_always_refuse
     assert "the SuperNode ended (1); it is started again" in caplog.text
 
 
+def test_a_site_whose_supernode_crashes_by_itself_gives_up(tmp_path, monkeypatch):
+    """A broken library is nobody's signal from outside."""
+    monkeypatch.setattr(supervise, "PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(supervise, "PATIENCE_SECONDS", 1.0)
+    with pytest.raises(ConfigurationError, match="a SuperNode that ended with -11 again and again"):
+        supervise.keep_running(["sh", "-c", "kill -SEGV $$"], environment=os.environ)
+
+
 def test_a_site_that_is_killed_early_has_all_the_time_to_come_back(tmp_path, monkeypatch, caplog):
     """That it had run for a moment alone must not count as refusal: those that follow it are refused for a minute."""
     monkeypatch.setattr(supervise, "PAUSE_SECONDS", 0.05)

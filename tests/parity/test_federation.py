@@ -555,6 +555,19 @@ def test_options_that_rounds_overrule_are_refused(option, tmp_path):
         Federation(ring_gan(), ring_data(), rounds=2, local_steps=1, run_dir=str(tmp_path), trainer=option)
 
 
+def test_the_place_of_an_error_is_the_user_s_wherever_it_lies(tmp_path):
+    path = tmp_path / "lightning" / "own_gan.py"
+    path.parent.mkdir()
+    path.write_text("import torch\n\ndef fail():\n    torch.zeros(2) @ torch.nn.Linear(3, 3)(torch.zeros(2))\n")
+    namespace: dict = {}
+    exec(compile(path.read_text(), str(path), "exec"), namespace)
+    try:
+        namespace["fail"]()
+    except RuntimeError as error:
+        told = str(ClientError(client_id=1, round=2, stage="train", cause=error))
+    assert told.endswith("(own_gan.py:4)"), told
+
+
 def test_a_test_that_fails_leaves_the_account_of_the_run_as_it_was(tmp_path, monkeypatch):
     options = {"accelerator": "cpu", "enable_progress_bar": False}
     federation = Federation(
@@ -569,6 +582,9 @@ def test_a_test_that_fails_leaves_the_account_of_the_run_as_it_was(tmp_path, mon
     monkeypatch.setattr(federation.evaluation, "evaluate", fail)
     with pytest.raises(ArithmeticError):
         federation.test()
+    assert federation.summary_path.read_text() == before
+    with pytest.raises(ConfigurationError, match="a new run needs a directory"):
+        federation.fit()
     assert federation.summary_path.read_text() == before
 
 

@@ -10,6 +10,7 @@ import torch
 
 from fedgan_lightning import R1, AutoExecutor, Hinge, SequentialExecutor, VectorizedExecutor
 from fedgan_lightning.errors import ConfigurationError, UpdateError
+from fedgan_lightning.federation.agreement import NOTHING_TO_COMPARE
 from fedgan_lightning.federation.executors.auto import Plan, available_threads
 from fedgan_lightning.federation.ranks import Ranks
 from fedgan_lightning.protocol import LocalWork
@@ -120,10 +121,10 @@ def test_another_workload_is_measured_anew(tmp_path):
 def test_another_optimizer_rate_or_loss_is_another_workload(tmp_path):
     """What can be stacked depends on them: a choice made for Adam must not meet an optimizer that cannot be."""
 
-    def slow(parameters):
-        return torch.optim.Adam(parameters, lr=1e-5)
+    def at(rate):
+        return lambda parameters: torch.optim.Adam(parameters, lr=rate)
 
-    ways = [{}, {"optimizer": slow}, {"optimizer": normalised}, {"loss": Hinge()}]
+    ways = [{"optimizer": at(1e-3)}, {"optimizer": at(1e-5)}, {"optimizer": normalised}, {"loss": Hinge()}]
     ways.append({"penalties": [R1(0.1)]})
     for number, options in enumerate(ways, 1):
         for _ in range(2):  # and the same one is the same, whatever addresses its objects have
@@ -139,6 +140,8 @@ def test_a_choice_that_does_not_fit_any_more_is_given_up_with_a_warning(tmp_path
     assert plan.chunk_size == 1
     assert "one client after the other" in caplog.text
     assert "differs by" in caplog.text
+    (kept,) = tmp_path.glob("executor-*.json")
+    assert json.loads(kept.read_text())["chunk_size"] == 1, "and the next run does not try again"
     assert_same(found, updates(SequentialExecutor(), ring_gan(optimizer=normalised).double(), ring_data()), rtol=1e-11)
 
 
@@ -149,7 +152,12 @@ def test_clients_that_diverge_alone_tell_nothing_of_stacks(tmp_path):
     executor = AutoExecutor(cache=str(tmp_path))
     with pytest.raises(UpdateError, match="finite"):
         planned(executor, ring_gan(optimizer=wild))
-    assert "nan" not in executor.plan.reason
+    assert executor.plan.reason == NOTHING_TO_COMPARE
+    assert not list(tmp_path.iterdir()), "it says nothing of the next run"
+    stacked = VectorizedExecutor()
+    with pytest.raises(UpdateError, match="finite"):
+        updates(stacked, ring_gan(optimizer=wild), ring_data())
+    assert not stacked._checked
 
 
 def test_threads_can_be_set_and_are_restored(tmp_path):

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from fedgan_lightning import (
+    AllClients,
+    AvailableClients,
     CoordinateMedian,
     FaultyExecutor,
     FederatedOrchestrator,
@@ -24,6 +26,7 @@ from fedgan_lightning import (
 )
 from fedgan_lightning.errors import ConfigurationError, QuorumError, UpdateError
 from fedgan_lightning.federation.conduct import Conductor
+from fedgan_lightning.federation.invitation import Invitations
 from fedgan_lightning.federation.rounds import ClientRecord, RoundSummary
 from fedgan_lightning.protocol import ClientFailure, ClientUpdate
 from tests.conftest import adam, assert_states_equal, federate, quiet_trainer, ring_data, ring_gan, sgd
@@ -266,20 +269,61 @@ def test_a_run_of_which_all_clients_are_benched_ends_with_a_named_error():
         run(rounds=9, screening=Screening(max_norm=1e-9, strikes=2), rules=RoundRules(minimum=0.25, attempts=20))
 
 
-def test_a_round_of_fewer_than_a_robust_rule_needs_is_tried_with_others():
-    """Chance may ask too few; a cohort that chance left empty is a round without an update, as ever."""
+def test_a_cohort_of_fewer_than_a_robust_rule_needs_is_filled_up():
+    """By those whom chance has left out; a cohort that it left empty is a round without an update, as ever."""
     sizes = []
 
     class Counting(SequentialExecutor):
         def run(self, tasks):
             listed = list(tasks)
-            sizes.append(len(listed))
+            sizes.append(len({task.client_id for task in listed}))
             yield from super().run(listed)
 
-    options = {"clients": PoissonSampling(0.7), "aggregator": Krum(num_bad=1), "rules": RoundRules(attempts=None)}
+    options = {"clients": PoissonSampling(0.7), "aggregator": Krum(num_bad=1), "rules": RoundRules(attempts=1)}
     result = run(num_clients=8, rounds=9, executor=Counting(), **options)
     assert result[2].global_step == 9
-    assert result[1].ledger.events["abandoned"] == sum(0 < size < 5 for size in sizes) > 0
+    drawn = [len(PoissonSampling(0.7).sample(num_clients=8, round=r, seed=0)) for r in range(9)]
+    assert sizes == [max(size, 5) if size else 0 for size in drawn]
+    assert min(drawn) < 5, "a positive control"
+
+
+def invitations(sampler, *, strikes, **options) -> Invitations:
+    how = {"num_clients": 3, "rules": RoundRules(), "screening": Screening(strikes=1), "seed": 0, **options}
+    return Invitations(sampler, strikes=strikes, **how)
+
+
+def test_a_round_for_which_only_benched_clients_are_there_passes_as_if_nobody_were(tmp_path):
+    trace = tmp_path / "trace.csv"
+    trace.write_text("client,first_round,last_round\n0,0,0\n1,1,5\n2,1,5\n")
+    asked = invitations(AvailableClients(str(trace)), strikes={0: 1})
+    assert asked.ask(0, 0) == ((), [], 0)
+    assert asked.ask(1, 0).cohort == (1, 2)
+    asked.strikes.update({1: 1, 2: 1})
+    with pytest.raises(QuorumError, match=r"received 0: 1 updates or more of clients \[1, 2\] were refused"):
+        asked.ask(1, 0)
+
+
+def test_a_round_that_a_trace_leaves_with_too_few_for_a_robust_rule_ends_the_run_before_anybody_trains(tmp_path):
+    trace = tmp_path / "trace.csv"
+    trace.write_text("client,first_round,last_round\n0,0,9\n1,0,9\n2,0,0\n")
+    asked = invitations(AvailableClients(str(trace)), strikes={}, needed=3)
+    assert asked.ask(0, 0).needed == 3
+    with pytest.raises(QuorumError, match="at least 3 clients .*received 2. Fix: ask more clients per round"):
+        asked.ask(1, 0)
+
+
+def test_a_sampler_that_names_one_client_alone_asks_another_when_that_one_is_benched():
+    """A round without anybody would count as done."""
+
+    class Own(AllClients):
+        def sample(self, *, num_clients, round, seed):
+            return (0,)
+
+    cohort, _, needed = invitations(Own(), strikes={0: 1}).ask(0, 0)
+    assert (len(cohort), needed) == (1, 1)
+    assert cohort[0] in (1, 2)
+    with pytest.raises(QuorumError, match=r"received 0: 1 updates or more of clients \[0\]"):
+        invitations(SelectedClients([0]), strikes={0: 1}).ask(0, 0)
 
 
 def test_a_robust_rule_that_benching_left_with_too_few_says_whom_it_benched():

@@ -12,13 +12,15 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from enum import Enum
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from fedgan_lightning.errors import ConfigurationError
-from fedgan_lightning.federation.agreement import disagreement, shortened, trial_context
+from fedgan_lightning.federation.agreement import NOTHING_TO_COMPARE, disagreement, shortened, trial_context
 from fedgan_lightning.federation.cohort import CohortTrainer
 from fedgan_lightning.federation.executors.sequential import SequentialExecutor
 from fedgan_lightning.federation.executors.vectorized import StackingError, VectorizedExecutor
@@ -105,6 +107,8 @@ class AutoExecutor(Executor):
                 reason = str(error).split(" Fix:")[0]
                 self.plan = dataclasses.replace(self.plan, chunk_size=1, reason=reason)
                 logger.warning(self.plan.describe())
+                self._keep(self.plan, listed)
+                self._executor.teardown()
                 self._executor = SequentialExecutor()
                 self._executor.setup(self._context)
                 yield from self._executor.run(listed)
@@ -127,16 +131,23 @@ class AutoExecutor(Executor):
 
     def _remembered(self, tasks: list[ClientTask]) -> Plan:
         """Return the plan of an earlier run of this workload on this machine, or make one and keep it."""
-        path = cache_folder(self.cache) / f"executor-{self._workload(tasks)}.json"
         try:
-            return Plan(**json.loads(path.read_text()))
+            return Plan(**json.loads(self._path(tasks).read_text()))
         except (OSError, ValueError, TypeError):
             plan = self._choose(tasks)
+        if plan.reason != NOTHING_TO_COMPARE:
+            self._keep(plan, tasks)
+        return plan
+
+    def _keep(self, plan: Plan, tasks: list[ClientTask]) -> None:
+        path = self._path(tasks)
         try:
             write_text(path, json.dumps(dataclasses.asdict(plan)))
         except OSError:  # a cache that cannot be written is no reason to stop
             logger.warning(f"the choice of executor could not be kept in {path}")
-        return plan
+
+    def _path(self, tasks: list[ClientTask]) -> Path:
+        return cache_folder(self.cache) / f"executor-{self._workload(tasks)}.json"
 
     def _workload(self, tasks: list[ClientTask]) -> str:
         """Return a hash of what the speed depends on."""
@@ -177,6 +188,8 @@ def described(value: Any, *, depth: int = 4) -> Any:
     """Return what an object was made of as plain values: types and settings, without addresses, tensors and modules."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if isinstance(value, (Enum, set, frozenset)):
+        return value.name if isinstance(value, Enum) else sorted(map(str, value))
     if depth == 0 or isinstance(value, (torch.Tensor, torch.nn.Module)):  # networks are described by their owner
         return type(value).__qualname__
     if isinstance(value, partial):
@@ -189,7 +202,8 @@ def described(value: Any, *, depth: int = 4) -> Any:
         groups = [{**group, "params": len(group["params"])} for group in value.param_groups]
         return [type(value).__qualname__, described(groups, depth=depth)]
     name = getattr(value, "__qualname__", None) or type(value).__qualname__
-    return [name, described(getattr(value, "__dict__", {}), depth=depth - 1)]
+    slots = {own: getattr(value, own, None) for own in getattr(type(value), "__slots__", ())}
+    return [name, described({**slots, **getattr(value, "__dict__", {})}, depth=depth - 1)]
 
 
 class Cost(NamedTuple):

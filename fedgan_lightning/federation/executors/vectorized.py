@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from fedgan_lightning.errors import ConfigurationError, message
-from fedgan_lightning.federation.agreement import disagreement, stack_key
+from fedgan_lightning.federation.agreement import NOTHING_TO_COMPARE, disagreement, stack_key
 from fedgan_lightning.federation.cohort import CohortTrainer
 from fedgan_lightning.federation.local import ClientContext
 from fedgan_lightning.protocol import ClientTask, ClientUpdate, Executor
@@ -55,6 +55,8 @@ class VectorizedExecutor(Executor):
 
     def _run_stack(self, cohort: CohortTrainer, tasks: list[ClientTask]) -> list[ClientUpdate]:
         reason = None if self._checked else disagreement(cohort.context, tasks)
+        if reason == NOTHING_TO_COMPARE:
+            return cohort.run(tasks)  # and the next ones are looked at again
         if reason is not None:
             raise StackingError(
                 message("stacked training equals sequential training", received=reason, fix="set executor: auto")
