@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
-from fedgan_lightning.errors import ClientError, ConfigurationError, FedGANError, QuorumError, RankError, UpdateError
+from fedgan_lightning.errors import (
+    ClientError,
+    ConfigurationError,
+    FedGANError,
+    QuorumError,
+    RankError,
+    UpdateError,
+    message,
+)
 from fedgan_lightning.version import __version__
 
 COMMANDS = {
@@ -53,10 +63,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from fedgan_lightning.deployment.launch import main as federation
 
             return federation(arguments[1:])
+        check(arguments)
         return federate(arguments)
     except FedGANError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, (ClientError, QuorumError, RankError, UpdateError)) else 2
+
+
+def check(arguments: Sequence[str]) -> None:
+    """Refuse what a slip of the finger makes, before torch is imported: that takes seconds.
+
+    Raises:
+        ConfigurationError: If the command, or a configuration's file, does not exist.
+    """
+    name = arguments[0]
+    if not name.startswith("-") and name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        fix = f"write {near[0]}" if near else "see python -m fedgan_lightning --help"
+        raise ConfigurationError(message(f"a command is one of {', '.join(COMMANDS)}", received=name, fix=fix))
+    for option, value in zip(arguments, [*arguments[1:], ""]):
+        path = value if option == "--config" else option.removeprefix("--config=")
+        is_named = (option == "--config" or path != option) and not {"{", ":", "\n"} & {
+            *path
+        }  # settings may stand there
+        if is_named and not Path(path).is_file():
+            raise ConfigurationError(message("a configuration is a file", received=path, fix="check the path"))
 
 
 def federate(arguments: Sequence[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import subprocess
@@ -139,6 +140,24 @@ def test_one_callback_or_several_are_added(form, tmp_path, capsys):
     from fedgan_lightning.visuals.runs import read_run
 
     assert read_run(tmp_path / "run").scalars["gap/held_minus_absent"][0] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["fti", "--config", "x"], "a command is one of fit, .*; received fti. Fix: write fit"),
+        (["train"], "received train. Fix: .*--help"),
+        (["fit", "--config", "nope.yaml"], "a configuration is a file; received nope.yaml"),
+        (["test", "--run_dir", "x", "--config=nope.yaml"], "a configuration is a file; received nope.yaml"),
+    ],
+)
+def test_slips_of_the_finger_are_named_before_torch_is_imported(arguments, words):
+    code = "import sys; from fedgan_lightning.__main__ import main; code = main(sys.argv[1:])"
+    code += "; assert 'torch' not in sys.modules; sys.exit(code)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert re.search(words, one_line(done.stderr))
 
 
 class TestCommands:
