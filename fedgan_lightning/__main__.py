@@ -83,10 +83,9 @@ def check(arguments: Sequence[str]) -> None:
         raise ConfigurationError(message(f"a command is one of {', '.join(COMMANDS)}", received=name, fix=fix))
     for option, value in zip(arguments, [*arguments[1:], ""]):
         path = value if option == "--config" else option.removeprefix("--config=")
-        is_named = (option == "--config" or path != option) and not {"{", ":", "\n"} & {
-            *path
-        }  # settings may stand there
-        if is_named and not Path(path).is_file():
+        is_told = option == "--config" or path != option
+        is_text = bool({"{", ":", "\n"} & {*path})  # settings may stand in place of a file
+        if is_told and not is_text and not Path(path).is_file():
             raise ConfigurationError(message("a configuration is a file", received=path, fix="check the path"))
 
 

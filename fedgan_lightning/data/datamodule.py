@@ -159,6 +159,19 @@ class FederatedDataModule(L.LightningDataModule):
 
     def _training_split(self) -> Samples:
         samples = self.source.load("train")
+        self._check(samples)
+        if self.max_samples is None or self.max_samples >= len(samples):
+            return samples
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "subset"))
+        kept = torch.randperm(len(samples), generator=generator)[: self.max_samples].sort().values
+        return Samples(
+            x=samples.x[kept],
+            y=None if samples.y is None else samples.y[kept],
+            columns={name: column[kept.numpy()] for name, column in samples.columns.items()},
+        )
+
+    def _check(self, samples: Samples) -> None:
+        """Refuse what is not what the source promises."""
         if not isinstance(samples, Samples):
             raise DataError(
                 message("a source loads Samples", received=type(samples).__name__, fix="return Samples(x, y) from load")
@@ -183,15 +196,6 @@ class FederatedDataModule(L.LightningDataModule):
                     fix="set the source's image_size and channels to the data's",
                 )
             )
-        if self.max_samples is None or self.max_samples >= len(samples):
-            return samples
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "subset"))
-        kept = torch.randperm(len(samples), generator=generator)[: self.max_samples].sort().values
-        return Samples(
-            x=samples.x[kept],
-            y=None if samples.y is None else samples.y[kept],
-            columns={name: column[kept.numpy()] for name, column in samples.columns.items()},
-        )
 
     @cached_property
     def test_samples(self) -> Samples:

@@ -67,13 +67,17 @@ class Invitations:
         if len(free) < self.needed:
             raise QuorumError(self._too_few(population, free))
         cohort = [client_id for client_id in drawn if not self.is_benched(client_id)]
-        others = sorted({*free} - {*cohort})
-        shuffled = make_numpy_generator(seed, "reserves", round).permutation(len(others))
-        standing_by = [others[int(place)] for place in shuffled]
         missing = max(0, self.needed - len(cohort))
-        cohort, standing_by = sorted([*cohort, *standing_by[:missing]]), standing_by[missing:]
-        needed = max(self.rules.needed(len(cohort)), self.needed)
-        return Invitation(tuple(cohort), standing_by[: self.rules.num_reserves(len(cohort))], needed)
+        goal = len(cohort) + missing
+        wanted = missing + self.rules.num_reserves(goal)
+        others = self._shuffled({*free} - {*cohort}, seed=seed, round=round)[:wanted] if wanted else []
+        needed = max(self.rules.needed(goal), self.needed)
+        return Invitation(tuple(sorted([*cohort, *others[:missing]])), others[missing:], needed)
+
+    @staticmethod
+    def _shuffled(clients: set[int], *, seed: int, round: int) -> list[int]:
+        listed = sorted(clients)
+        return [listed[int(place)] for place in make_numpy_generator(seed, "reserves", round).permutation(len(listed))]
 
     def _is_anybody_free_after(self, round: int) -> bool:
         """Whether a client that is not benched could be asked in any of the next rounds."""

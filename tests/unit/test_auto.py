@@ -12,6 +12,7 @@ from fedgan_lightning import R1, AutoExecutor, Hinge, SequentialExecutor, Vector
 from fedgan_lightning.errors import ConfigurationError, UpdateError
 from fedgan_lightning.federation.agreement import NOTHING_TO_COMPARE
 from fedgan_lightning.federation.executors.auto import Plan, available_threads
+from fedgan_lightning.federation.executors.vectorized import StackingError
 from fedgan_lightning.federation.ranks import Ranks
 from fedgan_lightning.protocol import LocalWork
 from tests.conftest import adam, federate, ring_data, ring_gan
@@ -143,6 +144,26 @@ def test_a_choice_that_does_not_fit_any_more_is_given_up_with_a_warning(tmp_path
     (kept,) = tmp_path.glob("executor-*.json")
     assert json.loads(kept.read_text())["chunk_size"] == 1, "and the next run does not try again"
     assert_same(found, updates(SequentialExecutor(), ring_gan(optimizer=normalised).double(), ring_data()), rtol=1e-11)
+
+
+def test_a_choice_given_up_in_the_middle_of_a_round_asks_nobody_twice(tmp_path):
+    """Where the first stack diverges on its own, the second is the first that is compared."""
+    calls = []
+
+    class Late(VectorizedExecutor):
+        def _run_stack(self, cohort, tasks):
+            calls.append([task.client_id for task in tasks])
+            if len(calls) == 2:
+                raise StackingError("it differs. Fix: none")
+            return cohort.run(tasks)
+
+    executor = AutoExecutor(cache=str(tmp_path))
+    executor.plan = Plan(chunk_size=2, num_threads=1, reason="of other days")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedgan_lightning.federation.executors.auto.VectorizedExecutor", Late)
+        _, found = planned(executor, ring_gan().double())
+    assert calls == [[0, 1], [2, 3]]
+    assert_same(found, updates(SequentialExecutor(), ring_gan().double(), ring_data()), rtol=1e-11)
 
 
 def test_clients_that_diverge_alone_tell_nothing_of_stacks(tmp_path):

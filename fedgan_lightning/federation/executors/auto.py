@@ -101,17 +101,20 @@ class AutoExecutor(Executor):
             self._executor = VectorizedExecutor(chunk_size=self.plan.chunk_size) if stacked else SequentialExecutor()
             self._executor.setup(self._context)
         with threads(self.plan.num_threads):
+            answered: set[int] = set()
             try:
-                yield from self._executor.run(listed)
-            except StackingError as error:  # before the first update: a choice of other days, or of other data
+                for answer in self._executor.run(listed):
+                    answered.add(answer.client_id)
+                    yield answer
+            except StackingError as error:  # a choice of other days, or of other data
                 reason = str(error).split(" Fix:")[0]
                 self.plan = dataclasses.replace(self.plan, chunk_size=1, reason=reason)
                 logger.warning(self.plan.describe())
-                self._keep(self.plan, listed)
+                self._keep(self.plan, self._path(listed))
                 self._executor.teardown()
                 self._executor = SequentialExecutor()
                 self._executor.setup(self._context)
-                yield from self._executor.run(listed)
+                yield from self._executor.run([task for task in listed if task.client_id not in answered])
 
     def teardown(self) -> None:
         if self._executor is not None:
@@ -131,16 +134,16 @@ class AutoExecutor(Executor):
 
     def _remembered(self, tasks: list[ClientTask]) -> Plan:
         """Return the plan of an earlier run of this workload on this machine, or make one and keep it."""
+        path = self._path(tasks)
         try:
-            return Plan(**json.loads(self._path(tasks).read_text()))
+            return Plan(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError):
             plan = self._choose(tasks)
         if plan.reason != NOTHING_TO_COMPARE:
-            self._keep(plan, tasks)
+            self._keep(plan, path)
         return plan
 
-    def _keep(self, plan: Plan, tasks: list[ClientTask]) -> None:
-        path = self._path(tasks)
+    def _keep(self, plan: Plan, path: Path) -> None:
         try:
             write_text(path, json.dumps(dataclasses.asdict(plan)))
         except OSError:  # a cache that cannot be written is no reason to stop

@@ -12,7 +12,7 @@ from fedgan_lightning.protocol import ClientTask, ClientUpdate, Executor
 
 
 class StackingError(ConfigurationError):
-    """Stacked training of these clients is not what sequential training is; raised before any of them is trained."""
+    """Stacked training of these clients is not what sequential training is; none of the stack has been trained."""
 
 
 class VectorizedExecutor(Executor):
@@ -26,7 +26,8 @@ class VectorizedExecutor(Executor):
 
     Raises:
         ConfigurationError: If the module cannot be stacked (in :meth:`setup`).
-        StackingError: If stacked training is not what sequential training is (in :meth:`run`, before the first round).
+        StackingError: If stacked training is not what sequential training is (in :meth:`run`, before the first stack of
+            clients that do not diverge on their own).
     """
 
     def __init__(self, *, chunk_size: int = 64) -> None:
