@@ -148,7 +148,13 @@ def test_a_choice_that_does_not_fit_any_more_is_given_up_with_a_warning(tmp_path
 
 def test_a_choice_given_up_in_the_middle_of_a_round_asks_nobody_twice(tmp_path):
     """Where the first stack diverges on its own, the second is the first that is compared."""
-    calls = []
+    calls, answers = [], []
+
+    class Own(AutoExecutor):
+        def run(self, tasks):
+            for answer in super().run(tasks):
+                answers.append(answer.client_id)
+                yield answer
 
     class Late(VectorizedExecutor):
         def _run_stack(self, cohort, tasks):
@@ -157,12 +163,13 @@ def test_a_choice_given_up_in_the_middle_of_a_round_asks_nobody_twice(tmp_path):
                 raise StackingError("it differs. Fix: none")
             return cohort.run(tasks)
 
-    executor = AutoExecutor(cache=str(tmp_path))
+    executor = Own(cache=str(tmp_path))
     executor.plan = Plan(chunk_size=2, num_threads=1, reason="of other days")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedgan_lightning.federation.executors.auto.VectorizedExecutor", Late)
         _, found = planned(executor, ring_gan().double())
     assert calls == [[0, 1], [2, 3]]
+    assert sorted(answers) == [0, 1, 2, 3]
     assert_same(found, updates(SequentialExecutor(), ring_gan().double(), ring_data()), rtol=1e-11)
 
 
