@@ -53,24 +53,20 @@ def _answered(function: Any, received: Any, context: Any) -> Any:
 
 
 @lru_cache(maxsize=16)
-def _built(arguments: tuple[str, ...], client_id: int, state: str, part: int | None) -> Any:
+def _built(config: str, options: tuple[str, ...], own: str | None, client_id: int, state: str) -> Any:
     """Return the site. SuperNodes start a process for every message; the workers of a simulation stay."""
     from fedgan_lightning.deployment.site import Site
 
-    return Site(arguments, client_id=client_id, state_dir=state, part=part)
+    return Site.of(config, own=own, client_id=client_id, state_dir=state, options=options)
 
 
 def _site(context: Any) -> Any:
     node, run = context.node_config, context.run_config
     number = int(node.get("client-id", node.get("partition-id", -1)))
-    arguments = ["--config", str(node.get("config", run["config"]))]
-    if "config" not in node:
-        arguments += shlex.split(str(run["options"]))
-    if "site" in node:  # last: what the site says of itself counts
-        arguments += ["--config", str(node["site"])]
-    part = None if "site" in node else number
+    options = () if "config" in node else tuple(shlex.split(str(run["options"])))
     state = node.get("state", str(Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser() / "fedgan"))
-    return _built(tuple(arguments), number, str(state), part)
+    own = str(node["site"]) if "site" in node else None
+    return _built(str(node.get("config", run["config"])), options, own, number, str(state))
 
 
 def _train(received: Any, context: Any) -> Any:

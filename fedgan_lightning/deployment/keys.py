@@ -5,7 +5,9 @@ They come from the ``cryptography`` package, which Flower brings. Private keys c
 
 from __future__ import annotations
 
+import base64
 import datetime
+import hashlib
 import ipaddress
 import logging
 from collections.abc import Callable, Sequence
@@ -129,14 +131,31 @@ def make_node_key(path: Path) -> None:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    if path.exists():
-        key: Any = _read(path, lambda data: serialization.load_ssh_private_key(data, password=None))
-    else:
-        key = ec.generate_private_key(ec.SECP384R1())
-        form = serialization.PrivateFormat.OpenSSH
+    if not path.exists():
+        key, form = ec.generate_private_key(ec.SECP384R1()), serialization.PrivateFormat.OpenSSH
         _write(path, key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
-    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    _write(path.with_suffix(".pub"), public + b"\n", is_secret=False)
+    _write(path.with_suffix(".pub"), _public_half(path) + b"\n", is_secret=False)
+
+
+def fingerprint(path: Path) -> str:
+    """Return the SHA-256 fingerprint of a node key, as ``ssh-keygen -l`` writes it.
+
+    Args:
+        path: The private key.
+
+    Raises:
+        ConfigurationError: If it is none.
+    """
+    blob = base64.b64decode(_public_half(path).split()[1])
+    return f"SHA256:{base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip('=')}"
+
+
+def _public_half(path: Path) -> bytes:
+    from cryptography.hazmat.primitives import serialization
+
+    key = _read(path, lambda data: serialization.load_ssh_private_key(data, password=None))
+    public: bytes = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    return public
 
 
 def check_valid(path: Path) -> None:

@@ -47,6 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     site.add_argument("--state", type=Path, default=Path("site"), help="folder for private state")
     site.add_argument("--port", type=int, default=9094, help="port on this machine, for Flower's own processes")
     site.add_argument("--tls", type=Path, help="FILE.crt and FILE.key of this site: TLS between these processes, too")
+    site.add_argument("--check", action="store_true", help="try data, model, keys and connection, and take no part")
     trial = roles.add_parser("trial", help="a server and its sites as processes of this machine")
     _shared(trial)
     trial.add_argument("--sites", type=int, required=True)
@@ -96,11 +97,14 @@ def _site(options: argparse.Namespace, others: list[str]) -> int:
     """Keep a SuperNode running."""
     from fedgan_lightning.deployment.keys import check_valid
 
+    programs.host_and_port(options.superlink)
     own = () if options.tls is None else programs.pair(options.tls)
     for path in filter(None, (options.ca, options.key, options.config, options.site, *own)):
         programs.check_file(path)
     for path in (options.ca, *own[:1]):
         check_valid(path)
+    if options.check:
+        return _rehearse(options, own)
     command = programs.supernode(
         superlink=options.superlink,
         ca=options.ca,
@@ -116,6 +120,22 @@ def _site(options: argparse.Namespace, others: list[str]) -> int:
     )
     with programs.quick_clientapp(options.state) as first:
         return keep_running(command, environment=programs.environment(options.state, first=first))
+
+
+def _rehearse(options: argparse.Namespace, own: Sequence[Path]) -> int:
+    from fedgan_lightning.deployment.check import check
+
+    check(
+        options.config,
+        own=options.site,
+        client_id=options.client_id,
+        state=options.state,
+        superlink=options.superlink,
+        ca=options.ca,
+        key=options.key,
+        tls=own,
+    )
+    return 0
 
 
 def _server(options: argparse.Namespace, others: list[str]) -> int:

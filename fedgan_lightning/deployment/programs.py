@@ -288,6 +288,20 @@ def check_file(path: Path) -> None:
         raise ConfigurationError(message("files that are named exist", received=path, fix="check the path"))
 
 
+def host_and_port(address: str) -> tuple[str, int]:
+    """Return the parts of HOST:PORT; an IPv6 address has brackets.
+
+    Raises:
+        ConfigurationError: If one is missing.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigurationError(
+            message("a SuperLink is named HOST:PORT", received=address, fix="write localhost:8000")
+        )
+    return host.strip("[]"), int(port)
+
+
 def free_port() -> int:
     """Return a port of this machine that nobody listens on."""
     with socket.socket() as probe:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ from fedgan_lightning.evaluation.fidelity import ThirdPowers
 from fedgan_lightning.evaluation.questions import COUNT, FeatureMoments, Respondent
 from fedgan_lightning.evaluation.ranking import ItemCounts, Rankings
 from fedgan_lightning.federation.aggregation import check_update
+from fedgan_lightning.federation.ledger import bytes_by_network
 from fedgan_lightning.federation.local import ClientContext, LocalTrainer
-from fedgan_lightning.federation.optimizer_state import SCHEDULE
+from fedgan_lightning.federation.optimizer_state import SCHEDULE, only_moments
 from fedgan_lightning.federation.policy import resolve
 from fedgan_lightning.federation.rounds import lengths
 from fedgan_lightning.federation.store import ClientStore
 from fedgan_lightning.packing import Packed
-from fedgan_lightning.protocol import ClientTask, ClientUpdate, State
+from fedgan_lightning.protocol import ClientTask, ClientUpdate, LocalWork, State
 from fedgan_lightning.states import network_of
 from fedgan_lightning.version import __version__
 
@@ -68,6 +70,23 @@ class SiteData:
 
     def fingerprint(self) -> str:
         return f"site {self.client_id}"
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a step of training costs at a site.
+
+    Attributes:
+        seconds: The step's, with the start of its Trainer.
+        device: Where it was done.
+        bytes_down: Of a task, with the moments that later ones bring, by network.
+        bytes_up: Of an update, by network.
+    """
+
+    seconds: float
+    device: str
+    bytes_down: Mapping[str, int]
+    bytes_up: Mapping[str, int]
 
 
 class Site:
@@ -108,6 +127,23 @@ class Site:
         if hasattr(self.module, "check_data"):
             self.module.check_data(data.sample_shape, data.num_classes)
 
+    @classmethod
+    def of(
+        cls, config: str, *, own: str | None, client_id: int, state_dir: str | Path, options: Sequence[str] = ()
+    ) -> Site:
+        """Return the site that these settings describe.
+
+        Args:
+            config: The federation's configuration file.
+            own: A second one with what differs at this site, which counts; without it the site holds the part of the
+                configured partition that has its number.
+            client_id: Its number in the federation.
+            state_dir: Folder for its private state.
+            options: Of the command line, beside the first file.
+        """
+        arguments = ["--config", config, *options, *(("--config", own) if own is not None else ())]
+        return cls(arguments, client_id=client_id, state_dir=state_dir, part=client_id if own is None else None)
+
     def facts(self) -> dict[str, Any]:
         """Return what the server may know: sizes, counts of labels, and the hash of what all share."""
         labels = self.data.view.samples.y
@@ -137,6 +173,38 @@ class Site:
                     fix="give all of them the same configuration file, class_names and list of words or items",
                 )
             )
+        store = ClientStore()
+        store.load_state_dict({str(task.client_id): self._private(accepted)} if accepted >= 0 else {})
+        update = self._run(task, self._context(store))
+        store.commit()
+        self._keep(task.seed, store.read(task.client_id), accepted)
+        return update
+
+    def rehearse(self) -> Rehearsal:
+        """Train one step from the module as it is built, without moments; keep nothing and send nothing.
+
+        Raises:
+            ClientError: If training fails.
+            UpdateError: If the update is not finite.
+        """
+        context = self._context(ClientStore())
+        state, sent = self.module.state_dict(), context.policy.sent
+        task = ClientTask(
+            client_id=self.client_id,
+            round=0,
+            seed=self.data.seed,
+            state={name: state[name].detach().clone() for name in sent},
+            local=LocalWork(steps=1),
+        )
+        update = self._run(task, context)
+        return Rehearsal(
+            seconds=update.metrics["seconds"],
+            device=str(context.device),
+            bytes_down=bytes_by_network({**task.state, **only_moments(update.extras)}),
+            bytes_up=bytes_by_network({**update.delta, **update.extras}),
+        )
+
+    def _context(self, store: ClientStore) -> ClientContext:
         options = self.orchestrator
         policy = resolve(
             self.module, sync=options.sync, optimizer_state=options.optimizer_state, buffers=options.buffers
@@ -144,16 +212,15 @@ class Site:
         root = self.trainer.strategy.root_device
         trainer_options: dict[str, Any] = {"accelerator": root.type, "precision": self.trainer.precision}
         trainer_options["devices"] = [root.index] if root.type == "cuda" else 1
-        store = ClientStore()
-        store.load_state_dict({str(task.client_id): self._private(accepted)} if accepted >= 0 else {})
-        context = ClientContext(
+        return ClientContext(
             model=self.module, data=self.data, policy=policy, store=store, trainer_options=trainer_options
         )
+
+    @staticmethod
+    def _run(task: ClientTask, context: ClientContext) -> ClientUpdate:
         update = LocalTrainer(context).run(task)
         states = (Packed.of(update.delta), Packed.of(update.extras))
         check_update(task.client_id, num_examples=update.num_examples, states=states)
-        store.commit()
-        self._keep(task.seed, store.read(task.client_id), accepted)
         return update
 
     def sums(self, facts: Mapping[str, Any], state: State, *, is_masked: bool = False) -> dict[str, Tensor]:

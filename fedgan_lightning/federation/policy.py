@@ -56,6 +56,11 @@ class Policy:
         return self.names(Kind.SPECTRAL, sync="average")
 
     @property
+    def sent(self) -> list[str]:
+        """Entries that clients receive, optimizer moments aside."""
+        return [*self.shared_parameters, *self.shared_buffers, *self.spectral_vectors]
+
+    @property
     def private(self) -> list[str]:
         """Entries that each client keeps for itself from round to round."""
         kept = self.names(*Kind, sync="local")

@@ -12,10 +12,11 @@ import pytest
 
 flwr = pytest.importorskip("flwr", reason="needs the extra 'flower' (Python 3.11 or later)")
 
+from fedgan_lightning.__main__ import main  # noqa: E402
 from fedgan_lightning.deployment import programs  # noqa: E402
 from fedgan_lightning.deployment.keys import make_authority, make_site_certificate  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
-from tests.deployment.processes import nginx, site_command, site_proxy, wait_for  # noqa: E402
+from tests.deployment.processes import CONFIG, nginx, site_command, site_proxy, wait_for  # noqa: E402
 
 pytestmark = [
     pytest.mark.processes,
@@ -109,6 +110,19 @@ def test_a_site_s_proxy_refuses_a_server_of_another_authority(federation, tmp_pa
             started.append(site_proxy(tmp_path / name, **own))
             statuses.append(asked(port, "/v1/fleet/pull-messages", ca=federation.home / "keys" / "ca.crt")[0])
     assert statuses == [401, 502]  # Flower's answer, and none from there
+
+
+def test_a_site_is_told_whether_it_comes_through(federation, tmp_path, capsys):
+    keys, port = federation.home / "keys", programs.free_port()
+    site = ["federation", "site", "--check", "--ca", str(keys / "ca.crt"), "--key", str(keys / "site0")]
+    site += ["--client-id", "0", "--config", str(CONFIG), "--state", str(tmp_path / "state"), "--superlink"]
+    with programs.processes() as started:
+        own = {"keys": keys, "number": 0, "server": federation.proxy, "port": port, "ca": keys / "ca.crt"}
+        started.append(site_proxy(tmp_path / "proxy", **own))
+        assert main([*site, f"localhost:{port}"]) == 0
+    assert "Flower answers" in capsys.readouterr().out
+    assert main([*site, f"localhost:{federation.proxy}"]) == 2  # without the proxy that shows the site's certificate
+    assert "400 from" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------- what is refused

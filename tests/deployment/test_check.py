@@ -1,0 +1,169 @@
+"""``federation site --check``: what a site learns before it joins."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import json
+import shutil
+import ssl
+import subprocess
+import threading
+
+import pytest
+
+pytest.importorskip("flwr", reason="needs the extra 'flower' (Python 3.11 or later)")
+
+from fedgan_lightning.__main__ import main
+from fedgan_lightning.deployment import keys
+from fedgan_lightning.deployment.programs import free_port
+from fedgan_lightning.deployment.site import Site
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.flower
+
+CONFIG = str(ROOT / "configs" / "digits.yaml")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("keys")
+    keys.prepare(made, sites=2, hosts=["localhost", "127.0.0.1"])
+    return made
+
+
+@contextlib.contextmanager
+def superlink(folder, *, status=401):
+    """Answer as a SuperLink does whom no site signed for, or otherwise, until the body ends; give the port."""
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked.append((self.path, self.headers["content-type"], self.headers["content-length"]))
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *arguments):
+            pass
+
+    asked = []
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "server.crt", folder / "server.key")
+    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join(10)
+    assert asked in ([], [("/v1/fleet/pull-messages", "application/protobuf", "0")])
+
+
+def checked(folder, tmp_path, port, *options, ca=None, config=CONFIG):
+    return main(
+        [
+            *(
+                "federation",
+                "site",
+                "--check",
+                "--superlink",
+                f"localhost:{port}",
+                "--ca",
+                str(ca or folder / "ca.crt"),
+            ),
+            *("--key", str(folder / "site0"), "--client-id", "0", "--config", str(config)),
+            *("--state", str(tmp_path / "state"), *options),
+        ]
+    )
+
+
+def test_a_site_is_tried_and_nothing_is_kept_or_started(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fedgan_lightning.deployment.launch.keep_running", None)  # would fail if it were called
+    with superlink(folder) as port:
+        assert checked(folder, tmp_path, port, "--tls", str(folder / "site0.tls")) == 0
+    said = capsys.readouterr().out
+    site = Site.of(CONFIG, own=None, client_id=0, state_dir=tmp_path / "other")
+    assert site.digest in said
+    assert f"{site.facts()['num_examples']:,} (" in said
+    assert keys.fingerprint(folder / "site0") in said
+    assert "ready" in said
+    assert "one step" in said
+    assert f"Flower answers behind localhost:{port}" in said
+    assert not (tmp_path / "state").exists()
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_bytes_of_a_round_are_those_that_the_second_round_has(tmp_path):
+    found = Site.of(CONFIG, own=None, client_id=0, state_dir=tmp_path / "state").rehearse()
+    options = ["--federation.executor", "SequentialExecutor", "--evaluation.num_samples", "50"]
+    run = ["--federation.rounds", "2", "--federation.local_steps", "1", "--run_dir", str(tmp_path / "run")]
+    assert main(["fit", "--config", CONFIG, *run, *options]) == 0
+    client = json.loads((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()[1])["clients"][0]
+    assert client["bytes_down"] == sum(found.bytes_down.values())
+    assert client["bytes_up"] == sum(found.bytes_up.values())
+    assert set(found.bytes_down) == {"generator", "discriminator", "optimizer"}
+
+
+def test_another_authority_is_named_after_the_data_were_tried(folder, tmp_path, capsys):
+    keys.make_authority(tmp_path)
+    with superlink(folder) as port:
+        assert checked(folder, tmp_path, port, ca=tmp_path / "ca.crt") == 2
+    said = capsys.readouterr()
+    assert "certificate of" in said.err
+    assert f"localhost:{port}" in said.err
+    assert "federation keys --host" in said.err
+    assert "samples" in said.out
+    assert "ready" not in said.out
+
+
+@pytest.mark.parametrize(("status", "why"), [(400, "takes no certificate"), (403, "ten paths"), (502, "nginx's log")])
+def test_a_proxy_that_lets_nothing_through_is_named(folder, tmp_path, capsys, status, why):
+    with superlink(folder, status=status) as port:
+        assert checked(folder, tmp_path, port) == 2
+    error = capsys.readouterr().err
+    assert f"{status} from localhost:{port}" in error
+    assert why in error
+
+
+def test_nobody_who_answers_is_an_error_in_one_line(folder, tmp_path, capsys):
+    assert checked(folder, tmp_path, free_port()) == 2
+    error = capsys.readouterr().err
+    assert "reaches the SuperLink" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("address", ["localhost", ":8000", "localhost:grpc"])
+def test_an_address_without_host_or_port_is_refused(folder, tmp_path, capsys, address):
+    arguments = ["--ca", str(folder / "ca.crt"), "--key", str(folder / "site0"), "--client-id", "0"]
+    assert main(["federation", "site", "--superlink", address, "--config", CONFIG, *arguments]) == 2
+    assert f"HOST:PORT; received {address}." in capsys.readouterr().err
+
+
+def test_too_few_samples_for_a_minibatch_are_found_before_the_federation_is_asked(folder, tmp_path, capsys):
+    own = tmp_path / "site.yaml"
+    own.write_text("data: {max_samples: 20, batch_size: 512}\n")
+    assert checked(folder, tmp_path, free_port(), "--site", str(own)) != 0
+    said = capsys.readouterr()
+    assert "512" in said.err
+    assert "SuperLink" not in said.err
+
+
+def test_a_certificate_with_another_s_key_is_refused(folder, tmp_path, capsys):
+    shutil.copy(folder / "site0.tls.crt", tmp_path / "mixed.crt")
+    shutil.copy(folder / "site1.tls.key", tmp_path / "mixed.key")
+    assert checked(folder, tmp_path, free_port(), "--tls", str(tmp_path / "mixed")) == 2
+    assert "belong together" in capsys.readouterr().err
+
+
+def test_a_key_that_is_none_is_refused(folder, tmp_path, capsys):
+    (tmp_path / "site0").write_text("not a key")
+    with superlink(folder) as port:
+        assert checked(tmp_path, tmp_path, port, ca=folder / "ca.crt") == 2
+    assert "PEM" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="needs ssh-keygen")
+def test_the_fingerprint_is_that_of_ssh_keygen(folder):
+    listed = subprocess.run(
+        ["ssh-keygen", "-lf", str(folder / "site0.pub")], capture_output=True, text=True, check=True
+    )
+    assert keys.fingerprint(folder / "site0") in listed.stdout
