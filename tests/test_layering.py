@@ -75,6 +75,7 @@ LAYERS = {
     "federation.local": 4,
     "federation.cohort": 5,
     "federation.executors.sequential": 5,
+    "federation.settings": 1,
     "federation.rounds": 5,
     "federation.reference": 5,
     "federation.rules": 3,

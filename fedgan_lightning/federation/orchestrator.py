@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import lightning as L
 
-from fedgan_lightning.errors import CheckpointError, ConfigurationError, RoundInterrupted, message
+from fedgan_lightning.errors import ConfigurationError, RoundInterrupted, message
 from fedgan_lightning.federation.aggregation import WeightedMean
 from fedgan_lightning.federation.conduct import Conductor, Outcome
 from fedgan_lightning.federation.executors import AutoExecutor
@@ -25,11 +25,11 @@ from fedgan_lightning.federation.ledger import EVENTS, Ledger
 from fedgan_lightning.federation.local import ClientContext
 from fedgan_lightning.federation.policy import resolve
 from fedgan_lightning.federation.ranks import Ranks
-from fedgan_lightning.federation.rounds import differences
 from fedgan_lightning.federation.rules import RoundRules, Screening
 from fedgan_lightning.federation.sampling import AllClients
 from fedgan_lightning.federation.secure import SecureAggregation
 from fedgan_lightning.federation.server import ServerModule
+from fedgan_lightning.federation.settings import check_unchanged, described, described_module
 from fedgan_lightning.federation.store import ClientStore, StateFiles
 from fedgan_lightning.protocol import (
     Aggregator,
@@ -122,7 +122,7 @@ class FederatedOrchestrator(L.Callback):
         self.sync, self.optimizer_state, self.buffers, self.seed = sync, optimizer_state, buffers, seed
         self.client_state = client_state
         self.ledger, self.store = Ledger(), ClientStore()
-        #: Settings that a resumed run must share, as nested plain values; filled in by the command line.
+        #: Settings that a resumed run must share, as nested plain values; without them, what everything was made of.
         self.settings: dict[str, Any] = {}
         #: Signal that asked to stop, if any.
         self.stop_signal: int | None = None
@@ -348,7 +348,6 @@ class FederatedOrchestrator(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "settings": self.settings,
             "identity": self._identity,
             "store": self.store.state_dict(),
             "ledger": self.ledger.state_dict(),
@@ -367,6 +366,14 @@ class FederatedOrchestrator(L.Callback):
     def _moments(self) -> dict[str, Any]:
         return {} if self._server is None else dict(self._server.moments)
 
+    def _made_of(self, server: ServerModule) -> dict[str, Any]:
+        own = ("clients", "aggregator", "rules", "screening", "secure")
+        return {
+            "model": described_module(server.model),
+            "federation": {name: described(getattr(self, name)) for name in own},
+            "server": {"optimizer": described(server.optimizer), "scheduler": described(server.scheduler)},
+        }
+
     def _restore(self, server: ServerModule, data: FederatedData) -> None:
         """Take over what a checkpoint holds, after checking that it belongs to this federation.
 
@@ -375,13 +382,14 @@ class FederatedOrchestrator(L.Callback):
         """
         self._server = server
         self._identity = {
-            "data": data.fingerprint(),
+            "samples": data.fingerprint(),
             "sync": dict(server.policy.sync),
             "optimizer_state": dict(server.policy.optimizer_state),
             "buffers": self.buffers,
             "local_steps": self.local_steps,
             "local_epochs": self.local_epochs,
             "seed": self.seed,
+            **(self.settings or self._made_of(server)),
         }
         if self._restored is None:
             self.ledger, self._schedule_positions, self._strikes = Ledger(), (), {}
@@ -389,15 +397,7 @@ class FederatedOrchestrator(L.Callback):
             server.moments = {}
             return
         state, self._restored = self._restored, None
-        changed = differences(state["identity"], self._identity) + differences(state["settings"], self.settings)
-        if changed:
-            raise CheckpointError(
-                message(
-                    "a run is resumed with the settings it was started with",
-                    received=f"a checkpoint that differs in {'; '.join(changed[:3])}",
-                    fix="restore the settings, or start a new run in another directory",
-                )
-            )
+        check_unchanged(state["identity"], self._identity)
         self.store.load_state_dict(state["store"])
         self.ledger.load_state_dict(state["ledger"])
         self._schedule_positions = tuple(state["schedule_positions"])

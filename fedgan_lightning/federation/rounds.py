@@ -165,12 +165,3 @@ def norms(state: State, networks: Sequence[str]) -> dict[str, float]:
             norm = torch.linalg.vector_norm(packed.vectors[dtype][start:stop])
             squares[network] = squares.get(network, 0.0) + float(norm) ** 2
     return {network: squares[network] ** 0.5 for network in networks}
-
-
-def differences(before: Any, now: Any, prefix: str = "") -> list[str]:
-    """Return ``"KEY was A, is B"`` for every leaf in which two nested mappings differ."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        keys = sorted({*before, *now}, key=str)
-        found = [differences(before.get(key), now.get(key), f"{prefix}{key}.") for key in keys]
-        return [line for lines in found for line in lines]
-    return [] if before == now else [f"{prefix.rstrip('.')} was {before}, is {now}"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import signal
+from functools import partial
 
 import lightning as L
 import numpy as np
@@ -13,10 +14,14 @@ import torch
 
 from benchmarks.toy2d import federated, reference
 from fedgan_lightning import (
+    CoordinateMedian,
     Evaluation,
     FederatedOrchestrator,
     Federation,
+    Hinge,
+    LeastSquares,
     PoissonSampling,
+    Screening,
     SequentialExecutor,
     ServerModule,
     VectorizedExecutor,
@@ -477,20 +482,37 @@ class TestResume:
     def test_a_checkpoint_of_other_settings_is_refused(self, tmp_path):
         from tests.conftest import ring_data as data
 
-        def fit(ckpt_path=None, **options):
-            orchestrator = FederatedOrchestrator(rounds=2, **{"local_steps": 1, **options})
+        def fit(ckpt_path=None, *, rounds=2, model=None, server=None, **options):
+            orchestrator = FederatedOrchestrator(rounds=rounds, **{"local_steps": 1, **options})
             trainer = quiet_trainer(orchestrator)
-            trainer.fit(ServerModule(ring_gan()), datamodule=data(), ckpt_path=ckpt_path)
+            module = ServerModule(ring_gan(**(model or {})), **(server or {}))
+            trainer.fit(module, datamodule=data(), ckpt_path=ckpt_path)
             return trainer
 
-        fit().save_checkpoint(tmp_path / "a.ckpt")
+        def faster(parameters):
+            return torch.optim.Adam(parameters, lr=3e-3, betas=(0.5, 0.999))
+
+        faster.__qualname__ = "adam"  # a function's text is not looked at, but what it makes
+        fit(model={"loss": Hinge()}).save_checkpoint(tmp_path / "a.ckpt")
         for options, words in (
             ({"local_steps": 2}, "local_steps was 1, is 2"),
             ({"seed": 3}, "seed was 0, is 3"),
             ({"optimizer_state": "keep"}, "optimizer_state.discriminator was average, is keep"),
+            ({"aggregator": CoordinateMedian()}, "federation.aggregator.*was.*WeightedMean.*is.*CoordinateMedian"),
+            ({"screening": Screening(max_norm=7.0)}, "federation.screening was None, is .*7.0"),
+            ({"model": {"loss": LeastSquares()}}, "model.loss.* was .*Hinge, is .*LeastSquares"),
+            ({"model": {"loss": Hinge(), "optimizer": faster}}, "model.optimizers.0.0.groups.0.lr was 0.001, is 0.003"),
+            (
+                {"server": {"optimizer": partial(torch.optim.SGD, lr=0.5)}},
+                "server.optimizer was federated_averaging, is .*SGD",
+            ),
         ):
+            own = {"model": {"loss": Hinge()}, **options}
             with pytest.raises(CheckpointError, match=words):
-                fit(tmp_path / "a.ckpt", **options)
+                fit(tmp_path / "a.ckpt", **own)
+        # The number of rounds may change, and who runs the clients; a module that has been trained is what it was.
+        again = fit(tmp_path / "a.ckpt", rounds=3, model={"loss": Hinge()}, executor=SequentialExecutor())
+        assert again.global_step == 3
 
 
 class TestStopping:
