@@ -107,6 +107,28 @@ def test_two_ranks_train_like_one_and_resume(tmp_path):
         assert ledgers[0][counted] == ledgers[1][counted], counted
 
 
+def test_no_process_group_outlives_its_run(tmp_path):
+    """Threads of gloo abort a process that ends before them, one of two or so, after all was done."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        """
+import atexit
+import torch.distributed as dist
+atexit.register(lambda: print("at the end:", dist.is_initialized(), flush=True))  # called last
+from fedgan_lightning import FederatedOrchestrator, SequentialExecutor, ServerModule
+from tests.conftest import quiet_trainer, ring_data, ring_gan
+orchestrator = FederatedOrchestrator(rounds=1, local_steps=1, executor=SequentialExecutor())
+quiet_trainer(orchestrator, devices=2).fit(ServerModule(ring_gan()), datamodule=ring_data())
+print("during the run:", dist.is_initialized())
+"""
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert "during the run: True" in run.stdout
+    assert run.stdout.count("at the end: False") == 2
+
+
 def test_a_rank_that_is_lost_in_a_collective_of_lightning_s_is_named_too(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError) as caught:

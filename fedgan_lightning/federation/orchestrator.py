@@ -222,6 +222,7 @@ class FederatedOrchestrator(L.Callback):
         self._ranks = Ranks(
             rank=trainer.global_rank, world_size=trainer.world_size, local_world_size=local, device=root
         )
+        self._ranks.leave_at_exit()
         options: dict[str, Any] = {"accelerator": root.type, "precision": trainer.precision}
         options["devices"] = [root.index] if root.type == "cuda" else 1
         context = ClientContext(
