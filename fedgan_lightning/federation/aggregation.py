@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedgan_lightning.errors import UpdateError, message
 from fedgan_lightning.federation.ranks import Ranks, first_known
-from fedgan_lightning.packing import Layout, Packed
+from fedgan_lightning.packing import Layout, Packed, is_finite
 from fedgan_lightning.protocol import Aggregate, Aggregator, ClientUpdate, UpdateSum
 
 
@@ -177,9 +177,9 @@ def check_update(client_id: int, *, num_examples: int, states: tuple[Packed, ...
             )
         )
     for state in states:
-        if all(bool(torch.isfinite(vector).all()) for vector in state.vectors.values()):
+        if all(map(is_finite, state.vectors.values())):
             continue
-        name = next(name for name, value in state.items() if not bool(torch.isfinite(value).all()))
+        name = next(name for name, value in state.items() if not is_finite(value))
         raise UpdateError(
             message(
                 "updates are finite numbers",

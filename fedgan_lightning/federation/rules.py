@@ -13,7 +13,7 @@ import torch
 
 from fedgan_lightning.errors import ConfigurationError, UpdateError, message
 from fedgan_lightning.federation.optimizer_state import is_optimizer_entry
-from fedgan_lightning.packing import Packed
+from fedgan_lightning.packing import Packed, is_finite
 from fedgan_lightning.protocol import Aggregator, ClientUpdate, State
 
 
@@ -148,6 +148,6 @@ def _check_entries(who: str, part: str, own: State, expected: State) -> None:
             raise UpdateError(f"{who}: {part} {name} has shape {list(value.shape)}, not {list(wanted.shape)}")
         if value.dtype != wanted.dtype:
             raise UpdateError(f"{who}: {part} {name} is {value.dtype}, not {wanted.dtype}")
-    if not all(bool(torch.isfinite(vector).all()) for vector in Packed.of(own).vectors.values()):
-        name = next(name for name, value in own.items() if not bool(torch.isfinite(value).all()))
+    if not all(map(is_finite, Packed.of(own).vectors.values())):
+        name = next(name for name, value in own.items() if not is_finite(value))
         raise UpdateError(f"{who}: {part} {name} is not finite")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fedgan_lightning.federation.ledger import bytes_by_network
 from fedgan_lightning.federation.rounds import norms
-from fedgan_lightning.packing import Layout, Packed, unstack
+from fedgan_lightning.packing import Layout, Packed, is_finite, unstack
 
 SHAPES = st.lists(st.integers(0, 3), max_size=3).map(tuple)
 DTYPES = st.sampled_from([torch.float32, torch.float64, torch.int64])
@@ -69,3 +69,19 @@ def test_a_packed_state_does_not_share_memory_with_what_it_was_made_of():
     packed = Packed.of(state)
     state["generator.w"] += 1
     assert packed["generator.w"].tolist() == [0, 0, 0]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    values=st.lists(st.floats(width=32), max_size=6),
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]),
+)
+def test_finite_is_what_torch_calls_finite(values, dtype):
+    tensor = torch.tensor(values, dtype=torch.float64).to(dtype)
+    assert is_finite(tensor) == bool(torch.isfinite(tensor).all())
+
+
+def test_numbers_whose_norm_overflows_are_finite_and_integers_always():
+    assert is_finite(torch.full((9,), 3e38))
+    assert not is_finite(torch.tensor([3e38, 3e38, torch.inf]))
+    assert is_finite(torch.tensor([2**62, 2**62]))
