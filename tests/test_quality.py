@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import controls, grids, moving_average, quality, site_folders
+from benchmarks import bare_stacks, controls, grids, moving_average, quality, site_folders
+from benchmarks.workloads import WORKLOADS
 from fedgan_lightning.__main__ import main
 from fedgan_lightning.data.sources import ImageFolder, TorchvisionImages
 from fedgan_lightning.visuals.attendance import Attendance
@@ -137,3 +138,14 @@ def test_averages_made_afterwards_are_those_of_the_run(tmp_path, monkeypatch, ca
     final = json.loads((tmp_path / "run" / "summary.json").read_text())["final"]
     assert found["at most 5 % of the images seen"] == float(f"{final['fid']:.4g}"), "to every digit that is printed"
     assert found["constant half-life"] != pytest.approx(found["raw"], rel=0.01)
+
+
+@pytest.mark.parametrize("name", bare_stacks.ROWS)
+def test_bare_stacks_compute_what_the_networks_compute(name):
+    """Otherwise the bound of the speed table would be one of something else."""
+    for network in WORKLOADS[name].networks():
+        shape = (int(network.latent_dim),) if hasattr(network, "latent_dim") else WORKLOADS[name].sample_shape
+        x = torch.randn(3, *shape)
+        expected = network(x, torch.zeros(3, dtype=torch.long))
+        stacked = bare_stacks.Stack(network, 2)(x.flatten(1).expand(2, -1, -1))
+        torch.testing.assert_close(stacked[1].reshape(expected.shape), expected)
