@@ -40,6 +40,9 @@ from fedgan_lightning.protocol import (
     listeners,
 )
 
+#: Rounds whose cohorts are looked at before the first one.
+LOOKED_AT = 8
+
 
 class FederatedOrchestrator(L.Callback):
     """Runs federated rounds on the server's Trainer.
@@ -142,8 +145,10 @@ class FederatedOrchestrator(L.Callback):
         server.attach(policy)
         for line in policy.blind_spots():
             warnings.warn(line, stacklevel=2)
-        # A cohort that cannot be sampled, or is too small, fails here.
-        cohort = self.clients.sample(num_clients=data.num_clients, round=0, seed=self.seed)
+        # Cohorts that cannot be sampled, or are always too small, fail here; one that is so by chance is filled up.
+        rounds = range(min(LOOKED_AT, self.rounds))
+        cohorts = [self.clients.sample(num_clients=data.num_clients, round=r, seed=self.seed) for r in rounds]
+        cohort = max(cohorts, key=len)
         if len(cohort) < self.aggregator.needed > 1:
             name = type(self.aggregator).__name__
             raise ConfigurationError(

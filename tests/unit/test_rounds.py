@@ -408,6 +408,14 @@ def test_an_aggregator_that_needs_more_updates_than_a_round_has_is_refused_at_on
         run(aggregator=Krum(num_bad=2))
 
 
+def test_a_first_cohort_that_is_small_by_chance_is_filled_up():
+    sampler = PoissonSampling(0.7)
+    first, *others = (len(sampler.sample(num_clients=8, round=r, seed=3)) for r in range(8))
+    assert first < 7 <= max(others), "choose another seed"
+    _, _, trainer = run(num_clients=8, rounds=8, seed=3, clients=sampler, aggregator=Krum(num_bad=2))
+    assert trainer.global_step == 8
+
+
 def test_robust_aggregation_in_a_federation():
     result = run(aggregator=Krum(num_bad=0, num_selected=4), rounds=2)
     plain = run(rounds=2)
