@@ -2,8 +2,8 @@
 
     python -m benchmarks.bare_stacks
 
-No federation: no loading, no sums over clients, one generator of noise for all, statistics of nothing. It is the bound
-that `benchmarks.speed`'s vectorized column is to be read against; loop and stacks take turns.
+No federation: no loading, no sums over clients, one generator of noise for all, statistics of nothing. A yardstick for
+`benchmarks.speed`'s vectorized column, in one process; loop and stacks take turns.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def round_of(workload: Workload, batches: Tensor) -> float:
 
 def main(repeats: int = 5) -> None:
     quiet()
-    os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
+    os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)  # set by Lightning; a loop without it would not pay for it
     print(f"{time.strftime('%Y-%m-%d %H:%M')}; {versions()}\n")
     for name in ROWS:
         workload = WORKLOADS[name]

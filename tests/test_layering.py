@@ -110,6 +110,7 @@ LAYERS = {
     "evaluation.callback": 11,
     "evaluation.fills": 2,
     "evaluation.completion": 12,
+    "visuals.labels": 0,
     "visuals.pictures": 1,
     "visuals.progress": 1,
     "visuals.attendance": 2,

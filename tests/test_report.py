@@ -7,6 +7,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from fedgan_lightning import (
@@ -20,6 +21,7 @@ from fedgan_lightning import (
 )
 from fedgan_lightning.__main__ import main
 from fedgan_lightning.errors import ConfigurationError
+from fedgan_lightning.visuals import charts, pictures
 from fedgan_lightning.visuals.report import write_report
 from fedgan_lightning.visuals.runs import differing, read_run
 from tests.conftest import ROOT, digits_data
@@ -136,6 +138,19 @@ def test_the_full_evaluation_is_drawn_by_class_and_client_and_compared_once(runs
     assert "recall (test command)" in page.texts
     assert "fid (test command)" not in page.texts, "it stands there already"
     assert not any("class_share" in text or "3_raw" in text for text in page.texts)
+
+
+def test_the_last_picture_is_the_last_round_s(tmp_path):
+    (tmp_path / "summary.json").write_text("{}")
+    for number in (100, 2000, 9900, 10000, 12000):
+        (tmp_path / f"fakes_round{number:04d}.png").touch()
+    assert [title for title, _ in read_run(tmp_path).grids][-1] == "round 12000"
+
+
+def test_dollars_in_names_are_no_formulas(tmp_path):
+    counts = np.ones((2, 2), dtype=int)
+    assert pictures.partition(counts, class_names=["$5_$10", "up to $5"]).size
+    assert "figure" in charts.bars("a $x_$ chart", {"lr$5_$x": {"$1_$": 1.0}}, owner="run")
 
 
 def test_settings_that_differ_are_named(runs):

@@ -68,6 +68,10 @@ class FederatedDataModule(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if max_samples is not None and max_samples < 1:
+            raise ConfigurationError(
+                message("data.max_samples is at least 1", received=max_samples, fix="raise it, or set null for all")
+            )
         if num_clients < 1 or batch_size < 1:
             raise ConfigurationError(
                 message(
@@ -200,7 +204,18 @@ class FederatedDataModule(L.LightningDataModule):
     @cached_property
     def test_samples(self) -> Samples:
         """The test split of the source, which no client holds."""
-        return self.agree().load("test")
+        samples = self.agree().load("test")
+        self._check(samples)
+        if (samples.y is None) != (self.train_samples.y is None):
+            without = "test" if samples.y is None else "train"
+            raise DataError(
+                message(
+                    "both splits of a source have labels, or neither",
+                    received=f"a {without} split without",
+                    fix="give y for it, or leave it out of the other",
+                )
+            )
+        return samples
 
     @cached_property
     def indices(self) -> list[np.ndarray]:

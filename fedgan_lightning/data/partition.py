@@ -309,6 +309,16 @@ class FeatureShift(Partition):
     def __init__(self, base: Partition | None = None, *, contrast: float = 0.3, brightness: float = 0.2) -> None:
         self.base = base if base is not None else IID()
         super().__init__(min_samples=self.base.min_samples)
+        if isinstance(self.base, FeatureShift):
+            raise DataError(
+                message(
+                    "a client has one shift", received="FeatureShift of FeatureShift", fix="set both on one of them"
+                )
+            )
+        if brightness < 0:
+            raise DataError(
+                message("FeatureShift's brightness is at least 0", received=brightness, fix="set brightness: 0.2, say")
+            )
         if not 0 <= contrast < 1:
             raise DataError(
                 message("FeatureShift's contrast lies in [0, 1)", received=contrast, fix="set contrast: 0.3, say")
@@ -316,6 +326,14 @@ class FeatureShift(Partition):
         self.contrast, self.brightness = contrast, brightness
 
     def assign(self, samples: Samples, *, num_clients: int, generator: np.random.Generator) -> list[Indices]:
+        if not (samples.is_image or samples.x.is_floating_point()):
+            raise DataError(
+                message(
+                    "a feature shift moves pixels or measurements",
+                    received=f"samples of {samples.x.dtype}, which are numbers of words or items",
+                    fix="use its base alone",
+                )
+            )
         return self.base.assign(samples, num_clients=num_clients, generator=generator)
 
     def shifts(self, *, num_clients: int, seed: int) -> list[Shift | None]:

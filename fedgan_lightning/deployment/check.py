@@ -1,25 +1,23 @@
-"""``federation site --check``: everything that can fail at a site, tried before it joins.
+"""``federation site --check``: data, settings, keys and the way to the server, tried before a site joins.
 
-Nothing is sent but an empty request that nobody signed, and nothing is kept.
+Nothing is sent but an empty request that nobody signed, and nothing is kept but what the source itself downloads.
 """
 
 from __future__ import annotations
 
-import contextlib
-import http.client
+import os
+import socket
 import ssl
-from collections.abc import Sequence
 from pathlib import Path
 
-from fedgan_lightning.deployment.keys import fingerprint
-from fedgan_lightning.deployment.programs import host_and_port
+from fedgan_lightning.deployment.keys import check_pair, fingerprint
 from fedgan_lightning.deployment.site import Site
-from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.errors import ConfigurationError, FedGANError, message
 
 #: Seconds for the SuperLink, or the proxy in front of it, to answer.
 TIMEOUT = 10.0
 #: A path that proxies let through, and what Flower answers there to a request without a site's signature.
-PATH, UNSIGNED = "/v1/fleet/pull-messages", 401
+FLEET_PATH, UNSIGNED = "/v1/fleet/pull-messages", 401
 #: What other answers mean.
 WHY = {
     400: "the server's proxy takes no certificate but those of its authority: see nginx at the site",
@@ -37,7 +35,8 @@ def check(
     superlink: str,
     ca: Path,
     key: Path,
-    tls: Sequence[Path] = (),
+    port: int,
+    tls: tuple[Path, Path] | None = None,
 ) -> None:
     """Try data, model, keys and connection of a site, and print what came of each.
 
@@ -49,7 +48,8 @@ def check(
         superlink: HOST:PORT.
         ca: Certificate of the authority.
         key: Private key of the node.
-        tls: Certificate and key for this machine's own processes.
+        port: Of this machine, for its own processes.
+        tls: Certificate and key for these.
 
     Raises:
         ConfigurationError: For the first thing that is not right.
@@ -57,9 +57,10 @@ def check(
     """
     print(f"site {client_id}")
     _say("key", f"{fingerprint(key)}, as ssh-keygen -lf of the .pub file that the server has")
-    if tls:
-        _check_pair(*tls)
-    site = Site.of(str(config), own=str(own) if own else None, client_id=client_id, state_dir=state)
+    if tls is not None:
+        check_pair(*tls, authority=ca)
+    _check_here(state, port)
+    site = _built(config, own=own, client_id=client_id, state=state)
     facts = site.facts()
     names = site.whole.class_names or ["samples"]
     counts = ", ".join(f"{name} {count:,}" for name, count in zip(names, facts["label_counts"]) if count)
@@ -79,52 +80,70 @@ def _say(what: str, found: str) -> None:
 
 
 def _reach(superlink: str, ca: Path) -> None:
-    """Send a request that nobody signed, and see that it is Flower that turns it away.
+    """Send a request that nobody signed, the way Flower's programs send theirs, and see that Flower turns it away.
 
     Raises:
         ConfigurationError: If it does not come so far.
     """
-    host, port = host_and_port(superlink)
-    context = ssl.create_default_context(cafile=str(ca))
-    link = http.client.HTTPSConnection(host, port, context=context, timeout=TIMEOUT)
+    import httpx  # with the proxies of the environment, as Flower
+
+    url = f"https://{superlink}{FLEET_PATH}"
     try:
-        with contextlib.closing(link):
-            link.request("POST", PATH, body=b"", headers={"content-type": "application/protobuf"})
-            status = link.getresponse().status
-    except ssl.SSLCertVerificationError as error:
-        raise ConfigurationError(
-            message(
-                f"the SuperLink, or a site's own proxy, has a certificate of {ca} for its name",
-                received=f"{superlink}: {error.verify_message}",
-                fix="ask the consortium for its ca.crt, or for a certificate with this name (federation keys --host)",
-            )
-        ) from error
-    except (OSError, http.client.HTTPException) as error:
-        raise ConfigurationError(
-            message(
-                "a site reaches the SuperLink, or a proxy in front of it, over TLS",
-                received=f"{superlink}: {getattr(error, 'strerror', None) or error}",
-                fix="see whether the server runs, then address, firewall and proxy",
-            )
-        ) from error
-    if status != UNSIGNED:
+        with httpx.Client(verify=ssl.create_default_context(cafile=str(ca)), timeout=TIMEOUT) as client:
+            answer = client.post(url, content=b"", headers={"content-type": "application/protobuf"})
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            rule = f"the SuperLink, or a site's own proxy, has a certificate of {ca} for its name"
+            fix = "ask the consortium for its ca.crt, or for a certificate with this name (federation keys --host)"
+        else:
+            rule = "a site reaches the SuperLink, or a proxy in front of it, over TLS"
+            fix = "see whether the server runs, then address, firewall and proxy"
+        raise ConfigurationError(message(rule, received=f"{superlink}: {error}", fix=fix)) from error
+    if answer.status_code != UNSIGNED or b"SuperNode" not in answer.content:
+        fix = "see docs/deployment.md, and whether the server runs Flower 1.41 or 1.42"
         raise ConfigurationError(
             message(
                 "a SuperLink answers what is sent to it",
-                received=f"{status} from {superlink}",
-                fix=WHY.get(status, "see docs/deployment.md, and whether the server runs Flower 1.41 or 1.42"),
+                received=f"{answer.status_code} from {superlink}",
+                fix=WHY.get(answer.status_code, fix),
             )
         )
 
 
-def _check_pair(certificate: Path, private: Path) -> None:
+def _check_here(state: Path, port: int) -> None:
+    """Refuse a folder that nothing can be written to, and a port that is taken."""
+    there = next(folder for folder in (state.absolute(), *state.absolute().parents) if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise ConfigurationError(
+            message("a site writes to its --state folder", received=state, fix="choose another, or who may write there")
+        )
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ConfigurationError(
+                message(
+                    "Flower's own processes talk over a port of their own",
+                    received=f"{port} ({error.strerror})",
+                    fix="end the SuperNode that has it, or choose another --port",
+                )
+            ) from error
+
+
+def _built(config: Path, *, own: Path | None, client_id: int, state: Path) -> Site:
+    """Return the site; whatever its settings make other libraries say becomes one line."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     try:
-        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, private)
-    except ssl.SSLError as error:
+        return Site.of(str(config), own=str(own) if own else None, client_id=client_id, state_dir=state)
+    except FedGANError:
+        raise
+    except (MisconfigurationException, ValueError, IndexError, OSError) as error:
         raise ConfigurationError(
             message(
-                "a certificate and its key belong together",
-                received=f"{certificate} and {private} ({error.reason or error})",
-                fix="take both from the same federation keys",
+                "a site can be built from its settings",
+                received=f"{type(error).__name__}: {' '.join(str(error).split())}",
+                fix=f"see {config}, and {own}" if own else f"see {config}, and --client-id",
             )
         ) from error

@@ -150,10 +150,47 @@ def fingerprint(path: Path) -> str:
     return f"SHA256:{base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip('=')}"
 
 
-def _public_half(path: Path) -> bytes:
+def check_pair(certificate: Path, private: Path, *, authority: Path) -> None:
+    """Refuse a certificate that is not the authority's, and a key that is not the certificate's.
+
+    Raises:
+        ConfigurationError: If it is so, or a file is something else.
+    """
+    from cryptography import x509
+    from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives import serialization
 
+    found = _read(certificate, x509.load_pem_x509_certificate)
+    key: Any = _read(private, lambda data: serialization.load_pem_private_key(data, password=None))
+    if key.public_key() != found.public_key():
+        raise ConfigurationError(
+            message(
+                "a certificate and its key belong together",
+                received=f"{certificate} and {private}",
+                fix="take both from the same federation keys",
+            )
+        )
+    try:
+        found.verify_directly_issued_by(_read(authority, x509.load_pem_x509_certificate))
+    except (InvalidSignature, ValueError, TypeError) as error:
+        raise ConfigurationError(
+            message(
+                "a site's certificate is of the federation's authority",
+                received=f"{certificate}, which {authority} did not sign",
+                fix="ask the consortium for the two that belong together",
+            )
+        ) from error
+
+
+def _public_half(path: Path) -> bytes:
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
     key = _read(path, lambda data: serialization.load_ssh_private_key(data, password=None))
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ConfigurationError(
+            message("Flower takes node keys on elliptic curves", received=path, fix="ssh-keygen -t ecdsa -b 384")
+        )
     public: bytes = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     return public
 
@@ -279,7 +316,7 @@ def _read(path: Path, reader: Callable[[bytes], Any]) -> Any:
     """
     try:
         return reader(path.read_bytes())
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise ConfigurationError(
             message(
                 "keys, certificates and requests are PEM files", received=f"{path} ({error})", fix="ask for it again"

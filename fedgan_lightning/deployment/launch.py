@@ -94,17 +94,20 @@ def _keys(options: argparse.Namespace, others: list[str]) -> None:
 
 
 def _site(options: argparse.Namespace, others: list[str]) -> int:
-    """Keep a SuperNode running."""
+    """Keep a SuperNode running, or try what it needs."""
     from fedgan_lightning.deployment.keys import check_valid
 
     programs.host_and_port(options.superlink)
+    if options.client_id < 0:
+        fix = "give each site its number, from 0 on"
+        raise ConfigurationError(message("--client-id is at least 0", received=options.client_id, fix=fix))
     own = () if options.tls is None else programs.pair(options.tls)
     for path in filter(None, (options.ca, options.key, options.config, options.site, *own)):
         programs.check_file(path)
     for path in (options.ca, *own[:1]):
         check_valid(path)
     if options.check:
-        return _rehearse(options, own)
+        return _check(options)
     command = programs.supernode(
         superlink=options.superlink,
         ca=options.ca,
@@ -122,7 +125,7 @@ def _site(options: argparse.Namespace, others: list[str]) -> int:
         return keep_running(command, environment=programs.environment(options.state, first=first))
 
 
-def _rehearse(options: argparse.Namespace, own: Sequence[Path]) -> int:
+def _check(options: argparse.Namespace) -> int:
     from fedgan_lightning.deployment.check import check
 
     check(
@@ -133,7 +136,8 @@ def _rehearse(options: argparse.Namespace, own: Sequence[Path]) -> int:
         superlink=options.superlink,
         ca=options.ca,
         key=options.key,
-        tls=own,
+        port=options.port,
+        tls=None if options.tls is None else programs.pair(options.tls),
     )
     return 0
 

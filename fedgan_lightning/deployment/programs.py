@@ -295,7 +295,7 @@ def host_and_port(address: str) -> tuple[str, int]:
         ConfigurationError: If one is missing.
     """
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
         raise ConfigurationError(
             message("a SuperLink is named HOST:PORT", received=address, fix="write localhost:8000")
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,11 +36,12 @@ class MembershipInference(Metric):
 
     full = True
     needs_client_samples = True
+    networks = ("discriminator",)
 
     def __init__(self, *, max_samples: int = 500, seed: int = 0) -> None:
         self.max_samples, self.seed = max_samples, seed
-        self.members: dict[int, Labelled] = {}
-        self.others: dict[int, Labelled] = {}
+        self.members: dict[int, ClientSamples] = {}
+        self.others: dict[int, ClientSamples] = {}
 
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
         facts = {}
@@ -49,7 +51,7 @@ class MembershipInference(Metric):
             seen = ClientSamples(samples=data.test_samples, indices=held_out.indices, shift=view.shift)
             self.members[client_id] = self._some(view, torch.arange(len(view)))
             self.others[client_id] = self._some(seen, first)
-            score = distance_score(self._some(seen, second)[0])
+            score = distance_score(_taken(self._some(seen, second))[0])
             facts[f"membership_auc_of_split/{client_id}"] = self._auc(client_id, score)
         return facts
 
@@ -59,17 +61,26 @@ class MembershipInference(Metric):
 
     def inspect(self, model: nn.Module) -> dict[str, float]:
         discriminator = getattr(model, "discriminator", None)
-        if not isinstance(discriminator, nn.Module):
+        # Of other people's discriminators nobody knows what they take; some of ours want more than labels.
+        more = getattr(model, "condition", None) is not None or getattr(model, "codec", None) is not None
+        is_plain = hasattr(model, "discriminate") and not more
+        if not isinstance(discriminator, nn.Module) or not is_plain:
             return {}
         score = logit_score(discriminator)
         return {f"membership_auc_discriminator/{client_id}": self._auc(client_id, score) for client_id in self.members}
 
-    def _some(self, view: ClientSamples, positions: Tensor) -> Labelled:
+    def _some(self, view: ClientSamples, positions: Tensor) -> ClientSamples:
+        """Return a view of some of a view's samples: of many clients nobody could keep the samples themselves."""
         generator = make_generator(self.seed, "members")
-        return view.take(positions[torch.randperm(len(positions), generator=generator)[: self.max_samples]])
+        chosen = positions[torch.randperm(len(positions), generator=generator)[: self.max_samples]]
+        return replace(view, indices=view.indices[chosen])
 
     def _auc(self, client_id: int, score: Callable[[Tensor, Tensor], Tensor]) -> float:
-        return membership_auc(self.members[client_id], self.others[client_id], score)
+        return membership_auc(_taken(self.members[client_id]), _taken(self.others[client_id]), score)
+
+
+def _taken(view: ClientSamples) -> Labelled:
+    return view.take(torch.arange(len(view)))
 
 
 def membership_auc(members: Labelled, others: Labelled, score: Callable[[Tensor, Tensor], Tensor]) -> float:

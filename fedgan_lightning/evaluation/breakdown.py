@@ -90,5 +90,7 @@ class ClientDistances(Metric):
         found = {k: frechet_distance(own, fake) for k, own in enumerate(self.clients) if own.count > 1}
         if len(self.clients) <= MOST_CLIENTS:
             return {f"client_fid/{k}": value for k, value in found.items()}
+        if not found:
+            return {}
         values = torch.tensor(list(found.values()))
         return {"client_fid_median": float(values.median()), "client_fid_largest": float(values.max())}

@@ -67,6 +67,7 @@ class Evaluation(L.Callback):
         self.latest: dict[str, float] = {}
         self.left_out: list[str] = []
         self._ready: list[Metric] = []
+        self._data: FederatedDataModule | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "predict":
@@ -78,6 +79,8 @@ class Evaluation(L.Callback):
                     "Evaluation reads a FederatedDataModule", received=type(data).__name__, fix="pass one as datamodule"
                 )
             )
+        if data is not self._data:
+            self._data, self._ready, self.facts, self.left_out = data, [], {}, []
         if self.metrics is None:
             self.metrics = default_metrics(data)
         if not data.has_client_samples and (blind := [own for own in self.metrics if own.needs_client_samples]):
@@ -155,6 +158,8 @@ class Evaluation(L.Callback):
         metrics = [metric for metric in self._ready if trainer.state.fn == "test" or not metric.full]
         values: dict[str, float] = {}
         for metric in metrics:
+            if any(pl_module.policy.sync.get(name) == "local" for name in metric.networks):
+                continue  # the server's was never trained
             try:
                 values |= metric.inspect(pl_module.model)
             except QuorumError as error:

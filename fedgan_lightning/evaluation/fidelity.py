@@ -207,6 +207,7 @@ class IntraClassDistance(Metric):
                 message("IntraClassDistance needs labelled data", received="no labels", fix="leave it out")
             )
         self.net = suitable(self.features, data).build(data.train_samples, num_classes=data.num_classes).to(device)
+        self.real = {}
         for view in clients_of(data):
             for x, y in view.chunks(CHUNK):
                 self._add(self.real, x, y)

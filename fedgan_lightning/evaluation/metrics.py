@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -28,11 +29,13 @@ class Metric(ABC):
         needs_client_samples: Whether it looks at clients' samples one by one, and does with no sums over them (see
             :mod:`fedgan_lightning.evaluation.questions`); it is left out where they are elsewhere.
         larger_is_better: Which of its values are; of all others smaller ones are better.
+        networks: Networks that ``inspect`` reads, of which the server must have the clients' weights.
     """
 
     full: ClassVar[bool] = False
     needs_client_samples: ClassVar[bool] = False
     larger_is_better: ClassVar[tuple[str, ...]] = ()
+    networks: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
@@ -65,6 +68,10 @@ class FrechetDistance(Metric):
     """
 
     def __init__(self, features: FeatureNet | None = None, *, max_reals: int | None = None) -> None:
+        if max_reals is not None and max_reals < 2:
+            raise ConfigurationError(
+                message("FrechetDistance.max_reals is at least 2", received=max_reals, fix="raise it, or set null")
+            )
         self.features, self.max_reals = features, max_reals
         self.net: FrozenNet | None = None
         self.real: FeatureSums | None = None
@@ -72,6 +79,7 @@ class FrechetDistance(Metric):
 
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
         self.net = suitable(self.features, data).build(data.train_samples, num_classes=data.num_classes).to(device)
+        self.real = None  # of another data set, if this is not its first
         for mine in client_sums(data, self.net, limit=self.max_reals):
             self.real = mine if self.real is None else self.real + mine
         assert self.real is not None
@@ -224,3 +232,15 @@ def clients_of(data: FederatedDataModule) -> list[ClientSamples]:
 def everything(samples: Samples) -> ClientSamples:
     """Return a view of all samples."""
     return ClientSamples(samples=samples, indices=torch.arange(len(samples)))
+
+
+def seen_by_clients(data: FederatedDataModule) -> list[ClientSamples]:
+    """Return the test split as clients would see it: whole, or divided among their shifts in proportion to N_k."""
+    test, views = everything(data.test_samples), clients_of(data)
+    if all(view.shift is None for view in views):
+        return [test]
+    order = torch.randperm(len(test), generator=make_generator(data.seed, "test split by shift"))
+    sizes = torch.tensor([len(view) for view in views], dtype=torch.float64)
+    ends = (sizes.cumsum(0) / sizes.sum() * len(test)).round().long().tolist()
+    parts = [order[start:end].sort().values for start, end in zip([0, *ends], ends)]
+    return [replace(test, indices=part, shift=view.shift) for part, view in zip(parts, views) if len(part)]

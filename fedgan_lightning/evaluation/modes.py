@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ def mode_statistics(samples: Tensor, *, centres: Tensor, sigma: float) -> dict[s
 
     A sample belongs to its nearest mode; it is of high quality within 3 sigma of it; a mode is covered by one such
     sample. The Jensen-Shannon divergence, in nats within [0, log 2], compares the high-quality samples' histogram with
-    the uniform one. Source: Lin et al. 2018 (PacGAN), section 4.1.
+    the uniform one, and is log 2 where there are none. Source: Lin et al. 2018 (PacGAN), section 4.1.
 
     The first three are at their best for one point in every mode. ``mode_spread`` is not: sqrt(sum_k sum_i |x_i -
     m_k|^2 / (d sum_k (n_k - 1))) / sigma, over the high-quality samples x_i of mode k with mean m_k. Samples of the
@@ -29,9 +31,11 @@ def mode_statistics(samples: Tensor, *, centres: Tensor, sigma: float) -> dict[s
     good = distances <= HIGH_QUALITY_SIGMAS * sigma
     counts = torch.bincount(nearest[good], minlength=len(centres)).double()
     uniform = torch.full_like(counts, 1 / len(centres))
-    shares = counts / counts.sum() if counts.sum() > 0 else torch.zeros_like(counts)
+    shares = counts / counts.sum().clamp_min(1)
     mixture = 0.5 * (shares + uniform)
     divergence = 0.5 * (_relative_entropy(shares, mixture) + _relative_entropy(uniform, mixture))
+    if not good.any():  # no distribution at all: half of log 2 would be better than a collapsed one
+        divergence = torch.tensor(math.log(2.0))
     return {
         "modes": float((counts > 0).sum()),
         "high_quality": float(good.double().mean()),

@@ -17,7 +17,7 @@ from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation import neighbours
 from fedgan_lightning.evaluation.features import Classifier, FeatureNet, FrozenNet, PixelFeatures, train_classifier
 from fedgan_lightning.evaluation.fidelity import extracted
-from fedgan_lightning.evaluation.metrics import Metric, clients_of, everything
+from fedgan_lightning.evaluation.metrics import Metric, clients_of, everything, seen_by_clients
 from fedgan_lightning.evaluation.questions import CHUNK, chunks
 from fedgan_lightning.seeding import isolated_rng, make_generator
 
@@ -183,10 +183,10 @@ class Memorisation(Metric):
     """Whether generated samples are nearer to training data than unseen reals are, measured where the data lives.
 
     ``nearest_distance_ratio`` is the median distance of a generated sample to its nearest training sample, over the
-    same of the test split: far below 1 means copies. ``authenticity_within_clients`` is the share of generated samples
-    that are farther from their nearest real than that real is from its nearest other real *of the same client*; the
-    union's neighbours are not known anywhere, so it is an approximation, and too small. Source: Alaa et al. 2022,
-    section 4.3.
+    same of the test split, seen as clients see the world: far below 1 means copies. ``authenticity_within_clients`` is
+    the share of generated samples that are farther from their nearest real than that real is from its nearest other
+    real *of the same client*; the union's neighbours are not known anywhere, so it is an approximation, and too small.
+    Source: Alaa et al. 2022, section 4.3.
 
     Args:
         features: Feature network; default pixels.
@@ -206,7 +206,7 @@ class Memorisation(Metric):
         self.net = self.features.build(data.train_samples, num_classes=data.num_classes).to(device)
         self.clients = [self._features(chunks(view)) for view in clients_of(data)]
         self.reach = [neighbours.radii(own, k=1) for own in self.clients]
-        held_out = self._features(chunks(everything(data.test_samples)))
+        held_out = self._features(x for view in seen_by_clients(data) for x in chunks(view))
         self.usual = float(self._nearest(held_out)[0].median())
         return {"nearest_distance_of_reals": self.usual}
 

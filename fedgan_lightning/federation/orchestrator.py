@@ -24,12 +24,12 @@ from fedgan_lightning.federation.executors import AutoExecutor
 from fedgan_lightning.federation.ledger import EVENTS, Ledger
 from fedgan_lightning.federation.local import ClientContext
 from fedgan_lightning.federation.policy import resolve
-from fedgan_lightning.federation.ranks import Ranks
+from fedgan_lightning.federation.ranks import Ranks, leave_at_exit
 from fedgan_lightning.federation.rules import RoundRules, Screening
 from fedgan_lightning.federation.sampling import AllClients
 from fedgan_lightning.federation.secure import SecureAggregation
 from fedgan_lightning.federation.server import ServerModule
-from fedgan_lightning.federation.settings import check_unchanged, described, described_module
+from fedgan_lightning.federation.settings import check_unchanged, given_to, made_of
 from fedgan_lightning.federation.store import ClientStore, StateFiles
 from fedgan_lightning.protocol import (
     Aggregator,
@@ -141,6 +141,8 @@ class FederatedOrchestrator(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         server, data = self._checked(trainer, pl_module)
+        if trainer.world_size > 1:
+            leave_at_exit()
         policy = resolve(server.model, sync=self.sync, optimizer_state=self.optimizer_state, buffers=self.buffers)
         server.attach(policy)
         for line in policy.blind_spots():
@@ -227,7 +229,6 @@ class FederatedOrchestrator(L.Callback):
         self._ranks = Ranks(
             rank=trainer.global_rank, world_size=trainer.world_size, local_world_size=local, device=root
         )
-        self._ranks.leave_at_exit()
         options: dict[str, Any] = {"accelerator": root.type, "precision": trainer.precision}
         options["devices"] = [root.index] if root.type == "cuda" else 1
         context = ClientContext(
@@ -354,6 +355,7 @@ class FederatedOrchestrator(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "settings": self._made_of,
             "identity": self._identity,
             "store": self.store.state_dict(),
             "ledger": self.ledger.state_dict(),
@@ -367,18 +369,11 @@ class FederatedOrchestrator(L.Callback):
         self._restored = state_dict
 
     _identity: Mapping[str, Any] = {}
+    _made_of: Mapping[str, Any] = {}
     _server: ServerModule | None = None
 
     def _moments(self) -> dict[str, Any]:
         return {} if self._server is None else dict(self._server.moments)
-
-    def _made_of(self, server: ServerModule) -> dict[str, Any]:
-        own = ("clients", "aggregator", "rules", "screening", "secure")
-        return {
-            "model": described_module(server.model),
-            "federation": {name: described(getattr(self, name)) for name in own},
-            "server": {"optimizer": described(server.optimizer), "scheduler": described(server.scheduler)},
-        }
 
     def _restore(self, server: ServerModule, data: FederatedData) -> None:
         """Take over what a checkpoint holds, after checking that it belongs to this federation.
@@ -388,14 +383,19 @@ class FederatedOrchestrator(L.Callback):
         """
         self._server = server
         self._identity = {
-            "samples": data.fingerprint(),
+            "data": data.fingerprint(),
             "sync": dict(server.policy.sync),
             "optimizer_state": dict(server.policy.optimizer_state),
             "buffers": self.buffers,
             "local_steps": self.local_steps,
             "local_epochs": self.local_epochs,
             "seed": self.seed,
-            **(self.settings or self._made_of(server)),
+        }
+        own = ("clients", "aggregator", "rules", "screening", "secure")
+        self._made_of = self.settings or {
+            "model": {"type": type(server.model).__qualname__, **made_of(given_to(server.model))},
+            "federation": {name: made_of(getattr(self, name)) for name in own},
+            "server": {"optimizer": made_of(server.optimizer), "scheduler": made_of(server.scheduler)},
         }
         if self._restored is None:
             self.ledger, self._schedule_positions, self._strikes = Ledger(), (), {}
@@ -404,6 +404,8 @@ class FederatedOrchestrator(L.Callback):
             return
         state, self._restored = self._restored, None
         check_unchanged(state["identity"], self._identity)
+        if state["settings"]:  # runs from Python kept none in the beginning
+            check_unchanged(state["settings"], self._made_of)
         self.store.load_state_dict(state["store"])
         self.ledger.load_state_dict(state["ledger"])
         self._schedule_positions = tuple(state["schedule_positions"])

@@ -22,6 +22,16 @@ from fedgan_lightning.errors import ConfigurationError, FedGANError, RankError, 
 from fedgan_lightning.protocol import State
 
 
+def leave_at_exit() -> None:
+    """See that the process group is gone before the interpreter is.
+
+    Lightning does so for NCCL alone. Threads of gloo that outlive the interpreter abort the process, a finished run
+    included, with "terminate called without an active exception".
+    """
+    atexit.unregister(_leave)  # a second run in this process needs no second call
+    atexit.register(_leave)
+
+
 def _leave() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
@@ -47,16 +57,6 @@ class Ranks:
     ) -> None:
         self.rank, self.world_size, self.local_world_size = rank, world_size, local_world_size
         self.device = torch.device(device)
-
-    def leave_at_exit(self) -> None:
-        """See that the process group is gone before the interpreter is.
-
-        Lightning does so for NCCL alone. Threads of gloo that outlive the interpreter abort the process, a finished run
-        included, with "terminate called without an active exception".
-        """
-        if self.world_size > 1:
-            atexit.unregister(_leave)  # a second run in this process needs no second call
-            atexit.register(_leave)
 
     def share(self, costs: Mapping[int, int]) -> list[int]:
         """Return this rank's clients, in ascending order.

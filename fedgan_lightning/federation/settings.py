@@ -1,75 +1,82 @@
-"""What objects were made of, as plain values, and what of it differs between two runs."""
+"""What objects were made of, as plain values, and what of it differs between two runs.
+
+A run must never be refused for what training, the device or the number of rounds changes, so only what constructors
+were given counts, and of that only what an object keeps under the same name: numbers, texts, and further objects.
+"""
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
-from contextlib import suppress
 from enum import Enum
 from functools import partial
+from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor, nn
 
 from fedgan_lightning.errors import CheckpointError, message
-
-#: Of a longer list, its length and so many elements.
-ELEMENTS = 32
 
 #: Settings of an optimizer that depend on the device, and say how it computes and not what.
 MEANS = ("foreach", "fused", "capturable", "differentiable")
 
 
-def described(value: Any, *, depth: int = 4) -> Any:
-    """Return what an object was made of: types and settings, without addresses, tensors, modules and private names.
+def made_of(value: Any, *, depth: int = 4) -> Any:
+    """Return type and settings of an object.
+
+    Of functions, tensors and networks there is their kind alone: they can be equal without looking so, and what is
+    learned is in the checkpoint.
 
     Args:
         value: Any object.
         depth: Levels to go down; below, an object is its type.
 
     Returns:
-        Numbers, texts, lists, and mappings in which the entry ``type`` is an object's.
+        Numbers, texts, lists, and mappings in which the entry ``type`` is an object's; all of exact types, which a
+        checkpoint can hold.
     """
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if isinstance(value, Enum):
+        return value.name
+    if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, (Enum, set, frozenset)):
-        return value.name if isinstance(value, Enum) else sorted(map(str, value))
-    if depth == 0 or isinstance(value, (torch.Tensor, torch.nn.Module)):  # networks are described by their owner
-        return type(value).__qualname__
+    if isinstance(value, (Integral, Real)):
+        return int(value) if isinstance(value, Integral) else float(value)
+    if isinstance(value, (str, Path)):
+        return str(value)
+    if isinstance(value, (Tensor, nn.Module)):
+        return "Tensor" if isinstance(value, Tensor) else type(value).__qualname__
     if isinstance(value, partial):
-        arguments = {"arguments": list(value.args)} if value.args else {}
-        own = {**arguments, **value.keywords}
-        return {"type": described(value.func, depth=depth), **described(own, depth=depth - 1)}
+        own = {name: given for name, given in value.keywords.items() if name not in MEANS}
+        return {"type": made_of(value.func), **_each(own, depth)}
+    if inspect.isroutine(value):
+        return "function"
+    if isinstance(value, type):
+        return value.__qualname__
+    if depth == 0:
+        return type(value).__qualname__
     if isinstance(value, Mapping):
-        return {str(key): described(own, depth=depth - 1) for key, own in value.items() if str(key)[:1] != "_"}
+        return _each(value, depth)
     if isinstance(value, (list, tuple)):
-        first = [described(one, depth=depth - 1) for one in value[:ELEMENTS]]
-        return first if len(value) <= ELEMENTS else [len(value), *first]
-    if isinstance(value, torch.optim.Optimizer):
-        own_groups = [{**group, "params": len(group["params"])} for group in value.param_groups]
-        groups = [{name: group[name] for name in group if name not in MEANS} for group in own_groups]
-        return {"type": type(value).__qualname__, "groups": described(groups, depth=depth)}
-    if (name := getattr(value, "__qualname__", None)) is not None:  # of a class or function, its name
-        return str(name)
-    slots = {own: getattr(value, own, None) for own in getattr(type(value), "__slots__", ())}
-    own = described({**slots, **getattr(value, "__dict__", {})}, depth=depth - 1)
-    return {"type": type(value).__qualname__, **own} if own else type(value).__qualname__
+        return [made_of(one, depth=depth - 1) for one in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    return {"type": type(value).__qualname__, **_each(given_to(value), depth)}
 
 
-def described_module(module: torch.nn.Module) -> dict[str, Any]:
-    """Return what a module was made of: what its constructor was given, its optimizers, and its layers by name.
+def given_to(value: Any) -> dict[str, Any]:
+    """Return what a constructor was given, as far as the object keeps it under the same name."""
+    known = {**getattr(value, "__dict__", {}), **getattr(value, "hparams", {})}
+    try:
+        names = inspect.signature(type(value)).parameters
+    except (TypeError, ValueError):  # of some built-in types nobody knows
+        return {}
+    return {name: known[name] for name in names if name in known}
 
-    Of the former what the module keeps under the same name: other attributes may count what it has done.
-    """
-    known = {**vars(module), **getattr(module, "hparams", {})}
-    own = {name: known[name] for name in inspect.signature(type(module)).parameters if name in known}
-    inner = {name: layer for name, layer in module.named_modules() if name}
-    leaves = {name: repr(layer) for name, layer in inner.items() if not [*layer.children()]}
-    layers = {name: leaves.get(name, type(layer).__qualname__) for name, layer in inner.items()}
-    optimizers: Any = None
-    with suppress(Exception):  # a module that asks its trainer is told apart by its settings alone
-        optimizers = described(module.configure_optimizers(), depth=7)  # type: ignore[operator, union-attr]
-    return {"type": type(module).__qualname__, **described(own), "layers": layers, "optimizers": optimizers}
+
+def _each(values: Mapping[Any, Any], depth: int) -> dict[str, Any]:
+    return {str(name): made_of(value, depth=max(0, depth - 1)) for name, value in values.items()}
 
 
 def differences(before: Any, now: Any, prefix: str = "") -> list[str]:
@@ -80,7 +87,8 @@ def differences(before: Any, now: Any, prefix: str = "") -> list[str]:
         keys = sorted({*before, *now}, key=str)
         found = [differences(before.get(key), now.get(key), f"{prefix}{key}.") for key in keys]
         return [line for lines in found for line in lines]
-    return [] if before == now else [f"{prefix.rstrip('.')} was {before}, is {now}"]
+    both_nan = all(isinstance(value, float) and math.isnan(value) for value in (before, now))
+    return [] if both_nan or before == now else [f"{prefix.rstrip('.')} was {before}, is {now}"]
 
 
 def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

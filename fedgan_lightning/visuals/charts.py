@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedgan_lightning.visuals.labels import literal
 from fedgan_lightning.visuals.runs import Curve
 
 #: Told apart by people who do not see all colours (Okabe and Ito 2008).
@@ -43,7 +44,9 @@ def chart(
     for name, (steps, values) in curves:
         marker = "o" if len(steps) < 25 else None
         look: dict[str, Any] = {"marker": marker, "markersize": 3, "linewidth": 1.6}
-        axes.plot(steps, values, label=name if len(names) > 1 else None, color=colour(names.index(name)), **look)
+        axes.plot(
+            steps, values, label=literal(name) if len(names) > 1 else None, color=colour(names.index(name)), **look
+        )
     positive = all(value > 0 for _, (_, values) in curves for value in values)
     if metric.removesuffix("_test") in LOGARITHMIC and positive:
         axes.set_yscale("log")
@@ -70,11 +73,11 @@ def bars(title: str, series: Mapping[str, Mapping[str, float]], *, owner: str) -
     for index, (name, values) in enumerate(series.items()):
         positions = [place + width * (index + 0.5) - 0.4 for place in range(len(labels))]
         heights = [values.get(label, 0.0) for label in labels]
-        axes.bar(positions, heights, width=width, color=colour(index), label=name or None)
+        axes.bar(positions, heights, width=width, color=colour(index), label=literal(name) or None)
     crowded = len(labels) > 12 or max(map(len, labels)) > 3
     every = -(-len(labels) // MOST_LABELS)
     axes.set_xticks(
-        range(0, len(labels), every), [label[:16] for label in labels[::every]], rotation=90 if crowded else 0
+        range(0, len(labels), every), [literal(label[:16]) for label in labels[::every]], rotation=90 if crowded else 0
     )
     axes.grid(visible=True, axis="y", color="#eeeeee")
     axes.set_axisbelow(True)
@@ -101,7 +104,7 @@ def _figure(title: str) -> Any:
     figure = Figure(figsize=(4.2, 2.7), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.subplots()
-    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_title(literal(title), fontsize=10, loc="left")
     axes.tick_params(which="both", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes

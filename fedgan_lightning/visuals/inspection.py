@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ class Inspection(L.Callback):
         if not trainer.is_global_zero or len(data.sample_shape) != 3 or not pl_module.can_sample:
             return
         root = Path(trainer.default_root_dir)
-        if hasattr(pl_module.model, "latent_dim"):
+        model: Any = pl_module.model
+        if hasattr(model, "latent_dim") and "latents" in inspect.signature(model.sample).parameters:
             publish(trainer, self.interpolation(pl_module), name="interpolation.png", tag="samples/interpolation")
         if not data.has_client_samples:
             return

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedgan_lightning.files import replacing
+from fedgan_lightning.visuals.labels import literal
 
 Picture = NDArray[np.uint8]
 
@@ -40,7 +41,7 @@ def series(fake: Tensor, real: Tensor, *, title: str) -> Picture:
     """Plot generated series (N, c, T) beside real ones, some of each on one scale; the first channel."""
     figure, panels = _figure(7.2, 3.0, ncols=2, sharey=True)
     for axes, values, name, colour in zip(panels, (real, fake), ("real", "generated"), ("#555555", "#c23b22")):
-        axes.plot(values[:SERIES_SHOWN, 0].T.numpy(), color=colour, alpha=0.35, linewidth=0.9)
+        axes.plot(values[:SERIES_SHOWN, 0].T.float().numpy(), color=colour, alpha=0.35, linewidth=0.9)
         axes.set_title(f"{name}{', ' + title if title and name == 'generated' else ''}", fontsize=10)
     low, high = float(real.min()), float(real.max())
     panels[0].set_ylim(low - 0.2, high + 0.2)
@@ -113,7 +114,7 @@ def partition(counts: NDArray[np.int64], *, class_names: Sequence[str]) -> Pictu
         figure, axes = _figure(min(14.0, 2.5 + 0.4 * clients), 1.6 + 0.32 * classes)
         x, y = np.meshgrid(np.arange(clients), np.arange(classes), indexing="ij")
         axes.scatter(x, y, s=220 * counts / max(int(counts.max()), 1), c="#33638d", linewidths=0)
-        axes.set_yticks(range(classes), [str(name)[:24] for name in class_names[:classes]], fontsize=8)
+        axes.set_yticks(range(classes), [literal(str(name)[:24]) for name in class_names[:classes]], fontsize=8)
         axes.set_ylim(-0.7, classes - 0.3)
     if clients <= 40:
         axes.set_xticks(range(clients))

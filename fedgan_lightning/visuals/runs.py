@@ -61,8 +61,8 @@ class Run:
     @property
     def grids(self) -> list[tuple[str, Path]]:
         """Pictures of the generator with their titles: untrained, a few on the way, the last."""
-        found = sorted(self.path.glob("fakes_round*.png"))
-        numbered = [(int(re.sub(r"\D", "", path.stem)), path) for path in found]
+        found = self.path.glob("fakes_round*.png")
+        numbered = sorted((int(re.sub(r"\D", "", path.stem)), path) for path in found)
         positions = sorted({round(i * (len(numbered) - 1) / 4) for i in range(5)}) if numbered else []
         chosen = [(f"round {number}", path) for number, path in (numbered[position] for position in positions)]
         first = self.picture("fakes_init.png")

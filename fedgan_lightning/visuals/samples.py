@@ -131,7 +131,7 @@ class SamplePictures(L.Callback):
     def _reals(self, data: FederatedDataModule) -> pictures.Picture:
         samples = data.train_samples
         held = torch.from_numpy(np.sort(np.concatenate(data.indices)))
-        if samples.y is None:
+        if samples.y is None or not data.num_classes:
             chosen = held[torch.randperm(len(held), generator=make_generator(self.seed, "reals"))]
             return pictures.grid(samples.take(chosen[: self.columns * self.rows])[0], columns=self.columns)
         rows = []
@@ -155,7 +155,7 @@ class SamplePictures(L.Callback):
         folder.mkdir(parents=True, exist_ok=True)
         if len(data.sample_shape) == 3:
             pictures.save(pictures.grid(samples, columns=self.columns), folder / "samples.png")
-            samples = to_bytes(samples)
+            samples = to_bytes(samples) if data.train_samples.is_image else samples.float()
         else:
             pictures.save(self.draw(data, pl_module, title="samples"), folder / "samples.png")
         if (vocabulary := vocabulary_of(data)) is not None:
@@ -170,7 +170,8 @@ def _belief(data: FederatedDataModule, server: ServerModule) -> Callable[[Tensor
     """Return points -> D(x), where the server has an unconditional discriminator of the plane."""
     discriminator = getattr(server.model, "discriminator", None)
     shared = server.policy.sync.get("discriminator") == "average"
-    if discriminator is None or not shared or tuple(data.sample_shape) != (2,):
+    own = hasattr(server.model, "discriminate")  # of other people's nobody knows what they take
+    if discriminator is None or not own or not shared or tuple(data.sample_shape) != (2,):
         return None
     if getattr(discriminator, "num_classes", 0):
         return None

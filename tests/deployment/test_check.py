@@ -11,6 +11,7 @@ import subprocess
 import threading
 
 import pytest
+import torch
 
 pytest.importorskip("flwr", reason="needs the extra 'flower' (Python 3.11 or later)")
 
@@ -33,7 +34,7 @@ def folder(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def superlink(folder, *, status=401):
+def superlink(folder, *, status=401, body=b'{"detail":"Invalid SuperNode authentication"}'):
     """Answer as a SuperLink does whom no site signed for, or otherwise, until the body ends; give the port."""
 
     class Answer(http.server.BaseHTTPRequestHandler):
@@ -41,24 +42,28 @@ def superlink(folder, *, status=401):
             asked.append((self.path, self.headers["content-type"], self.headers["content-length"]))
             self.send_response(status)
             self.end_headers()
+            self.wfile.write(body)
 
         def log_message(self, *arguments):
             pass
 
-    asked = []
+    asked, expected = [], ([], [("/v1/fleet/pull-messages", "application/protobuf", "0")])
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "server.crt", folder / "server.key")
     with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
         server.socket = context.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
-        yield server.server_port
-        server.shutdown()
-        thread.join(10)
-    assert asked in ([], [("/v1/fleet/pull-messages", "application/protobuf", "0")])
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join(10)
+    assert asked in expected
 
 
 def checked(folder, tmp_path, port, *options, ca=None, config=CONFIG):
+    options = options if "--port" in options else (*options, "--port", str(free_port()))
     return main(
         [
             *(
@@ -88,8 +93,7 @@ def test_a_site_is_tried_and_nothing_is_kept_or_started(folder, tmp_path, capsys
     assert "ready" in said
     assert "one step" in said
     assert f"Flower answers behind localhost:{port}" in said
-    assert not (tmp_path / "state").exists()
-    assert not (tmp_path / "other").exists()
+    assert list(tmp_path.rglob("*")) == []
 
 
 def test_the_bytes_of_a_round_are_those_that_the_second_round_has(tmp_path):
@@ -131,7 +135,7 @@ def test_nobody_who_answers_is_an_error_in_one_line(folder, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("address", ["localhost", ":8000", "localhost:grpc"])
+@pytest.mark.parametrize("address", ["localhost", ":8000", "localhost:grpc", "localhost:8²", "localhost:99999"])
 def test_an_address_without_host_or_port_is_refused(folder, tmp_path, capsys, address):
     arguments = ["--ca", str(folder / "ca.crt"), "--key", str(folder / "site0"), "--client-id", "0"]
     assert main(["federation", "site", "--superlink", address, "--config", CONFIG, *arguments]) == 2
@@ -152,6 +156,62 @@ def test_a_certificate_with_another_s_key_is_refused(folder, tmp_path, capsys):
     shutil.copy(folder / "site1.tls.key", tmp_path / "mixed.key")
     assert checked(folder, tmp_path, free_port(), "--tls", str(tmp_path / "mixed")) == 2
     assert "belong together" in capsys.readouterr().err
+
+
+def test_another_server_behind_the_certificate_is_not_taken_for_flower(folder, tmp_path, capsys):
+    with superlink(folder, body=b"who are you?") as port:
+        assert checked(folder, tmp_path, port) == 2
+    assert f"401 from localhost:{port}" in capsys.readouterr().err
+
+
+def test_a_certificate_of_another_authority_is_refused(folder, tmp_path, capsys):
+    keys.prepare(tmp_path, sites=1, hosts=["localhost"])
+    assert checked(folder, tmp_path, free_port(), "--tls", str(tmp_path / "site0.tls")) == 2
+    assert "did not sign" in capsys.readouterr().err
+
+
+def test_a_key_that_flower_does_not_take_is_refused(folder, tmp_path, capsys):
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ed25519
+
+    none, form = serialization.NoEncryption(), serialization.PrivateFormat.OpenSSH
+    key = ed25519.Ed25519PrivateKey.generate().private_bytes(serialization.Encoding.PEM, form, none)
+    (tmp_path / "site0").write_bytes(key)
+    assert checked(tmp_path, tmp_path, free_port(), ca=folder / "ca.crt") == 2
+    assert "elliptic curves" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"trainer: {accelerator: cuda}\n", "can be built"),
+        (b"trainer: {strategy: foo}\n", "can be built"),
+        (b"data: {max_samples: \xff}\n", "can be built"),
+    ],
+)
+def test_what_other_libraries_refuse_is_one_line(folder, tmp_path, capsys, text, said):
+    if b"cuda" in text and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    (tmp_path / "site.yaml").write_bytes(text)
+    assert checked(folder, tmp_path, free_port(), "--site", str(tmp_path / "site.yaml")) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("number", ["-1", "99"])
+def test_a_number_that_no_client_has_is_refused(folder, tmp_path, capsys, number):
+    assert checked(folder, tmp_path, free_port(), "--client-id", number) == 2
+    assert "client" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_and_a_folder_that_cannot_be_written_are_refused(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("no folder")
+    assert checked(folder, tmp_path / "file", free_port()) == 2
+    assert "--state" in capsys.readouterr().err
+    with superlink(folder) as port:
+        assert checked(folder, tmp_path, free_port(), "--port", str(port)) == 2
+    assert "--port" in capsys.readouterr().err
 
 
 def test_a_key_that_is_none_is_refused(folder, tmp_path, capsys):

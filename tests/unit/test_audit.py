@@ -9,10 +9,16 @@ import torch
 from torch import nn
 
 from fedgan_lightning import (
+    GAN,
     ClientAugmentation,
+    Evaluation,
     FeatureShift,
     FederatedDataModule,
+    Federation,
     MembershipInference,
+    MLPDiscriminator,
+    MLPGenerator,
+    SequentialExecutor,
     SwissRoll,
     SyntheticTraining,
 )
@@ -47,7 +53,7 @@ def test_members_are_compared_within_their_class():
 def test_a_discriminator_that_remembers_gives_members_away():
     data, metric = digits_data(num_clients=2), MembershipInference()
     metric.prepare(data, device=CPU)
-    known = metric.members[1][0]
+    known = metric.members[1].take(torch.arange(len(metric.members[1])))[0]
 
     class Memory(nn.Module):
         def __init__(self):
@@ -59,10 +65,37 @@ def test_a_discriminator_that_remembers_gives_members_away():
 
     model = nn.Module()
     model.discriminator = Memory()
+    assert metric.inspect(model) == {}, "of somebody else's discriminator nobody knows what it takes"
+    model.discriminate = model.discriminator
     values = metric.inspect(model)
     assert values["membership_auc_discriminator/1"] == pytest.approx(1.0, abs=1e-6)
     assert values["membership_auc_discriminator/0"] < 0.7
     assert metric.inspect(nn.Module()) == {}
+    model.condition = nn.Identity()
+    assert metric.inspect(model) == {}
+
+
+@pytest.mark.parametrize(("sync", "known"), [({}, True), ({"discriminator": "local"}, False)])
+def test_discriminators_that_stay_with_clients_are_not_judged_by_the_server_s(tmp_path, sync, known):
+    gan = GAN(MLPGenerator(8, (1, 8, 8), hidden=(16,)), MLPDiscriminator((1, 8, 8), hidden=(16,)))
+    evaluation = Evaluation(metrics=[MembershipInference()], num_samples=50)
+    options = {"rounds": 1, "local_steps": 1, "sync": sync, "executor": SequentialExecutor(), "evaluation": evaluation}
+    trainer = {"accelerator": "cpu", "enable_progress_bar": False}
+    federation = Federation(gan, digits_data(num_clients=2), run_dir=str(tmp_path), trainer=trainer, **options)
+    federation.fit()
+    values = federation.test()
+    assert "membership_auc/0" in values
+    assert ("membership_auc_discriminator/0" in values) == known
+
+
+def test_members_are_kept_as_positions():
+    data, metric = digits_data(num_clients=40), MembershipInference()
+    metric.prepare(data, device=CPU)
+    own = [view for views in (metric.members, metric.others) for view in views.values()]
+    assert {view.samples.x.data_ptr() for view in own} == {
+        data.train_samples.x.data_ptr(),
+        data.test_samples.x.data_ptr(),
+    }
 
 
 def test_real_samples_of_others_help_a_small_client():

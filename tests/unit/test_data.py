@@ -415,9 +415,29 @@ class TestSources:
         assert set(samples.x[samples.y == 0].flatten().tolist()) == {10}
         with pytest.raises(DataError, match="holds pictures.*received nowhere with none"):
             sources.ImageFolder("nowhere").load("train")
+        (tmp_path / "p" / ".cache").mkdir()
+        assert sources.ImageFolder(str(tmp_path / "p"), classes=True).class_names == ("berlin", "paris")
         (tmp_path / "p" / "paris" / "broken.png").write_bytes(b"no picture")
         with pytest.raises(DataError, match="every picture can be read"):
             sources.ImageFolder(str(tmp_path / "p")).load("train")
+
+    @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+    def test_pictures_of_more_than_8_bits_are_refused_and_not_made_white(self, tmp_path, dtype):
+        for index in range(3):
+            values = np.linspace(0, 4095, 64).reshape(8, 8).astype(dtype)
+            Image.fromarray(values).save(tmp_path / f"{index}.tif")
+        with pytest.raises(DataError, match="8 bits a channel.*of mode [IF]"):
+            sources.ImageFolder(str(tmp_path), image_size=8, channels=1).load("train")
+
+    def test_pictures_stand_upright(self, tmp_path):
+        picture, exif = Image.new("L", (8, 8)), Image.Exif()
+        picture.putpixel((0, 0), 255)
+        exif[0x0112] = 3  # turned by 180 degrees
+        for index in range(3):
+            picture.save(tmp_path / f"{index}.png", exif=exif)
+        x = sources.ImageFolder(str(tmp_path), image_size=8, channels=1).load("train").x
+        assert x[0, 0, 7, 7] == 255
+        assert x[0, 0, 0, 0] == 0
 
     def test_npz_in_another_layout_is_refused(self, tmp_path):
         np.savez(tmp_path / "a.npz", images=np.zeros(3))
@@ -428,3 +448,27 @@ class TestSources:
         np.savez(tmp_path / "p.npz", train_images=np.array([{"a": 1}], dtype=object))
         with pytest.raises(DataError, match="MedMNIST's layout"):
             sources.MedMNISTFile(str(tmp_path / "p.npz"))
+
+
+class TestWhatMakesNoSense:
+    def test_shifts_of_shifts_of_words_and_backwards(self):
+        with pytest.raises(DataError, match="one shift"):
+            parts.FeatureShift(parts.FeatureShift())
+        with pytest.raises(DataError, match="at least 0; received -1"):
+            parts.FeatureShift(brightness=-1)
+        words = Samples(x=torch.zeros(9, 4, dtype=torch.int64))
+        with pytest.raises(DataError, match="moves pixels or measurements"):
+            parts.FeatureShift().split(words, num_clients=3, seed=0)
+
+    def test_a_negative_number_of_samples(self):
+        with pytest.raises(ConfigurationError, match="max_samples is at least 1; received -5"):
+            FederatedDataModule(sources.Digits(), max_samples=-5)
+
+    def test_a_split_without_labels_beside_one_with(self):
+        class Half(sources.Digits):
+            def load(self, split):
+                samples = super().load(split)
+                return samples if split == "train" else Samples(x=samples.x)
+
+        with pytest.raises(DataError, match="a test split without"):
+            FederatedDataModule(Half()).test_samples  # noqa: B018 - the access is the test

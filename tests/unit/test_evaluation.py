@@ -13,17 +13,22 @@ from hypothesis import strategies as st
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from fedgan_lightning import (
+    GAN,
     ClassCoverage,
     ClassifierFeatures,
     Digits,
     Evaluation,
     FederatedDataModule,
+    FederatedOrchestrator,
     FrechetDistance,
     InceptionFeatures,
+    MLPDiscriminator,
+    MLPGenerator,
     ModeCoverage,
     ModuleFeatures,
     PixelFeatures,
     Ring,
+    ServerModule,
     SlicedWasserstein,
 )
 from fedgan_lightning.data.samples import ClientSamples, Samples
@@ -34,7 +39,7 @@ from fedgan_lightning.evaluation.defaults import default_metrics
 from fedgan_lightning.evaluation.features import FrozenNet
 from fedgan_lightning.evaluation.fid import feature_sums, frechet_distance
 from fedgan_lightning.evaluation.questions import chunks
-from tests.conftest import digits_data, ring_data
+from tests.conftest import digits_data, quiet_trainer, ring_data
 
 CPU = torch.device("cpu")
 
@@ -172,7 +177,9 @@ class TestModes:
         assert perfect == {**balanced, "mode_spread": 0.0}, "what is no perfect sample of a Gaussian"
         hopeless = modes.mode_statistics(torch.full((9, 2), 99.0), centres=self.centres, sigma=0.1)
         assert hopeless["modes"] == hopeless["high_quality"] == 0
-        assert 0 < hopeless["mode_divergence"] <= math.log(2)
+        assert hopeless["mode_divergence"] == pytest.approx(math.log(2)), "nothing is as far as one can be"
+        collapsed = modes.mode_statistics(self.centres[:1].repeat(9, 1), centres=self.centres, sigma=0.1)
+        assert collapsed["mode_divergence"] < hopeless["mode_divergence"]
 
     @given(width=st.floats(0.05, 0.4), shift=st.floats(-0.5, 0.5))
     def test_spread_is_that_of_samples_within_their_mode_wherever_they_are(self, width, shift):
@@ -245,6 +252,24 @@ def test_some_reals_are_drawn_by_chance_and_not_the_first_ones():
     assert set(ordered.y[places].tolist()) == set(range(10))
     assert torch.equal(some, torch.cat(list(chunks(view, 200))))
     assert len(torch.cat(list(chunks(view, 10**6)))) == len(view)
+
+
+def test_metrics_and_callbacks_that_are_used_again_forget_the_first_data(tmp_path):
+    def facts(evaluation, data):
+        torch.manual_seed(0)
+        gan = GAN(MLPGenerator(8, (1, 8, 8), hidden=(16,)), MLPDiscriminator((1, 8, 8), hidden=(16,)))
+        module, trainer = ServerModule(gan), quiet_trainer(FederatedOrchestrator(rounds=1, local_steps=1), evaluation)
+        trainer.fit(module, datamodule=data)
+        return dict(evaluation.facts), dict(evaluation.latest)
+
+    def made():
+        return Evaluation(metrics=[FrechetDistance(PixelFeatures())], num_samples=20)
+
+    first, second = digits_data(max_samples=200), digits_data(max_samples=300)
+    expected = facts(made(), second)
+    again = made()
+    facts(again, first)
+    assert facts(again, second) == expected
 
 
 def test_class_coverage_counts_missing_classes_and_obedience():

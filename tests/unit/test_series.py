@@ -35,6 +35,22 @@ def write(path, *, days: int = 20, header: str = "date,load,temperature", broken
 
 
 class TestSource:
+    def test_rare_events_stay_in_range_and_a_constant_is_refused(self, tmp_path):
+        path = tmp_path / "rain.csv"
+        for rain in (5, 0):
+            hours = [
+                f"2024-01-{1 + row // 24:02d} {row % 24:02d}:00:00,{rain * (row == 100)}" for row in range(24 * 20)
+            ]
+            path.write_text("\n".join(["date,rain", *hours]) + "\n")
+            source = CSVProfiles(str(path))
+            if rain:
+                x = source.load("train").x
+                assert float(x.min()) == -1
+                assert float(x.max()) <= 1
+            else:
+                with pytest.raises(DataError, match="a variable varies.*received rain"):
+                    source.load("train")
+
     def test_profiles_are_days_of_one_variable_with_their_dates(self, tmp_path):
         source = CSVProfiles(write(tmp_path / "a.csv", days=40), label="month")
         train, test = source.load("train"), source.load("test")

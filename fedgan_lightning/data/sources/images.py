@@ -162,7 +162,8 @@ class ImageFolder(Source):
             self.class_names = tuple(class_names)
         elif classes and self.root.is_dir():
             base = self.root / "train" if self.has_splits else self.root
-            self.class_names = tuple(sorted(path.name for path in base.iterdir() if path.is_dir()))
+            found = (path.name for path in base.iterdir() if path.is_dir())
+            self.class_names = tuple(sorted(name for name in found if name[0] != "."))
 
     def load(self, split: Split) -> Samples:
         base = self.root / split if self.has_splits else self.root
@@ -203,12 +204,21 @@ class ImageFolder(Source):
         return Samples(x=torch.stack([self._read(path) for path in files]), y=labels, columns={"folder": groups})
 
     def _read(self, path: Path) -> Tensor:
-        from PIL import Image
+        from PIL import Image, ImageOps
         from torchvision.transforms.v2 import functional as transforms
 
         try:
             with Image.open(path) as picture:
-                pixels: Tensor = transforms.pil_to_tensor(picture.convert("RGB" if self.channels == 3 else "L"))
+                if picture.mode[0] in "IF":  # Pillow would cut them off at 255: X-rays all white
+                    raise DataError(
+                        message(
+                            "pictures have 8 bits a channel",
+                            received=f"{path} of mode {picture.mode}",
+                            fix="rescale the folder's pictures, with one window for all, before they are read",
+                        )
+                    )
+                upright = ImageOps.exif_transpose(picture).convert("RGB" if self.channels == 3 else "L")
+                pixels: Tensor = transforms.pil_to_tensor(upright)
         except OSError as error:
             raise DataError(
                 message("every picture can be read", received=f"{path} ({error})", fix="remove or repair the file")

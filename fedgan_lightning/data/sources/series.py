@@ -80,11 +80,21 @@ class CSVProfiles(Source):
         cut = max(1, round(count * self.test_fraction))
         train, test = np.sort(order[cut:]), np.sort(order[:cut])
         chosen = train if split == "train" else test
-        parts = []
+        parts: list[NDArray[np.float64]] = []
         for column in values.T:
             profiles = column[: count * self.length].reshape(count, self.length)
             low, high = np.quantile(profiles[train], SCALE)
-            parts.append(2 * (profiles[chosen] - low) / max(high - low, 1e-9) - 1)
+            if low == high:  # rare events: all between these quantiles is one value
+                low, high = profiles[train].min(), profiles[train].max()
+            if low == high:
+                raise DataError(
+                    message(
+                        "a variable varies",
+                        received=f"{names[len(parts)]} of {self.path}, which is {low:g} throughout",
+                        fix="leave its column out",
+                    )
+                )
+            parts.append(2 * (profiles[chosen] - low) / (high - low) - 1)
         x = torch.from_numpy(np.stack(parts)).float().reshape(-1, 1, self.length)
         columns: dict[str, NDArray] = {name: np.tile(fact[chosen], len(names)) for name, fact in facts.items()}
         columns["variable"] = np.repeat(np.array(names), len(chosen))

@@ -11,7 +11,9 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +26,6 @@ from fedgan_lightning.federation.executors.sequential import SequentialExecutor
 from fedgan_lightning.federation.executors.vectorized import StackingError, VectorizedExecutor
 from fedgan_lightning.federation.local import ClientContext, LocalTrainer
 from fedgan_lightning.federation.ranks import Ranks, first_known
-from fedgan_lightning.federation.settings import described, described_module
 from fedgan_lightning.files import cache_folder, write_text
 from fedgan_lightning.protocol import ClientFailure, ClientTask, ClientUpdate, Executor
 from fedgan_lightning.version import __version__
@@ -163,14 +164,10 @@ class AutoExecutor(Executor):
             platform.processor(),
             available_threads(self._context.ranks),
         ]
-        facts += [
-            dict(self._context.trainer_options),
-            self.num_threads,
-            described(vars(model)),
-            described_module(model),
-            shapes,
-            len(tasks),
-        ]
+        facts += [dict(self._context.trainer_options), self.num_threads, repr(model), shapes, len(tasks)]
+        facts.append(described(vars(model)))
+        with suppress(Exception):  # a module that asks its trainer is told apart by its settings alone
+            facts.append(described(model.configure_optimizers()))
         facts += [tasks[0].local.steps, tasks[0].local.epochs, data.fingerprint()]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
@@ -188,6 +185,28 @@ class AutoExecutor(Executor):
         best = min(seconds, key=lambda way: seconds[way] * WORTH_IT ** ((way[0] > 1) + (way[1] > 1)))
         reason = obstacle or _comparison(seconds, best, client_steps=len(tasks) * steps)
         return Plan(chunk_size=best[0], num_threads=best[1], reason=reason)
+
+
+def described(value: Any, *, depth: int = 4) -> Any:
+    """Return what an object was made of as plain values: types and settings, without addresses, tensors and modules."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (Enum, set, frozenset)):
+        return value.name if isinstance(value, Enum) else sorted(map(str, value))
+    if depth == 0 or isinstance(value, (torch.Tensor, torch.nn.Module)):  # networks are described by their owner
+        return type(value).__qualname__
+    if isinstance(value, partial):
+        return [described(value.func, depth=depth), described(value.args, depth=depth - 1), described(value.keywords)]
+    if isinstance(value, Mapping):
+        return [(str(key), described(own, depth=depth - 1)) for key, own in value.items() if str(key)[:1] != "_"]
+    if isinstance(value, (list, tuple)):
+        return [len(value), *(described(own, depth=depth - 1) for own in value[:32])]
+    if isinstance(value, torch.optim.Optimizer):
+        groups = [{**group, "params": len(group["params"])} for group in value.param_groups]
+        return [type(value).__qualname__, described(groups, depth=depth)]
+    name = getattr(value, "__qualname__", None) or type(value).__qualname__
+    slots = {own: getattr(value, own, None) for own in getattr(type(value), "__slots__", ())}
+    return [name, described({**slots, **getattr(value, "__dict__", {})}, depth=depth - 1)]
 
 
 class Cost(NamedTuple):
