@@ -63,10 +63,11 @@ def _built(config: str, options: tuple[str, ...], own: str | None, client_id: in
 def _site(context: Any) -> Any:
     node, run = context.node_config, context.run_config
     number = int(node.get("client-id", node.get("partition-id", -1)))
+    config = str(node.get("config", run["config"]))
     options = () if "config" in node else tuple(shlex.split(str(run["options"])))
     state = node.get("state", str(Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser() / "fedgan"))
     own = str(node["site"]) if "site" in node else None
-    return _built(str(node.get("config", run["config"])), options, own, number, str(state))
+    return _built(config, options, own, number, str(state))
 
 
 def _train(received: Any, context: Any) -> Any:
