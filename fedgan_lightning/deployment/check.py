@@ -6,11 +6,12 @@ Nothing is sent but an empty request that nobody signed, and nothing is kept but
 from __future__ import annotations
 
 import os
-import socket
 import ssl
 from pathlib import Path
+from typing import Any
 
-from fedgan_lightning.deployment.keys import check_pair, fingerprint
+from fedgan_lightning.deployment.keys import fingerprint, read_pem
+from fedgan_lightning.deployment.programs import await_port
 from fedgan_lightning.deployment.site import Site
 from fedgan_lightning.errors import ConfigurationError, FedGANError, message
 
@@ -58,8 +59,9 @@ def check(
     print(f"site {client_id}")
     _say("key", f"{fingerprint(key)}, as ssh-keygen -lf of the .pub file that the server has")
     if tls is not None:
-        check_pair(*tls, authority=ca)
-    _check_here(state, port)
+        _check_pair(*tls, authority=ca)
+    _check_writable(state)
+    await_port("127.0.0.1", port, seconds=0.0)
     site = _built(config, own=own, client_id=client_id, state=state)
     facts = site.facts()
     names = site.whole.class_names or ["samples"]
@@ -110,25 +112,11 @@ def _reach(superlink: str, ca: Path) -> None:
         )
 
 
-def _check_here(state: Path, port: int) -> None:
-    """Refuse a folder that nothing can be written to, and a port that is taken."""
-    there = next(folder for folder in (state.absolute(), *state.absolute().parents) if folder.exists())
+def _check_writable(folder: Path) -> None:
+    there = next(own for own in (folder.absolute(), *folder.absolute().parents) if own.exists())
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise ConfigurationError(
-            message("a site writes to its --state folder", received=state, fix="choose another, or who may write there")
-        )
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise ConfigurationError(
-                message(
-                    "Flower's own processes talk over a port of their own",
-                    received=f"{port} ({error.strerror})",
-                    fix="end the SuperNode that has it, or choose another --port",
-                )
-            ) from error
+        fix = "choose another, or who may write there"
+        raise ConfigurationError(message("a site writes to its --state folder", received=folder, fix=fix))
 
 
 def _built(config: Path, *, own: Path | None, client_id: int, state: Path) -> Site:
@@ -145,5 +133,37 @@ def _built(config: Path, *, own: Path | None, client_id: int, state: Path) -> Si
                 "a site can be built from its settings",
                 received=f"{type(error).__name__}: {' '.join(str(error).split())}",
                 fix=f"see {config}, and {own}" if own else f"see {config}, and --client-id",
+            )
+        ) from error
+
+
+def _check_pair(certificate: Path, private: Path, *, authority: Path) -> None:
+    """Refuse a certificate that is not the authority's, and a key that is not the certificate's.
+
+    Raises:
+        ConfigurationError: If it is so, or a file is something else.
+    """
+    from cryptography import x509
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives import serialization
+
+    found = read_pem(certificate, x509.load_pem_x509_certificate)
+    key: Any = read_pem(private, lambda data: serialization.load_pem_private_key(data, password=None))
+    if key.public_key() != found.public_key():
+        raise ConfigurationError(
+            message(
+                "a certificate and its key belong together",
+                received=f"{certificate} and {private}",
+                fix="take both from the same federation keys",
+            )
+        )
+    try:
+        found.verify_directly_issued_by(read_pem(authority, x509.load_pem_x509_certificate))
+    except (InvalidSignature, ValueError, TypeError) as error:
+        raise ConfigurationError(
+            message(
+                "a site's certificate is of the federation's authority",
+                received=f"{certificate}, which {authority} did not sign",
+                fix="ask the consortium for the two that belong together",
             )
         ) from error

@@ -150,43 +150,11 @@ def fingerprint(path: Path) -> str:
     return f"SHA256:{base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip('=')}"
 
 
-def check_pair(certificate: Path, private: Path, *, authority: Path) -> None:
-    """Refuse a certificate that is not the authority's, and a key that is not the certificate's.
-
-    Raises:
-        ConfigurationError: If it is so, or a file is something else.
-    """
-    from cryptography import x509
-    from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives import serialization
-
-    found = _read(certificate, x509.load_pem_x509_certificate)
-    key: Any = _read(private, lambda data: serialization.load_pem_private_key(data, password=None))
-    if key.public_key() != found.public_key():
-        raise ConfigurationError(
-            message(
-                "a certificate and its key belong together",
-                received=f"{certificate} and {private}",
-                fix="take both from the same federation keys",
-            )
-        )
-    try:
-        found.verify_directly_issued_by(_read(authority, x509.load_pem_x509_certificate))
-    except (InvalidSignature, ValueError, TypeError) as error:
-        raise ConfigurationError(
-            message(
-                "a site's certificate is of the federation's authority",
-                received=f"{certificate}, which {authority} did not sign",
-                fix="ask the consortium for the two that belong together",
-            )
-        ) from error
-
-
 def _public_half(path: Path) -> bytes:
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    key = _read(path, lambda data: serialization.load_ssh_private_key(data, password=None))
+    key = read_pem(path, lambda data: serialization.load_ssh_private_key(data, password=None))
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ConfigurationError(
             message("Flower takes node keys on elliptic curves", received=path, fix="ssh-keygen -t ecdsa -b 384")
@@ -203,7 +171,7 @@ def check_valid(path: Path) -> None:
     """
     from cryptography import x509
 
-    found = _read(path, x509.load_pem_x509_certificate)
+    found = read_pem(path, x509.load_pem_x509_certificate)
     end, is_authority = found.not_valid_after_utc, found.issuer == found.subject
     fix = "the consortium renews it with federation keys, where the authority's key is"
     if is_authority:
@@ -234,7 +202,7 @@ def _key_of_site(path: Path) -> Any:
                 fix="ask the site for it",
             )
         )
-    found = _read(request, x509.load_pem_x509_csr)
+    found = read_pem(request, x509.load_pem_x509_csr)
     if not found.is_signature_valid:
         raise ConfigurationError(
             message("a request is signed with its own key", received=request, fix="ask the site to make it again")
@@ -263,9 +231,9 @@ def _known_key(path: Path) -> Any:
     from cryptography.hazmat.primitives import serialization
 
     if _with(path, "crt").exists():
-        return _read(_with(path, "crt"), x509.load_pem_x509_certificate).public_key()
+        return read_pem(_with(path, "crt"), x509.load_pem_x509_certificate).public_key()
     if _with(path, "key").exists():  # what was killed between the two
-        return _read(
+        return read_pem(
             _with(path, "key"), lambda data: serialization.load_pem_private_key(data, password=None)
         ).public_key()
     return None
@@ -277,7 +245,7 @@ def _hosts_of(path: Path) -> list[str]:
 
     if not path.exists():
         return []
-    found = _read(path, x509.load_pem_x509_certificate).extensions
+    found = read_pem(path, x509.load_pem_x509_certificate).extensions
     return [str(own.value) for own in found.get_extension_for_class(x509.SubjectAlternativeName).value]
 
 
@@ -295,8 +263,8 @@ def _authority_in(folder: Path) -> tuple[Any, Any]:
                     fix=f"bring {missing} from where it is kept, and take ca.key away again afterwards",
                 )
             )
-    certificate = _read(folder / "ca.crt", x509.load_pem_x509_certificate)
-    key = _read(folder / "ca.key", lambda data: serialization.load_pem_private_key(data, password=None))
+    certificate = read_pem(folder / "ca.crt", x509.load_pem_x509_certificate)
+    key = read_pem(folder / "ca.key", lambda data: serialization.load_pem_private_key(data, password=None))
     if key.public_key() != certificate.public_key():
         raise ConfigurationError(
             message(
@@ -308,7 +276,7 @@ def _authority_in(folder: Path) -> tuple[Any, Any]:
     return key, certificate
 
 
-def _read(path: Path, reader: Callable[[bytes], Any]) -> Any:
+def read_pem(path: Path, reader: Callable[[bytes], Any]) -> Any:
     """Return what a file holds.
 
     Raises:

@@ -97,7 +97,7 @@ def _site(options: argparse.Namespace, others: list[str]) -> int:
     """Keep a SuperNode running, or try what it needs."""
     from fedgan_lightning.deployment.keys import check_valid
 
-    programs.host_and_port(options.superlink)
+    programs.check_address(options.superlink)
     if options.client_id < 0:
         fix = "give each site its number, from 0 on"
         raise ConfigurationError(message("--client-id is at least 0", received=options.client_id, fix=fix))
@@ -107,7 +107,7 @@ def _site(options: argparse.Namespace, others: list[str]) -> int:
     for path in (options.ca, *own[:1]):
         check_valid(path)
     if options.check:
-        return _check(options)
+        return _check(options, tls=own or None)
     command = programs.supernode(
         superlink=options.superlink,
         ca=options.ca,
@@ -125,7 +125,7 @@ def _site(options: argparse.Namespace, others: list[str]) -> int:
         return keep_running(command, environment=programs.environment(options.state, first=first))
 
 
-def _check(options: argparse.Namespace) -> int:
+def _check(options: argparse.Namespace, *, tls: tuple[Path, Path] | None) -> int:
     from fedgan_lightning.deployment.check import check
 
     check(
@@ -137,7 +137,7 @@ def _check(options: argparse.Namespace) -> int:
         ca=options.ca,
         key=options.key,
         port=options.port,
-        tls=None if options.tls is None else programs.pair(options.tls),
+        tls=tls,
     )
     return 0
 

@@ -180,12 +180,12 @@ def await_superlink(port: int, keys: Path | None, process: subprocess.Popen) -> 
     )
 
 
-def await_port(host: str, port: int) -> None:
+def await_port(host: str, port: int, *, seconds: float | None = None) -> None:
     """Return when nobody listens on a port: what is left of a server that was killed takes a moment to end.
 
     A second server would otherwise take the first one's SuperLink for its own, and run the federation twice.
     """
-    deadline = time.monotonic() + PORT_SECONDS
+    deadline = time.monotonic() + (PORT_SECONDS if seconds is None else seconds)
     while True:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -288,18 +288,17 @@ def check_file(path: Path) -> None:
         raise ConfigurationError(message("files that are named exist", received=path, fix="check the path"))
 
 
-def host_and_port(address: str) -> tuple[str, int]:
-    """Return the parts of HOST:PORT; an IPv6 address has brackets.
+def check_address(address: str) -> None:
+    """Refuse what is not HOST:PORT; an IPv6 address has brackets.
 
     Raises:
-        ConfigurationError: If one is missing.
+        ConfigurationError: If one is missing, or the port is none.
     """
     host, _, port = address.rpartition(":")
     if not host or not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
         raise ConfigurationError(
             message("a SuperLink is named HOST:PORT", received=address, fix="write localhost:8000")
         )
-    return host.strip("[]"), int(port)
 
 
 def free_port() -> int:

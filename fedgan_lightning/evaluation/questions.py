@@ -20,6 +20,7 @@ from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.features import FrozenNet
 from fedgan_lightning.evaluation.fid import feature_sums
 from fedgan_lightning.evaluation.portable import from_facts, sums_to_state, to_facts
+from fedgan_lightning.packing import is_finite
 from fedgan_lightning.protocol import State
 from fedgan_lightning.seeding import make_generator
 
@@ -82,7 +83,7 @@ class Question(ABC):
         """
         wanted = {**self.shapes(), COUNT: ()}
         found = {name: tuple(value.shape) for name, value in answer.items()}
-        finite = all(bool(torch.isfinite(value).all()) for value in answer.values())
+        finite = all(map(is_finite, answer.values()))
         if found != wanted or not finite or int(answer[COUNT]) < 1:
             raise ConfigurationError(
                 message(

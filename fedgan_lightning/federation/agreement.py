@@ -12,6 +12,7 @@ from fedgan_lightning.federation.cohort import CohortTrainer
 from fedgan_lightning.federation.local import ClientContext, LocalTrainer
 from fedgan_lightning.federation.rounds import norms
 from fedgan_lightning.federation.store import ReadOnlyStore
+from fedgan_lightning.packing import is_finite
 from fedgan_lightning.protocol import ClientTask, LocalWork, State
 from fedgan_lightning.states import network_of
 
@@ -60,7 +61,7 @@ def disagreement(context: ClientContext, tasks: Sequence[ClientTask]) -> str | N
     trial = shortened(alike, steps=steps)
     alone, cohort = LocalTrainer(context), CohortTrainer(context)
     references = [alone.run(task).delta for task in trial]  # an error here is the client's own, and is raised
-    if not all(value.isfinite().all() for own in references for value in own.values()):
+    if not all(is_finite(value) for own in references for value in own.values()):
         return NOTHING_TO_COMPARE
     try:
         for _ in range(-(-TRIAL_STEPS // steps)):

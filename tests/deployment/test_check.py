@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def superlink(folder, *, status=401, body=b'{"detail":"Invalid SuperNode authentication"}'):
+def superlink(folder, *, is_asked=True, status=401, body=b'{"detail":"Invalid SuperNode authentication"}'):
     """Answer as a SuperLink does whom no site signed for, or otherwise, until the body ends; give the port."""
 
     class Answer(http.server.BaseHTTPRequestHandler):
@@ -47,7 +47,7 @@ def superlink(folder, *, status=401, body=b'{"detail":"Invalid SuperNode authent
         def log_message(self, *arguments):
             pass
 
-    asked, expected = [], ([], [("/v1/fleet/pull-messages", "application/protobuf", "0")])
+    asked = []
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "server.crt", folder / "server.key")
     with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
@@ -59,7 +59,7 @@ def superlink(folder, *, status=401, body=b'{"detail":"Invalid SuperNode authent
         finally:
             server.shutdown()
             thread.join(10)
-    assert asked in expected
+    assert asked == [("/v1/fleet/pull-messages", "application/protobuf", "0")] * is_asked
 
 
 def checked(folder, tmp_path, port, *options, ca=None, config=CONFIG):
@@ -109,7 +109,7 @@ def test_the_bytes_of_a_round_are_those_that_the_second_round_has(tmp_path):
 
 def test_another_authority_is_named_after_the_data_were_tried(folder, tmp_path, capsys):
     keys.make_authority(tmp_path)
-    with superlink(folder) as port:
+    with superlink(folder, is_asked=False) as port:
         assert checked(folder, tmp_path, port, ca=tmp_path / "ca.crt") == 2
     said = capsys.readouterr()
     assert "certificate of" in said.err
@@ -209,14 +209,14 @@ def test_a_port_that_is_taken_and_a_folder_that_cannot_be_written_are_refused(fo
     (tmp_path / "file").write_text("no folder")
     assert checked(folder, tmp_path / "file", free_port()) == 2
     assert "--state" in capsys.readouterr().err
-    with superlink(folder) as port:
+    with superlink(folder, is_asked=False) as port:
         assert checked(folder, tmp_path, free_port(), "--port", str(port)) == 2
     assert "--port" in capsys.readouterr().err
 
 
 def test_a_key_that_is_none_is_refused(folder, tmp_path, capsys):
     (tmp_path / "site0").write_text("not a key")
-    with superlink(folder) as port:
+    with superlink(folder, is_asked=False) as port:
         assert checked(tmp_path, tmp_path, port, ca=folder / "ca.crt") == 2
     assert "PEM" in capsys.readouterr().err
 
