@@ -140,6 +140,17 @@ def test_the_full_evaluation_is_drawn_by_class_and_client_and_compared_once(runs
     assert not any("class_share" in text or "3_raw" in text for text in page.texts)
 
 
+@pytest.mark.parametrize(
+    "name, content",
+    [("config.yaml", b"model: [broken"), ("config.yaml", b"\xff\xfe"), ("partition.npz", b"PK no archive")],
+)
+def test_a_damaged_file_is_named(tmp_path, name, content):
+    (tmp_path / "summary.json").write_text("{}")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigurationError, match=rf"as fit wrote them; received .*{name} \(.*move it away"):
+        read_run(tmp_path)
+
+
 def test_the_last_picture_is_the_last_round_s(tmp_path):
     (tmp_path / "summary.json").write_text("{}")
     for number in (100, 2000, 9900, 10000, 12000):

@@ -198,7 +198,7 @@ class ClassMixes(Partition):
 
     def assign(self, samples: Samples, *, num_clients: int, generator: np.random.Generator) -> list[Indices]:
         labels = labels_of(samples, self)
-        held = np.bincount(labels)
+        held = np.bincount(labels, minlength=len(self.mixes[0]))  # a class may be in the names alone
         if len(self.sizes) != num_clients or any(len(mix) != len(held) or sum(mix) <= 0 for mix in self.mixes):
             raise DataError(
                 message(
@@ -210,6 +210,14 @@ class ClassMixes(Partition):
         mixes = np.array(self.mixes, dtype=float)
         wanted = np.array(self.sizes)[:, None] * mixes / mixes.sum(1, keepdims=True)
         asked = wanted.sum(0)
+        if absent := [label for label in range(len(held)) if asked[label] > 0 and held[label] == 0]:
+            raise DataError(
+                message(
+                    "ClassMixes deals out classes of which there are samples",
+                    received=f"shares of classes {absent}, of which there are none",
+                    fix="set their shares to 0",
+                )
+            )
         counts = np.floor(wanted * (held[asked > 0] / asked[asked > 0]).min() + 1e-9).astype(np.int64)
         parts: list[list[Indices]] = [[] for _ in range(num_clients)]
         for label in range(len(held)):

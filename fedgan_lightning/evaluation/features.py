@@ -142,9 +142,14 @@ class InceptionFeatures(FeatureNet):
         self.weights_path = weights_path
 
     def build(self, samples: Samples, *, num_classes: int) -> FrozenNet:
-        if not samples.is_image:
+        shape = tuple(samples.x.shape[1:])
+        if not samples.is_image or shape[0] not in (1, 3):
             raise ConfigurationError(
-                message("InceptionFeatures needs images", received=f"{samples.x.dtype} data", fix="use PixelFeatures")
+                message(
+                    "InceptionFeatures needs images of 1 or 3 channels",
+                    received=f"{samples.x.dtype} data of shape {list(shape)}",
+                    fix="use PixelFeatures",
+                )
             )
         from torchmetrics.image.fid import NoTrainInceptionV3
 
@@ -187,14 +192,14 @@ class Classifier(nn.Module):
     def __init__(self, shape: tuple[int, ...], num_classes: int, *, is_image: bool) -> None:
         super().__init__()
         if is_image:
-            side = (shape[1] + 3) // 4  # two convolutions of stride 2, padded
+            height, width = ((side + 3) // 4 for side in shape[1:])  # two convolutions of stride 2, padded
             self.trunk = nn.Sequential(
                 nn.Conv2d(shape[0], 16, 3, 2, 1),
                 nn.ReLU(),
                 nn.Conv2d(16, 32, 3, 2, 1),
                 nn.ReLU(),
                 nn.Flatten(),
-                nn.Linear(32 * side * side, ClassifierFeatures.num_features),
+                nn.Linear(32 * height * width, ClassifierFeatures.num_features),
                 nn.ReLU(),
             )
         else:

@@ -43,6 +43,14 @@ class ProfileCentroids(Metric):
         return {"centroid_distance_floor": matched_distance(centroids(train[subset], self.k), self.real)}
 
     def compute(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
+        if len(samples) < self.k:
+            raise ConfigurationError(
+                message(
+                    f"{self.k} centroids need as many generated samples",
+                    received=len(samples),
+                    fix="raise evaluation.num_samples, or lower k",
+                )
+            )
         fake = centroids(samples.cpu().flatten(1), self.k)
         return {"centroid_distance": matched_distance(fake, self.real)}
 

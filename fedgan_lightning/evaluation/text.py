@@ -139,24 +139,30 @@ class BLEU(Metric):
 class SelfBLEU(Metric):
     """Mean BLEU of every generated sentence against the other ones: ``self_bleu_2`` ..., near 1 where all are alike.
 
-    ``self_bleu_N_of_reals`` says, once, how alike as many held-out sentences are: values far above it are a collapse.
-    It grows with the number of sentences, so only equal numbers compare. Source: Zhu et al. 2018 (Texygen).
+    ``self_bleu_N_of_reals`` says how alike as many held-out sentences are: values far above it are a collapse. It grows
+    with the number of sentences, so equal numbers are compared. Source: Zhu et al. 2018 (Texygen).
 
     Args:
-        max_sentences: Generated sentences, and held-out ones, that are used.
+        max_sentences: Generated sentences, and held-out ones, that are used at most.
     """
 
     def __init__(self, *, max_sentences: int = 500) -> None:
         self.max_sentences = _positive(max_sentences)
         self.vocabulary: Vocabulary | None = None
+        self.held_out = torch.empty(0, 0, dtype=torch.int64)
+        self.of_reals: dict[int, dict[str, float]] = {}
 
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
         self.vocabulary = _vocabulary(data, self)
-        values = self._values(drawn(data.test_samples.x, self.max_sentences))
-        return {"self_bleu_num_sentences": self.max_sentences} | {f"{n}_of_reals": v for n, v in values.items()}
+        self.held_out, self.of_reals = drawn(data.test_samples.x, self.max_sentences), {}
+        return {"self_bleu_num_sentences": len(self.held_out)}  # where as many are generated
 
     def compute(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
-        return self._values(samples[: self.max_sentences])
+        count = min(len(samples), len(self.held_out))
+        if count not in self.of_reals:
+            found = self._values(self.held_out[:count])
+            self.of_reals[count] = {f"{name}_of_reals": value for name, value in found.items()}
+        return self._values(samples[:count]) | self.of_reals[count]
 
     def _values(self, ids: Tensor) -> dict[str, float]:
         assert self.vocabulary is not None

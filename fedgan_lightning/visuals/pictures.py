@@ -22,10 +22,11 @@ CELL_PIXELS = 48
 
 
 def grid(images: Tensor, *, columns: int) -> Picture:
-    """Lay images (n, c, h, w) in [-1, 1] out in rows of ``columns``."""
+    """Lay images (n, c, h, w) in [-1, 1] out in rows of ``columns``; one or three of their channels are shown."""
     from torchvision.utils import make_grid
 
-    pixels = ((images.detach().cpu().float() + 1) / 2).clamp(0, 1)
+    shown = images[:, : 3 if images.shape[1] >= 3 else 1]
+    pixels = ((shown.detach().cpu().float() + 1) / 2).clamp(0, 1)
     factor = max(1, round(CELL_PIXELS / pixels.shape[-1]))
     pixels = pixels.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
     sheet = make_grid(pixels, nrow=columns, padding=2, pad_value=1.0)

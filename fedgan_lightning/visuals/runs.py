@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def read_run(path: str | Path) -> Run:
                 fix="name the directory that fit wrote, after its first evaluation",
             )
         ) from error
-    text = (root / "config.yaml").read_text(encoding="utf-8") if (root / "config.yaml").exists() else ""
+    text, config = _settings(root / "config.yaml")
     history = summary.get("history", [])
     names = dict.fromkeys(name for entry in history for name in entry if name != "rounds")
     metrics = {
@@ -97,7 +98,7 @@ def read_run(path: str | Path) -> Run:
         name=root.resolve().name,
         path=root,
         summary=summary,
-        config=_parsed(text),
+        config=config,
         config_text=text,
         metrics=metrics,
         scalars=_scalars(root),
@@ -106,11 +107,28 @@ def read_run(path: str | Path) -> Run:
     )
 
 
-def _parsed(text: str) -> dict[str, Any]:
+def _settings(path: Path) -> tuple[str, dict[str, Any]]:
+    """Return the settings of a run as text and as nested values; nothing where it was started from Python."""
     import yaml
 
-    values = yaml.safe_load(text) if text else {}
-    return values if isinstance(values, dict) else {}
+    if not path.exists():
+        return "", {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise _damaged(path, error) from error
+    return text, values if isinstance(values, dict) else {}
+
+
+def _damaged(path: Path, error: Exception) -> ConfigurationError:
+    return ConfigurationError(
+        message(
+            "the files of a run are as fit wrote them",
+            received=f"{path} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no more'})",
+            fix="restore it, or move it away: the report goes without it",
+        )
+    )
 
 
 def _scalars(root: Path) -> dict[str, Curve]:
@@ -131,8 +149,11 @@ def _scalars(root: Path) -> dict[str, Curve]:
 def _sizes(path: Path) -> list[int]:
     if not path.exists():
         return []
-    with np.load(path, allow_pickle=False) as arrays:
-        return [len(arrays[name]) for name in sorted(arrays.files)]
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return [len(arrays[name]) for name in sorted(arrays.files)]
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        raise _damaged(path, error) from error
 
 
 def flattened(values: Any, prefix: str = "") -> dict[str, Any]:

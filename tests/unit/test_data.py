@@ -72,6 +72,16 @@ class TestPartitionContract:
         with pytest.raises(DataError, match="ClassMixes"):
             parts.ClassMixes(sizes, mixes).split(labelled(), num_clients=4, seed=0)
 
+    @pytest.mark.parametrize("absent", [2, 5])
+    def test_mixes_may_leave_out_a_class_without_samples_and_not_deal_it_out(self, absent):
+        kept = labelled().y != absent
+        samples = Samples(x=labelled().x[kept], y=labelled().y[kept])
+        shares = [0 if label == absent else 1 for label in range(6)]
+        split = parts.ClassMixes([3, 1], [shares] * 2).split(samples, num_clients=2, seed=0)
+        assert [len(own) for own in split] == [150, 50]
+        with pytest.raises(DataError, match=rf"shares of classes \[{absent}\], of which there are none"):
+            parts.ClassMixes([3, 1], [[1] * 6] * 2).split(samples, num_clients=2, seed=0)
+
     @pytest.mark.parametrize("name", PARTITIONS)
     def test_a_client_below_the_minimum_is_an_error(self, name):
         partition = type(PARTITIONS[name]).__new__(type(PARTITIONS[name]))
@@ -438,6 +448,14 @@ class TestSources:
         x = sources.ImageFolder(str(tmp_path), image_size=8, channels=1).load("train").x
         assert x[0, 0, 7, 7] == 255
         assert x[0, 0, 0, 0] == 0
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_npz_says_itself_how_many_channels_it_has(self, tmp_path, channels):
+        arrays = {f"{split}_images": np.zeros((4, 8, 8, channels), np.uint8) for split in ("train", "test")}
+        labels = {f"{split}_labels": np.zeros((4, 1), np.int64) for split in ("train", "test")}
+        np.savez(tmp_path / "a.npz", **arrays, **labels)
+        source = sources.MedMNISTFile(str(tmp_path / "a.npz"))
+        assert source.sample_shape == (channels, 8, 8) == tuple(source.load("train").x.shape[1:])
 
     def test_npz_in_another_layout_is_refused(self, tmp_path):
         np.savez(tmp_path / "a.npz", images=np.zeros(3))

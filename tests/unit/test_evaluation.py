@@ -39,7 +39,9 @@ from fedgan_lightning.evaluation.defaults import default_metrics
 from fedgan_lightning.evaluation.features import FrozenNet
 from fedgan_lightning.evaluation.fid import feature_sums, frechet_distance
 from fedgan_lightning.evaluation.questions import chunks
+from fedgan_lightning.visuals.pictures import grid
 from tests.conftest import digits_data, quiet_trainer, ring_data
+from tests.fakes import RandomImages
 
 CPU = torch.device("cpu")
 
@@ -151,6 +153,17 @@ class TestFeatures:
             InceptionFeatures("nowhere.pth").build(digits_data(max_samples=50).train_samples, num_classes=10)
         with pytest.raises(ConfigurationError, match="InceptionFeatures needs images"):
             InceptionFeatures().build(ring_data().train_samples, num_classes=8)
+        with pytest.raises(ConfigurationError, match=r"of 1 or 3 channels; received torch.uint8 data of shape \[5"):
+            InceptionFeatures().build(RandomImages([5, 8, 8], num_samples=4).load("train"), num_classes=0)
+
+    @pytest.mark.parametrize("shape", [[2, 8, 12], [5, 13, 8]])
+    def test_images_need_not_be_square_nor_grey_nor_of_three_colours(self, shape, tmp_path):
+        """Lines of a spectrogram, or bands of a satellite; of these the first three are shown."""
+        samples = RandomImages(shape, classes=3, num_samples=90).load("train")
+        built = ClassifierFeatures(epochs=1, cache=str(tmp_path)).build(samples, num_classes=3)
+        assert built(samples.take(torch.arange(6))[0]).shape == (6, 64)
+        assert built.classify(samples.take(torch.arange(6))[0]).shape == (6,)
+        assert grid(samples.take(torch.arange(6))[0], columns=3).shape[2] == 3
 
     def test_the_classifier_needs_labels(self):
         with pytest.raises(ConfigurationError, match="labelled data of at least two classes; received 0"):

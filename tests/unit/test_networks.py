@@ -129,6 +129,19 @@ def test_resolution_plans(size, expected):
 
 
 @pytest.mark.parametrize(
+    "make, groups",
+    [
+        (lambda: nets.DCGANGenerator(28, width=28, norm="group"), [7, 7]),
+        (lambda: nets.DCGANDiscriminator(28, width=32, norm="group"), [8]),
+        (lambda: nets.R3GANGenerator(8, width=20, blocks=1), [5, 5]),
+    ],
+)
+def test_groups_are_of_the_asked_size_or_smaller_where_it_does_not_divide_the_width(make, groups):
+    layers = [layer for layer in make().modules() if getattr(layer, "groups", 0) > 1 or hasattr(layer, "num_groups")]
+    assert [getattr(layer, "num_groups", None) or layer.groups for layer in layers] == groups
+
+
+@pytest.mark.parametrize(
     "make, words",
     [
         (lambda: nets.DCGANGenerator(27), "image_size=27"),

@@ -167,3 +167,7 @@ class TestMetrics:
             ProfileCentroids(500).prepare(module(), device=CPU)
         with pytest.raises(ConfigurationError, match="from 1"):
             ProfileCentroids(0)
+        metric = ProfileCentroids(9)
+        metric.prepare(module(), device=CPU)
+        with pytest.raises(ConfigurationError, match="as many generated samples; received 5. Fix: raise evaluation"):
+            metric.compute(torch.zeros(5, 1, 24), None)

@@ -37,7 +37,7 @@ from fedgan_lightning import (
 from fedgan_lightning.data.vocabulary import END, UNKNOWN, contribution, summed, tokens
 from fedgan_lightning.errors import CheckpointError, ConfigurationError, DataError
 from fedgan_lightning.evaluation.defaults import default_metrics
-from fedgan_lightning.evaluation.text import References, mean_bleu
+from fedgan_lightning.evaluation.text import References, drawn, mean_bleu
 from fedgan_lightning.gan.networks.text import counts
 from fedgan_lightning.gan.priors import Gumbel
 from tests.conftest import ROOT, digits_data, federate, quiet_trainer, ring_data, ring_gan
@@ -479,8 +479,17 @@ class TestMetrics:
         known = real[(real != 1).all(1)][:1]
         same = diversity.compute(known.expand(20, -1), None)
         assert same["self_bleu_2"] == pytest.approx(1.0)
-        assert facts["self_bleu_2_of_reals"] < 0.95
+        assert same["self_bleu_2_of_reals"] < 0.95
         assert quality.compute(real[:1].expand(20, -1), None)["distinct"] == pytest.approx(0.05)
+
+    def test_as_many_generated_sentences_are_compared_as_held_out_ones(self):
+        """More sentences are more alike: 5 generated ones beside 20 real ones would look diverse."""
+        data, metric = module(), SelfBLEU(max_sentences=500)
+        assert metric.prepare(data, device=CPU) == {"self_bleu_num_sentences": 20}
+        few, many = (metric.compute(drawn(data.test_samples.x, 20)[:count], None) for count in (5, 20))
+        for found in (few, many):
+            assert found["self_bleu_2"] == found["self_bleu_2_of_reals"], "the same sentences"
+        assert few["self_bleu_2_of_reals"] < many["self_bleu_2_of_reals"]
 
     def test_likelihood_of_a_uniform_model_is_the_logarithm_of_the_vocabulary(self):
         data, own = module(), generator()

@@ -103,7 +103,7 @@ class MedMNISTFile(Source):
         with self._open() as arrays:
             shape, highest = arrays["train_images"].shape, int(arrays["train_labels"].max(initial=0))
         self.image_size = image_size or int(shape[1])
-        self.sample_shape = (3 if len(shape) == 4 else 1, self.image_size, self.image_size)
+        self.sample_shape = (int(shape[3]) if len(shape) == 4 else 1, self.image_size, self.image_size)
         self.class_names = class_names or tuple(str(label) for label in range(highest + 1))
 
     def load(self, split: Split) -> Samples:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Literal
 
 from torch import Tensor, nn
@@ -44,7 +45,8 @@ class DCGANGenerator(nn.Module):
         latent_dim: Dimension of z.
         width: Channels before the last layer; doubled at every halving of resolution.
         num_classes: Classes C; 0 makes it unconditional.
-        norm: ``batch``, ``group`` (8 channels a group; nothing to average) or ``none``.
+        norm: ``batch``, ``group`` (8 channels a group, fewer where 8 does not divide the width; nothing to average) or
+            ``none``.
     """
 
     def __init__(
@@ -131,7 +133,7 @@ def normalisation(norm: str, channels: int) -> nn.Module:
     if norm == "batch":
         return nn.BatchNorm2d(channels)
     if norm == "group":
-        return nn.GroupNorm(max(1, channels // 8), channels)
+        return nn.GroupNorm(channels // math.gcd(channels, 8), channels)
     return nn.Identity()
 
 

@@ -8,6 +8,8 @@ L^(-1/4) for L blocks in all (Zhang et al. 2019, Fixup, section 3).
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
@@ -26,7 +28,7 @@ class _Block(nn.Module):
         self.layers = nn.Sequential(
             nn.Conv2d(width, inner, 1),
             nn.LeakyReLU(SLOPE),
-            nn.Conv2d(inner, inner, 3, padding=1, groups=max(1, inner // group_size)),
+            nn.Conv2d(inner, inner, 3, padding=1, groups=inner // math.gcd(inner, group_size)),
             nn.LeakyReLU(SLOPE),
             nn.Conv2d(inner, width, 1, bias=False),
         )
@@ -50,7 +52,7 @@ class R3GANGenerator(nn.Module):
         latent_dim: Dimension of z, 64 in the paper.
         width: Feature maps at every resolution.
         blocks: Residual blocks per resolution, 2 in the paper.
-        group_size: Channels a group of the 3x3 convolutions, 16 in the paper.
+        group_size: Channels a group of the 3x3 convolutions, 16 in the paper; fewer where it does not divide them.
         num_classes: Classes C; 0 makes it unconditional. The label stands beside z as a one-hot vector.
     """
 
