@@ -109,7 +109,7 @@ LAYERS = {
     "evaluation.defaults": 10,
     "evaluation.callback": 11,
     "evaluation.fills": 2,
-    "evaluation.completion": 12,
+    "evaluation.completion": 9,
     "visuals.labels": 0,
     "visuals.pictures": 1,
     "visuals.progress": 1,

@@ -93,6 +93,11 @@ def of_bytes(pixels: Tensor) -> Tensor:
     return pixels.float().div_(127.5).sub_(1.0)
 
 
+def quantise(images: Tensor) -> Tensor:
+    """Round images in [-1, 1] to the 256 levels of a byte: what a saved picture, and every real image, consists of."""
+    return of_bytes(to_bytes(images))
+
+
 @dataclass(frozen=True)
 class Shift:
     """A client's own view of the world: x -> scale * x + offset, kept in [-1, 1] for images.

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
-from torch import Tensor
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
-from fedgan_lightning.data.samples import of_bytes, to_bytes
+from fedgan_lightning.data.samples import quantise
 from fedgan_lightning.errors import ConfigurationError, OutOfRangeError, QuorumError, message
 from fedgan_lightning.evaluation.defaults import default_metrics
 from fedgan_lightning.evaluation.metrics import Metric
@@ -82,16 +81,12 @@ class Evaluation(L.Callback):
         if data is not self._data:
             self._data, self._ready, self.facts, self.left_out = data, [], {}, []
         if self.metrics is None:
-            self.metrics = default_metrics(data)
+            self.metrics = default_metrics(data, condition=_condition(pl_module))
         if not data.has_client_samples and (blind := [own for own in self.metrics if own.needs_client_samples]):
             self.metrics = [own for own in self.metrics if own not in blind]
             self.left_out = [type(own).__name__ for own in blind]
             logger.info(f"not measured, because clients' samples are elsewhere: {', '.join(self.left_out)}")
-        if isinstance(pl_module, ServerModule) and not isinstance(pl_module.model, SampleSource):
-            name = type(pl_module.model).__name__
-            warnings.warn(
-                f"{name} has no sample method: there are no sample metrics and no pictures of it", stacklevel=2
-            )
+        _warn_of_silence(pl_module, self.metrics)
         self.facts["num_samples"] = self.num_samples
         self._prepare(trainer, patient=stage == "fit")
 
@@ -214,6 +209,20 @@ class Evaluation(L.Callback):
         self.history = [dict(entry) for entry in state_dict["history"]]
 
 
-def quantise(images: Tensor) -> Tensor:
-    """Round images in [-1, 1] to the 256 levels of a byte: what a saved picture, and every real image, consists of."""
-    return of_bytes(to_bytes(images))
+def _condition(pl_module: L.LightningModule) -> Any:
+    """Return what the server's generator is told beside noise; ``None`` of most."""
+    return getattr(pl_module.model, "condition", None) if isinstance(pl_module, ServerModule) else None
+
+
+def _warn_of_silence(pl_module: L.LightningModule, metrics: Sequence[Metric]) -> None:
+    """Say so where nothing will be measured."""
+    if isinstance(pl_module, ServerModule) and not isinstance(pl_module.model, SampleSource):
+        name = type(pl_module.model).__name__
+        warnings.warn(f"{name} has no sample method: there are no sample metrics and no pictures of it", stacklevel=3)
+    if metrics and _condition(pl_module) and all(type(own).inspect is Metric.inspect for own in metrics):
+        warnings.warn(
+            "a generator that needs conditions makes no samples from noise alone: "
+            f"{', '.join(type(own).__name__ for own in metrics)} measure nothing. "
+            "Fix: set evaluation.metrics to what reads the model itself, such as Completion or RankingQuality",
+            stacklevel=3,
+        )

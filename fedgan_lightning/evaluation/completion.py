@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
+from fedgan_lightning.data.samples import quantise
 from fedgan_lightning.errors import ConfigurationError, message
-from fedgan_lightning.evaluation.callback import quantise
 from fedgan_lightning.evaluation.features import FeatureNet, FrozenNet
 from fedgan_lightning.evaluation.fid import FeatureSums, feature_sums, frechet_distance
 from fedgan_lightning.evaluation.fills import FILLS

@@ -6,6 +6,7 @@ from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.sources import Interactions
 from fedgan_lightning.evaluation.audit import MembershipInference
 from fedgan_lightning.evaluation.breakdown import ClassBreakdown, ClientDistances
+from fedgan_lightning.evaluation.completion import Completion
 from fedgan_lightning.evaluation.fidelity import ClassifierScore, IntraClassDistance, KernelDistance, PrecisionRecall
 from fedgan_lightning.evaluation.metrics import (
     ClassCoverage,
@@ -18,12 +19,19 @@ from fedgan_lightning.evaluation.ranking import RankingQuality
 from fedgan_lightning.evaluation.series import DiscriminativeScore, PredictiveScore, ProfileCentroids
 from fedgan_lightning.evaluation.text import BLEU, HeldOutLikelihood, SelfBLEU, vocabulary_of
 from fedgan_lightning.evaluation.utility import Memorisation, SyntheticTraining
+from fedgan_lightning.gan.holes import Holes
 
 
-def default_metrics(data: FederatedDataModule) -> list[Metric]:
+def default_metrics(data: FederatedDataModule, *, condition: object | None = None) -> list[Metric]:
     """Return what suits the data: modes where known, rankings of items, BLEU for text, scores for series, FID and more
-    for images, else Wasserstein.
+    for images, else Wasserstein; and of generators that complete pictures how well they do, with holes as in training.
+
+    Args:
+        data: The clients'.
+        condition: What the generator is told beside noise, if anything.
     """
+    if isinstance(condition, Holes):
+        return [Completion(condition)]
     if hasattr(data.source, "centres"):
         return [ModeCoverage()]
     if isinstance(data.source, Interactions):

@@ -31,10 +31,9 @@ from fedgan_lightning import (
     ServerModule,
     SlicedWasserstein,
 )
-from fedgan_lightning.data.samples import ClientSamples, Samples
+from fedgan_lightning.data.samples import ClientSamples, Samples, quantise
 from fedgan_lightning.errors import ConfigurationError, DataError
 from fedgan_lightning.evaluation import modes
-from fedgan_lightning.evaluation.callback import quantise
 from fedgan_lightning.evaluation.defaults import default_metrics
 from fedgan_lightning.evaluation.features import FrozenNet
 from fedgan_lightning.evaluation.fid import feature_sums, frechet_distance

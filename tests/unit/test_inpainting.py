@@ -16,6 +16,8 @@ from fedgan_lightning import (
     GAN,
     Completion,
     CompletionPictures,
+    Evaluation,
+    FrechetDistance,
     Hinge,
     Holes,
     InpaintingGenerator,
@@ -325,6 +327,22 @@ class TestMetrics:
 def write(folder, name: str, side: int = 8, *, value: int = 255) -> None:
     folder.mkdir(exist_ok=True)
     Image.fromarray(np.full((side, side), value, dtype=np.uint8)).save(folder / name)
+
+
+class TestDefaults:
+    def test_completed_pictures_are_measured_unless_somebody_says_otherwise(self, tmp_path):
+        holes = Holes(area=(0.2, 0.3))
+        evaluation = Evaluation(num_samples=20)
+        federate(digits_gan(holes=holes), few_digits(batch_size=16), evaluation, rounds=1, local_steps=1)
+        assert [type(metric) for metric in evaluation.metrics] == [Completion]
+        assert evaluation.metrics[0].holes is holes, "with holes as in training"
+        assert "completion_l1" in evaluation.latest
+
+    def test_metrics_that_cannot_see_completed_pictures_are_warned_of(self, tmp_path):
+        evaluation = Evaluation(metrics=[FrechetDistance(PixelFeatures())], num_samples=20)
+        with pytest.warns(UserWarning, match="FrechetDistance measure nothing. Fix: .*Completion"):
+            federate(digits_gan(), few_digits(batch_size=16), evaluation, rounds=1, local_steps=1)
+        assert evaluation.latest == {}
 
 
 class TestFolders:
