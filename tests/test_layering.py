@@ -70,6 +70,7 @@ LAYERS = {
     "federation.optimizer_state": 2,
     "federation.policy": 2,
     "federation.ledger": 3,
+    "federation.allocation": 0,
     "federation.quiet_loop": 0,
     "federation.round_trainer": 1,
     "federation.local": 4,

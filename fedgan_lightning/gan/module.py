@@ -26,7 +26,7 @@ from fedgan_lightning.gan.penalties import Penalty
 from fedgan_lightning.gan.priors import Normal, Prior
 from fedgan_lightning.gan.sampling import generated, inputs, recalibrate, settled
 from fedgan_lightning.gan.statistics import StepMeans
-from fedgan_lightning.gan.steps import Draws, DuePenalty, Stats, discriminator_step, generator_step
+from fedgan_lightning.gan.steps import Draws, DuePenalty, Stats, discriminator_step, generator_step, shares_passes
 from fedgan_lightning.protocol import RoundInfo
 
 
@@ -41,6 +41,8 @@ class GAN(L.LightningModule):
     Args:
         generator: (z, y) -> samples; has ``latent_dim``, and ``num_classes`` if conditional.
         discriminator: (x, y) -> logits of any shape, or (logits, class logits) for an auxiliary classifier (ACGAN).
+            One with a true ``per_sample`` says that no sample's logits depend on another sample: real and generated
+            ones then share a pass, unless it has BatchNorm, dropout or spectral norm.
         loss: Adversarial loss; default non-saturating.
         penalties: Terms added to the discriminator's loss.
         generator_optimizer: Makes the generator's optimizer; default Adam 2e-4 (.5, .999).
@@ -121,6 +123,7 @@ class GAN(L.LightningModule):
         self.local_step = 0
         self._means = StepMeans()
         self._in_federation = False
+        self._shares_passes = False
 
     @property
     def sample_shape(self) -> tuple[int, ...] | None:
@@ -221,6 +224,7 @@ class GAN(L.LightningModule):
             draws=draws,
             anchor=self.anchored if self.anchor is not None else None,
             lift=self.lift,
+            together=y.dim() - 1 if self._shares_passes else None,
         )
         self._backward(optimizer, step.loss)
         self._means.add(step.stats, scale=1.0 / self.d_steps)
@@ -332,6 +336,7 @@ class GAN(L.LightningModule):
     # epoch
 
     def on_train_epoch_start(self) -> None:
+        self._shares_passes = shares_passes(self.discriminator)
         self._means.clear(**({"penalty": torch.zeros((), device=self.device)} if self.penalties else {}))
 
     def round_statistics(self) -> Stats:

@@ -232,3 +232,26 @@ def test_latents_drawn_ahead_are_those_drawn_one_by_one(prior, dtype, count, dim
 def test_fewer_labels_than_samples_are_refused():
     with pytest.raises(ConfigurationError, match="every sample has a label; received 2 for 5 samples"):
         ring_gan().sample(5, labels=torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize(
+    "loss, prior",
+    [(None, None), (RelativisticPairing(), None), (None, MidpointNodes(5))],
+    ids=["non-saturating", "pairing", "five generated samples"],
+)
+def test_one_pass_over_real_and_generated_samples_is_two(loss, prior):
+    """A discriminator that says that its samples do not see each other is called once a step, and learns the same."""
+    found, calls = {}, {}
+    for says in (True, False):
+        model = ring_gan(loss=loss, prior=prior, optimizer=sgd, penalties=[])
+        model.discriminator.per_sample = says
+        seen = calls.setdefault(says, [])
+        model.discriminator.register_forward_hook(lambda own, args, out, seen=seen: seen.append(len(out)))
+        fit(model.double(), num_steps=3, data=ring_data())
+        found[says] = model.state_dict()
+    in_generator_step = 2 if loss is not None else 1  # a loss that pairs looks at real samples there, too
+    fakes = 16 if prior is None else 5
+    assert calls[False] == 3 * [16, fakes, fakes, *[16] * (in_generator_step - 1)]
+    assert calls[True] == 3 * [16 + fakes, fakes, *[16] * (in_generator_step - 1)]
+    for name, value in found[True].items():
+        torch.testing.assert_close(value, found[False][name], rtol=1e-10, atol=1e-12)

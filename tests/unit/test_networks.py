@@ -9,8 +9,9 @@ from fedgan_lightning.errors import ConfigurationError
 from fedgan_lightning.gan import networks as nets
 from fedgan_lightning.gan.networks.dcgan import plan
 from fedgan_lightning.gan.networks.resnet import ConditionalBatchNorm2d
+from fedgan_lightning.gan.networks.spectral import spectral_norm
 from fedgan_lightning.gan.objectives import auxiliary_classifier, non_saturating_generator
-from fedgan_lightning.gan.steps import split_heads
+from fedgan_lightning.gan.steps import shares_passes, split_heads
 
 PAIRS = {
     "mlp": lambda c, how: (
@@ -192,3 +193,34 @@ def test_blocks_without_normalisation_start_as_the_identity_and_hold_no_statisti
         x = torch.randn(2, 8, 4, 4)
         assert torch.equal(blocks[0](x), x)
     assert generator(torch.randn(500, 64)).std().item() == pytest.approx(0.55, abs=0.2)
+
+
+#: Families whose discriminators have BatchNorm or spectral norm, or do not say that nothing passes between samples.
+MINIBATCH = {"dcgan64", "dcgan48", "resnet32", "acgan"}
+
+
+@pytest.mark.parametrize("name, classes, conditioning", CASES)
+def test_samples_that_share_a_pass_do_not_see_each_other(name, classes, conditioning):
+    _, discriminator = PAIRS[name](classes, conditioning)
+    discriminator.double()
+    assert shares_passes(discriminator) == (name not in MINIBATCH)
+    x, y = torch.rand(6, *discriminator.sample_shape, dtype=torch.float64), torch.arange(6) % max(classes, 1)
+    before = {key: value.clone() for key, value in discriminator.state_dict().items()}
+    whole = split_heads(discriminator(x, y))
+    parts = [split_heads(discriminator(x[own], y[own])) for own in (slice(0, 2), slice(2, 6))]
+    equal = all(
+        torch.allclose(value, torch.cat([part[index] for part in parts]), rtol=1e-12, atol=1e-12)
+        for index, value in enumerate(whole)
+        if value is not None
+    )
+    kept = all(torch.equal(value, before[key]) for key, value in discriminator.state_dict().items())
+    assert (equal and kept) == (name not in MINIBATCH)
+
+
+def test_layers_that_look_at_minibatches_keep_passes_apart():
+    """Also in a network by somebody else, who has not thought of it."""
+    for layer in (torch.nn.BatchNorm1d(4), torch.nn.Dropout(0.1), spectral_norm(torch.nn.Linear(4, 4))):
+        discriminator = nets.MLPDiscriminator((4,), hidden=(4,))
+        assert shares_passes(discriminator)
+        discriminator.features.append(layer)
+        assert not shares_passes(discriminator)

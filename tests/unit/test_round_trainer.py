@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
+from fedgan_lightning.federation.allocation import keep_freed_memory
 from fedgan_lightning.federation.round_trainer import RoundTrainer, no_driver_search
 
 OPTIONS = {"accelerator": "cpu", "devices": 1}
@@ -171,3 +172,19 @@ def test_the_search_for_a_driver_is_left_out_and_comes_back(monkeypatch):
         assert "PYTORCH_NVML_BASED_CUDA_CHECK" not in os.environ
         raise ValueError("inside")
     assert os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] == "1"
+
+
+@pytest.mark.skipif(not keep_freed_memory(), reason="needs glibc, whose malloc can keep what is freed")
+def test_what_a_step_frees_the_next_one_takes():
+    """Without new pages from the system: a stack's step frees a hundred tensors like these."""
+    resource = pytest.importorskip("resource")
+
+    def step():
+        return sum(float(torch.ones(1 << 19).add_(1)[0]) for _ in range(8))
+
+    step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(25):
+        step()
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert faults < 25 * 8 * 512 / 10, "a tensor of 2 MiB has 512 pages"

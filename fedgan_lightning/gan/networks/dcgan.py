@@ -94,6 +94,9 @@ class DCGANDiscriminator(nn.Module):
         norm: ``none`` (nothing to average; goes with R1), ``spectral``, ``group``, or ``batch`` as in the paper.
     """
 
+    #: Nothing passes between samples, but in BatchNorm where there is any.
+    per_sample = True
+
     def __init__(
         self,
         image_size: int = 28,

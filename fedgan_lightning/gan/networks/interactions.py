@@ -46,6 +46,9 @@ class CFGANDiscriminator(nn.Module):
         hidden: Widths of the hidden layers, with the logistic function after each.
     """
 
+    #: Nothing passes between samples.
+    per_sample = True
+
     def __init__(self, items: int, *, hidden: Sequence[int] = (125,)) -> None:
         super().__init__()
         self.sample_shape, self.num_classes = (items,), 0

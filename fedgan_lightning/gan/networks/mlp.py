@@ -71,6 +71,9 @@ class MLPDiscriminator(nn.Module):
         ConfigurationError: If the slope is out of range.
     """
 
+    #: Nothing passes between samples.
+    per_sample = True
+
     def __init__(
         self,
         sample_shape: Sequence[int] = (1, 28, 28),

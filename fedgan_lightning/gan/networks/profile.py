@@ -61,6 +61,9 @@ class ProfileDiscriminator(nn.Module):
         num_classes: Classes C; each is a channel of the input.
     """
 
+    #: Nothing passes between samples.
+    per_sample = True
+
     def __init__(
         self, length: int = 24, channels: int = 1, *, width: int = 64, blocks: int = 8, num_classes: int = 0
     ) -> None:

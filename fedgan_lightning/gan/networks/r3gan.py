@@ -102,6 +102,9 @@ class R3GANDiscriminator(nn.Module):
         conditioning: ``none``, ``projection`` or ``auxiliary``.
     """
 
+    #: Nothing passes between samples.
+    per_sample = True
+
     def __init__(
         self,
         image_size: int = 32,

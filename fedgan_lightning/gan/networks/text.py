@@ -127,6 +127,9 @@ class TextDiscriminator(nn.Module):
         ConfigurationError: If a number is out of range.
     """
 
+    #: Nothing passes between samples.
+    per_sample = True
+
     def __init__(
         self,
         num_words: int = 2000,
