@@ -51,6 +51,7 @@ LAYERS = {
     "gan.networks": 4,
     "gan.holes": 1,
     "gan.editing": 2,
+    "gan.draws": 1,
     "gan.steps": 2,
     "gan.statistics": 0,
     "gan.optimizers": 0,

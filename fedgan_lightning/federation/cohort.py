@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from fedgan_lightning import states
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation import optimizer_state
-from fedgan_lightning.federation.allocation import keep_freed_memory
 from fedgan_lightning.federation.local import Attempt, ClientContext, StartingPoint, Visit, client_copy
 from fedgan_lightning.federation.round_trainer import RoundTrainer, schedulers_of
 from fedgan_lightning.gan.module import GAN
@@ -49,8 +48,6 @@ class CohortTrainer:
 
     def __init__(self, context: ClientContext) -> None:
         self.context = context
-        if context.device.type == "cpu":
-            keep_freed_memory()
         client = client_copy(context.model, context.policy)
         self.module: Any = stacked_module(client)
         self.start = StartingPoint.of(client, context.policy)

@@ -20,13 +20,14 @@ from fedgan_lightning.gan.augment import Augmentation, LeCam
 from fedgan_lightning.gan.average import averaged, follow
 from fedgan_lightning.gan.checks import check_conditions, check_networks, check_settings
 from fedgan_lightning.gan.conditions import Codec, Condition
+from fedgan_lightning.gan.draws import Draws, drawn
 from fedgan_lightning.gan.objectives import AdversarialLoss, NonSaturating
 from fedgan_lightning.gan.optimizers import OptimizerCallable, SchedulerCallable, dcgan_adam
 from fedgan_lightning.gan.penalties import Penalty
 from fedgan_lightning.gan.priors import Normal, Prior
 from fedgan_lightning.gan.sampling import generated, inputs, recalibrate, settled
 from fedgan_lightning.gan.statistics import StepMeans
-from fedgan_lightning.gan.steps import Draws, DuePenalty, Stats, discriminator_step, generator_step, shares_passes
+from fedgan_lightning.gan.steps import DuePenalty, Stats, discriminator_step, generator_step, shares_passes
 from fedgan_lightning.protocol import RoundInfo
 
 
@@ -254,8 +255,9 @@ class GAN(L.LightningModule):
 
         It does what toggling does, in less time: nothing of the other network is differentiated.
         """
-        optimizer.zero_grad()
         inputs = [own for group in optimizer.param_groups for own in group["params"] if own.requires_grad]
+        for own in inputs:
+            own.grad = None  # what zero_grad does, without asking a profiler
         self.manual_backward(loss.sum() if loss.dim() else loss, inputs=inputs)
 
     # ------------------------------------------------------------------ what differs when several clients are stacked
@@ -309,24 +311,19 @@ class GAN(L.LightningModule):
     def draw(
         self, y: Tensor, *, dtype: torch.dtype, mix: bool = False, generator: torch.Generator | None = None
     ) -> Draws:
-        """Draw what one step needs, for as many samples as there are real ones.
-
-        Args:
-            y: Labels (N,) of the real samples.
-            dtype: Floating type of latents and weights.
-            mix: Whether a penalty needs mixing weights (N,).
-            generator: Source of randomness on the device of ``y``; default the device's global generator.
-        """
-        count, device = len(y), y.device
-        weights = torch.rand(count, generator=generator, device=device, dtype=dtype) if mix else None
-        z = self.prior.draw(count, self.latent_dim, generator=generator, device=device, dtype=dtype)
-        if self.fake_labels != "held" and self.num_classes:
-            classes = y.unique() if self.fake_labels == "balanced" else torch.arange(self.num_classes, device=device)
-            y = classes[torch.randint(len(classes), (count,), device=device, generator=generator)]
-        where: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
-        u = None if self.augment is None else torch.rand(2, count, self.augment.num_random, **where)
-        told = None if self.condition is None else torch.rand(count, self.condition.num_random, **where)
-        return Draws(z=z, y=y, mix=weights, augment=u, condition=told)
+        """Return what one step needs; arguments are those of :func:`~fedgan_lightning.gan.draws.drawn`."""
+        return drawn(
+            y,
+            latents=self.prior.draw,
+            latent_dim=self.latent_dim,
+            fake_labels=self.fake_labels,
+            num_classes=self.num_classes,
+            num_augment=None if self.augment is None else self.augment.num_random,
+            num_condition=None if self.condition is None else self.condition.num_random,
+            mix=mix,
+            dtype=dtype,
+            generator=generator,
+        )
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.clip_gradient_norm is not None:

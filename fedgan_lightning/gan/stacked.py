@@ -13,8 +13,9 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 
 from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.gan.draws import Draws
 from fedgan_lightning.gan.module import GAN
-from fedgan_lightning.gan.steps import Draws, DuePenalty, Stats
+from fedgan_lightning.gan.steps import DuePenalty, Stats
 from fedgan_lightning.gan.tracing import MappedFunctions
 from fedgan_lightning.protocol import RoundInfo
 

@@ -7,7 +7,6 @@ leading dimension of clients, the same functions compute the losses of several c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.parametrize import ParametrizationList
 
+from fedgan_lightning.gan.draws import Draws
 from fedgan_lightning.gan.objectives import AdversarialLoss, auxiliary_classifier
 from fedgan_lightning.gan.penalties import Lift, Penalty, once
 
@@ -27,33 +27,6 @@ Stats = dict[str, Tensor]
 MINIBATCH_LAYERS = (_NormBase, _DropoutNd, ParametrizationList)
 #: A penalty that is due on this step; for several clients with a factor for each, 1 where it is due and 0 elsewhere.
 DuePenalty = tuple[Penalty, Tensor | None]
-
-
-@dataclass(frozen=True)
-class Draws:
-    """What is drawn for one step of a network.
-
-    Attributes:
-        z: Latents (N, latent_dim).
-        y: Labels to generate (N,), or conditions (N, ...).
-        mix: Uniform numbers (N,), where a penalty interpolates.
-        augment: Uniform numbers (2, N, k) for real and for generated samples, where they are augmented.
-        condition: Uniform numbers (N, k) from which conditions are made, where there are any.
-    """
-
-    z: Tensor
-    y: Tensor
-    mix: Tensor | None = None
-    augment: Tensor | None = None
-    condition: Tensor | None = None
-
-    @property
-    def sides(self) -> tuple[Tensor | None, Tensor | None]:
-        """The augmentation's numbers for real and for generated samples."""
-        if self.augment is None:
-            return None, None
-        real, fake = self.augment.unbind(-3)
-        return real, fake
 
 
 class DiscriminatorStep(NamedTuple):

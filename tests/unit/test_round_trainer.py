@@ -188,3 +188,27 @@ def test_what_a_step_frees_the_next_one_takes():
         step()
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     assert faults < 25 * 8 * 512 / 10, "a tensor of 2 MiB has 512 pages"
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_backward_passes_are_announced_to_those_who_listen(listens):
+    """A module's own hooks are called, as under Lightning's strategy; without any, gradients are the same."""
+
+    class Listening(Manual):
+        heard = 0
+
+        def on_after_backward(self):
+            self.heard += self.layer.weight.grad is not None
+
+    torch.manual_seed(0)
+    module = Listening() if listens else Manual()
+    trainer = RoundTrainer(OPTIONS).fit(module, Batches(), callback=L.Callback())
+    torch.manual_seed(0)
+    plain = Listening() if listens else Manual()
+    L.Trainer(**OPTIONS, max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False).fit(
+        plain, Batches()
+    )
+    assert trainer.strategy._hears_backward == listens
+    if listens:
+        assert module.heard == plain.heard == 4
+    torch.testing.assert_close(module.layer.weight, plain.layer.weight, rtol=0, atol=0)

@@ -1,0 +1,76 @@
+"""All randomness of one step of a network, drawn at once from one generator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What is drawn for one step of a network.
+
+    Attributes:
+        z: Latents (N, latent_dim).
+        y: Labels to generate (N,), or conditions (N, ...).
+        mix: Uniform numbers (N,), where a penalty interpolates.
+        augment: Uniform numbers (2, N, k) for real and for generated samples, where they are augmented.
+        condition: Uniform numbers (N, k) from which conditions are made, where there are any.
+    """
+
+    z: Tensor
+    y: Tensor
+    mix: Tensor | None = None
+    augment: Tensor | None = None
+    condition: Tensor | None = None
+
+    @property
+    def sides(self) -> tuple[Tensor | None, Tensor | None]:
+        """The augmentation's numbers for real and for generated samples."""
+        if self.augment is None:
+            return None, None
+        real, fake = self.augment.unbind(-3)
+        return real, fake
+
+
+def drawn(
+    y: Tensor,
+    *,
+    latents: Callable[..., Tensor],
+    latent_dim: int,
+    fake_labels: str,
+    num_classes: int,
+    num_augment: int | None,
+    num_condition: int | None,
+    mix: bool,
+    dtype: torch.dtype,
+    generator: torch.Generator | None,
+) -> Draws:
+    """Return what one step needs, for as many samples as there are real ones.
+
+    Args:
+        y: Labels (N,) of the real samples.
+        latents: Draws z: the method ``draw`` of a prior.
+        latent_dim: Dimension of z.
+        fake_labels: ``held`` takes ``y``, ``balanced`` draws from the classes in ``y``, ``all`` from all classes.
+        num_classes: All classes; 0 where there are none.
+        num_augment: Numbers per sample of an augmentation; ``None`` without one.
+        num_condition: Numbers per sample of a condition; ``None`` without one.
+        mix: Whether a penalty needs mixing weights (N,).
+        dtype: Floating type of latents and weights.
+        generator: Source of randomness on the device of ``y``; default the device's global generator.
+    """
+    count, device = len(y), y.device
+    weights = torch.rand(count, generator=generator, device=device, dtype=dtype) if mix else None
+    z = latents(count, latent_dim, generator=generator, device=device, dtype=dtype)
+    if fake_labels != "held" and num_classes:
+        classes = y.unique() if fake_labels == "balanced" else torch.arange(num_classes, device=device)
+        y = classes[torch.randint(len(classes), (count,), device=device, generator=generator)]
+    where: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
+    u = None if num_augment is None else torch.rand(2, count, num_augment, **where)
+    told = None if num_condition is None else torch.rand(count, num_condition, **where)
+    return Draws(z=z, y=y, mix=weights, augment=u, condition=told)
