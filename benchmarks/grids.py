@@ -328,9 +328,12 @@ GRIDS = {
     "ring8_average": Grid(
         title="ring of 8, four clients with two modes each, 15 000 steps: the moving average, and learning rates",
         config="ring8.yaml",
-        common=["--federation.executor", "VectorizedExecutor"],
+        common=[
+            *("--federation.executor", "VectorizedExecutor"),
+            *("--evaluation.metrics", "[ModeCoverage, FrechetDistance]"),  # in the features of a classifier of modes
+        ],
         cells={"rates stay": [], "rates fall": falling(15000)},
-        columns=RING_COLUMNS,
+        columns=("fid", "fid_raw", "fid_test", "fid_test_raw", *RING_COLUMNS),
         seeds=(0, 1, 2, 3, 4),
     ),
     "grid25_optimizer": Grid(

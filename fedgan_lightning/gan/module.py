@@ -42,8 +42,8 @@ class GAN(L.LightningModule):
     Args:
         generator: (z, y) -> samples; has ``latent_dim``, and ``num_classes`` if conditional.
         discriminator: (x, y) -> logits of any shape, or (logits, class logits) for an auxiliary classifier (ACGAN).
-            One with a true ``per_sample`` says that no sample's logits depend on another sample: real and generated
-            ones then share a pass, unless it has BatchNorm, dropout or spectral norm.
+            One with a true ``per_sample`` says that row i of its outputs depends on sample i alone: real and generated
+            samples then share a pass, unless it has BatchNorm, dropout or spectral norm.
         loss: Adversarial loss; default non-saturating.
         penalties: Terms added to the discriminator's loss.
         generator_optimizer: Makes the generator's optimizer; default Adam 2e-4 (.5, .999).
