@@ -91,6 +91,7 @@ LAYERS = {
     "federation.executors.faulty": 9,
     "federation.executors": 10,
     "federation.server": 4,
+    "federation.checks": 5,
     "federation.temperature": 5,
     "federation.warm_start": 6,
     "federation.orchestrator": 11,

@@ -17,8 +17,15 @@ from typing import Any, Literal
 
 import lightning as L
 
-from fedgan_lightning.errors import ConfigurationError, RoundInterrupted, message
+from fedgan_lightning.errors import RoundInterrupted
 from fedgan_lightning.federation.aggregation import WeightedMean
+from fedgan_lightning.federation.checks import (
+    check_client_state,
+    check_cohort,
+    check_device,
+    checked_trainer,
+    checked_work,
+)
 from fedgan_lightning.federation.conduct import Conductor, Outcome
 from fedgan_lightning.federation.executors import AutoExecutor
 from fedgan_lightning.federation.ledger import EVENTS, Ledger
@@ -89,30 +96,8 @@ class FederatedOrchestrator(L.Callback):
         client_state: Literal["memory", "disk"] = "memory",
         seed: int = 0,
     ) -> None:
-        if client_state not in ("memory", "disk"):
-            raise ConfigurationError(
-                message(
-                    "federation.client_state is memory or disk", received=repr(client_state), fix="choose one of them"
-                )
-            )
-        if rounds <= 0:
-            raise ConfigurationError(
-                message("federation.rounds is at least 1", received=rounds, fix="set the number of rounds to complete")
-            )
-        if local_steps is not None and local_epochs is not None:
-            raise ConfigurationError(
-                message(
-                    "local work is counted in steps or in epochs",
-                    received=f"local_steps={local_steps} and local_epochs={local_epochs}",
-                    fix="set one of them to null",
-                )
-            )
-        if local_steps is None and local_epochs is None:
-            local_steps = 20
-        if (local_steps or local_epochs or 0) < 1:
-            raise ConfigurationError(
-                message("local work is at least 1", received=local_steps or local_epochs or 0, fix="raise it")
-            )
+        local_steps = checked_work(rounds=rounds, local_steps=local_steps, local_epochs=local_epochs)
+        check_client_state(client_state)
         self.rounds, self.local_steps, self.local_epochs = rounds, local_steps, local_epochs
         self.clients = clients if clients is not None else AllClients()
         self.aggregator = aggregator if aggregator is not None else WeightedMean()
@@ -150,18 +135,10 @@ class FederatedOrchestrator(L.Callback):
         # Cohorts that cannot be sampled, or are always too small, fail here; one that is so by chance is filled up.
         rounds = range(min(LOOKED_AT, self.rounds))
         cohorts = [self.clients.sample(num_clients=data.num_clients, round=r, seed=self.seed) for r in rounds]
-        cohort = max(cohorts, key=len)
-        if len(cohort) < self.aggregator.needed > 1:
-            name = type(self.aggregator).__name__
-            raise ConfigurationError(
-                message(
-                    f"{name} needs {self.aggregator.needed} updates a round",
-                    received=f"a cohort of {len(cohort)}",
-                    fix="ask more clients per round, or withstand fewer bad ones",
-                )
-            )
+        size = max(map(len, cohorts))
+        check_cohort(size, aggregator=self.aggregator)
         if self.secure is not None:
-            self.secure.check_cohort(len(cohort), sums_only=self.executor.sums_only)
+            self.secure.check_cohort(size, sums_only=self.executor.sums_only)
         model: Any = server.model
         if hasattr(model, "check_data") and hasattr(data, "sample_shape"):
             model.check_data(data.sample_shape, getattr(data, "num_classes", 0))
@@ -173,44 +150,7 @@ class FederatedOrchestrator(L.Callback):
             trainer.fit_loop.epoch_loop.max_steps = self.rounds
 
     def _checked(self, trainer: L.Trainer, module: L.LightningModule) -> tuple[ServerModule, FederatedData]:
-        data, name = getattr(trainer, "datamodule", None), type(self.aggregator).__name__
-        several = trainer.world_size > 1 and not self.aggregator.additive
-        cut = "an epoch is a round, which nothing cuts short", "set federation.rounds and federation.local_steps"
-        wrong: list[tuple[bool, str, object, str]] = [
-            (
-                not isinstance(module, ServerModule),
-                "FederatedOrchestrator trains a ServerModule",
-                type(module).__name__,
-                "fit ServerModule(your_module)",
-            ),
-            (
-                not isinstance(data, FederatedData),
-                "a federation needs a data module that knows its clients",
-                type(data).__name__,
-                "pass datamodule=FederatedDataModule(...)",
-            ),
-            (
-                trainer.precision == "16-mixed",
-                "the server's step must not pass through a loss scaler",
-                "trainer.precision=16-mixed",
-                "use bf16-mixed",
-            ),
-            (
-                several,
-                "several devices sum their clients' updates, so the aggregator must be additive",
-                f"{name} on {trainer.world_size} devices",
-                "set trainer.devices to 1, or use WeightedMean",
-            ),
-        ]
-        for option, default in (("fast_dev_run", False), ("limit_train_batches", 1.0)):
-            value = getattr(trainer, option)
-            wrong.append((value != default, cut[0], f"trainer.{option}={value}", cut[1]))
-        for is_wrong, rule, received, fix in wrong:
-            if is_wrong:
-                raise ConfigurationError(message(rule, received=received, fix=fix))
-        assert isinstance(module, ServerModule)
-        assert isinstance(data, FederatedData)
-        return module, data
+        return checked_trainer(trainer, module, aggregator=self.aggregator)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         server, data = self._checked(trainer, pl_module)
@@ -221,10 +161,7 @@ class FederatedOrchestrator(L.Callback):
         self.store.discard()
         self._restore(server, data)
         root = trainer.strategy.root_device
-        if root.type == "mps":
-            raise ConfigurationError(
-                message("sums over clients are float64", received="an mps device", fix="set trainer.accelerator: cpu")
-            )
+        check_device(root)
         local = getattr(trainer, "num_devices", 1)
         self._ranks = Ranks(
             rank=trainer.global_rank, world_size=trainer.world_size, local_world_size=local, device=root

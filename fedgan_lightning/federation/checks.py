@@ -1,0 +1,126 @@
+"""Checks of a federation before its first round: settings, Trainer, cohorts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+
+from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.federation.server import ServerModule
+from fedgan_lightning.protocol import Aggregator, FederatedData
+
+
+def checked_work(*, rounds: int, local_steps: int | None, local_epochs: int | None) -> int | None:
+    """Return the local steps of a round, 20 where neither steps nor epochs are given.
+
+    Raises:
+        ConfigurationError: If there are no rounds, no work, or both steps and epochs.
+    """
+    if rounds <= 0:
+        raise ConfigurationError(
+            message("federation.rounds is at least 1", received=rounds, fix="set the number of rounds to complete")
+        )
+    if local_steps is not None and local_epochs is not None:
+        raise ConfigurationError(
+            message(
+                "local work is counted in steps or in epochs",
+                received=f"local_steps={local_steps} and local_epochs={local_epochs}",
+                fix="set one of them to null",
+            )
+        )
+    if local_steps is None and local_epochs is None:
+        local_steps = 20
+    if (local_steps or local_epochs or 0) < 1:
+        raise ConfigurationError(
+            message("local work is at least 1", received=local_steps or local_epochs or 0, fix="raise it")
+        )
+    return local_steps
+
+
+def check_client_state(place: str) -> None:
+    """Refuse places for clients' private states that there are not.
+
+    Raises:
+        ConfigurationError: If it is neither memory nor disk.
+    """
+    if place not in ("memory", "disk"):
+        raise ConfigurationError(
+            message("federation.client_state is memory or disk", received=repr(place), fix="choose one of them")
+        )
+
+
+def checked_trainer(
+    trainer: L.Trainer, module: L.LightningModule, *, aggregator: Aggregator
+) -> tuple[ServerModule, FederatedData]:
+    """Return the server's module and the federated data that a Trainer fits.
+
+    Raises:
+        ConfigurationError: If the Trainer cannot run a federation.
+    """
+    data, several = getattr(trainer, "datamodule", None), trainer.world_size > 1 and not aggregator.additive
+    cut = "an epoch is a round, which nothing cuts short", "set federation.rounds and federation.local_steps"
+    wrong: list[tuple[bool, str, object, str]] = [
+        (
+            not isinstance(module, ServerModule),
+            "FederatedOrchestrator trains a ServerModule",
+            type(module).__name__,
+            "fit ServerModule(your_module)",
+        ),
+        (
+            not isinstance(data, FederatedData),
+            "a federation needs a data module that knows its clients",
+            type(data).__name__,
+            "pass datamodule=FederatedDataModule(...)",
+        ),
+        (
+            trainer.precision == "16-mixed",
+            "the server's step must not pass through a loss scaler",
+            "trainer.precision=16-mixed",
+            "use bf16-mixed",
+        ),
+        (
+            several,
+            "several devices sum their clients' updates, so the aggregator must be additive",
+            f"{type(aggregator).__name__} on {trainer.world_size} devices",
+            "set trainer.devices to 1, or use WeightedMean",
+        ),
+    ]
+    for option, default in (("fast_dev_run", False), ("limit_train_batches", 1.0)):
+        value: Any = getattr(trainer, option)
+        wrong.append((value != default, cut[0], f"trainer.{option}={value}", cut[1]))
+    for is_wrong, rule, received, fix in wrong:
+        if is_wrong:
+            raise ConfigurationError(message(rule, received=received, fix=fix))
+    assert isinstance(module, ServerModule)
+    assert isinstance(data, FederatedData)
+    return module, data
+
+
+def check_cohort(size: int, *, aggregator: Aggregator) -> None:
+    """Refuse cohorts that are always too small for a rule; ``size`` is that of the largest.
+
+    Raises:
+        ConfigurationError: If the rule needs more updates.
+    """
+    if size < aggregator.needed > 1:
+        raise ConfigurationError(
+            message(
+                f"{type(aggregator).__name__} needs {aggregator.needed} updates a round",
+                received=f"a cohort of {size}",
+                fix="ask more clients per round, or withstand fewer bad ones",
+            )
+        )
+
+
+def check_device(root: torch.device) -> None:
+    """Refuse devices that cannot sum in float64.
+
+    Raises:
+        ConfigurationError: If it is one.
+    """
+    if root.type == "mps":
+        raise ConfigurationError(
+            message("sums over clients are float64", received="an mps device", fix="set trainer.accelerator: cpu")
+        )
