@@ -16,7 +16,6 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -119,18 +118,21 @@ class ResidentStrategy(SingleDeviceStrategy):
     calls four hooks a backward pass, which takes a tenth as long as the pass of a small network (measured).
     """
 
-    _hears_backward = True
-
-    def setup(self, trainer: L.Trainer) -> None:
-        """Look who listens to backward passes."""
-        super().setup(trainer)
-        listeners = [trainer.lightning_module, *trainer.callbacks]  # type: ignore[attr-defined]
-        heard = any(is_overridden(hook, own) for own in listeners for hook in BACKWARD_HOOKS)
-        self._hears_backward = heard or type(self.precision_plugin).pre_backward is not Precision.pre_backward
+    def _hears_backward(self) -> bool:
+        """Whether anybody has hooks of a backward pass now: overridden, set on an object, or wrapped."""
+        if type(self.precision_plugin).pre_backward is not Precision.pre_backward:
+            return True
+        module: Any = self.lightning_module
+        heard = [(module, L.LightningModule), *((own, L.Callback) for own in module.trainer.callbacks)]
+        return any(
+            getattr(getattr(own, hook), "__func__", None) is not getattr(base, hook)
+            for own, base in heard
+            for hook in BACKWARD_HOOKS
+        )
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Differentiate, with the hooks around it where somebody has any."""
-        if self._hears_backward:
+        if self._hears_backward():
             return super().backward(closure_loss, optimizer, *args, **kwargs)
         assert self.lightning_module is not None
         self.precision_plugin.backward(closure_loss, self.lightning_module, optimizer, *args, **kwargs)

@@ -225,7 +225,7 @@ class GAN(L.LightningModule):
             draws=draws,
             anchor=self.anchored if self.anchor is not None else None,
             lift=self.lift,
-            together=y.dim() - 1 if self._shares_passes else None,
+            together=y.dim() - 1 if self._shares_passes and getattr(self.augment, "per_sample", True) else None,
         )
         self._backward(optimizer, step.loss)
         self._means.add(step.stats, scale=1.0 / self.d_steps)
@@ -255,9 +255,8 @@ class GAN(L.LightningModule):
 
         It does what toggling does, in less time: nothing of the other network is differentiated.
         """
+        optimizer.zero_grad()  # also of parameters that have been frozen since, whose old gradients would go on acting
         inputs = [own for group in optimizer.param_groups for own in group["params"] if own.requires_grad]
-        for own in inputs:
-            own.grad = None  # what zero_grad does, without asking a profiler
         self.manual_backward(loss.sum() if loss.dim() else loss, inputs=inputs)
 
     # ------------------------------------------------------------------ what differs when several clients are stacked

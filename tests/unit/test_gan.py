@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import lightning as L
 import pytest
 import torch
 
@@ -255,3 +256,20 @@ def test_one_pass_over_real_and_generated_samples_is_two(loss, prior):
     assert calls[True] == 3 * [16 + fakes, fakes, *[16] * (in_generator_step - 1)]
     for name, value in found[True].items():
         torch.testing.assert_close(value, found[False][name], rtol=1e-10, atol=1e-12)
+
+
+def test_a_frozen_parameter_stays_where_it_is():
+    """Its last gradient must not act on."""
+    model = ring_gan(optimizer=adam)
+    fit(model, num_steps=2)
+    frozen, steps = model.discriminator.features[1].weight, []
+
+    class Freeze(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            frozen.requires_grad_(False)
+            steps.append(frozen.detach().clone())
+
+    trainer = quiet_trainer(Freeze(), max_epochs=1)
+    trainer.fit(model, datamodule=ring_data().pooled(num_steps=4))
+    assert len(steps) == 4
+    assert all(torch.equal(own, steps[0]) for own in steps)

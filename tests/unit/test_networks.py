@@ -219,8 +219,25 @@ def test_samples_that_share_a_pass_do_not_see_each_other(name, classes, conditio
 
 def test_layers_that_look_at_minibatches_keep_passes_apart():
     """Also in a network by somebody else, who has not thought of it."""
-    for layer in (torch.nn.BatchNorm1d(4), torch.nn.Dropout(0.1), spectral_norm(torch.nn.Linear(4, 4))):
+    layers = [torch.nn.BatchNorm1d(4), torch.nn.Dropout(0.1), spectral_norm(torch.nn.Linear(4, 4)), torch.nn.RReLU()]
+    layers += [torch.nn.utils.spectral_norm(torch.nn.Linear(4, 4)), torch.nn.MultiheadAttention(4, 1, dropout=0.1)]
+    for layer in layers:
         discriminator = nets.MLPDiscriminator((4,), hidden=(4,))
         assert shares_passes(discriminator)
         discriminator.features.append(layer)
         assert not shares_passes(discriminator)
+
+
+def test_what_a_network_says_of_its_pass_is_not_said_of_a_subclass_with_another():
+    class Spread(nets.MLPDiscriminator):
+        def forward(self, x, y=None):
+            return super().forward(x, y) + x.std()
+
+    class Renamed(nets.MLPDiscriminator):
+        pass
+
+    class SaysSo(Spread):
+        per_sample = True
+
+    made = [shares_passes(own((4,), hidden=(4,))) for own in (Spread, Renamed, SaysSo)]
+    assert made == [False, True, True]

@@ -208,7 +208,18 @@ def test_backward_passes_are_announced_to_those_who_listen(listens):
     L.Trainer(**OPTIONS, max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False).fit(
         plain, Batches()
     )
-    assert trainer.strategy._hears_backward == listens
+    assert trainer.strategy._hears_backward() == listens
     if listens:
         assert module.heard == plain.heard == 4
     torch.testing.assert_close(module.layer.weight, plain.layer.weight, rtol=0, atol=0)
+
+
+def test_hooks_set_on_objects_during_a_fit_are_called():
+    heard = []
+
+    class Late(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            pl_module.on_after_backward = lambda: heard.append(1)
+
+    RoundTrainer(OPTIONS).fit(Manual(), Batches(), callback=Late())
+    assert len(heard) == 4
