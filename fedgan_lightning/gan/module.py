@@ -225,7 +225,7 @@ class GAN(L.LightningModule):
             draws=draws,
             anchor=self.anchored if self.anchor is not None else None,
             lift=self.lift,
-            together=y.dim() - 1 if self._shares_passes and getattr(self.augment, "per_sample", True) else None,
+            together=y.dim() - 1 if self._shares_passes else None,
         )
         self._backward(optimizer, step.loss)
         self._means.add(step.stats, scale=1.0 / self.d_steps)
@@ -332,7 +332,10 @@ class GAN(L.LightningModule):
     # epoch
 
     def on_train_epoch_start(self) -> None:
-        self._shares_passes = shares_passes(self.discriminator)
+        plain = (
+            self.augment is None or type(self.augment).transform is Augmentation.transform
+        )  # another may mix samples
+        self._shares_passes = plain and shares_passes(self.discriminator)
         self._means.clear(**({"penalty": torch.zeros((), device=self.device)} if self.penalties else {}))
 
     def round_statistics(self) -> Stats:
