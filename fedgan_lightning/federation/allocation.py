@@ -15,8 +15,8 @@ def keep_freed_memory() -> bool:
     """Have the C library keep freed memory for later, for the rest of the process; return whether it does.
 
     By default glibc gives tensors of megabytes back to the system, which hands the next step new pages and clears
-    them: 850 page faults a step of 64 stacked MLPs, a tenth of its time (measured). Up to 2 GiB
-    that are free at the end of the heap are kept from now on. Other C libraries are left alone.
+    them: 850 page faults a step of 64 stacked MLPs, a tenth of its time (measured). Up to 2 GiB that are free at the
+    end of the heap are kept from now on. Other C libraries are left alone.
     """
     if sys.platform != "linux":
         return False

@@ -332,10 +332,9 @@ class GAN(L.LightningModule):
     # epoch
 
     def on_train_epoch_start(self) -> None:
-        plain = (
-            self.augment is None or type(self.augment).transform is Augmentation.transform
-        )  # another may mix samples
-        self._shares_passes = plain and shares_passes(self.discriminator)
+        # A transform by somebody else may mix samples.
+        ours = self.augment is None or type(self.augment).transform is Augmentation.transform
+        self._shares_passes = ours and shares_passes(self.discriminator)
         self._means.clear(**({"penalty": torch.zeros((), device=self.device)} if self.penalties else {}))
 
     def round_statistics(self) -> Stats:

@@ -55,11 +55,12 @@ def shares_passes(discriminator: nn.Module) -> bool:
 
 def _says_so_of_its_pass(discriminator: nn.Module) -> bool:
     """Whether ``per_sample`` was said of this very ``forward``, and not of one that a subclass has replaced."""
-    if "per_sample" in vars(discriminator):
-        return True
-    lines = type(discriminator).__mro__
-    said, passes = (next(i for i, own in enumerate(lines) if name in vars(own)) for name in ("per_sample", "forward"))
-    return said <= passes
+    for own in (discriminator, *type(discriminator).__mro__):
+        if "per_sample" in vars(own):
+            return True
+        if "forward" in vars(own):
+            return False
+    return False
 
 
 def _looks_at_minibatches(layer: nn.Module) -> bool:

@@ -8,12 +8,12 @@ import lightning as L
 import pytest
 import torch
 
-from fedgan_lightning import GAN, R1, GradientPenalty, RelativisticPairing
+from fedgan_lightning import GAN, R1, Augmentation, GradientPenalty, RelativisticPairing
 from fedgan_lightning.errors import ConfigurationError, DataError
 from fedgan_lightning.gan import networks as nets
 from fedgan_lightning.gan.priors import MidpointNodes, Normal, Uniform
 from fedgan_lightning.protocol import RoundInfo
-from tests.conftest import adam, quiet_trainer, ring_data, ring_gan, sgd
+from tests.conftest import adam, digits_data, quiet_trainer, ring_data, ring_gan, sgd
 
 
 def fit(model: GAN, *, num_steps: int = 6, data=None):
@@ -273,3 +273,16 @@ def test_a_frozen_parameter_stays_where_it_is():
     trainer.fit(model, datamodule=ring_data().pooled(num_steps=4))
     assert len(steps) == 4
     assert all(torch.equal(own, steps[0]) for own in steps)
+
+
+def test_an_augmentation_of_another_kind_keeps_passes_apart():
+    class Mixing(Augmentation):
+        def transform(self, x, u, probability=None):
+            return (x + x.flip(0)) / 2
+
+    for kind, calls_a_step in ((Augmentation, 2), (Mixing, 3)):
+        generator, discriminator = nets.MLPGenerator(4, (1, 8, 8), hidden=(8,)), nets.MLPDiscriminator((1, 8, 8))
+        seen = []
+        discriminator.register_forward_hook(lambda own, args, out, seen=seen: seen.append(len(out)))
+        fit(GAN(generator, discriminator, augment=kind()), num_steps=2, data=digits_data())
+        assert len(seen) == 2 * calls_a_step
