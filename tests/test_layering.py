@@ -87,6 +87,7 @@ LAYERS = {
     "federation.conduct": 6,
     "federation.agreement": 6,
     "federation.executors.vectorized": 7,
+    "federation.executors.trials": 7,
     "federation.executors.auto": 8,
     "federation.executors.faulty": 9,
     "federation.executors": 10,

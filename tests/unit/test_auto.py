@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from fedgan_lightning import R1, AutoExecutor, Hinge, SequentialExecutor, Vector
 from fedgan_lightning.errors import ConfigurationError, UpdateError
 from fedgan_lightning.federation.agreement import NOTHING_TO_COMPARE
 from fedgan_lightning.federation.executors.auto import Plan, available_threads
+from fedgan_lightning.federation.executors.trials import Cost, Trials, Way
 from fedgan_lightning.federation.executors.vectorized import StackingError
 from fedgan_lightning.federation.ranks import Ranks
 from fedgan_lightning.protocol import LocalWork
@@ -215,3 +217,36 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(tmp_path):
     (tmp_path / "file").write_text("")
     plan, _ = planned(AutoExecutor(cache=str(tmp_path / "file")))
     assert isinstance(plan, Plan)
+
+
+class Sleeping(Trials):
+    """A client step takes a fixed time in each way."""
+
+    def __init__(self, per_client_step, **options):
+        self.per_client_step, self.ran = per_client_step, []
+        self.context, self.tasks, self.steps, self.counts = None, [None] * 32, 10, [1]
+        self.costs = {way: Cost(fixed=0.0, step=0.004 * way.chunk_size) for way in per_client_step}
+
+    def _run(self, size, stacks, steps):
+        self.ran.append(size)
+        time.sleep(self.per_client_step[Way(size, torch.get_num_threads())] * size * stacks * steps)
+
+
+def test_ways_that_short_trials_leave_close_are_tried_again_by_turns():
+    alone, stacked, far = Way(1, 1), Way(16, 1), Way(4, 1)
+    trials = Sleeping({alone: 0.003, stacked: 0.001, far: 0.0001})
+    trials.costs[alone] = Cost(fixed=0.0, step=0.0036)
+    trials.costs[far] = Cost(fixed=0.0, step=4 * 0.0048)
+    trials.run_off()
+    assert set(trials.ran) == {1, 16}, "a way that was a third slower is out"
+    assert trials.ran[:4] == [1, 16, 1, 16]
+    seconds = trials.seconds()
+    assert seconds[stacked] < seconds[alone]
+    assert seconds[alone] == pytest.approx(32 * 10 * 0.003, rel=0.5)
+
+
+def test_a_clear_winner_is_not_tried_again():
+    trials = Sleeping({Way(1, 1): 0.003, Way(16, 1): 0.003})
+    trials.costs[Way(1, 1)] = Cost(fixed=0.0, step=0.001)
+    trials.run_off()
+    assert not trials.ran

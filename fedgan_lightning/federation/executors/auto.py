@@ -6,25 +6,24 @@ import dataclasses
 import hashlib
 import json
 import logging
-import math
 import os
 import platform
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from fedgan_lightning.errors import ConfigurationError
-from fedgan_lightning.federation.agreement import NOTHING_TO_COMPARE, disagreement, shortened, trial_context
+from fedgan_lightning.federation.agreement import NOTHING_TO_COMPARE, disagreement, trial_context
 from fedgan_lightning.federation.cohort import CohortTrainer
 from fedgan_lightning.federation.executors.sequential import SequentialExecutor
+from fedgan_lightning.federation.executors.trials import Trials, Way, threads
 from fedgan_lightning.federation.executors.vectorized import StackingError, VectorizedExecutor
-from fedgan_lightning.federation.local import ClientContext, LocalTrainer
+from fedgan_lightning.federation.local import ClientContext
 from fedgan_lightning.federation.ranks import Ranks, first_known
 from fedgan_lightning.files import cache_folder, write_text
 from fedgan_lightning.protocol import ClientFailure, ClientTask, ClientUpdate, Executor
@@ -32,14 +31,10 @@ from fedgan_lightning.version import __version__
 
 logger = logging.getLogger("fedgan_lightning")
 
-#: A way that is more involved must be faster by this factor: measurements on shared machines are noisy.
-WORTH_IT = 1.05
-#: Largest stacks tried, and the memory that the weights, gradients and moments of one may take.
-STACK_SIZES, STACK_BYTES = (16, 64, 256), 2 * 1024**3
+#: A way that is more involved must be faster by this factor, for what it takes in memory.
+WORTH_IT = 1.02
 #: A step as long as this keeps a CPU busy with arithmetic.
 BUSY_SECONDS = 0.1
-#: Steps that bring mapped networks to speed.
-WARM_UP = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,15 +171,16 @@ class AutoExecutor(Executor):
         context = trial_context(self._context)
         _, steps = tasks[0].local.span(round=0, steps_per_epoch=context.data.steps_per_epoch(tasks[0].client_id))
         counts = [self.num_threads] if self.num_threads else sorted({1, available_threads(context.ranks)})
-        alone = _costs_alone(context, tasks[0], counts)
-        seconds = {(1, n): len(tasks) * cost.of(steps) for n, cost in alone.items()}
-        obstacle = _obstacle(context, tasks, seconds_per_step=min(cost.step for cost in alone.values()))
+        trials = Trials(context, tasks, steps=steps, counts=counts)
+        trials.alone()
+        obstacle = _obstacle(context, tasks, seconds_per_step=min(cost.step for cost in trials.costs.values()))
         if obstacle is None:
-            for (size, n), cost in _costs_stacked(context, tasks, counts).items():
-                seconds[size, n] = math.ceil(len(tasks) / size) * cost.of(steps)
-        best = min(seconds, key=lambda way: seconds[way] * WORTH_IT ** ((way[0] > 1) + (way[1] > 1)))
+            trials.stacked()
+        trials.run_off()
+        seconds = trials.seconds()
+        best = min(seconds, key=lambda way: seconds[way] * WORTH_IT ** ((way.chunk_size > 1) + (way.num_threads > 1)))
         reason = obstacle or _comparison(seconds, best, client_steps=len(tasks) * steps)
-        return Plan(chunk_size=best[0], num_threads=best[1], reason=reason)
+        return Plan(chunk_size=best.chunk_size, num_threads=best.num_threads, reason=reason)
 
 
 def described(value: Any, *, depth: int = 4) -> Any:
@@ -209,40 +205,10 @@ def described(value: Any, *, depth: int = 4) -> Any:
     return [name, described({**slots, **getattr(value, "__dict__", {})}, depth=depth - 1)]
 
 
-class Cost(NamedTuple):
-    """Seconds of a client's round, or of a stack's: fixed, and per step."""
-
-    fixed: float
-    step: float
-
-    def of(self, steps: int) -> float:
-        """Return the seconds of a round of so many steps."""
-        return self.fixed + steps * self.step
-
-
-def _costs_alone(context: ClientContext, task: ClientTask, counts: Sequence[int]) -> dict[int, Cost]:
-    """Return the cost of one client by number of threads."""
-    trainer = LocalTrainer(context)
-    return {n: _cost(lambda steps: [trainer.run(own) for own in shortened([task], steps=steps)], n) for n in counts}
-
-
-def _costs_stacked(
-    context: ClientContext, tasks: Sequence[ClientTask], counts: Sequence[int]
-) -> dict[tuple[int, int], Cost]:
-    """Return the cost of one stack by size and number of threads."""
-    trainer, found = CohortTrainer(context), {}
-    for size in _stack_sizes(context, len(tasks)):
-        stack = tasks[:size]
-        trainer.run(shortened(stack, steps=WARM_UP))
-        for n in counts:
-            found[size, n] = _cost(lambda steps, own=stack: trainer.run(shortened(own, steps=steps)), n)  # type: ignore[misc]
-    return found
-
-
-def _comparison(seconds: Mapping[tuple[int, int], float], best: tuple[int, int], *, client_steps: int) -> str:
+def _comparison(seconds: Mapping[Way, float], best: Way, *, client_steps: int) -> str:
     """Return what the best way costs, and the best of the other kind."""
-    other = min(value for (size, _), value in seconds.items() if (size == 1) != (best[0] == 1))
-    name = "one by one" if best[0] > 1 else "stacked"
+    other = min(value for way, value in seconds.items() if (way.chunk_size == 1) != (best.chunk_size == 1))
+    name = "one by one" if best.chunk_size > 1 else "stacked"
     own, others = (1e3 * value / client_steps for value in (seconds[best], other))
     return f"{own:.2g} ms per client step, {name} {others:.2g}"
 
@@ -260,43 +226,7 @@ def _obstacle(context: ClientContext, tasks: list[ClientTask], *, seconds_per_st
     return disagreement(context, tasks)
 
 
-def _stack_sizes(context: ClientContext, cohort: int) -> list[int]:
-    """Return the stack sizes worth trying: up to the cohort, within memory."""
-    size = sum(value.numel() * value.element_size() for value in context.model.state_dict().values())
-    largest = max(2, min(cohort, STACK_SIZES[-1], STACK_BYTES // (4 * max(size, 1))))
-    return sorted({*(own for own in STACK_SIZES if own < largest), largest})
-
-
-def _cost(run: Callable[[int], object], num_threads: int) -> Cost:
-    """Return the cost of ``run(steps)``: the best of a few, because others on the machine only add time."""
-    few, many = 1, 4
-    best = {few: math.inf, many: math.inf}
-    with threads(num_threads):
-        run(few)
-        deadline = time.perf_counter() + 2.0
-        for _ in range(3):
-            for steps in best:
-                started = time.perf_counter()
-                run(steps)
-                best[steps] = min(best[steps], time.perf_counter() - started)
-            if time.perf_counter() > deadline:
-                break
-    step = max((best[many] - best[few]) / (many - few), 1e-9)
-    return Cost(fixed=max(best[few] - step, 0.0), step=step)
-
-
 def available_threads(ranks: Ranks) -> int:
     """Return the cores that this process may use: its part of the host's."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // ranks.local_world_size)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Run the body with ``count`` threads of torch; restore their number afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

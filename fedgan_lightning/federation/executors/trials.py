@@ -1,0 +1,158 @@
+"""What a round costs one client after the other and stacked, on several numbers of threads, by trying."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from fedgan_lightning.federation.agreement import shortened
+from fedgan_lightning.federation.cohort import CohortTrainer
+from fedgan_lightning.federation.local import ClientContext, LocalTrainer
+from fedgan_lightning.protocol import ClientTask
+
+#: Largest stacks tried, and the memory that the weights, gradients and moments of one may take.
+STACK_SIZES, STACK_BYTES = (16, 64, 256), 2 * 1024**3
+#: Steps that bring mapped networks to speed.
+WARM_UP = 6
+#: Ways that cost up to this much more than the best one in short trials are tried again, in longer ones.
+CLOSE = 1.3
+#: Of these, taking turns: the seconds that one turn of one way aims at, and all of them together.
+TURN_SECONDS, RUN_OFF_SECONDS = 0.5, 6.0
+TURNS = 5
+
+
+class Way(NamedTuple):
+    """Clients per stack (1: one after the other), and threads of torch."""
+
+    chunk_size: int
+    num_threads: int
+
+
+class Cost(NamedTuple):
+    """Seconds of a client's round, or of a stack's: fixed, and per step."""
+
+    fixed: float
+    step: float
+
+    def of(self, steps: int) -> float:
+        """Return the seconds of a round of so many steps."""
+        return self.fixed + steps * self.step
+
+
+class Trials:
+    """Measures ways to run a round of ``tasks``.
+
+    Args:
+        context: What clients are trained with; its store is not to be written (:func:`trial_context`).
+        tasks: The round's tasks.
+        steps: Local steps of each.
+        counts: Numbers of threads to try.
+    """
+
+    def __init__(
+        self, context: ClientContext, tasks: Sequence[ClientTask], *, steps: int, counts: Sequence[int]
+    ) -> None:
+        self.context, self.tasks, self.steps, self.counts = context, tasks, steps, counts
+        self.costs: dict[Way, Cost] = {}
+        self._alone = LocalTrainer(context)
+        self._cohort: CohortTrainer | None = None  # made only where clients can be stacked
+
+    def alone(self) -> None:
+        """Measure one client after the other."""
+        for n in self.counts:
+            self.costs[Way(1, n)] = _cost(lambda steps: self._run(1, 1, steps), n)
+
+    def stacked(self) -> None:
+        """Measure stacks of several sizes."""
+        for size in stack_sizes(self.context, len(self.tasks)):
+            self._run(size, 1, WARM_UP)
+            for n in self.counts:
+                self.costs[Way(size, n)] = _cost(lambda steps, size=size: self._run(size, 1, steps), n)  # type: ignore[misc]
+
+    def run_off(self) -> None:
+        """Measure again, taking turns, the ways that short trials leave within :data:`CLOSE` of the best.
+
+        A turn trains about as many clients in every way. The best turn counts: others on the machine only add time.
+        """
+        seconds = self.seconds()
+        close = [way for way, value in seconds.items() if value <= CLOSE * min(seconds.values())]
+        if len(close) == 1:
+            return
+        clients = max(way.chunk_size for way in close)
+        per_step = min(seconds.values()) / len(self.tasks) / self.steps
+        steps = min(self.steps, max(2, round(TURN_SECONDS / (clients * per_step))))
+        stacks = {way: clients // way.chunk_size for way in close}
+        best = dict.fromkeys(close, math.inf)
+        deadline = time.perf_counter() + RUN_OFF_SECONDS
+        for turn in range(TURNS):
+            for way, number in stacks.items():
+                with threads(way.num_threads):
+                    best[way] = min(best[way], _timed(lambda: self._run(way.chunk_size, number, steps)) / number)  # noqa: B023
+            if turn and time.perf_counter() > deadline:
+                break
+        for way, value in best.items():
+            fixed = min(self.costs[way].fixed, value)
+            self.costs[way] = Cost(fixed=fixed, step=max((value - fixed) / steps, 1e-9))
+
+    def seconds(self) -> dict[Way, float]:
+        """Return the seconds of a round in every way measured."""
+        return {
+            way: math.ceil(len(self.tasks) / way.chunk_size) * cost.of(self.steps) for way, cost in self.costs.items()
+        }
+
+    def _run(self, size: int, stacks: int, steps: int) -> None:
+        """Train the first clients for ``steps`` steps: so many stacks of ``size``."""
+        tasks = shortened(self.tasks[: size * stacks], steps=steps)
+        if size == 1:
+            for task in tasks:
+                self._alone.run(task)
+            return
+        if self._cohort is None:
+            self._cohort = CohortTrainer(self.context)
+        for first in range(0, len(tasks), size):
+            self._cohort.run(tasks[first : first + size])
+
+
+def stack_sizes(context: ClientContext, cohort: int) -> list[int]:
+    """Return the stack sizes worth trying: up to the cohort, within memory."""
+    size = sum(value.numel() * value.element_size() for value in context.model.state_dict().values())
+    largest = max(2, min(cohort, STACK_SIZES[-1], STACK_BYTES // (4 * max(size, 1))))
+    return sorted({*(own for own in STACK_SIZES if own < largest), largest})
+
+
+def _cost(run: Callable[[int], object], num_threads: int) -> Cost:
+    """Return the cost of ``run(steps)``: the best of a few, because others on the machine only add time."""
+    few, many = 1, 4
+    best = {few: math.inf, many: math.inf}
+    with threads(num_threads):
+        run(few)
+        deadline = time.perf_counter() + 2.0
+        for _ in range(3):
+            for steps in best:
+                best[steps] = min(best[steps], _timed(lambda steps=steps: run(steps)))  # type: ignore[misc]
+            if time.perf_counter() > deadline:
+                break
+    step = max((best[many] - best[few]) / (many - few), 1e-9)
+    return Cost(fixed=max(best[few] - step, 0.0), step=step)
+
+
+def _timed(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run the body with ``count`` threads of torch; restore their number afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
