@@ -94,15 +94,18 @@ STATELESS = {
 }
 
 
-def optimizers(*, lr: float, server: float) -> dict[str, list[str]]:
+def optimizers(*, lr: float, server: float, gentle: float | None = None) -> dict[str, list[str]]:
     """Return cells for what becomes of optimizer state, IID and as the configuration divides the data.
 
     Args:
         lr: Learning rate of SGD.
+        gentle: A lower one beside it, where some seeds diverge.
         server: Learning rate of Adam at the server, which steps on the mean of updates made with reset moments.
     """
     stateless = {name: [o.format(lr=lr, server=server) for o in options] for name, options in STATELESS.items()}
     stateless["Adam at the server"] += OPTIMIZERS["reset"]
+    if gentle is not None:
+        stateless[f"SGD at {gentle}"] = [o.format(lr=gentle) for o in STATELESS["SGD"]]
     ways = {**OPTIMIZERS, **stateless}
     return {f"{way}, {where}": [*own, *part] for where, part in SPLITS.items() for way, own in ways.items()}
 
@@ -189,7 +192,7 @@ GRIDS = {
         title="digits, ten clients: optimizer state, with two kinds of digit each and IID",
         config="digits.yaml",
         common=rounds(1000, 10),
-        cells=optimizers(lr=0.1, server=1e-3),
+        cells=optimizers(lr=0.1, server=1e-3, gentle=0.03),
         columns=IMAGE_COLUMNS,
     ),
     "mnist_k": Grid(
@@ -236,7 +239,7 @@ GRIDS = {
         title="MNIST, five clients, 600 generator steps, K = 20, width 16: optimizer state, two digits each and IID",
         config="mnist.yaml",
         common=[*MNIST, *rounds(600, 20)],
-        cells=optimizers(lr=0.02, server=1e-2),
+        cells=optimizers(lr=0.02, server=1e-2, gentle=0.005),
         columns=IMAGE_COLUMNS[:7],
     ),
     "mnist_optimizer_unconditional": Grid(
