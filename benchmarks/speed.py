@@ -2,12 +2,14 @@
 
     python -m benchmarks.speed                      # all rows, five repeats, markdown
     python -m benchmarks.speed --workloads ring64 --repeats 3 --skip flower
+    python -m benchmarks.speed --auto-only
 
 Executor and loop take turns, round by round in one process: a machine that others use slows both. Every figure is a
 median; "x loop" is the loop's median over the executor's, taken in the same process. The loop, the sequential and the
 vectorized executor run on the number of threads that suits each best; ``auto`` is measured by itself only where it
 chooses another way than these. Two ranks, Flower and pfl-research are processes of their own,
-between two runs of the loop.
+between two runs of the loop. ``--auto-only`` compares what ``auto`` chooses with the other ways by turns, since two
+ratios to the loop, minutes apart, differ by more than these ways do.
 """
 
 from __future__ import annotations
@@ -126,6 +128,37 @@ def chosen_by_auto(workload: Workload) -> tuple[int, int]:
     return auto.plan.chunk_size, auto.plan.num_threads
 
 
+def by_turns(workload: Workload, ways: set[tuple[int, int]], *, repeats: int) -> dict[tuple[int, int], float]:
+    """Return the median seconds of a round of every way: short runs of each, one after the other, several times."""
+    found: dict[tuple[int, int], list[float]] = {way: [] for way in sorted(ways)}
+    for _ in range(repeats):
+        for way, seconds in found.items():
+            turns = TakeTurns(None)
+            federate(workload, fixed(*way), rounds=WARM_UP + 2, callback=turns)
+            seconds += turns.seconds[WARM_UP:]
+    return {way: statistics.median(seconds) for way, seconds in found.items()}
+
+
+def auto_against_both(name: str, *, repeats: int) -> str:
+    """Return a line of markdown: what ``auto`` chooses, time and again, and what that costs beside the best way."""
+    workload = WORKLOADS[name]
+    size = min(256, workload.clients)
+    chosen = [chosen_by_auto(workload) for _ in range(repeats)]
+    ways = {*chosen, *((own, n) for own in (1, size) for n in {1, CORES})}
+    seconds = by_turns(workload, ways, repeats=repeats)
+    best = min(seconds.values())
+    rounds = ", ".join(f"{spelled(way)}: {1e3 * value:.0f}" for way, value in seconds.items())
+    shares = ", ".join(f"{seconds[way] / best:.2f}" for way in chosen)
+    return f"| {workload.title} | {rounds} | {shares} |"
+
+
+def spelled(way: tuple[int, int]) -> str:
+    """Return (clients per stack, threads) in words."""
+    return ("1 thread, " if way[1] == 1 else f"{way[1]} threads, ") + (
+        "one by one" if way[0] == 1 else f"stacks of {way[0]}"
+    )
+
+
 def best_of(results: dict[str, dict[str, float]]) -> tuple[str, dict[str, float]]:
     """Return the way with the best ratio."""
     return max(results.items(), key=lambda item: item[1]["ratio"])
@@ -165,8 +198,10 @@ def measure(name: str, *, repeats: int, skip: set[str], peers_python: str) -> di
     measured[way] = row["vectorized"]
     if "auto" not in skip:
         way = chosen_by_auto(workload)
-        said = f"{way[1]} threads, " + ("one by one" if way[0] == 1 else f"stacks of {way[0]}")
-        row["auto"] = (said, measured[way][1] if way in measured else against_loop(workload, fixed(*way), **turn))
+        row["auto"] = (
+            spelled(way),
+            measured[way][1] if way in measured else against_loop(workload, fixed(*way), **turn),
+        )
     own = [sys.executable, "-m", "benchmarks.speed", "--child", name, "--repeats", str(repeats)]
     if "ranks" not in skip:
         found = {f"2 ranks, {kind}": paired([*own, "--kind", kind], **turn) for kind in ("sequential", "vectorized")}
@@ -230,6 +265,7 @@ def main() -> None:
     parser.add_argument(
         "--peers-python", default=sys.executable, help="a Python with flwr[simulation] and pfl[pytorch]"
     )
+    parser.add_argument("--auto-only", action="store_true", help="what auto chooses, beside the best way, by turns")
     parser.add_argument("--json", help="also write all figures here")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--kind", help=argparse.SUPPRESS)
@@ -239,6 +275,11 @@ def main() -> None:
     torch.set_num_threads(1)
     if arguments.child:
         child(arguments.child, arguments.kind, arguments.repeats)
+        return
+    if arguments.auto_only:
+        print("| workload | ms/round | what auto chose, over the best |\n|---|---|---|")
+        for name in arguments.workloads:
+            print(auto_against_both(name, repeats=arguments.repeats), flush=True)
         return
     rows = []
     for name in arguments.workloads:
