@@ -99,8 +99,8 @@ def optimizers(*, lr: float, server: float, gentle: float | None = None) -> dict
 
     Args:
         lr: Learning rate of SGD.
-        gentle: A lower one beside it, where some seeds diverge.
         server: Learning rate of Adam at the server, which steps on the mean of updates made with reset moments.
+        gentle: A lower learning rate of SGD beside it, where some seeds diverge.
     """
     stateless = {name: [o.format(lr=lr, server=server) for o in options] for name, options in STATELESS.items()}
     stateless["Adam at the server"] += OPTIMIZERS["reset"]
