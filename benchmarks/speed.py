@@ -108,15 +108,14 @@ def against_loop(
     return {"seconds": ours, "loop": theirs, "ratio": theirs / ours}
 
 
-def quickest(workload: Workload, ways: dict[str, tuple[int, int]]) -> tuple[str, tuple[int, int]]:
-    """Return the way that is fastest over two rounds of half the steps each."""
+def quickest(workload: Workload, ways: list[tuple[int, int]]) -> tuple[int, int]:
+    """Return the (clients per stack, threads) that is fastest over two rounds of half the steps each."""
     seconds, workload = {}, dataclasses.replace(workload, steps=workload.steps // 2)
-    for name, way in ways.items():
+    for way in ways:
         turns = TakeTurns(None)
         federate(workload, fixed(*way), rounds=3, callback=turns)
-        seconds[name] = min(turns.seconds[1:])
-    best = min(seconds, key=lambda name: seconds[name])
-    return best, ways[best]
+        seconds[way] = min(turns.seconds[1:])
+    return min(seconds, key=lambda way: seconds[way])
 
 
 def chosen_by_auto(workload: Workload) -> tuple[int, int]:
@@ -154,9 +153,9 @@ def auto_against_both(name: str, *, repeats: int) -> str:
 
 def spelled(way: tuple[int, int]) -> str:
     """Return (clients per stack, threads) in words."""
-    return ("1 thread, " if way[1] == 1 else f"{way[1]} threads, ") + (
-        "one by one" if way[0] == 1 else f"stacks of {way[0]}"
-    )
+    size, threads = way
+    said = "1 thread, " if threads == 1 else f"{threads} threads, "
+    return said + ("one by one" if size == 1 else f"stacks of {size}")
 
 
 def best_of(results: dict[str, dict[str, float]]) -> tuple[str, dict[str, float]]:
@@ -187,14 +186,12 @@ def measure(name: str, *, repeats: int, skip: set[str], peers_python: str) -> di
     row["loop threads"] = threads
     turn: dict[str, Any] = {"repeats": repeats, "loop": loop, "threads": threads}
     counts = sorted({1, CORES})
-    ways = {f"{n} threads": (1, n) for n in counts}
-    said, way = quickest(workload, ways)
-    row["sequential"] = (said, against_loop(workload, fixed(*way), **turn))
+    way = quickest(workload, [(1, n) for n in counts])
+    row["sequential"] = (spelled(way), against_loop(workload, fixed(*way), **turn))
     measured = {way: row["sequential"]}
     sizes = sorted({min(size, workload.clients) for size in (16, 64, 256)})
-    ways = {f"{n} threads, stacks of {size}": (size, n) for n in counts for size in sizes[-2:]}
-    said, way = quickest(workload, ways)
-    row["vectorized"] = (said, against_loop(workload, fixed(*way), **turn))
+    way = quickest(workload, [(size, n) for n in counts for size in sizes[-2:]])
+    row["vectorized"] = (spelled(way), against_loop(workload, fixed(*way), **turn))
     measured[way] = row["vectorized"]
     if "auto" not in skip:
         way = chosen_by_auto(workload)

@@ -222,7 +222,7 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(tmp_path):
 class Sleeping(Trials):
     """A client step takes a fixed time in each way."""
 
-    def __init__(self, per_client_step, **options):
+    def __init__(self, per_client_step):
         self.per_client_step, self.ran = per_client_step, []
         self.context, self.tasks, self.steps, self.counts = None, [None] * 32, 10, [1]
         self.costs = {way: Cost(fixed=0.0, step=0.004 * way.chunk_size) for way in per_client_step}
