@@ -95,6 +95,7 @@ class StackedGAN(GAN):
         self._first_steps, self._generators = [info.first_step for info in infos], list(generators)
         self._in_federation = True
         self._values, self._latents = {}, []
+        self._mapped.renew()
         self._draws_left = max(info.num_steps for info in infos) * (self.d_steps + self.g_steps)
 
     def keep_clients(self, count: int) -> None:

@@ -1,36 +1,61 @@
 """Functions mapped over clients, recorded once as plain tensor operations.
 
 ``torch.vmap`` interprets a function anew at every call, which costs small networks as much time as their arithmetic. A
-function that has been called often enough with tensors of the same shapes is therefore recorded: the record holds the
-batched operations alone, runs without interpretation, and is differentiable like any code.
+function is therefore recorded at its first call: the record holds the batched operations alone, runs without
+interpretation, and is differentiable like any code.
+
+A record is a pure function of what is baked into it: the function, its plain attributes, and shapes, strides, dtypes,
+devices and casts of its arguments. The first call already computes with it. What a process has done before (calls,
+other cohorts, interruptions) therefore changes no rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 aten: Any = torch.ops.aten
 
-#: Calls with the same shapes before a function is recorded: recording takes as long as dozens of calls.
-CALLS_BEFORE_RECORDING = 8
-#: Records kept; cohorts of many different sizes would otherwise fill the memory.
-MOST_RECORDS = 64
+#: Records kept, the least recently used goes first: stacks of unequal clients have a record for every number of clients.
+MOST_RECORDS = 1024
+#: Levels of objects within objects in which plain attributes are looked for.
+DEPTH = 4
+#: Attributes that a record may bake in, and whose change ends it.
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+#: What is not looked into.
+CLOSED = (Tensor, type, types.ModuleType, types.BuiltinFunctionType)
 
 Key = tuple[Any, ...]
 
 
 class MappedFunctions:
-    """Maps functions over the first dimension of their arguments, recording those that are called often."""
+    """Maps functions over the first dimension of their arguments by records of their operations.
+
+    What a record bakes in: Python numbers and texts that the function reads from its own object or module (and from
+    objects within it, :data:`DEPTH` levels deep), from its closure and defaults; the mode of every layer; the control
+    flow that follows from them. :meth:`renew` looks whether any has changed. A function is interpreted at every call
+    where a record would be wrong: if it changes such an attribute itself, has hooks, draws random numbers, looks at
+    values, or writes in place what gradients pass through. Global variables that a function reads must not change.
+    """
 
     def __init__(self) -> None:
-        self._calls: dict[Key, int] = {}
-        self._records: dict[Key, Callable[..., Any]] = {}
+        self._records: OrderedDict[Key, Callable[..., Any]] = OrderedDict()
+        self._facts: dict[Any, tuple[Callable[..., Any], Any]] = {}
+
+    def renew(self) -> None:
+        """Forget the records of functions whose plain attributes have changed since they were recorded."""
+        changed = [name for name, (owner, known) in self._facts.items() if attributes(owner) != known]
+        for name in changed:
+            del self._facts[name]
+            for key in [key for key in self._records if key[0] == name]:
+                del self._records[key]
 
     def call(self, function: Callable[..., Any], arguments: tuple[Any, ...], *, name: Any) -> Any:
         """Return ``torch.vmap(function)(*arguments)``.
@@ -38,21 +63,52 @@ class MappedFunctions:
         Args:
             function: From tensors, or nested structures of them, to the same.
             arguments: Its arguments, every tensor with a leading dimension of clients.
-            name: Tells functions apart; equal names mean equal functions.
+            name: Tells functions apart; equal names mean equal functions. A module stands for itself.
         """
         flat, structure = pytree.tree_flatten(arguments)
         # Casts are recorded, too: a penalty in full precision must not meet the record of a step in half.
         casts = {own: torch.is_autocast_enabled(own) and torch.get_autocast_dtype(own) for own in _devices(flat)}
-        key = (name, tuple((value.shape, value.dtype, value.device.type) for value in flat), *casts.items())
-        if key in self._records:
-            return self._records[key](*flat)
-        self._calls[key] = self._calls.get(key, 0) + 1
-        if self._calls[key] >= CALLS_BEFORE_RECORDING:
-            if len(self._records) >= MOST_RECORDS:
-                self._calls.clear()
-                self._records.clear()
-            self._records[key] = _record(function, flat, structure)
-        return torch.vmap(function)(*arguments)
+        key = (name, tuple((own.shape, own.stride(), own.dtype, own.device) for own in flat), *casts.items())
+        record = self._records.get(key)
+        if record is None:
+            owner = name if isinstance(name, nn.Module) else function
+            record = self._records[key] = _record(function, flat, structure, owner=owner)
+            self._facts.setdefault(name, (owner, attributes(owner)))
+            if len(self._records) > MOST_RECORDS:
+                self._records.popitem(last=False)
+        else:
+            self._records.move_to_end(key)
+        return record(*flat)
+
+
+def attributes(owner: Any, *, depth: int = DEPTH) -> Any:
+    """Return the plain attributes that a function or module may read, as a value that can be compared."""
+    if isinstance(owner, PLAIN):
+        return owner if owner == owner else "nan"  # noqa: PLR0124 - NaN differs from itself
+    if isinstance(owner, CLOSED) or depth == 0:
+        return type(owner)
+    if isinstance(owner, (list, tuple, set, frozenset)):
+        return type(owner), tuple(attributes(own, depth=depth - 1) for own in owner)
+    if isinstance(owner, dict):
+        return tuple((str(name), attributes(own, depth=depth - 1)) for name, own in owner.items())
+    if isinstance(owner, nn.Module):
+        return tuple((name, _own_attributes(child, depth)) for name, child in owner.named_modules())
+    return tuple(attributes(own, depth=depth - 1) for own in _within(owner))
+
+
+def _own_attributes(module: nn.Module, depth: int) -> Any:
+    """Return those of one module, without what modules keep of parameters, buffers, children and hooks."""
+    own = {name: value for name, value in vars(module).items() if name[:1] != "_" and not isinstance(value, nn.Module)}
+    return attributes(own, depth=depth - 1)
+
+
+def _within(owner: Any) -> Iterator[Any]:
+    """Yield what the code of an object can read: its attributes; of a function its object, closure and defaults."""
+    yield from (getattr(owner, name, None) for name in ("__self__", "__defaults__", "__kwdefaults__", "func", "args"))
+    for cell in getattr(owner, "__closure__", None) or ():
+        yield cell.cell_contents
+    yield getattr(owner, "keywords", None)
+    yield dict(getattr(owner, "__dict__", {}))
 
 
 def _devices(values: list[Tensor]) -> list[str]:
@@ -60,10 +116,10 @@ def _devices(values: list[Tensor]) -> list[str]:
     return sorted({value.device.type for value in values})
 
 
-def _record(function: Callable[..., Any], flat: list[Tensor], structure: Any) -> Callable[..., Any]:
-    """Return ``torch.vmap(function)`` for flat arguments of these shapes, as recorded operations.
+def _record(function: Callable[..., Any], flat: list[Tensor], structure: Any, *, owner: Any) -> Callable[..., Any]:
+    """Return ``torch.vmap(function)`` for flat arguments like these, as recorded operations.
 
-    A function that cannot be recorded (it looks at values) is interpreted as before.
+    A function that cannot be recorded (it looks at values) is interpreted.
     """
     mapped = torch.vmap(function)
     shapes: list[Any] = []
@@ -73,18 +129,35 @@ def _record(function: Callable[..., Any], flat: list[Tensor], structure: Any) ->
         shapes.append(spec)
         return outputs
 
+    def interpreted(*values: Tensor) -> Any:
+        return mapped(*pytree.tree_unflatten(list(values), structure))
+
+    before = attributes(owner)
+    if _has_hooks(owner):
+        return interpreted
     try:
         with torch.no_grad():
             graph = make_fx(flattened, tracing_mode="fake")(*[value.detach() for value in flat])
     except Exception:  # whatever a network does that cannot be recorded, interpreting it is right
-        graph = None
-    if graph is None or any(map(_hides_gradients, graph.graph.nodes)):
-        return lambda *values: mapped(*pytree.tree_unflatten(list(values), structure))
+        return interpreted
+    if attributes(owner) != before or any(map(_bakes_too_much, graph.graph.nodes)):
+        return interpreted
     _simplify(graph)
     spec = shapes[-1]
     if spec == pytree.tree_structure(torch.zeros(())):
         return lambda *values: graph.forward(*values)[0]
     return lambda *values: pytree.tree_unflatten(graph.forward(*values), spec)
+
+
+def _has_hooks(owner: Any) -> bool:
+    """Whether a network has hooks, which a record would call once and never again."""
+    modules = owner.modules() if isinstance(owner, nn.Module) else ()
+    return any(own._forward_hooks or own._forward_pre_hooks or own._backward_hooks for own in modules)
+
+
+def _bakes_too_much(node: fx.Node) -> bool:
+    """Whether an operation is right for these very arguments only, or hides gradients."""
+    return node.target in (aten.as_strided.default, aten.as_strided_.default) or _hides_gradients(node)
 
 
 def _hides_gradients(node: fx.Node) -> bool:
@@ -102,13 +175,19 @@ def _hides_gradients(node: fx.Node) -> bool:
 
 
 def _simplify(graph: fx.GraphModule) -> None:
-    """Drop operations that change nothing, and join products with the sums after them."""
+    """Drop operations that change nothing, join products with the sums after them, and leave strides open.
+
+    A view is recorded where the layout that recording predicts allows one. What a convolution returns, or the gradient
+    of one, can have another layout, by the number of its channels; a reshape is right for all.
+    """
     for node in list(graph.graph.nodes):
         if node.op != "call_function":
             continue
         if _changes_nothing(node):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
+        elif node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
     for node in list(graph.graph.nodes):
         if node.op == "call_function" and node.target is aten.add.Tensor and not node.kwargs:
             for product, term in (node.args, node.args[::-1]):

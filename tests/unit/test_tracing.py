@@ -11,9 +11,9 @@ from torch.func import functional_call
 
 from fedgan_lightning.gan import networks, tracing
 from fedgan_lightning.gan.networks.spectral import spectral_norm
-from fedgan_lightning.gan.tracing import CALLS_BEFORE_RECORDING, MappedFunctions
+from fedgan_lightning.gan.tracing import MappedFunctions
 
-CALLS = CALLS_BEFORE_RECORDING + 3
+CALLS = 3
 NETWORKS = {
     "linear": lambda: nn.Sequential(nn.Linear(3, 5), nn.LeakyReLU(0.2), nn.Linear(5, 2)),
     "batch norm": lambda: nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.ReLU()),
@@ -68,16 +68,15 @@ def test_what_was_recorded_in_half_precision_is_not_used_for_full():
 
     for _ in range(CALLS):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            half = [mapped.call(call, (values, x), name="linear") for _ in range(2)][-1]  # one of them is the eighth
+            half = mapped.call(call, (values, x), name="linear")
         found, full = mapped.call(call, (values, x), name="linear"), torch.vmap(call)(values, x)
         torch.testing.assert_close(found, full)
         assert (half - full).abs().max() > 1e-4, "a positive control: half precision shows"
 
 
-def test_a_record_is_used_after_a_few_calls_and_runs_without_vmap(monkeypatch):
+def test_a_record_is_used_from_the_first_call_on_and_runs_without_vmap(monkeypatch):
     mapped, x = MappedFunctions(), torch.randn(3, 4)
-    for _ in range(CALLS):
-        expected = mapped.call(lambda x: (x * 2).sum(), (x,), name="double")
+    expected = mapped.call(lambda x: (x * 2).sum(), (x,), name="double")
     monkeypatch.setattr(torch, "vmap", lambda *_: pytest.fail("interpreted"))
     torch.testing.assert_close(mapped.call(lambda x: None, (x,), name="double"), expected)
 
@@ -99,6 +98,124 @@ def test_what_looks_at_values_is_interpreted_or_refused_by_vmap_itself():
     with pytest.raises(RuntimeError, match="vmap"):
         for _ in range(CALLS):
             mapped.call(lambda x: x if x.sum() > 0 else -x, (x,), name="branch")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_first_call_computes_what_the_hundredth_does(name):
+    """A process that has just resumed computes to the bit what one does that has never been interrupted."""
+    torch.manual_seed(0)
+    network = NETWORKS[name]()
+    old, x = MappedFunctions(), torch.randn(4, 6, 3)
+
+    def result(mapped):
+        values = stacked(network)
+        out = mapped.call(lambda own, x: functional_call(network, own, (x,)), (values, x), name=network)
+        out.square().sum().backward()
+        return [out.detach(), *(value.grad for value in values.values() if value.grad is not None)]
+
+    for _ in range(100):
+        late = result(old)
+    for found, expected in zip(result(MappedFunctions()), late, strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_strides_are_not_baked_in(channels, layout):
+    """What a convolution returns has strides that its channels decide; a record must not rely on those it was made of."""
+    convolution = nn.Sequential(nn.Conv2d(channels, 4, 3, padding=1), nn.Conv2d(4, 2, 3)).double()
+    mapped, values = MappedFunctions(), stacked(convolution, 2)
+
+    def gradient_norms(gradient):
+        return gradient.square().flatten(1).sum(1)
+
+    def call(own, x):
+        return functional_call(convolution, own, (x,))
+
+    for step in range(12):
+        x = torch.randn(8, channels, 6, 6, dtype=torch.float64)
+        if step % 2:
+            x = x.to(memory_format=layout)
+        x = x.view(2, 4, channels, 6, 6) if x.is_contiguous() else x.unflatten(0, (2, 4))
+        samples = x.detach().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(
+            mapped.call(call, (values, samples), name=convolution).sum(), samples, create_graph=True
+        )
+        found = mapped.call(gradient_norms, (gradient,), name=gradient_norms)
+        torch.testing.assert_close(found, gradient.square().flatten(2).sum(2), atol=0, rtol=1e-12)
+
+
+class Scaled(nn.Module):
+    """A layer that reads a Python number, and one that counts its calls."""
+
+    def __init__(self, factor=2.0, *, counts=False):
+        super().__init__()
+        self.settings, self.counts, self.calls = {"factor": [factor]}, counts, 0
+
+    def forward(self, x):
+        if self.counts:
+            self.calls += 1
+        return x * self.settings["factor"][0] * max(self.calls, 1)
+
+
+def scaled(mapped, layer, x):
+    return mapped.call(lambda own, x: functional_call(layer, own, (x,)), ({}, x), name=layer)
+
+
+def test_a_number_that_changes_between_rounds_ends_the_record():
+    mapped, layer, x = MappedFunctions(), Scaled(), torch.ones(2, 3)
+    assert scaled(mapped, layer, x).unique().tolist() == [2.0]
+    layer.settings["factor"][0] = 3.0
+    mapped.renew()
+    assert scaled(mapped, layer, x).unique().tolist() == [3.0]
+
+
+def test_a_function_of_an_object_reads_its_numbers_anew_too():
+    class Weight:
+        value = 1.0
+
+        def times(self, x):
+            return x * self.value
+
+    weight, mapped, x = Weight(), MappedFunctions(), torch.ones(2, 3)
+    weight.value = 2.0
+    assert mapped.call(weight.times, (x,), name=weight.times).unique().tolist() == [2.0]
+    weight.value = 5.0
+    mapped.renew()
+    assert mapped.call(weight.times, (x,), name=weight.times).unique().tolist() == [5.0]
+    records = dict(mapped._records)
+    mapped.renew()
+    assert dict(mapped._records) == records, "nothing has changed, so nothing is recorded again"
+
+
+def test_a_mode_that_changes_ends_the_record():
+    mapped, layer, x = MappedFunctions(), nn.BatchNorm1d(3).double(), torch.randn(2, 5, 3, dtype=torch.float64)
+    values = stacked(layer, 2)
+
+    def call():
+        return mapped.call(lambda own, x: functional_call(layer, own, (x,)), (values, x), name=layer)
+
+    assert call().mean().abs() < 1e-12, "statistics of the minibatch"
+    layer.eval()
+    mapped.renew()
+    torch.testing.assert_close(
+        call(), torch.vmap(lambda own, x: functional_call(layer, own, (x,)))(values, x), atol=1e-12, rtol=0
+    )
+
+
+def test_a_layer_that_counts_its_calls_is_interpreted():
+    mapped, layer, x = MappedFunctions(), Scaled(1.0, counts=True), torch.ones(2, 3)
+    layer.calls = 0
+    values = [scaled(mapped, layer, x)[0, 0].item() for _ in range(4)]
+    assert values == sorted(set(values)), "every call sees the next number"
+
+
+def test_a_network_with_hooks_is_interpreted():
+    mapped, layer, x, seen = MappedFunctions(), nn.Linear(3, 2), torch.ones(2, 5, 3), []
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(True))
+    for _ in range(3):
+        mapped.call(lambda own, x: functional_call(layer, own, (x,)), (stacked(layer, 2), x), name=layer)
+    assert len(seen) == 3
 
 
 def test_other_shapes_have_records_of_their_own_and_their_number_is_bounded(monkeypatch):
