@@ -1,9 +1,10 @@
-"""Kill a run with SIGKILL at random instants, resume it, and compare with the run that nobody disturbed.
+"""Kill runs of shipped configurations with SIGKILL at random instants, resume them, and compare with undisturbed ones.
 
-    python benchmarks/kill_resume.py [--kills 10] [--seed 0]
+    python -m benchmarks.kill_resume [--configs digits ring8 ...] [--kills 10] [--seed 0]
 
-Half of the kills wait for a checkpoint that is being written. The run has client-local discriminators, kept optimizer
-state, BatchNorm, spectral norm, learning-rate schedules and a moving average on the server.
+Settings are the defaults, ``executor: auto`` included, but for fewer rounds and less evaluation. Half of the kills wait
+for a checkpoint that is being written, the others fall anywhere: between two processes of a run, of which the first
+has trained for long and the second has just begun, nothing may differ by a bit.
 """
 
 from __future__ import annotations
@@ -23,26 +24,42 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
-ROUNDS = 12
-ARGUMENTS = [
-    "fit", "--config", str(ROOT / "configs" / "digits.yaml"),
+#: Configuration -> rounds, and options that only say where data lie, or measure less.
+CONFIGS: dict[str, tuple[int, list[str]]] = {
+    "digits": (30, []),
+    "ring8": (24, []),
+    "grid25": (24, []),
+    "swiss_roll": (24, []),
+    "recommendation": (12, ["--data.source.path", "{shared}/movielens/ml-latest-small/ratings.csv"]),
+    "medical": (8, ["--data.source.root", "{shared}/medmnist", "--federation.local_steps", "4"]),
+    "timeseries": (12, ["--data.source.path", "{shared}/energy/ETTh1.csv"]),
+    "mnist": (8, ["--data.source.root", "{shared}", "--federation.local_steps", "4"]),
+}
+#: Networks and moments that stay with clients, BatchNorm, spectral norm, schedules: what no shipped configuration has.
+EVERYTHING = [
     "--model.generator", "DCGANGenerator", "--model.generator.image_size", "8", "--model.generator.width", "8",
     "--model.generator.num_classes", "10",
     "--model.discriminator", "DCGANDiscriminator", "--model.discriminator.image_size", "8",
     "--model.discriminator.width", "8", "--model.discriminator.num_classes", "10",
     "--model.discriminator.conditioning", "projection", "--model.discriminator.norm", "spectral",
     "--model.generator_scheduler", "torch.optim.lr_scheduler.LinearLR", "--model.generator_scheduler.total_iters", "40",
-    "--federation.executor", "SequentialExecutor",
-    "--data.num_clients", "5", "--federation.rounds", str(ROUNDS), "--federation.local_steps", "3",
+    "--data.num_clients", "5", "--federation.local_steps", "3",
     "--federation.sync", "{discriminator: local}", "--federation.optimizer_state", "keep",
-    "--evaluation.num_samples", "200", "--evaluation.every_n_rounds", "3", "--pictures.every_n_rounds", "4",
-    "--trainer.enable_progress_bar", "false",
+    "--evaluation.num_samples", "200",
 ]  # fmt: skip
 
 
-def start(run_dir: Path, *extra: str) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "ignore", "-m", "fedgan_lightning", *ARGUMENTS, "--run_dir", str(run_dir), *extra]
+def start(config: str, run_dir: Path, *extra: str) -> subprocess.Popen:
+    name = "digits" if config == "everything" else config
+    rounds, options = CONFIGS[name] if config in CONFIGS else (12, EVERYTHING)
+    shared = str(ROOT.parent / "shared" / "data")
+    command = [
+        sys.executable, "-W", "ignore", "-m", "fedgan_lightning", "fit", "--config",
+        str(ROOT / "configs" / f"{name}.yaml"), *(option.replace("{shared}", shared) for option in options),
+        "--federation.rounds", str(rounds), "--evaluation.every_n_rounds", "5", "--pictures.every_n_rounds", "7",
+        "--trainer.enable_progress_bar", "false", "--run_dir", str(run_dir), *extra,
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command, env=environment, cwd=run_dir.parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -54,20 +71,20 @@ def finish(process: subprocess.Popen) -> None:
         raise RuntimeError(f"run failed with {process.returncode}: {err[-2000:]}")
 
 
-def kill_when(process: subprocess.Popen, run_dir: Path, *, mid_checkpoint: bool, chance: random.Random) -> str:
+def kill_when(process: subprocess.Popen, run_dir: Path, *, rounds: int, mid_checkpoint: bool, chance: Any) -> str:
     """Kill the run mid-checkpoint or at a random instant of training; return when."""
-    rounds = chance.randrange(1, ROUNDS - 1)
-    while process.poll() is None and completed(run_dir) < rounds:
+    after = chance.randrange(1, rounds - 1)
+    while process.poll() is None and completed(run_dir) < after:
         time.sleep(0.002)
     if mid_checkpoint:
         while process.poll() is None and not list((run_dir / "checkpoints").glob(".last.ckpt.*.partial")):
             pass
     else:
-        time.sleep(chance.uniform(0.0, 0.6))
+        time.sleep(chance.uniform(0.0, 0.3))
     process.send_signal(signal.SIGKILL)
     process.communicate()
     partial = bool(list((run_dir / "checkpoints").glob(".*.partial")))
-    return f"after round {rounds}" + (", half-written checkpoint left behind" if partial else "")
+    return f"after round {after}" + (", half-written checkpoint left behind" if partial else "")
 
 
 def completed(run_dir: Path) -> int:
@@ -113,28 +130,37 @@ def same(first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
+def identical(config: str, base: Path, *, kills: int, chance: random.Random) -> int:
+    """Kill and resume a configuration so many times; return how often nothing differed."""
+    finish(start(config, base / "whole"))
+    expected, found = outcome(base / "whole"), 0
+    for number in range(kills):
+        run_dir = base / f"killed{number}"
+        rounds = expected["round"]
+        process = start(config, run_dir)
+        when = kill_when(process, run_dir, rounds=rounds, mid_checkpoint=number % 2 == 1, chance=chance)
+        finish(start(config, run_dir, "--ckpt_path", "last"))
+        received = outcome(run_dir)
+        different = [name for name in expected if not same(expected[name], received[name])]
+        found += not different
+        verdict = f"DIFFERS in {different}" if different else "bit-identical"
+        print(f"{config}, kill {number}: {when}: {verdict}", flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("--configs", nargs="+", default=["digits"], choices=[*CONFIGS, "everything"])
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    chance, identical = random.Random(options.seed), 0
-    with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder)
-        finish(start(base / "whole"))
-        expected = outcome(base / "whole")
-        for number in range(options.kills):
-            run_dir = base / f"killed{number}"
-            process = start(run_dir)
-            when = kill_when(process, run_dir, mid_checkpoint=number % 2 == 1, chance=chance)
-            finish(start(run_dir, "--ckpt_path", "last"))
-            found = outcome(run_dir)
-            different = [name for name in expected if not same(expected[name], found[name])]
-            identical += not different
-            print(
-                f"kill {number}: {when}: {'bit-identical' if not different else f'DIFFERS in {different}'}", flush=True
-            )
-    print(f"{identical} of {options.kills} bit-identical after {ROUNDS} rounds")
+    chance, total = random.Random(options.seed), 0
+    for config in options.configs:
+        with tempfile.TemporaryDirectory() as folder:
+            count = identical(config, Path(folder), kills=options.kills, chance=chance)
+        print(f"{config}: {count} of {options.kills} bit-identical", flush=True)
+        total += count
+    print(f"{total} of {options.kills * len(options.configs)} bit-identical")
 
 
 if __name__ == "__main__":

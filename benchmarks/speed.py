@@ -23,7 +23,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -37,7 +36,7 @@ import torch
 from benchmarks.bare import bare_trainer
 from benchmarks.workloads import WORKLOADS, PlainLoop, Workload, data, gan
 from fedgan_lightning import AutoExecutor, FederatedOrchestrator, ServerModule
-from fedgan_lightning.federation.executors.auto import Plan
+from fedgan_lightning.federation.executors.auto import Plan, PlannedExecutor
 from fedgan_lightning.protocol import Executor
 
 WARM_UP = 1
@@ -91,11 +90,15 @@ def best_threads(loop: PlainLoop) -> int:
     return min(seconds, key=lambda threads: min(seconds[threads]))
 
 
-def fixed(chunk_size: int, threads: int) -> AutoExecutor:
-    """Return an executor that runs clients in one way, on so many threads."""
-    executor = AutoExecutor()
-    executor.plan = Plan(chunk_size=chunk_size, num_threads=threads, reason="set by the benchmark")
-    return executor
+class Fixed(PlannedExecutor):
+    """Runs clients in one way, on so many threads."""
+
+    def __init__(self, chunk_size: int, threads: int) -> None:
+        super().__init__(num_threads=threads)
+        self.chunk_size = chunk_size
+
+    def choose(self, context: object, tasks: object) -> Plan:
+        return Plan(chunk_size=self.chunk_size, num_threads=self.num_threads or 1, reason="set by the benchmark")
 
 
 def against_loop(
@@ -113,16 +116,15 @@ def quickest(workload: Workload, ways: list[tuple[int, int]]) -> tuple[int, int]
     seconds, workload = {}, dataclasses.replace(workload, steps=workload.steps // 2)
     for way in ways:
         turns = TakeTurns(None)
-        federate(workload, fixed(*way), rounds=3, callback=turns)
+        federate(workload, Fixed(*way), rounds=3, callback=turns)
         seconds[way] = min(turns.seconds[1:])
     return min(seconds, key=lambda way: seconds[way])
 
 
 def chosen_by_auto(workload: Workload) -> tuple[int, int]:
-    """Return (clients per stack, threads) as ``executor: auto`` chooses them anew."""
-    with tempfile.TemporaryDirectory() as cache:
-        auto = AutoExecutor(cache=cache)
-        federate(workload, auto, rounds=1, callback=TakeTurns(None))
+    """Return (clients per stack, threads) as ``executor: auto`` chooses them."""
+    auto = AutoExecutor()
+    federate(workload, auto, rounds=1, callback=TakeTurns(None))
     assert auto.plan is not None
     return auto.plan.chunk_size, auto.plan.num_threads
 
@@ -133,7 +135,7 @@ def by_turns(workload: Workload, ways: set[tuple[int, int]], *, repeats: int) ->
     for _ in range(repeats):
         for way, seconds in found.items():
             turns = TakeTurns(None)
-            federate(workload, fixed(*way), rounds=WARM_UP + 2, callback=turns)
+            federate(workload, Fixed(*way), rounds=WARM_UP + 2, callback=turns)
             seconds += turns.seconds[WARM_UP:]
     return {way: statistics.median(seconds) for way, seconds in found.items()}
 
@@ -187,17 +189,17 @@ def measure(name: str, *, repeats: int, skip: set[str], peers_python: str) -> di
     turn: dict[str, Any] = {"repeats": repeats, "loop": loop, "threads": threads}
     counts = sorted({1, CORES})
     way = quickest(workload, [(1, n) for n in counts])
-    row["sequential"] = (spelled(way), against_loop(workload, fixed(*way), **turn))
+    row["sequential"] = (spelled(way), against_loop(workload, Fixed(*way), **turn))
     measured = {way: row["sequential"]}
     sizes = sorted({min(size, workload.clients) for size in (16, 64, 256)})
     way = quickest(workload, [(size, n) for n in counts for size in sizes[-2:]])
-    row["vectorized"] = (spelled(way), against_loop(workload, fixed(*way), **turn))
+    row["vectorized"] = (spelled(way), against_loop(workload, Fixed(*way), **turn))
     measured[way] = row["vectorized"]
     if "auto" not in skip:
         way = chosen_by_auto(workload)
         row["auto"] = (
             spelled(way),
-            measured[way][1] if way in measured else against_loop(workload, fixed(*way), **turn),
+            measured[way][1] if way in measured else against_loop(workload, Fixed(*way), **turn),
         )
     own = [sys.executable, "-m", "benchmarks.speed", "--child", name, "--repeats", str(repeats)]
     if "ranks" not in skip:
@@ -222,7 +224,7 @@ def child(name: str, kind: str, repeats: int) -> None:
     """Run the framework on two ranks; print the seconds of every round."""
     turns = TakeTurns(None)
     workload = WORKLOADS[name]
-    executor = fixed(1 if kind == "sequential" else -(-workload.clients // 2), 1)
+    executor = Fixed(1 if kind == "sequential" else -(-workload.clients // 2), 1)
     federate(workload, executor, rounds=repeats + WARM_UP, callback=turns, devices=2)
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(json.dumps({"seconds": turns.seconds}))

@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     from fedgan_lightning.federation.aggregation import WeightedMean
     from fedgan_lightning.federation.executors import (
         AutoExecutor,
+        AutotunedExecutor,
         FaultyExecutor,
         SequentialExecutor,
         VectorizedExecutor,
@@ -234,6 +235,7 @@ _HOMES = {
     "fedgan_lightning.federation.aggregation": ["WeightedMean"],
     "fedgan_lightning.federation.executors": [
         "AutoExecutor",
+        "AutotunedExecutor",
         "FaultyExecutor",
         "SequentialExecutor",
         "VectorizedExecutor",
@@ -336,8 +338,9 @@ __all__ = [
     "MedMNISTFile", "Ring", "Grid", "SwissRoll", "Segments", "CSVProfiles", "Interactions", "TextFile", "Vocabulary",
     "Partition", "IID", "Dirichlet", "ClassesPerClient", "ClassLists", "ClassMixes", "QuantitySkew", "Natural",
     "FeatureShift",
-    "Federation", "FederatedOrchestrator", "ServerModule", "AutoExecutor", "SequentialExecutor", "VectorizedExecutor",
-    "FaultyExecutor", "RoundRules", "Screening", "SecureAggregation", "StartFrom", "TemperatureSchedule",
+    "Federation", "FederatedOrchestrator", "ServerModule", "AutoExecutor", "AutotunedExecutor", "SequentialExecutor",
+    "VectorizedExecutor", "FaultyExecutor", "RoundRules", "Screening", "SecureAggregation", "StartFrom",
+    "TemperatureSchedule",
     "WeightedMean", "CoordinateMedian", "TrimmedMean", "Krum", "GeometricMedian", "NearestNeighborMixing",
     "AllClients", "AvailableClients", "FractionOfClients", "PoissonSampling", "SelectedClients",
     "Aggregator", "ClientSampler", "ClientTask", "ClientUpdate", "ClientFailure", "Participant",

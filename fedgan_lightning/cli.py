@@ -26,7 +26,7 @@ from fedgan_lightning.checkpoints import AtomicCheckpointIO, BestCheckpoint, Las
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.errors import CheckpointError, ConfigurationError, FedGANError, message
 from fedgan_lightning.evaluation.callback import Evaluation
-from fedgan_lightning.federation.executors import AutoExecutor
+from fedgan_lightning.federation.executors.auto import PlannedExecutor
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.gan import networks, priors
@@ -116,7 +116,7 @@ class FederatedCLI(LightningCLI):
             "--num_threads",
             type=int | None,
             default=None,
-            help="CPU threads; null measures how many train the clients fastest, and takes one for everything else.",
+            help="CPU threads; null lets the executor choose for the clients, and takes one for everything else.",
         )
         parser.add_lightning_class_args(FederatedOrchestrator, "federation")
         parser.add_class_arguments(ServerModule, "server", skip={"model"}, instantiate=False)
@@ -179,7 +179,7 @@ class FederatedCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         run_dir, plain = settings.run_dir, self.plain_settings
         orchestrator = self.orchestrator
-        if isinstance(orchestrator.executor, AutoExecutor) and orchestrator.executor.num_threads is None:
+        if isinstance(orchestrator.executor, PlannedExecutor) and orchestrator.executor.num_threads is None:
             orchestrator.executor.num_threads = settings.num_threads
         orchestrator.settings = {
             group: {name: value for name, value in plain[group].items() if name not in MAY_CHANGE}

@@ -6,22 +6,24 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
-from fedgan_lightning.errors import RoundInterrupted
+import torch
+from torch import Tensor
+
+from fedgan_lightning.errors import ClientError, RoundInterrupted
 from fedgan_lightning.federation import optimizer_state
 from fedgan_lightning.federation.cohort import CohortTrainer
-from fedgan_lightning.federation.local import ClientContext, LocalTrainer
+from fedgan_lightning.federation.local import ClientContext, LocalTrainer, client_copy
 from fedgan_lightning.federation.rounds import norms
 from fedgan_lightning.federation.store import ReadOnlyStore
 from fedgan_lightning.packing import is_finite
 from fedgan_lightning.protocol import ClientTask, LocalWork, State
 from fedgan_lightning.states import network_of
 
-#: Steps of the trial: enough for mapped networks to be recorded, and for the record to be used. A client that takes
-#: fewer in a round takes those several times: with K = 1 a step may be one that nobody could take twice.
-TRIAL_STEPS = 6
-#: Rounding alone moves single entries by whole steps where Adam divides noise by noise (biases before a BatchNorm), so
-#: updates are compared by network; what couples clients, or leaves out a term, moves them by a multiple of this.
-TOLERANCE = 0.2
+#: Steps of the trial, at most those of a round: with K = 1 a step may be one that nobody could take twice.
+TRIAL_STEPS = 3
+#: Largest distance between a stacked client's update and its own, by network, as a share of the update. In float64 an
+#: optimizer's eps is far above rounding, so that Adam does not divide noise by noise as it does in float32.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 #: What is said where that cannot be told; what becomes of such updates is for others to say.
 NOTHING_TO_COMPARE = "the first clients diverge on their own"
 
@@ -45,11 +47,34 @@ def stack_key(task: ClientTask, private: State) -> object:
     return id(task.state), task.local.schedule_positions, optimizer_state.signature(moments)
 
 
+def in_double(context: ClientContext, tasks: Sequence[ClientTask]) -> tuple[ClientContext, list[ClientTask]]:
+    """Return the same clients, tasks and private states in float64."""
+    options = {**context.trainer_options, "precision": "64-true"}
+    model, states = client_copy(context.model, context.policy).double(), {id(task.state): task.state for task in tasks}
+    doubles = {key: doubled(state) for key, state in states.items()}
+    store = DoubleStore(context.store)
+    converted = dataclasses.replace(context, model=model, store=store, trainer_options=options)
+    return converted, [dataclasses.replace(task, state=doubles[id(task.state)]) for task in tasks]
+
+
+class DoubleStore(ReadOnlyStore):
+    """A view of a store in float64, for trials."""
+
+    def read(self, client_id: int) -> State:
+        return doubled(super().read(client_id))
+
+
+def doubled(state: State) -> dict[str, Tensor]:
+    """Return a state with its floating-point entries in float64."""
+    return {name: value.double() if value.is_floating_point() else value for name, value in state.items()}
+
+
 def disagreement(context: ClientContext, tasks: Sequence[ClientTask]) -> str | None:
     """Train two of the clients for a few steps stacked and one by one; say how the updates differ, or ``None``.
 
-    It is what an optimizer does that looks at whole tensors, or a network that draws random numbers of its own. Clients
-    that diverge alone tell nothing of stacks: then the answer is ``NOTHING_TO_COMPARE``.
+    It is what an optimizer does that looks at whole tensors, or a network that draws random numbers of its own. Both
+    ways compute in float64, where rounding explains nothing. A module that cannot is compared in its own precision.
+    Clients that diverge alone tell nothing of stacks: then the answer is ``NOTHING_TO_COMPARE``.
 
     Raises:
         ClientError: If a client fails on its own, too.
@@ -57,15 +82,29 @@ def disagreement(context: ClientContext, tasks: Sequence[ClientTask]) -> str | N
     context = trial_context(context)
     wanted = stack_key(tasks[0], context.store.read(tasks[0].client_id))
     alike = [task for task in tasks if stack_key(task, context.store.read(task.client_id)) == wanted][:2]
-    steps = min(TRIAL_STEPS, tasks[0].local.steps or TRIAL_STEPS)
-    trial = shortened(alike, steps=steps)
-    alone, cohort = LocalTrainer(context), CohortTrainer(context)
-    references = [alone.run(task).delta for task in trial]  # an error here is the client's own, and is raised
+    trial = shortened(alike, steps=min(TRIAL_STEPS, tasks[0].local.steps or TRIAL_STEPS))
+    try:
+        converted, doubles = in_double(context, trial)
+        references = _alone(converted, doubles)
+    except ClientError:
+        references = _alone(context, trial)  # an error here is the client's own, and is raised
+        return _compared(context, trial, references, tolerance=TOLERANCE[torch.float32])
+    return _compared(converted, doubles, references, tolerance=TOLERANCE[torch.float64])
+
+
+def _alone(context: ClientContext, tasks: Sequence[ClientTask]) -> list[State]:
+    trainer = LocalTrainer(context)
+    return [trainer.run(task).delta for task in tasks]
+
+
+def _compared(
+    context: ClientContext, tasks: Sequence[ClientTask], references: Sequence[State], *, tolerance: float
+) -> str | None:
+    """Return how the clients' updates differ where they are stacked, or ``None``."""
     if not all(is_finite(value) for own in references for value in own.values()):
         return NOTHING_TO_COMPARE
     try:
-        for _ in range(-(-TRIAL_STEPS // steps)):
-            stacked = cohort.run(trial)
+        stacked = CohortTrainer(context).run(tasks)
     except RoundInterrupted:
         raise
     except Exception as error:
@@ -75,7 +114,7 @@ def disagreement(context: ClientContext, tasks: Sequence[ClientTask]) -> str | N
         lengths = norms(reference, networks)
         distances = norms({name: update.delta[name] - reference[name] for name in reference}, networks)
         for network in networks:
-            if not distances[network] <= TOLERANCE * lengths[network] + 1e-6 < math.inf:  # "not" catches NaN
-                share = distances[network] / max(lengths[network], 1e-6)
-                return f"after {steps} steps a stacked client's {network} differs by {share:.0%} of its update"
+            if not distances[network] <= tolerance * (lengths[network] + tolerance) < math.inf:  # "not" catches NaN
+                share, steps = distances[network] / max(lengths[network], tolerance), tasks[0].local.steps
+                return f"after {steps} steps a stacked client's {network} differs by {share:.1g} of its update"
     return None

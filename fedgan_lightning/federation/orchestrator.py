@@ -27,7 +27,7 @@ from fedgan_lightning.federation.checks import (
     checked_work,
 )
 from fedgan_lightning.federation.conduct import Conductor, Outcome
-from fedgan_lightning.federation.executors import AutoExecutor
+from fedgan_lightning.federation.executors import AutoExecutor, AutotunedExecutor
 from fedgan_lightning.federation.ledger import EVENTS, Ledger
 from fedgan_lightning.federation.local import ClientContext
 from fedgan_lightning.federation.policy import resolve
@@ -63,7 +63,9 @@ class FederatedOrchestrator(L.Callback):
         rules: When a round counts; default when every client asked has answered.
         screening: Which updates are let in; by default one that cannot be right ends the run.
         secure: Secure aggregation between the sites of a deployment; default none, the server sees every update.
-        executor: Who runs the clients; ``auto`` measures whether one after the other or stacked, and the threads.
+        executor: Who runs the clients. ``auto`` decides by a fixed rule whether one after the other or stacked, and on
+            how many threads; ``autotune`` measures what is fastest, so that rounding depends on what else the machine
+            does.
         sync: For every network ``average`` (shared), ``local`` (private to each client) or ``server`` (not on
             clients); default ``average``.
         optimizer_state: What becomes of optimizer moments at a sync: ``average`` like the weights, ``keep`` on each
@@ -89,7 +91,7 @@ class FederatedOrchestrator(L.Callback):
         rules: RoundRules | None = None,
         screening: Screening | None = None,
         secure: SecureAggregation | None = None,
-        executor: Executor | Literal["auto"] = "auto",
+        executor: Executor | Literal["auto", "autotune"] = "auto",
         sync: dict[str, str] | None = None,
         optimizer_state: str | dict[str, str] = "average",
         buffers: str = "merge",
@@ -106,7 +108,8 @@ class FederatedOrchestrator(L.Callback):
         self.secure = secure
         if secure is not None:
             secure.check(aggregator=self.aggregator, rules=self.rules, screening=screening)
-        self.executor: Executor = AutoExecutor() if executor == "auto" else executor
+        named = {"auto": AutoExecutor, "autotune": AutotunedExecutor}
+        self.executor: Executor = named[executor]() if isinstance(executor, str) else executor
         self.sync, self.optimizer_state, self.buffers, self.seed = sync, optimizer_state, buffers, seed
         self.client_state = client_state
         self.ledger, self.store = Ledger(), ClientStore()

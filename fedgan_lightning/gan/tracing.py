@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 aten: Any = torch.ops.aten
 
-#: Records kept, the least recently used goes first: stacks of unequal clients have a record for every number of clients.
+#: Records kept, the least recently used goes first: stacks of unequal clients have one for every number of clients.
 MOST_RECORDS = 1024
 #: Levels of objects within objects in which plain attributes are looked for.
 DEPTH = 4
@@ -84,7 +84,7 @@ class MappedFunctions:
 def attributes(owner: Any, *, depth: int = DEPTH) -> Any:
     """Return the plain attributes that a function or module may read, as a value that can be compared."""
     if isinstance(owner, PLAIN):
-        return owner if owner == owner else "nan"  # noqa: PLR0124 - NaN differs from itself
+        return owner if owner == owner else "nan"
     if isinstance(owner, CLOSED) or depth == 0:
         return type(owner)
     if isinstance(owner, (list, tuple, set, frozenset)):

@@ -122,14 +122,14 @@ def gentle(parameters):
     return torch.optim.SGD(parameters, lr=0.01)
 
 
-def updates(executor: Executor, gan, data, *, rounds=1, work=None, cohorts=None, seed=0, **policy):
+def updates(executor: Executor, gan, data, *, rounds=1, work=None, cohorts=None, seed=0, precision="32-true", **policy):
     """Return the updates of ``rounds`` rounds from one server state, by (round, client)."""
     data.setup()
     store, options = ClientStore(), {"sync": None, "optimizer_state": "average", "buffers": "merge", **policy}
     resolved = resolve(gan, **options)
     server = ServerModule(gan)
     server.attach(resolved)
-    trainer_options = {"accelerator": "cpu", "devices": 1}
+    trainer_options = {"accelerator": "cpu", "devices": 1, "precision": precision}
     executor.setup(ClientContext(model=gan, data=data, policy=resolved, store=store, trainer_options=trainer_options))
     found, state = {}, server.shared_state()
     for round in range(rounds):

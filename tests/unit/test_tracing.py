@@ -122,7 +122,7 @@ def test_the_first_call_computes_what_the_hundredth_does(name):
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_strides_are_not_baked_in(channels, layout):
-    """What a convolution returns has strides that its channels decide; a record must not rely on those it was made of."""
+    """What a convolution returns has strides that its channels decide; a record must not rely on those it saw."""
     convolution = nn.Sequential(nn.Conv2d(channels, 4, 3, padding=1), nn.Conv2d(4, 2, 3)).double()
     mapped, values = MappedFunctions(), stacked(convolution, 2)
 

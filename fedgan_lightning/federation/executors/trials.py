@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
-
+from fedgan_lightning.errors import ClientError
 from fedgan_lightning.federation.agreement import shortened
 from fedgan_lightning.federation.cohort import CohortTrainer
 from fedgan_lightning.federation.local import ClientContext, LocalTrainer
+from fedgan_lightning.federation.memory import out_of_memory, release
+from fedgan_lightning.federation.threads import threads
 from fedgan_lightning.protocol import ClientTask
 
 #: Largest stacks tried, and the memory that the weights, gradients and moments of one may take.
 STACK_SIZES, STACK_BYTES = (16, 64, 256), 2 * 1024**3
-#: Steps that bring mapped networks to speed.
-WARM_UP = 6
+#: Steps that record mapped networks.
+WARM_UP = 1
 #: Ways that cost up to this much more than the best one in short trials are tried again, in longer ones.
 CLOSE = 1.3
 #: Of these, taking turns: the seconds that one turn of one way aims at, and all of them together.
@@ -68,11 +68,25 @@ class Trials:
             self.costs[Way(1, n)] = _cost(lambda steps: self._run(1, 1, steps), n)
 
     def stacked(self) -> None:
-        """Measure stacks of several sizes."""
+        """Measure stacks of several sizes, up to the first that does not fit into memory."""
         for size in stack_sizes(self.context, len(self.tasks)):
-            self._run(size, 1, WARM_UP)
+            if not self._fits(size):
+                return
             for n in self.counts:
                 self.costs[Way(size, n)] = _cost(lambda steps, size=size: self._run(size, 1, steps), n)  # type: ignore[misc]
+
+    def _fits(self, size: int) -> bool:
+        """Train a stack for a step; return whether there is memory for it."""
+        try:
+            self._run(size, 1, WARM_UP)
+        except ClientError as error:
+            if not out_of_memory(error):
+                raise
+        else:
+            return True
+        self._cohort = None
+        release(self.context.device)
+        return False
 
     def run_off(self) -> None:
         """Measure again, taking turns, the ways that short trials leave within :data:`CLOSE` of the best.
@@ -145,14 +159,3 @@ def _timed(run: Callable[[], object]) -> float:
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Run the body with ``count`` threads of torch; restore their number afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -1,0 +1,195 @@
+"""``executor: autotune``: what it may choose by measuring, what it says, and that a choice is kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+
+import pytest
+import torch
+
+from fedgan_lightning import R1, AutotunedExecutor, Hinge, SequentialExecutor, VectorizedExecutor
+from fedgan_lightning.errors import UpdateError
+from fedgan_lightning.federation.agreement import NOTHING_TO_COMPARE
+from fedgan_lightning.federation.executors.auto import Plan
+from fedgan_lightning.federation.executors.trials import Cost, Trials, Way
+from fedgan_lightning.federation.ranks import Ranks
+from fedgan_lightning.federation.threads import available_threads
+from tests.conftest import adam, ring_data, ring_gan
+from tests.contracts.test_executors import assert_same, updates
+from tests.foreign import SomebodysGAN
+
+
+class Normalised(torch.optim.SGD):
+    """Steps of unit length: it looks at whole tensors, so clients of a stack would share one."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad /= parameter.grad.norm() + 1e-12
+        return super().step(closure)
+
+
+def normalised(parameters):
+    return Normalised(parameters, lr=0.1)
+
+
+def planned(executor, model=None, data=None, **options):
+    found = updates(executor, ring_gan() if model is None else model, ring_data() if data is None else data, **options)
+    return executor.plan, found
+
+
+def test_many_small_clients_are_stacked_and_the_reason_is_said(tmp_path, caplog):
+    executor = AutotunedExecutor(cache=str(tmp_path))
+    with caplog.at_level(logging.INFO, logger="fedgan_lightning"):
+        plan, _ = planned(executor, data=ring_data(num_clients=32, num_samples=4096))
+    assert plan.chunk_size > 1
+    assert 1 <= plan.num_threads <= available_threads(Ranks())
+    assert "clients stacked at a time" in caplog.text
+    assert "ms per client step, one by one" in caplog.text
+
+
+def test_updates_do_not_depend_on_the_choice(tmp_path):
+    results = [
+        updates(executor, ring_gan().double(), ring_data(), rounds=2)
+        for executor in (AutotunedExecutor(cache=str(tmp_path)), SequentialExecutor())
+    ]
+    assert_same(*results, rtol=1e-11)
+
+
+@pytest.mark.parametrize("model, said", [(SomebodysGAN, "SomebodysGAN without it"), (None, "differs by")])
+def test_what_cannot_be_stacked_runs_one_by_one_for_a_reason(tmp_path, model, said):
+    if model is None:
+        gan = ring_gan(optimizer=normalised)
+    else:
+        gan = model()
+    plan, _ = planned(AutotunedExecutor(cache=str(tmp_path)), gan)
+    assert plan.chunk_size == 1
+    assert said in plan.reason
+
+
+def test_a_network_with_randomness_of_its_own_is_not_stacked(tmp_path):
+    gan = ring_gan()
+    gan.discriminator.features.append(torch.nn.Dropout(0.5))
+    plan, _ = planned(AutotunedExecutor(cache=str(tmp_path)), gan)
+    assert plan.chunk_size == 1
+    assert "random" in plan.reason
+
+
+def test_the_choice_is_kept_for_the_machine_and_for_a_resumed_run(tmp_path):
+    first = AutotunedExecutor(cache=str(tmp_path))
+    plan, _ = planned(first)
+    (kept,) = tmp_path.glob("executor-*.json")
+    kept.write_text(json.dumps({**json.loads(kept.read_text()), "chunk_size": 3, "reason": "kept"}))
+    again, _ = planned(AutotunedExecutor(cache=str(tmp_path)))
+    assert (again.chunk_size, again.reason) == (3, "kept")
+    resumed = AutotunedExecutor(cache=str(tmp_path))
+    resumed.load_state_dict(first.state_dict())
+    assert planned(resumed)[0] == plan
+    assert planned(first)[0].reason == "kept", "an object that runs again begins anew"
+    kept.write_text("{not json")
+    assert planned(AutotunedExecutor(cache=str(tmp_path)))[0].reason != "kept"
+
+
+def test_another_workload_is_measured_anew(tmp_path):
+    planned(AutotunedExecutor(cache=str(tmp_path)))
+    planned(AutotunedExecutor(cache=str(tmp_path)), ring_gan(optimizer=adam), ring_data(batch_size=8))
+    assert len(list(tmp_path.glob("executor-*.json"))) == 2
+
+
+def test_another_optimizer_rate_or_loss_is_another_workload(tmp_path):
+    """What can be stacked depends on them: a choice made for Adam must not meet an optimizer that cannot be."""
+
+    def at(rate):
+        return lambda parameters: torch.optim.Adam(parameters, lr=rate)
+
+    ways = [{"optimizer": at(1e-3)}, {"optimizer": at(1e-5)}, {"optimizer": normalised}, {"loss": Hinge()}]
+    ways.append({"penalties": [R1(0.1)]})
+    for number, options in enumerate(ways, 1):
+        for _ in range(2):  # and the same one is the same, whatever addresses its objects have
+            planned(AutotunedExecutor(cache=str(tmp_path)), ring_gan(**options))
+        assert len(list(tmp_path.glob("executor-*.json"))) == number
+
+
+def test_a_choice_that_does_not_fit_any_more_is_given_up_with_a_warning(tmp_path, caplog):
+    executor = AutotunedExecutor(cache=str(tmp_path))
+    executor.load_state_dict({"plan": {"chunk_size": 4, "num_threads": 1, "reason": "of other days"}})
+    model = ring_gan(optimizer=normalised).double()
+    plan, found = planned(executor, model)
+    assert plan.chunk_size == 1
+    assert "one client after the other" in caplog.text
+    assert "differs by" in caplog.text
+    (kept,) = tmp_path.glob("executor-*.json")
+    assert json.loads(kept.read_text())["chunk_size"] == 1, "and the next run does not try again"
+    assert_same(found, updates(SequentialExecutor(), ring_gan(optimizer=normalised).double(), ring_data()), rtol=1e-11)
+
+
+def test_clients_that_diverge_alone_tell_nothing_of_stacks(tmp_path):
+    def wild(parameters):
+        return torch.optim.SGD(parameters, lr=1e30)
+
+    executor = AutotunedExecutor(cache=str(tmp_path))
+    with pytest.raises(UpdateError, match="finite"):
+        planned(executor, ring_gan(optimizer=wild))
+    assert executor.plan.reason == NOTHING_TO_COMPARE
+    assert not list(tmp_path.iterdir()), "it says nothing of the next run"
+    stacked = VectorizedExecutor()
+    with pytest.raises(UpdateError, match="finite"):
+        updates(stacked, ring_gan(optimizer=wild), ring_data())
+    assert not stacked._checked
+
+
+def test_threads_can_be_set_and_are_restored(tmp_path):
+    before = torch.get_num_threads()
+    plan, _ = planned(AutotunedExecutor(num_threads=2, cache=str(tmp_path)))
+    assert plan.num_threads == 2
+    assert torch.get_num_threads() == before
+
+
+def test_a_trial_leaves_no_trace_in_the_clients_state(tmp_path):
+    results = [
+        updates(executor, ring_gan(optimizer=adam).double(), ring_data(), rounds=2, optimizer_state="keep")
+        for executor in (AutotunedExecutor(cache=str(tmp_path)), SequentialExecutor())
+    ]
+    assert_same(*results, rtol=1e-11)
+
+
+def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(tmp_path):
+    (tmp_path / "file").write_text("")
+    plan, _ = planned(AutotunedExecutor(cache=str(tmp_path / "file")))
+    assert isinstance(plan, Plan)
+
+
+class Sleeping(Trials):
+    """A client step takes a fixed time in each way."""
+
+    def __init__(self, per_client_step):
+        self.per_client_step, self.ran = per_client_step, []
+        self.context, self.tasks, self.steps, self.counts = None, [None] * 32, 10, [1]
+        self.costs = {way: Cost(fixed=0.0, step=0.004 * way.chunk_size) for way in per_client_step}
+
+    def _run(self, size, stacks, steps):
+        self.ran.append(size)
+        time.sleep(self.per_client_step[Way(size, torch.get_num_threads())] * size * stacks * steps)
+
+
+def test_ways_that_short_trials_leave_close_are_tried_again_by_turns():
+    alone, stacked, far = Way(1, 1), Way(16, 1), Way(4, 1)
+    trials = Sleeping({alone: 0.003, stacked: 0.001, far: 0.0001})
+    trials.costs[alone] = Cost(fixed=0.0, step=0.0036)
+    trials.costs[far] = Cost(fixed=0.0, step=4 * 0.0048)
+    trials.run_off()
+    assert set(trials.ran) == {1, 16}, "a way that was a third slower is out"
+    assert trials.ran[:4] == [1, 16, 1, 16]
+    seconds = trials.seconds()
+    assert seconds[stacked] < seconds[alone]
+    assert seconds[alone] == pytest.approx(32 * 10 * 0.003, rel=0.5)
+
+
+def test_a_clear_winner_is_not_tried_again():
+    trials = Sleeping({Way(1, 1): 0.003, Way(16, 1): 0.003})
+    trials.costs[Way(1, 1)] = Cost(fixed=0.0, step=0.001)
+    trials.run_off()
+    assert not trials.ran
