@@ -68,7 +68,7 @@ LAYERS = {
     "federation.ranks": 1,
     "federation.drift": 3,
     "federation.aggregation": 3,
-    "federation.store": 1,
+    "federation.store": 3,
     "federation.optimizer_state": 2,
     "federation.policy": 2,
     "federation.ledger": 3,

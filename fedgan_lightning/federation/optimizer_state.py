@@ -127,9 +127,9 @@ def restore(module: nn.Module, optimizers: Sequence[Optimizer], moments: State) 
         return
     by_parameter: dict[tuple[int, str], dict[str, Tensor]] = {}
     for entry, value in with_counts_on_cpu(moments).items():
-        _, position, name, key = entry.split("/")
+        _, number, name, key = entry.split("/")
         # Copied: optimizers load tensors as they are, and would train on moments that belong to all clients.
-        by_parameter.setdefault((int(position), name), {})[key] = value.clone()
+        by_parameter.setdefault((int(number), name), {})[key] = value.clone()
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     for index, optimizer in enumerate(optimizers):
         packed: dict[str, Any] = optimizer.state_dict()
