@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import shutil
 import warnings
 import zipfile
 from pathlib import Path
@@ -15,21 +16,47 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from fedgan_lightning.errors import CheckpointError, ClientError, ConfigurationError, UpdateError, message
-from fedgan_lightning.files import replacing
+from fedgan_lightning.files import link, replacing
 
 logger = logging.getLogger("fedgan_lightning")
 
 
+#: Key of a checkpoint: a folder, and names of files in it that belong to the checkpoint and never change.
+FILES = "files"
+
+
+def folder_beside(path: str | Path) -> Path:
+    """Return where the files of a checkpoint lie."""
+    return Path(f"{path}.files")
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Saves beside the target and renames, on the same disk; loads with ``weights_only=True`` always."""
+    """Saves beside the target and renames, on the same disk; loads with ``weights_only=True`` always.
+
+    Files that belong to a checkpoint get a second name in a folder beside it: those of the checkpoint before are there
+    already, and what has not changed is neither read nor written again.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write the checkpoint; a process killed at any instant leaves the old file or the new one."""
-        target = Path(path)
+        """Write the checkpoint; a process killed at any instant leaves the old one or the new one, with its files."""
+        target, files = Path(path), checkpoint.get(FILES, {"folder": "", "names": []})
+        beside, names = folder_beside(target), set(files["names"])
+        if names:
+            beside.mkdir(parents=True, exist_ok=True)
+        there = {own.name for own in beside.iterdir()} if beside.is_dir() else set()
+        for name in names - there:
+            link(Path(files["folder"]) / name, beside / name)
         with replacing(target) as file:
             torch.save(checkpoint, file)
+        for name in there - names:  # of the checkpoint before
+            (beside / name).unlink(missing_ok=True)
         for stale in target.parent.glob(f".{target.name}.*.partial"):
             stale.unlink(missing_ok=True)  # left by a process that was killed
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a checkpoint and its files."""
+        super().remove_checkpoint(path)
+        shutil.rmtree(folder_beside(path), ignore_errors=True)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True) -> Any:
         """Read a checkpoint.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,17 @@ def replacing(path: str | Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
         yield file
         file.flush()
         os.fsync(file.fileno())
+    partial.replace(target)
+
+
+def link(source: Path, target: Path) -> None:
+    """Give a file that never changes a second name, or a copy where the disk cannot; whole, or not at all."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(source, partial)
+    except OSError:
+        shutil.copyfile(source, partial)
     partial.replace(target)
 
 

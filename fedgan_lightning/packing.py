@@ -127,6 +127,17 @@ class Packed(Mapping[str, Tensor]):
         layout = Layout.of(state)
         return cls(layout, layout.flatten(state))
 
+    def to(self, device: torch.device) -> Packed:
+        """Return the state on ``device``, by one copy per dtype; itself where it is there already."""
+        if all(vector.device == device for vector in self.vectors.values()):
+            return self
+        return Packed(self.layout, {dtype: vector.to(device) for dtype, vector in self.vectors.items()})
+
+    def beside(self, other: Packed) -> Packed:
+        """Return the state where ``other`` lies."""
+        place = next((vector.device for vector in other.vectors.values()), None)
+        return self if place is None else self.to(place)
+
     def __getitem__(self, name: str) -> Tensor:
         dtype, start, stop = self.layout.spans[name]
         return self.vectors[dtype][start:stop].view(self.layout.by_name[name])
@@ -147,6 +158,18 @@ def unstack(state: State) -> list[Packed]:
     rows = {dtype: matrix.unbind(0) for dtype, matrix in matrices.items()}
     count = len(next(iter(rows.values())))
     return [Packed(layout, {dtype: own[index] for dtype, own in rows.items()}) for index in range(count)]
+
+
+def plain(numbers: Mapping[str, Any]) -> dict[str, float]:
+    """Return numbers as plain ones; tensors among them are read together, since each is waited for on a device."""
+    tensors = {name: value for name, value in numbers.items() if isinstance(value, Tensor)}
+    found = {name: float(value) for name, value in numbers.items() if name not in tensors}
+    by_device: dict[torch.device, list[str]] = {}
+    for name, value in tensors.items():
+        by_device.setdefault(value.device, []).append(name)
+    for names in by_device.values():
+        found |= zip(names, torch.stack([tensors[name].detach().double().reshape(()) for name in names]).tolist())
+    return {name: found[name] for name in numbers}
 
 
 def is_finite(values: Tensor) -> bool:

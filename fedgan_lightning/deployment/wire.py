@@ -32,8 +32,15 @@ def content(facts: Mapping[str, Any], **states: State) -> Any:
         packed = Packed.of(state)
         layouts[f"layout{SEPARATOR}{group}"] = json.dumps(packed.layout.plain())
         for dtype, vector in packed.vectors.items():
-            arrays[f"{group}{SEPARATOR}{dtype}"] = Array(vector.cpu().contiguous().numpy())
+            arrays[f"{group}{SEPARATOR}{dtype}"] = Array(vector.cpu().contiguous().view(on_wire(dtype)).numpy())
     return RecordDict({"facts": ConfigRecord({**facts, **layouts}), "arrays": ArrayRecord(arrays)})
+
+
+def on_wire(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype whose bits stand for those of ``dtype`` in an array: itself, unless NumPy does not know it."""
+    if not dtype.is_floating_point or dtype in (torch.float16, torch.float32, torch.float64):
+        return dtype
+    return torch.int16 if dtype.itemsize == 2 else torch.uint8
 
 
 def facts_of(records: Any) -> dict[str, Any]:
@@ -51,9 +58,9 @@ def state_of(records: Any, group: str) -> dict[str, Tensor]:
     vectors = {}
     for dtype, length in layout.lengths.items():
         vector = torch.from_numpy(records["arrays"][f"{group}{SEPARATOR}{dtype}"].numpy().copy())
-        if vector.shape != (length,) or vector.dtype != dtype:
+        if vector.shape != (length,) or vector.dtype != on_wire(dtype):
             raise ValueError(f"{group} has {list(vector.shape)} numbers of {vector.dtype}, not {length} of {dtype}")
-        vectors[dtype] = vector
+        vectors[dtype] = vector.view(dtype)
     packed = Packed(layout, vectors)
     return {name: packed[name].clone() for name in packed}
 

@@ -22,11 +22,12 @@ class Sums:
     vectors: dict[torch.dtype, Tensor] = field(default_factory=dict)
 
     def add(self, state: Packed, *, weight: float) -> None:
-        """Add ``weight`` times a state of the same layout."""
+        """Add ``weight`` times a state of the same layout, wherever it lies: sums stay where the first one was."""
         self.layout = state.layout
         for dtype, vector in state.vectors.items():
             if dtype in self.vectors:
-                self.vectors[dtype].add_(vector, alpha=weight)  # a float64 sum of float32 terms, in one pass
+                total = self.vectors[dtype]
+                total.add_(vector.to(total.device), alpha=weight)  # a float64 sum of float32 terms, in one pass
             else:
                 self.vectors[dtype] = vector.to(torch.float64) * weight
 
@@ -91,7 +92,7 @@ class WeightedMean(Aggregator):
             return first
         for sums, others in ((first.delta, second.delta), (first.extras, second.extras)):
             for dtype, vector in others.vectors.items():
-                sums.vectors[dtype] = sums.vectors[dtype] + vector
+                sums.vectors[dtype] = sums.vectors[dtype] + vector.to(sums.vectors[dtype].device)
         first.weight += second.weight
         first.num_clients += second.num_clients
         first.num_examples += second.num_examples

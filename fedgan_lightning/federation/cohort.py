@@ -71,7 +71,7 @@ class CohortTrainer:
             attempt.stage = "train"
             device = self.context.device
             generators = [torch.Generator(device).manual_seed(visit.task.seed) for visit in visits]
-            with isolated_rng(tasks[0].seed):
+            with isolated_rng(tasks[0].seed, device=device):
                 cast(StackedModule, self.module).on_cohort_round_start(infos, generators)
                 self.trainer.fit(self.module, batches, callback=callback)
             attempt.go_on()

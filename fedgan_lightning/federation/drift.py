@@ -41,8 +41,9 @@ class Drift:
                     continue
                 key = f"{network}|{dtype}|{start}"
                 if key not in self._sums:
-                    self._sums[key] = torch.zeros(stop - start, dtype=torch.float32)
-                self._sums[key].add_(vector[start:stop].to("cpu", torch.float32), alpha=1.0 / lengths[network])
+                    self._sums[key] = torch.zeros(stop - start, dtype=torch.float32, device=vector.device)
+                total = self._sums[key]
+                total.add_(vector[start:stop].to(total), alpha=1.0 / lengths[network])
         for network, length in lengths.items():
             if length:
                 self._counts[network] = self._counts.get(network, 0) + 1

@@ -22,7 +22,7 @@ from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.federation.ranks import Ranks
 from fedgan_lightning.federation.round_trainer import RoundTrainer, batch_length, device_of, schedulers_of
 from fedgan_lightning.federation.store import ClientStore
-from fedgan_lightning.packing import Packed
+from fedgan_lightning.packing import Packed, plain
 from fedgan_lightning.protocol import (
     ClientHook,
     ClientTask,
@@ -112,7 +112,9 @@ class Visit:
         """Return the visit that ``task`` asks for."""
         steps_per_epoch = context.data.steps_per_epoch(task.client_id)
         first_step, num_steps = task.local.span(round=task.round, steps_per_epoch=steps_per_epoch)
-        private = context.store.read(task.client_id)
+        stored = context.store.read(task.client_id)
+        arrived = Packed.of(stored).to(context.device)  # in one piece; step counts are needed where they are
+        private = {n: stored[n] if optimizer_state.is_shared_number(n, v) else v for n, v in arrived.items()}
         return cls(
             task=task,
             info=RoundInfo(round=task.round, cohort=(task.client_id,), first_step=first_step, num_steps=num_steps),
@@ -206,7 +208,7 @@ class LocalTrainer:
             )
             callback = _InTrainer(self, visit, attempt)
             attempt.stage = "train"
-            with isolated_rng(task.seed):
+            with isolated_rng(task.seed, device=self.context.device):
                 if self._counts_rounds:
                     self.module.on_client_round_start(visit.info)  # type: ignore[operator]
                 trainer = self.trainer.fit(self.module, batches, callback=callback)
@@ -266,7 +268,7 @@ class _InTrainer(L.Callback):
             client_id=self.visit.task.client_id,
             num_examples=self.owner.context.data.num_examples(self.visit.task.client_id),
             delta=Packed.of(self.delta),
-            metrics={name: float(value) for name, value in {**reported, **self.metrics, **counts}.items()},
+            metrics=plain({**reported, **self.metrics, **counts}),
             extras=Packed.of(self.extras),
             round=self.visit.task.round,
         )

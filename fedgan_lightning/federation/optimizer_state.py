@@ -1,12 +1,15 @@
 """Optimizer moments as flat tensors by parameter name, so that they can be kept, averaged and sent.
 
 Names read ``optimizer/INDEX/PARAMETER/KEY``. Numbers that are not tensors become zero-dimensional ones.
+
+torch counts the steps of most optimizers on the CPU, wherever the parameters are. Such numbers travel with the moments,
+on the device, and are read and waited for on the CPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +19,7 @@ from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.protocol import State
 from fedgan_lightning.states import network_of
 
+Key = TypeVar("Key")
 PREFIX = "optimizer/"
 #: Metrics under this prefix are the positions of learning-rate schedules; the orchestrator takes them out.
 SCHEDULE = "schedule/"
@@ -48,10 +52,30 @@ def signature(moments: State) -> tuple[tuple[str, float | None], ...]:
     )
 
 
+def together(numbers: Mapping[Key, Tensor], device: torch.device) -> dict[Key, Tensor]:
+    """Return numbers, zero-dimensional tensors, on ``device``: by one copy for all, since each is waited for."""
+    found = dict(numbers)
+    away: dict[tuple[torch.device, torch.dtype], list[Key]] = {}
+    for name, value in numbers.items():
+        if value.device != device:
+            away.setdefault((value.device, value.dtype), []).append(name)
+    for names in away.values():
+        found |= zip(names, torch.stack([numbers[name] for name in names]).to(device).unbind())
+    return found
+
+
+def with_counts_on_cpu(moments: State) -> dict[str, Tensor]:
+    """Return moments with the step counts on the CPU, where :func:`signature` and optimizers read them."""
+    counts = {name: value for name, value in moments.items() if is_shared_number(name, value)}
+    return {**moments, **together(counts, torch.device("cpu"))}
+
+
 def collect(
     module: nn.Module, optimizers: Sequence[Optimizer], policy: Mapping[str, str]
 ) -> dict[str, dict[str, Tensor]]:
     """Return copies of the moments, under ``average`` and ``keep``; those of networks with another policy are left.
+
+    All are on the device of the module, also those that the optimizers keep on the CPU.
 
     Args:
         module: Whose parameters they belong to.
@@ -70,7 +94,11 @@ def collect(
                 if value is not None:
                     tensor = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
                     chosen[f"{PREFIX}{index}/{name}/{key}"] = tensor.detach().clone()
-    return found
+    device = next(module.parameters()).device
+    return {
+        policy: {**moments, **together({n: v for n, v in moments.items() if not v.dim()}, device)}
+        for policy, moments in found.items()
+    }
 
 
 def rows(moments: State, *, first: int, stop: int) -> dict[str, Tensor]:
@@ -90,23 +118,32 @@ def keep_first(optimizer: Optimizer, count: int) -> None:
 
 
 def restore(module: nn.Module, optimizers: Sequence[Optimizer], moments: State) -> None:
-    """Load moments into fresh optimizers; parameters without moments start afresh."""
+    """Load moments into fresh optimizers; parameters without moments start afresh.
+
+    Step counts lie on the CPU afterwards, or on the device where an optimizer is fused or capturable: torch takes them
+    as they are, and would wait for the device at every step of every parameter otherwise.
+    """
     if not moments:
         return
     by_parameter: dict[tuple[int, str], dict[str, Tensor]] = {}
-    for entry, value in moments.items():
-        _, position, name, key = entry.split("/")
+    for entry, value in with_counts_on_cpu(moments).items():
+        _, number, name, key = entry.split("/")
         # Copied: optimizers load tensors as they are, and would train on moments that belong to all clients.
-        by_parameter.setdefault((int(position), name), {})[key] = value.clone()
+        by_parameter.setdefault((int(number), name), {})[key] = value.clone()
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     for index, optimizer in enumerate(optimizers):
-        ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         packed: dict[str, Any] = optimizer.state_dict()
-        packed["state"] = {
-            position: dict(by_parameter[index, names[id(parameter)]])
-            for position, parameter in enumerate(ordered)
-            if (index, names[id(parameter)]) in by_parameter
-        }
+        places = ((own, group) for group in optimizer.param_groups for own in group["params"])
+        on_device: dict[torch.device, dict[int, Tensor]] = {}
+        for position, (parameter, group) in enumerate(places):
+            state = by_parameter.get((index, names[id(parameter)]))
+            if state is not None:
+                packed["state"][position] = state
+                if "step" in state and (group.get("fused") or group.get("capturable")):
+                    on_device.setdefault(parameter.device, {})[position] = state["step"]
+        for device, counts in on_device.items():
+            for position, count in together(counts, device).items():
+                packed["state"][position]["step"] = count
         optimizer.load_state_dict(packed)
 
 

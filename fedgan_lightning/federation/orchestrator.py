@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import lightning as L
 
+from fedgan_lightning.checkpoints import FILES, AtomicCheckpointIO, folder_beside
 from fedgan_lightning.errors import RoundInterrupted
 from fedgan_lightning.federation.aggregation import WeightedMean
 from fedgan_lightning.federation.checks import (
@@ -73,7 +74,8 @@ class FederatedOrchestrator(L.Callback):
         buffers: Float buffers of averaged networks: ``merge`` (BatchNorm with pooled variance), ``local`` (FedBN), or
             ``estimate``: local, and the server's generator gets statistics from its own samples.
         client_state: Where private states of clients (local networks, kept moments) lie between rounds: ``memory``, or
-            ``disk`` for large populations, in the folder ``clients`` of the run directory. Checkpoints hold all of it.
+            ``disk`` for large populations, in the folder ``clients`` of the run directory. Checkpoints hold all of it:
+            what lies on disk, in the folder ``NAME.ckpt.files`` beside ``NAME.ckpt``.
         seed: Root seed of cohorts and of all randomness on clients.
 
     Raises:
@@ -297,7 +299,7 @@ class FederatedOrchestrator(L.Callback):
         return {
             "settings": self._made_of,
             "identity": self._identity,
-            "store": self.store.state_dict(),
+            "store": {} if self.store.files is not None else self.store.state_dict(),
             "ledger": self.ledger.state_dict(),
             "schedule_positions": list(self._schedule_positions),
             "moments": self._moments(),
@@ -308,8 +310,23 @@ class FederatedOrchestrator(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict
 
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Have files of clients kept beside the checkpoint; within it, where somebody else's plugin writes it."""
+        own, files = checkpoint["callbacks"][self.state_key], self.store.files
+        if files is None:
+            return
+        if isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO):
+            own["store_files"] = {str(client_id): name for client_id, name in files.names.items()}
+            checkpoint[FILES] = {"folder": str(files.folder), "names": list(files.names.values())}
+        else:
+            own["store"] = self.store.state_dict()
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._files_at = folder_beside(trainer.ckpt_path or "")
+
     _identity: Mapping[str, Any] = {}
     _made_of: Mapping[str, Any] = {}
+    _files_at = Path()
     _server: ServerModule | None = None
 
     def _moments(self) -> dict[str, Any]:
@@ -346,7 +363,10 @@ class FederatedOrchestrator(L.Callback):
         check_unchanged(state["identity"], self._identity)
         if state["settings"]:  # runs from Python kept none in the beginning
             check_unchanged(state["settings"], self._made_of)
-        self.store.load_state_dict(state["store"])
+        if "store_files" in state:
+            self.store.load_files(state["store_files"], self._files_at)
+        else:
+            self.store.load_state_dict(state["store"])
         self.ledger.load_state_dict(state["ledger"])
         self._schedule_positions = tuple(state["schedule_positions"])
         server.moments = dict(state["moments"])

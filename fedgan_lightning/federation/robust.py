@@ -33,12 +33,16 @@ class RobustAggregator(Aggregator):
         delta, extras = Packed.of(update.delta), Packed.of(update.extras)
         check_update(update.client_id, num_examples=update.num_examples, states=(delta, extras))
         if accumulator:
+            delta, extras = delta.beside(accumulator[0][2]), extras.beside(accumulator[0][3])
             for expected, received in ((accumulator[0][2], delta), (accumulator[0][3], extras)):
                 check_layout(update.client_id, expected=expected.layout, received=received.layout)
         return [*accumulator, (update.client_id, update.num_examples, delta, extras)]
 
     def merge(self, first: Collected, second: Collected) -> Collected:
-        return [*first, *second]
+        if not first:
+            return second
+        _, _, delta, extras = first[0]
+        return [*first, *((k, n, own.beside(delta), more.beside(extras)) for k, n, own, more in second)]
 
     def finalize(self, accumulator: Collected) -> Aggregate:
         collected = sorted(accumulator, key=lambda own: own[0])
@@ -217,7 +221,7 @@ class NearestNeighborMixing(RobustAggregator):
 
 def by_coordinate(states: Sequence[Packed], rule: Callable[[Tensor], Tensor]) -> Packed:
     """Return ``rule`` applied to every vector of the states stacked, (n, length) -> (length,), in float64."""
-    layout = states[0].layout
+    layout, states = states[0].layout, [own.beside(states[0]) for own in states]
     vectors = {
         dtype: rule(torch.stack([own.vectors[dtype] for own in states]).double()).to(dtype) for dtype in layout.lengths
     }

@@ -79,7 +79,7 @@ class RoundTrainer:
             self._trainer._signal_connector = _NoSignals(self._trainer)  # signals are the outer Trainer's business
             self._external_callbacks = list(self._trainer.callbacks)  # type: ignore[attr-defined]
         trainer = self._trainer
-        trainer.fit_loop = _FitLoop(trainer, max_epochs=1)
+        trainer.fit_loop = _KnownLength(trainer, max_epochs=1)
         trainer.fit_loop.epoch_loop = QuietEpochLoop(trainer)
         trainer.should_stop = False
         trainer.callbacks = [*self._external_callbacks, callback]  # type: ignore[attr-defined]
@@ -118,6 +118,31 @@ class ResidentStrategy(SingleDeviceStrategy):
     calls four hooks a backward pass, which takes a tenth as long as the pass of a small network (measured).
     """
 
+    _counts_on_cpu = False
+
+    @property
+    def root_device(self) -> torch.device:
+        """Where the module is, and for the moment where loops count minibatches."""
+        return torch.device("cpu") if self._counts_on_cpu else super().root_device
+
+    @contextmanager
+    def counts_on_cpu(self) -> Iterator[None]:
+        """Have the body count on the CPU what Lightning would sum over processes, of which there is one."""
+        self._counts_on_cpu = True
+        try:
+            yield
+        finally:
+            self._counts_on_cpu = False
+
+    def setup(self, trainer: L.Trainer) -> None:
+        """Prepare for a fit; the accelerator for the first one only.
+
+        A CUDA device's preparation gives back all memory that is not in use, which the next client takes again.
+        """
+        super().setup(trainer)
+        assert self.accelerator is not None
+        self.accelerator.setup = _nothing_to_do  # type: ignore[method-assign]
+
     def _hears_backward(self) -> bool:
         """Whether anybody has hooks of a backward pass now: overridden, set on an object, or wrapped."""
         if type(self.precision_plugin).pre_backward is not Precision.pre_backward:
@@ -148,6 +173,19 @@ class ResidentStrategy(SingleDeviceStrategy):
     def teardown(self) -> None:
         """Release what belongs to a single fit."""
         self.precision_plugin.teardown()
+
+
+def _nothing_to_do(trainer: L.Trainer) -> None:
+    """Stand for a preparation that has been made."""
+
+
+class _KnownLength(_FitLoop):
+    """Asks for the number of minibatches without waiting for a device, which Lightning does four times a fit."""
+
+    def setup_data(self) -> None:
+        strategy: Any = self.trainer.strategy
+        with strategy.counts_on_cpu():
+            super().setup_data()
 
 
 class _NoSignals(_SignalConnector):

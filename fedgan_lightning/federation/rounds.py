@@ -12,7 +12,7 @@ import torch
 
 from fedgan_lightning.federation.ledger import Contact, bytes_by_network
 from fedgan_lightning.federation.optimizer_state import SCHEDULE
-from fedgan_lightning.packing import Packed
+from fedgan_lightning.packing import Packed, plain
 from fedgan_lightning.protocol import Aggregate, ClientUpdate, Participant, State
 
 #: In populations above this per-client curves are replaced by minimum, median and maximum over the cohort.
@@ -159,9 +159,13 @@ def lengths(delta: State, networks: Sequence[str]) -> dict[str, float]:
 def norms(state: State, networks: Sequence[str]) -> dict[str, float]:
     """Return the Euclidean norm of each network's entries."""
     packed = Packed.of(state)
+    parts = {
+        f"{network}|{dtype}|{start}": torch.linalg.vector_norm(packed.vectors[dtype][start:stop])
+        for dtype, runs in packed.layout.runs.items()
+        for network, start, stop in runs
+    }
     squares: dict[str, float] = dict.fromkeys(networks, 0.0)
-    for dtype, runs in packed.layout.runs.items():
-        for network, start, stop in runs:
-            norm = torch.linalg.vector_norm(packed.vectors[dtype][start:stop])
-            squares[network] = squares.get(network, 0.0) + float(norm) ** 2
+    for key, norm in plain(parts).items():
+        network = key.split("|")[0]
+        squares[network] = squares.get(network, 0.0) + norm**2
     return {network: squares[network] ** 0.5 for network in networks}

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fedgan_lightning import states
 from fedgan_lightning.errors import CheckpointError, ConfigurationError, message
-from fedgan_lightning.federation.optimizer_state import is_optimizer_entry
+from fedgan_lightning.federation.optimizer_state import only_moments, with_counts_on_cpu, without_moments
 from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.protocol import Aggregate, RecalibrationHook, SampleSource, ServerHook
 
@@ -111,9 +111,9 @@ class ServerModule(L.LightningModule):
             self.model.recalibrate()
 
     def _load_extras(self, extras: Mapping[str, Tensor]) -> None:
-        buffers = {name: value for name, value in extras.items() if not is_optimizer_entry(name)}
-        states.load_entries(self.model, states.decode_statistics(buffers, self.policy.entries))
-        self.moments.update({name: value for name, value in extras.items() if is_optimizer_entry(name)})
+        buffers = states.decode_statistics(without_moments(extras), self.policy.entries)
+        states.load_entries(self.model, buffers)
+        self.moments.update(with_counts_on_cpu(only_moments(extras)))
         for network, child in self.model.named_children():
             if self.policy.sync.get(network) == "average":
                 states.refresh_spectral_norm(child)

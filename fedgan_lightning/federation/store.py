@@ -8,19 +8,27 @@ a client whose update is not let in, so a checkpoint taken at any time holds the
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors import safe_open
+from safetensors.torch import save
 
+from fedgan_lightning.errors import CheckpointError, message
+from fedgan_lightning.files import link
+from fedgan_lightning.packing import Layout, Packed
 from fedgan_lightning.protocol import State
 
 
-class StateFiles(MutableMapping[int, dict[str, Tensor]]):
+class StateFiles(MutableMapping[int, Packed]):
     """Flat states by number, one safetensors file each.
+
+    A file never changes: its name tells its contents. So a checkpoint that holds the file too, under a second name on
+    the same disk, need not read it again.
 
     Args:
         folder: Where the files lie; what is there is deleted. It holds nothing that checkpoints do not hold.
@@ -28,46 +36,76 @@ class StateFiles(MutableMapping[int, dict[str, Tensor]]):
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._numbers: dict[int, None] = {}
+        #: File by number.
+        self.names: dict[int, str] = {}
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _path(self, number: int) -> Path:
-        return self.folder / f"client{number:06d}.safetensors"
+    def __getitem__(self, number: int) -> Packed:
+        return read_state(self.folder / self.names[number])
 
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
-        if number not in self._numbers:
-            raise KeyError(number)
-        return load_file(self._path(number))
-
-    def __setitem__(self, number: int, state: dict[str, Tensor]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(number)
-        fresh = path.with_suffix(".partial")  # what was read before is mapped from the old file, which must not change
-        save_file({name: value.contiguous() for name, value in state.items()}, fresh)
-        fresh.replace(path)
-        self._numbers[number] = None
+    def __setitem__(self, number: int, state: State) -> None:
+        packed = Packed.of(state)
+        vectors = {str(dtype): vector.contiguous() for dtype, vector in packed.vectors.items()}
+        content = save(vectors, {"layout": json.dumps(packed.layout.plain())})
+        name = f"client{number:06d}-{hashlib.blake2b(content, digest_size=8).hexdigest()}.safetensors"
+        self._place(number, name, lambda path: path.write_bytes(content))
 
     def __delitem__(self, number: int) -> None:
-        del self._numbers[number]
-        self._path(number).unlink(missing_ok=True)
+        (self.folder / self.names.pop(number)).unlink(missing_ok=True)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._numbers)
+        return iter(self.names)
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self.names)
+
+    def clear(self) -> None:
+        """Delete all files; the inherited way would read each of them."""
+        for number in list(self.names):
+            del self[number]
+
+    def adopt(self, names: Mapping[int, str], folder: str | Path) -> None:
+        """Take over the files of a folder, in place of all states."""
+        self.clear()
+        for number, name in names.items():
+            source = Path(folder) / name
+            self._place(number, name, lambda path, source=source: link(source, path))  # type: ignore[misc]
+
+    def _place(self, number: int, name: str, make: Callable[[Path], object]) -> None:
+        """Have the file of ``number`` made under this name, unless it is there, and forget its last one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path, before = self.folder / name, self.names.get(number)
+        if before != name:
+            partial = path.with_suffix(".partial")
+            make(partial)
+            partial.replace(path)
+            self.names[number] = name
+            if before is not None:
+                (self.folder / before).unlink(missing_ok=True)  # who has read it has it mapped, and keeps it
+
+
+def read_state(path: Path) -> Packed:
+    """Return the state in a file, mapped rather than copied."""
+    with safe_open(path, framework="pt") as file:
+        layout = Layout.from_plain(json.loads(file.metadata()["layout"]))
+        return Packed(layout, {dtype: file.get_tensor(str(dtype)) for dtype in layout.lengths})
 
 
 class ClientStore:
-    """Flat states by client id, on the CPU.
+    """Flat states by client id, packed, on the CPU.
 
     Args:
         committed: Where states are kept; default in memory.
     """
 
-    def __init__(self, committed: MutableMapping[int, dict[str, Tensor]] | None = None) -> None:
-        self._committed = {} if committed is None else committed
-        self._pending: dict[int, dict[str, Tensor]] = {}
+    def __init__(self, committed: MutableMapping[int, Packed] | None = None) -> None:
+        self._committed: MutableMapping[int, Packed] = {} if committed is None else committed
+        self._pending: dict[int, Packed] = {}
+
+    @property
+    def files(self) -> StateFiles | None:
+        """The files that states are kept in, if they are."""
+        return self._committed if isinstance(self._committed, StateFiles) else None
 
     def read(self, client_id: int) -> State:
         """Return the client's state after the last committed round; empty before its first."""
@@ -76,11 +114,13 @@ class ClientStore:
     def write(self, client_id: int, state: State) -> None:
         """Keep ``state`` for the client, once :meth:`commit` is called; an empty one is not stored."""
         if state:
-            self._pending[client_id] = {name: value.detach().cpu().clone() for name, value in state.items()}
+            packed, shared = Packed.of(state), isinstance(state, Packed)  # perhaps a row of a whole stack's matrix
+            vectors = {dtype: vector.to("cpu", copy=shared) for dtype, vector in packed.vectors.items()}
+            self._pending[client_id] = Packed(packed.layout, vectors)
 
     def exchange(self, share: Callable[[Mapping[int, State]], Mapping[int, State]]) -> None:
         """Replace the writes of this round by those of all ranks; ``share`` brings them together."""
-        self._pending = {client_id: dict(state) for client_id, state in share(self._pending).items()}
+        self._pending = {client_id: Packed.of(state) for client_id, state in share(self._pending).items()}
 
     def commit(self) -> None:
         """Make the writes of this round permanent."""
@@ -105,7 +145,30 @@ class ClientStore:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace all states."""
         self._committed.clear()
-        self._committed.update((int(client_id), dict(values)) for client_id, values in state.items())
+        self._committed.update((int(client_id), Packed.of(values)) for client_id, values in state.items())
+        self._pending.clear()
+
+    def load_files(self, names: Mapping[str, str], folder: Path) -> None:
+        """Replace all states by those in files by client, in the folder beside a checkpoint.
+
+        Raises:
+            CheckpointError: If one is missing.
+        """
+        own = {int(client_id): Path(name).name for client_id, name in names.items()}  # no way out of the folder
+        missing = [name for name in own.values() if not (folder / name).is_file()]
+        if missing:
+            raise CheckpointError(
+                message(
+                    "a checkpoint with client_state: disk has its clients' states in the folder beside it",
+                    received=f"{len(missing)} files missing, such as {folder / missing[0]}",
+                    fix="copy the folder along with the checkpoint, or resume from another one",
+                )
+            )
+        if self.files is not None:
+            self.files.adopt(own, folder)
+        else:
+            self._committed.clear()
+            self._committed.update((number, read_state(folder / name)) for number, name in own.items())
         self._pending.clear()
 
 

@@ -10,15 +10,16 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.gan.precision import FullPrecision
 
 Operation = Literal["colour", "translation", "cutout"]
 OPERATIONS: tuple[Operation, ...] = ("colour", "translation", "cutout")
 
 
-class Augmentation(nn.Module):
+class Augmentation(FullPrecision):
     """Differentiable augmentation of real and generated images in both networks' steps (Zhao et al. 2020).
 
     Colour: brightness +-.5, saturation 0 to 2, contrast .5 to 1.5; translation by up to an eighth of the side, filled
@@ -135,7 +136,7 @@ def _cutout(x: Tensor, u: Tensor) -> Tensor:
 _TRANSFORMS = {"colour": _colour, "translation": _translation, "cutout": _cutout}
 
 
-class LeCam(nn.Module):
+class LeCam(FullPrecision):
     """Anchors for the discriminator's logits: weight * (E relu(D(x) - a_F)^2 + E relu(a_R - D(G(z)))^2).
 
     a_R and a_F are moving averages of the mean logits of real and generated samples. In a federation they are averaged

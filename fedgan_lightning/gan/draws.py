@@ -68,9 +68,20 @@ def drawn(
     weights = torch.rand(count, generator=generator, device=device, dtype=dtype) if mix else None
     z = latents(count, latent_dim, generator=generator, device=device, dtype=dtype)
     if fake_labels != "held" and num_classes:
-        classes = y.unique() if fake_labels == "balanced" else torch.arange(num_classes, device=device)
-        y = classes[torch.randint(len(classes), (count,), device=device, generator=generator)]
+        y = _labels(y, among=num_classes, held_only=fake_labels == "balanced", generator=generator)
     where: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
     u = None if num_augment is None else torch.rand(2, count, num_augment, **where)
     told = None if num_condition is None else torch.rand(count, num_condition, **where)
     return Draws(z=z, y=y, mix=weights, augment=u, condition=told)
+
+
+def _labels(y: Tensor, *, among: int, held_only: bool, generator: torch.Generator | None) -> Tensor:
+    """Return as many labels as ``y`` has, drawn uniformly from all classes, or from those that are in ``y``.
+
+    How many of these there are is not asked, since a device would have to be waited for.
+    """
+    if not held_only:
+        return torch.randint(among, y.shape, device=y.device, generator=generator)
+    upto = (y.unsqueeze(1) == torch.arange(among, device=y.device)).any(0).cumsum(0)  # how many up to each class
+    places = torch.randint(2**32 - 1, y.shape, device=y.device, generator=generator) % upto[-1]
+    return torch.searchsorted(upto, places, right=True)

@@ -79,7 +79,7 @@ def project(
                 fix="set steps=300, starts=16, lr=0.05, feature_weight=1",
             )
         )
-    parameter, draws = next(generator.parameters()), prior if prior is not None else Normal()
+    parameter, draws = _where(generator), prior if prior is not None else Normal()
     x = x.to(parameter)
     weights = torch.ones_like(x) if known is None else known.to(x).expand_as(x)
     wanted = x if features is None else features(x).detach()
@@ -144,6 +144,7 @@ def interpolate(
     """
     if steps < 2:
         raise ConfigurationError(message("a way has two ends at least", received=f"steps={steps}", fix="set 8"))
+    first, second = first.to(_where(generator)), second.to(_where(generator))
     fractions = torch.linspace(0, 1, steps, device=first.device, dtype=first.dtype)
     latents = (prior if prior is not None else Normal()).between(first, second, fractions)
     with _still(generator):
@@ -161,7 +162,7 @@ def direction(latents: Tensor, attribute: Tensor) -> Tensor:
     Raises:
         DataError: If all have it, or none.
     """
-    held = attribute.bool()
+    held = attribute.to(latents.device).bool()
     if held.all() or not held.any():
         raise DataError(
             message(
@@ -178,12 +179,18 @@ def edited(
     generator: nn.Module, latents: Tensor, along: Tensor, *, amounts: Tensor, labels: Tensor | None = None
 ) -> Tensor:
     """Return G(z + a d) (N, A, ...) for latents z (N, latent_dim), a direction d (latent_dim,) and amounts a (A,)."""
+    latents, along, amounts = (own.to(_where(generator)) for own in (latents, along, amounts))
     with _still(generator):
         return torch.stack([_generate(generator, latents + amount * along, labels) for amount in amounts], dim=1)
 
 
+def _where(generator: nn.Module) -> Tensor:
+    """Return a tensor of the device and dtype of the generator's inputs."""
+    return next(generator.parameters())
+
+
 def _generate(generator: nn.Module, z: Tensor, labels: Tensor | None) -> Tensor:
-    samples: Tensor = generator(z, labels)
+    samples: Tensor = generator(z, None if labels is None else labels.to(z.device))
     return samples
 
 

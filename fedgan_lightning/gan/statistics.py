@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 
@@ -21,6 +22,8 @@ class StepMeans:
     def add(self, stats: Mapping[str, Tensor], *, scale: float = 1.0) -> None:
         """Add values of a part of a step, which is ``scale`` of it."""
         for name, value in stats.items():
+            # The sum over an epoch of half-precision numbers would stop growing after some hundred steps.
+            value = value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
             term = value if scale == 1.0 else scale * value
             self._sums[name] = self._sums[name] + term if name in self._sums else term
 

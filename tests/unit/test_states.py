@@ -17,6 +17,7 @@ from fedgan_lightning.federation import optimizer_state
 from fedgan_lightning.federation.aggregation import WeightedMean
 from fedgan_lightning.federation.policy import resolve
 from fedgan_lightning.federation.store import ClientStore, StateFiles
+from fedgan_lightning.packing import Layout, Packed
 from fedgan_lightning.protocol import ClientUpdate, LocalWork
 from fedgan_lightning.seeding import derive_seed, isolated_rng
 from fedgan_lightning.states import Kind
@@ -228,14 +229,31 @@ def test_the_store_forgets_what_was_not_committed(where, tmp_path):
 def test_states_on_disk_are_files_by_client_and_those_of_an_earlier_run_are_removed(tmp_path):
     files = StateFiles(tmp_path)
     files[7] = {"generator.weight": torch.arange(6.0).view(2, 3).T, "optimizer/0/w/step": torch.tensor(3.0)}
-    assert [path.name for path in tmp_path.iterdir()] == ["client000007.safetensors"]
+    assert [path.name.split("-")[0] for path in tmp_path.iterdir()] == ["client000007"]
     assert torch.equal(files[7]["generator.weight"], torch.arange(6.0).view(2, 3).T)
     assert files[7]["optimizer/0/w/step"].shape == ()
     before = files[7]["generator.weight"]
     files[7] = {"generator.weight": torch.zeros(3, 2)}
     assert before.sum() == 15, "what was read stays as it was"
+    assert len(list(tmp_path.iterdir())) == 1, "the file of the state before is gone"
     assert len(StateFiles(tmp_path)) == 0
     assert not tmp_path.exists()
+
+
+@pytest.mark.parametrize("source", ["plain", "packed"])
+def test_what_is_stored_is_a_copy_in_one_vector_per_dtype(source):
+    matrix, steps = torch.arange(6.0).view(2, 3), torch.tensor([3, 4])
+    state = {"w": matrix[1], "optimizer/0/w/step": steps[1]}
+    store = ClientStore()
+    store.write(
+        0, state if source == "plain" else Packed(Layout.of(state), {torch.float32: matrix[1], torch.int64: steps[1:]})
+    )
+    store.commit()
+    matrix.zero_()
+    steps.zero_()
+    kept = store.read(0)
+    assert (kept["w"].tolist(), int(kept["optimizer/0/w/step"])) == ([3.0, 4.0, 5.0], 4)
+    assert kept.vectors[torch.float32].untyped_storage().nbytes() == 12, "a row does not keep the matrix of its stack"
 
 
 def test_seeds_differ_in_every_argument_and_do_not_change_between_versions():
