@@ -25,7 +25,8 @@ class Federation:
     """A federation ready to run, with evaluation, pictures, checkpoints, TensorBoard and a run directory.
 
     Args:
-        model: Any LightningModule; metrics and pictures need a ``sample`` method on it.
+        model: A LightningModule that keeps its state in parameters and float buffers; metrics and pictures need a
+            ``sample`` method on it.
         data: The clients' data.
         rounds: Rounds to complete.
         run_dir: Directory of the run; it must not hold another.

@@ -31,7 +31,7 @@ class ServerModule(L.LightningModule):
     """The global module under federation; the Trainer that fits it has a ``FederatedOrchestrator`` among its callbacks.
 
     Args:
-        model: Any LightningModule; every client trains a copy of it.
+        model: A LightningModule; every client trains a copy of it.
         optimizer: Makes the server's optimizer; default federated averaging.
         scheduler: Makes a schedule of the server's learning rate, stepped once per round.
     """
