@@ -19,6 +19,7 @@ from fedgan_lightning import states
 from fedgan_lightning.errors import CheckpointError, ConfigurationError, message
 from fedgan_lightning.federation.optimizer_state import is_optimizer_entry
 from fedgan_lightning.federation.policy import Policy
+from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import Aggregate, RecalibrationHook, SampleSource, ServerHook
 
 
@@ -36,6 +37,7 @@ class ServerModule(L.LightningModule):
         scheduler: Makes a schedule of the server's learning rate, stepped once per round.
     """
 
+    @checked()
     def __init__(
         self,
         model: L.LightningModule,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.options import checked
 
 Operation = Literal["colour", "translation", "cutout"]
 OPERATIONS: tuple[Operation, ...] = ("colour", "translation", "cutout")
@@ -40,6 +41,7 @@ class Augmentation(nn.Module):
     #: Uniform numbers per image.
     num_random = 10
 
+    @checked(probability="[0, 1]", target="(-1, 1)", images_to_full="(0, inf)")
     def __init__(
         self,
         operations: Sequence[Operation] = OPERATIONS,
@@ -154,6 +156,7 @@ class LeCam(nn.Module):
     real: Tensor
     fake: Tensor
 
+    @checked(weight="[0, inf)", decay="[0, 1)", start_step="[0, inf)")
     def __init__(self, weight: float = 0.1, *, decay: float = 0.99, start_step: int = 1000) -> None:
         super().__init__()
         if weight < 0 or not 0 <= decay < 1 or start_step < 0:

@@ -26,6 +26,7 @@ from fedgan_lightning.federation.executors.vectorized import StackingError, Vect
 from fedgan_lightning.federation.local import ClientContext
 from fedgan_lightning.federation.ranks import Ranks, first_known
 from fedgan_lightning.files import cache_folder, write_text
+from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import ClientFailure, ClientTask, ClientUpdate, Executor
 from fedgan_lightning.version import __version__
 
@@ -70,6 +71,7 @@ class AutoExecutor(Executor):
         cache: Folder of the cache; default ``$FEDGAN_CACHE`` or ``~/.cache/fedgan_lightning``.
     """
 
+    @checked(num_threads="[1, inf)")
     def __init__(self, *, num_threads: int | None = None, cache: str | None = None) -> None:
         self.num_threads, self.cache = num_threads, cache
         self.plan: Plan | None = None

@@ -8,6 +8,7 @@ from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation.agreement import NOTHING_TO_COMPARE, disagreement, stack_key
 from fedgan_lightning.federation.cohort import CohortTrainer
 from fedgan_lightning.federation.local import ClientContext
+from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import ClientTask, ClientUpdate, Executor
 
 
@@ -30,6 +31,7 @@ class VectorizedExecutor(Executor):
             clients that do not diverge on their own).
     """
 
+    @checked(chunk_size="[1, inf)")
     def __init__(self, *, chunk_size: int = 64) -> None:
         if chunk_size < 1:
             raise ConfigurationError(
