@@ -14,6 +14,8 @@ from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.callback import Evaluation
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
 from fedgan_lightning.federation.server import ServerModule
+from fedgan_lightning.options import checked
+from fedgan_lightning.protocol import FederatedData
 from fedgan_lightning.recorder import RunRecorder, listed
 from fedgan_lightning.visuals.inspection import Inspection
 from fedgan_lightning.visuals.progress import RoundProgressBar
@@ -25,7 +27,8 @@ class Federation:
     """A federation ready to run, with evaluation, pictures, checkpoints, TensorBoard and a run directory.
 
     Args:
-        model: Any LightningModule; metrics and pictures need a ``sample`` method on it.
+        model: A LightningModule that keeps its state in parameters and float buffers; metrics and pictures need a
+            ``sample`` method on it.
         data: The clients' data.
         rounds: Rounds to complete.
         run_dir: Directory of the run; it must not hold another.
@@ -39,10 +42,11 @@ class Federation:
             generator: call ``L.seed_everything`` before.
     """
 
+    @checked(rounds="[1, inf)")
     def __init__(
         self,
         model: L.LightningModule,
-        data: FederatedDataModule,
+        data: FederatedDataModule | FederatedData,
         *,
         rounds: int = 50,
         run_dir: str = "runs/run",

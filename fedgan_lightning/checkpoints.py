@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from fedgan_lightning.errors import CheckpointError, ClientError, ConfigurationError, UpdateError, message
 from fedgan_lightning.files import link, replacing
+from fedgan_lightning.options import checked
 
 logger = logging.getLogger("fedgan_lightning")
 
@@ -121,6 +122,7 @@ class LastCheckpoint(_InRunDirectory):
         too.
     """
 
+    @checked(every_n_rounds="[1, inf)")
     def __init__(self, *, every_n_rounds: int = 1) -> None:
         if every_n_rounds < 1:
             raise ConfigurationError(
@@ -157,6 +159,7 @@ class BestCheckpoint(_InRunDirectory):
         mode: Whether lower (``min``) or higher (``max``) is better.
     """
 
+    @checked()
     def __init__(self, *, monitor: str | None = "fid", mode: Literal["min", "max"] = "min") -> None:
         super().__init__(
             monitor=monitor,

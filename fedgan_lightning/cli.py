@@ -1,6 +1,6 @@
 """The command line: a LightningCLI whose ``fit`` runs a federation.
 
-Groups: ``model`` (any LightningModule), ``data``, ``federation``, ``server``, ``evaluation``, ``pictures``,
+Groups: ``model`` (a LightningModule), ``data``, ``federation``, ``server``, ``evaluation``, ``pictures``,
 ``inspection``, ``checkpoint``, ``best`` and Lightning's own ``trainer``.
 """
 

@@ -20,6 +20,7 @@ from fedgan_lightning.federation.ledger import RollCall
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
 from fedgan_lightning.files import replacing, write_text
 from fedgan_lightning.journal import NAME, Journal
+from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import Executor
 from fedgan_lightning.version import __version__
 
@@ -53,6 +54,7 @@ class RunRecorder(L.Callback):
         resuming: Whether the run directory may already hold this run.
     """
 
+    @checked(seed="[0, inf)")
     def __init__(self, *, config: str | None = None, seed: int | None = None, resuming: bool = False) -> None:
         self.config, self.seed, self.resuming = config, seed, resuming
         self._wall_seconds, self._started = 0.0, time.perf_counter()

@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "fedgan_lightning"
 #: Longest prefix wins. Equal layers never import each other.
 LAYERS = {
     "version": 0,
-    "errors": 0,
+    "errors": -1,
+    "options": 0,
     "files": 0,
     "journal": 1,
     "seeding": 0,

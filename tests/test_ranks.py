@@ -6,9 +6,6 @@ import datetime
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,8 +15,9 @@ import torch.distributed as dist
 from fedgan_lightning.checkpoints import read_checkpoint
 from fedgan_lightning.federation.ranks import Ranks, lost_rank
 from tests.conftest import ROOT
+from tests.processes import children, eventually, started
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(900)]
 
 SETTINGS = """
 seed_everything: 1
@@ -49,26 +47,13 @@ trainer: {accelerator: cpu, enable_progress_bar: false}
 """
 
 
-def start(run_dir: Path, *arguments: str, devices: int = 2) -> subprocess.Popen:
+def start(run_dir: Path, *arguments: str, devices: int = 2):
     settings = run_dir.parent / "settings.yaml"
     settings.parent.mkdir(parents=True, exist_ok=True)
     settings.write_text(SETTINGS)
-    command = [sys.executable, "-m", "fedgan_lightning", "fit", "--config", str(settings), "--run_dir", str(run_dir)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [*command, "--trainer.devices", str(devices), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        cwd=run_dir.parent,
-    )
-
-
-def finish(process: subprocess.Popen) -> tuple[int, str]:
-    """Return (exit code, everything printed)."""
-    out, err = process.communicate(timeout=200)
-    return process.returncode, out + err
+    options = ["fit", "--config", str(settings), "--run_dir", str(run_dir), "--trainer.devices", str(devices)]
+    said = f"{run_dir.name} said {len(list(run_dir.parent.glob(f'{run_dir.name} said *')))}"
+    return started(ROOT / "tests" / "command.py", *options, *arguments, cwd=run_dir.parent, said=said)
 
 
 def flat(value, prefix=""):
@@ -87,22 +72,21 @@ def result(run_dir: Path) -> dict[str, torch.Tensor]:
 
 def test_two_ranks_train_like_one_and_resume(tmp_path):
     rounds = ("--federation.rounds", "5", "--federation.executor", "SequentialExecutor")
-    runs = {
-        "one": start(tmp_path / "one", *rounds, devices=1),
-        "interrupted": start(tmp_path / "interrupted", "--federation.rounds", "3", *rounds[2:]),
-    }
-    for process in runs.values():
-        code, text = finish(process)
-        assert code == 0, text
-    code, text = finish(start(tmp_path / "interrupted", *rounds, "--ckpt_path", "last"))
-    assert code == 0, text
+    with (
+        start(tmp_path / "one", *rounds, devices=1) as alone,
+        start(tmp_path / "interrupted", "--federation.rounds", "3", *rounds[2:]) as begun,
+    ):
+        assert [alone.finish(), begun.finish()] == [0, 0], alone.said() + begun.said() + begun.said(1)
+    with start(tmp_path / "interrupted", *rounds, "--ckpt_path", "last") as resumed:
+        assert resumed.finish() == 0, resumed.said() + resumed.said(1)
     one, two = result(tmp_path / "one"), result(tmp_path / "interrupted")
     assert one.keys() == two.keys()
     assert len({name.split("/")[2] for name in one if name.startswith("/clients")}) >= 5
     for name, value in one.items():
         assert (value - two[name]).norm() <= 1e-6 * value.norm(), name
-    assert text.count("rounds 5") == 1, "only the first rank speaks"
-    ledgers = [json.loads((tmp_path / name / "summary.json").read_text()) for name in runs]
+    assert resumed.said().count("rounds 5") == 1
+    assert "rounds 5" not in resumed.said(1), "only the first rank speaks"
+    ledgers = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "interrupted")]
     for counted in ("bytes_down", "bytes_up", "client_steps", "client_runs"):
         assert ledgers[0][counted] == ledgers[1][counted], counted
 
@@ -112,6 +96,8 @@ def test_no_process_group_outlives_its_run(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         """
+from tests.processes import write_apart
+write_apart()
 import atexit
 import torch.distributed as dist
 atexit.register(lambda: print("at the end:", dist.is_initialized(), flush=True))  # called last
@@ -119,14 +105,15 @@ from fedgan_lightning import FederatedOrchestrator, SequentialExecutor, ServerMo
 from tests.conftest import quiet_trainer, ring_data, ring_gan
 orchestrator = FederatedOrchestrator(rounds=1, local_steps=1, executor=SequentialExecutor())
 quiet_trainer(orchestrator, devices=2).fit(ServerModule(ring_gan()), datamodule=ring_data())
-print("during the run:", dist.is_initialized())
+print("during the run:", dist.is_initialized(), flush=True)
 """
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    assert "during the run: True" in run.stdout
-    assert run.stdout.count("at the end: False") == 2
+    with started(script, cwd=tmp_path) as run:
+        assert run.finish() == 0, run.said()
+        assert eventually(lambda: "at the end" in run.said(1)), run.said(1)
+    for rank in range(2):
+        assert run.said(rank).count("during the run: True\n") == 1, rank
+        assert run.said(rank).count("at the end: False\n") == 1, rank
 
 
 def test_a_rank_that_is_lost_in_a_collective_of_lightning_s_is_named_too(monkeypatch):
@@ -142,30 +129,17 @@ def test_a_rank_that_is_lost_in_a_collective_of_lightning_s_is_named_too(monkeyp
 
 def test_a_rank_that_dies_ends_the_run_with_a_named_error_and_a_usable_checkpoint(tmp_path):
     run_dir = tmp_path / "run"
-    process = start(run_dir, "--federation.rounds", "100000")
-    deadline = time.monotonic() + 120
-    while not (run_dir / "checkpoints" / "last.ckpt").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    (child,) = children(process.pid)
-    os.kill(child, signal.SIGKILL)
-    code, text = finish(process)
-    assert code == 1, text
-    assert "all processes of a run live until its end; received rank 0 of 2 lost another" in text
-    assert "continue with --ckpt_path last" in text
+    with start(run_dir, "--federation.rounds", "100000") as run:
+        assert eventually((run_dir / "checkpoints" / "last.ckpt").exists), run.said() + run.said(1)
+        (child,) = children(run.process.pid)
+        os.kill(child, signal.SIGKILL)
+        assert run.finish() == 1, run.said()
+    assert "all processes of a run live until its end; received rank 0 of 2 lost another" in run.said()
+    assert "continue with --ckpt_path last" in run.said()
     done = read_checkpoint(run_dir / "checkpoints" / "last.ckpt")["global_step"]
     assert done >= 1
-    code, text = finish(start(run_dir, "--federation.rounds", str(done + 2), "--ckpt_path", "last", devices=1))
-    assert code == 0, text
-
-
-def children(pid: int) -> list[int]:
-    """Return the processes of Python that ``pid`` started."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        fields = path.read_text().rsplit(")", 1)[1].split()
-        if int(fields[1]) == pid:
-            found.append(int(path.parent.name))
-    return found
+    with start(run_dir, "--federation.rounds", str(done + 2), "--ckpt_path", "last", devices=1) as resumed:
+        assert resumed.finish() == 0, resumed.said()
 
 
 class TestShares:

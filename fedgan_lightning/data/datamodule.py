@@ -21,6 +21,7 @@ from fedgan_lightning.data.partition import IID, Partition
 from fedgan_lightning.data.samples import BatchStream, ClientSamples, CohortStream, Samples, Shift, check_batch_size
 from fedgan_lightning.data.sources import Source
 from fedgan_lightning.errors import CheckpointError, ConfigurationError, DataError, message
+from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import derive_seed
 
 logger = logging.getLogger("fedgan_lightning")
@@ -57,6 +58,7 @@ class FederatedDataModule(L.LightningDataModule):
     has_client_samples: ClassVar[bool] = True
     has_client_sums: bool = True
 
+    @checked(num_clients="[1, inf)", batch_size="[1, inf)", max_samples="[1, inf)", seed="[0, inf)")
     def __init__(
         self,
         source: Source,

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from fedgan_lightning.data.samples import Samples, Shift
 from fedgan_lightning.errors import DataError, message
+from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import make_numpy_generator
 
 Indices = NDArray[np.int64]
@@ -25,6 +26,7 @@ class Partition(ABC):
         min_samples: Fewest samples of any client; fewer is an error, never a silent repair.
     """
 
+    @checked(min_samples="[1, inf)")
     def __init__(self, *, min_samples: int = 1) -> None:
         self.min_samples = min_samples
 
@@ -77,6 +79,7 @@ class Dirichlet(Partition):
         min_samples: Fewest samples of any client.
     """
 
+    @checked(alpha="(0, inf)", min_samples="[1, inf)")
     def __init__(self, alpha: float = 0.5, *, min_samples: int = 1) -> None:
         super().__init__(min_samples=min_samples)
         if alpha <= 0:
@@ -113,6 +116,7 @@ class ClassesPerClient(Partition):
         min_samples: Fewest samples of any client.
     """
 
+    @checked(num_classes="[1, inf)", min_samples="[1, inf)")
     def __init__(self, num_classes: int = 2, *, shuffle: bool = False, min_samples: int = 1) -> None:
         super().__init__(min_samples=min_samples)
         self.num_classes, self.shuffle = num_classes, shuffle
@@ -147,6 +151,7 @@ class ClassLists(Partition):
         min_samples: Fewest samples of any client.
     """
 
+    @checked(classes="[0, inf)", min_samples="[1, inf)")
     def __init__(self, classes: Sequence[Sequence[int]], *, min_samples: int = 1) -> None:
         super().__init__(min_samples=min_samples)
         self.classes = [list(listed) for listed in classes]
@@ -184,6 +189,7 @@ class ClassMixes(Partition):
         min_samples: Fewest samples of any client.
     """
 
+    @checked(min_samples="[1, inf)")
     def __init__(self, sizes: Sequence[float], mixes: Sequence[Sequence[float]], *, min_samples: int = 1) -> None:
         super().__init__(min_samples=min_samples)
         if len(sizes) != len(mixes) or min(sizes, default=0) <= 0 or any(min(mix, default=-1) < 0 for mix in mixes):
@@ -237,6 +243,7 @@ class QuantitySkew(Partition):
         min_samples: Fewest samples of any client.
     """
 
+    @checked(alpha="(0, inf)", min_samples="[1, inf)")
     def __init__(self, alpha: float = 1.0, *, min_samples: int = 1) -> None:
         super().__init__(min_samples=min_samples)
         if alpha <= 0:
@@ -269,6 +276,7 @@ class Natural(Partition):
         min_samples: Fewest samples of any client.
     """
 
+    @checked(min_samples="[1, inf)")
     def __init__(self, column: str, *, min_samples: int = 1) -> None:
         super().__init__(min_samples=min_samples)
         self.column = column
@@ -314,6 +322,7 @@ class FeatureShift(Partition):
         brightness: Half-width of the offset; images span [-1, 1].
     """
 
+    @checked(contrast="[0, 1)", brightness="[0, inf)")
     def __init__(self, base: Partition | None = None, *, contrast: float = 0.3, brightness: float = 0.2) -> None:
         self.base = base if base is not None else IID()
         super().__init__(min_samples=self.base.min_samples)

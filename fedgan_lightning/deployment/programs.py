@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import shlex
 import shutil
 import signal
@@ -36,7 +37,7 @@ QUIET = {
 #: How often Flower looks for a task to start a process for, in seconds; its own default is one.
 PACE = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
 #: Seconds for the SuperLink to start, and for the port of its predecessor to be free.
-START_SECONDS, PORT_SECONDS = 60.0, 20.0
+START_SECONDS, PORT_SECONDS = 180.0, 20.0
 
 
 def program(name: str) -> str | None:
@@ -161,7 +162,7 @@ def await_superlink(port: int, keys: Path | None, process: subprocess.Popen) -> 
     """Return when the SuperLink answers, by TLS if there is a folder with its certificate's authority.
 
     Raises:
-        ConfigurationError: If it does not, within a minute.
+        ConfigurationError: If it ends, or does not answer within three minutes: a busy machine takes its time.
     """
     import ssl
 
@@ -302,7 +303,12 @@ def check_address(address: str) -> None:
 
 
 def free_port() -> int:
-    """Return a port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port of this machine that nobody listens on.
+
+    It lies below those that systems give away by themselves (from 32768 on), and is drawn anew for everybody who asks:
+    whoever is told of it can take his time.
+    """
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", 20_000 + secrets.randbelow(12_768)))
+            return int(probe.getsockname()[1])

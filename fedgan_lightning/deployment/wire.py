@@ -1,4 +1,4 @@
-"""Tasks and updates as Flower's records: arrays in NumPy's format, and plain values. Nothing in them is executed."""
+"""Tasks and updates as Flower's records: arrays in NumPy's format, and plain values, none of which is executed."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.samples import ClientSamples
 from fedgan_lightning.evaluation import neighbours
 from fedgan_lightning.evaluation.metrics import Metric, clients_of, everything
+from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import make_generator
 
 Labelled = tuple[Tensor, Tensor]
@@ -38,6 +39,7 @@ class MembershipInference(Metric):
     needs_client_samples = True
     networks = ("discriminator",)
 
+    @checked(max_samples="[1, inf)", seed="[0, inf)")
     def __init__(self, *, max_samples: int = 500, seed: int = 0) -> None:
         self.max_samples, self.seed = max_samples, seed
         self.members: dict[int, ClientSamples] = {}

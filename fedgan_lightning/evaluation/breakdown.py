@@ -13,6 +13,7 @@ from fedgan_lightning.evaluation.features import ClassifierFeatures, FeatureNet,
 from fedgan_lightning.evaluation.fid import FeatureSums, feature_sums, frechet_distance
 from fedgan_lightning.evaluation.metrics import Metric, client_sums, suitable
 from fedgan_lightning.evaluation.questions import CHUNK
+from fedgan_lightning.options import checked
 
 #: Above this number of clients only the extremes are reported.
 MOST_CLIENTS = 50
@@ -30,6 +31,7 @@ class ClassBreakdown(Metric):
 
     full = True
 
+    @checked()
     def __init__(self, features: ClassifierFeatures | None = None) -> None:
         self.features = features if features is not None else ClassifierFeatures()
         self.net: FrozenNet | None = None
@@ -66,6 +68,7 @@ class ClientDistances(Metric):
 
     full = True
 
+    @checked()
     def __init__(self, features: FeatureNet | None = None) -> None:
         self.features = features
         self.net: FrozenNet | None = None

@@ -19,6 +19,7 @@ from fedgan_lightning.errors import ConfigurationError, OutOfRangeError, QuorumE
 from fedgan_lightning.evaluation.defaults import default_metrics
 from fedgan_lightning.evaluation.metrics import Metric
 from fedgan_lightning.federation.server import ServerModule
+from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import SampleSource
 from fedgan_lightning.seeding import make_generator
 
@@ -42,6 +43,7 @@ class Evaluation(L.Callback):
         left_out: Metrics that cannot be taken here, because clients' samples are elsewhere.
     """
 
+    @checked(every_n_rounds="[1, inf)", num_samples="[2, inf)", seed="[0, inf)")
     def __init__(
         self,
         *,

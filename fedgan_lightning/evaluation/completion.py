@@ -16,6 +16,7 @@ from fedgan_lightning.evaluation.fills import FILLS
 from fedgan_lightning.evaluation.metrics import Metric, client_sums, suitable
 from fedgan_lightning.evaluation.questions import CHUNK
 from fedgan_lightning.gan.holes import Holes
+from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import make_generator
 
 #: Standard deviation in pixels of SSIM's window: 1.5 as published, which does not fit pictures of fewer pixels a side.
@@ -42,6 +43,7 @@ class Completion(Metric):
 
     larger_is_better = ("completion_psnr", "completion_ssim", "completion_spread")
 
+    @checked(num_images="[2, inf)", seed="[0, inf)")
     def __init__(
         self,
         holes: Holes | None = None,

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from fedgan_lightning.data.samples import ClientSamples, Samples, to_bytes
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.files import cache_folder, replacing
+from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import isolated_rng, make_generator
 
 
@@ -73,6 +74,7 @@ class PixelFeatures(FeatureNet):
             in d dimensions needs many times d samples, and its matrix root takes d^3 operations.
     """
 
+    @checked(side="[0, inf)")
     def __init__(self, side: int = 8) -> None:
         self.side = side
 
@@ -101,6 +103,7 @@ class ClassifierFeatures(FeatureNet):
 
     num_features = 64
 
+    @checked(epochs="[1, inf)", seed="[0, inf)")
     def __init__(self, *, epochs: int = 8, seed: int = 0, cache: str | None = None) -> None:
         self.epochs, self.seed, self.cache = epochs, seed, cache
 
@@ -138,6 +141,7 @@ class InceptionFeatures(FeatureNet):
         weights_path: Local file of the torch-fidelity weights; ``None`` lets torch-fidelity download them.
     """
 
+    @checked()
     def __init__(self, weights_path: str | None = None) -> None:
         self.weights_path = weights_path
 
@@ -178,6 +182,7 @@ class ModuleFeatures(FeatureNet):
         name: What it is, for reports.
     """
 
+    @checked(num_features="[1, inf)")
     def __init__(self, module: nn.Module, num_features: int, *, name: str = "module") -> None:
         self.module, self.num_features, self.name = module, num_features, name
 

@@ -18,6 +18,7 @@ from fedgan_lightning.evaluation.kernel import MOST_FEATURES, KernelSums, kernel
 from fedgan_lightning.evaluation.metrics import Metric, clients_of, everything, suitable
 from fedgan_lightning.evaluation.portable import to_facts
 from fedgan_lightning.evaluation.questions import CHUNK, Question, Respondent, chunks, net_of, summed
+from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import State
 
 
@@ -70,6 +71,7 @@ class KernelDistance(Metric):
             averaged down to as many.
     """
 
+    @checked()
     def __init__(self, features: FeatureNet | None = None) -> None:
         self.features = features
         self.net: FrozenNet | None = None
@@ -111,6 +113,7 @@ class PrecisionRecall(Metric):
     full = True
     needs_client_samples = True
 
+    @checked(k="[1, inf)")
     def __init__(self, features: FeatureNet | None = None, *, k: int = 5) -> None:
         if k < 1:
             raise ConfigurationError(message("PrecisionRecall counts at least 1 neighbour", received=k, fix="set 5"))
@@ -158,6 +161,7 @@ class ClassifierScore(Metric):
         features: The classifier.
     """
 
+    @checked()
     def __init__(self, features: ClassifierFeatures | None = None) -> None:
         self.features = features if features is not None else ClassifierFeatures()
         self.net: FrozenNet | None = None
@@ -196,6 +200,7 @@ class IntraClassDistance(Metric):
     full = True
     needs_client_samples = True  # a class of which a client holds one sample would tell that sample's features
 
+    @checked()
     def __init__(self, features: FeatureNet | None = None) -> None:
         self.features = features
         self.net: FrozenNet | None = None

@@ -14,6 +14,7 @@ from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.gan.steps import split_heads
+from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import ClientUpdate, RoundInfo, State
 from fedgan_lightning.seeding import make_generator
 
@@ -36,6 +37,7 @@ class HeldAbsentGap(L.Callback):
         latest: The last value; ``None`` before the first look, or where every client holds every class.
     """
 
+    @checked(every_n_rounds="[1, inf)", num_samples="[1, inf)")
     def __init__(self, *, every_n_rounds: int = 10, num_samples: int = 1000) -> None:
         if min(every_n_rounds, num_samples) < 1:
             raise ConfigurationError(

@@ -18,6 +18,7 @@ from fedgan_lightning.evaluation.features import ClassifierFeatures, FeatureNet,
 from fedgan_lightning.evaluation.fid import FeatureSums, feature_sums, frechet_distance
 from fedgan_lightning.evaluation.portable import sums_of_state
 from fedgan_lightning.evaluation.questions import CHUNK, FeatureMoments, answers, chunks
+from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import make_generator
 
 
@@ -67,6 +68,7 @@ class FrechetDistance(Metric):
         max_reals: Use at most so many real samples of each client; ``None`` uses all.
     """
 
+    @checked(max_reals="[2, inf)")
     def __init__(self, features: FeatureNet | None = None, *, max_reals: int | None = None) -> None:
         if max_reals is not None and max_reals < 2:
             raise ConfigurationError(
@@ -113,6 +115,7 @@ class ClassCoverage(Metric):
 
     larger_is_better = ("classes", "class_accuracy")
 
+    @checked()
     def __init__(self, features: ClassifierFeatures | None = None) -> None:
         self.features = features if features is not None else ClassifierFeatures()
         self.net: FrozenNet | None = None
@@ -178,6 +181,7 @@ class SlicedWasserstein(Metric):
         num_projections: Random directions, drawn once with a fixed seed.
     """
 
+    @checked(num_projections="[1, inf)")
     def __init__(self, num_projections: int = 100) -> None:
         self.num_projections = num_projections
         self.real = self.directions = torch.empty(0)

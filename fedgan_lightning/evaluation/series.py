@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.metrics import Metric
+from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import isolated_rng, make_generator
 
 
@@ -26,6 +27,7 @@ class ProfileCentroids(Metric):
         k: Centroids.
     """
 
+    @checked(k="[1, inf)")
     def __init__(self, k: int = 9) -> None:
         if k < 1:
             raise ConfigurationError(message("ProfileCentroids counts centroids from 1", received=k, fix="set 9"))
@@ -68,6 +70,7 @@ class DiscriminativeScore(Metric):
 
     full = True
 
+    @checked(steps="[1, inf)", seed="[0, inf)")
     def __init__(self, *, steps: int = 500, seed: int = 0) -> None:
         self.steps, self.seed = steps, seed
         self.real = torch.empty(0)
@@ -109,6 +112,7 @@ class PredictiveScore(Metric):
 
     full = True
 
+    @checked(steps="[1, inf)", seed="[0, inf)")
     def __init__(self, *, steps: int = 500, seed: int = 0) -> None:
         self.steps, self.seed = steps, seed
         self.real = self.train = torch.empty(0)

@@ -18,6 +18,7 @@ from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.vocabulary import UNKNOWN, Vocabulary
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.metrics import Metric
+from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import make_generator
 
 Gram = tuple[str, ...]
@@ -114,6 +115,7 @@ class BLEU(Metric):
 
     larger_is_better = (*(f"bleu_{n}" for n in ORDERS), "distinct")
 
+    @checked(max_sentences="[1, inf)")
     def __init__(self, *, max_sentences: int = 5000) -> None:
         self.max_sentences = _positive(max_sentences)
         self.vocabulary: Vocabulary | None = None
@@ -146,6 +148,7 @@ class SelfBLEU(Metric):
         max_sentences: Generated sentences, and held-out ones, that are used at most.
     """
 
+    @checked(max_sentences="[2, inf)")
     def __init__(self, *, max_sentences: int = 500) -> None:
         self.max_sentences = _positive(max_sentences)
         self.vocabulary: Vocabulary | None = None
@@ -181,6 +184,7 @@ class HeldOutLikelihood(Metric):
         max_sentences: Sentences of the test split that are used at most.
     """
 
+    @checked(max_sentences="[1, inf)")
     def __init__(self, *, max_sentences: int = 2000) -> None:
         self.max_sentences = _positive(max_sentences)
         self.ids = torch.empty(0, 0, dtype=torch.int64)

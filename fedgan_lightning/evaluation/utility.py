@@ -19,6 +19,7 @@ from fedgan_lightning.evaluation.features import Classifier, FeatureNet, FrozenN
 from fedgan_lightning.evaluation.fidelity import extracted
 from fedgan_lightning.evaluation.metrics import Metric, clients_of, everything, seen_by_clients
 from fedgan_lightning.evaluation.questions import CHUNK, chunks
+from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import isolated_rng, make_generator
 
 
@@ -36,6 +37,7 @@ class SyntheticTraining(Metric):
 
     full = True
 
+    @checked(epochs="[1, inf)", seed="[0, inf)")
     def __init__(self, *, epochs: int = 8, seed: int = 0) -> None:
         self.epochs, self.seed = epochs, seed
         self.train: Samples | None = None
@@ -83,6 +85,7 @@ class ClientAugmentation(Metric):
     full = True
     needs_client_samples = True
 
+    @checked(clients="[0, inf)", steps="[1, inf)", repeats="[1, inf)", ratio="(0, inf)", seed="[0, inf)")
     def __init__(
         self,
         *,
@@ -195,6 +198,7 @@ class Memorisation(Metric):
     full = True
     needs_client_samples = True
 
+    @checked()
     def __init__(self, features: FeatureNet | None = None) -> None:
         self.features = features or PixelFeatures()
         self.net: FrozenNet | None = None

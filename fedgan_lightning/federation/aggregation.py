@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedgan_lightning.errors import UpdateError, message
 from fedgan_lightning.federation.ranks import Ranks, first_known
+from fedgan_lightning.options import checked
 from fedgan_lightning.packing import Layout, Packed, is_finite
 from fedgan_lightning.protocol import Aggregate, Aggregator, ClientUpdate, UpdateSum
 
@@ -64,6 +65,7 @@ class WeightedMean(Aggregator):
 
     additive: ClassVar[bool] = True
 
+    @checked()
     def __init__(self, weighting: Literal["examples", "uniform"] = "examples") -> None:
         self.weighting = weighting
 

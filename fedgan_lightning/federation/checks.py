@@ -39,18 +39,6 @@ def checked_work(*, rounds: int, local_steps: int | None, local_epochs: int | No
     return local_steps
 
 
-def check_client_state(place: str) -> None:
-    """Refuse places for clients' private states that there are not.
-
-    Raises:
-        ConfigurationError: If it is neither memory nor disk.
-    """
-    if place not in ("memory", "disk"):
-        raise ConfigurationError(
-            message("federation.client_state is memory or disk", received=repr(place), fix="choose one of them")
-        )
-
-
 def checked_trainer(
     trainer: L.Trainer, module: L.LightningModule, *, aggregator: Aggregator
 ) -> tuple[ServerModule, FederatedData]:

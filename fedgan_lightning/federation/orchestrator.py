@@ -21,7 +21,6 @@ from fedgan_lightning.checkpoints import FILES, AtomicCheckpointIO, folder_besid
 from fedgan_lightning.errors import RoundInterrupted
 from fedgan_lightning.federation.aggregation import WeightedMean
 from fedgan_lightning.federation.checks import (
-    check_client_state,
     check_cohort,
     check_device,
     checked_trainer,
@@ -31,7 +30,7 @@ from fedgan_lightning.federation.conduct import Conductor, Outcome
 from fedgan_lightning.federation.executors import AutoExecutor, AutotunedExecutor
 from fedgan_lightning.federation.ledger import EVENTS, Ledger
 from fedgan_lightning.federation.local import ClientContext
-from fedgan_lightning.federation.policy import resolve
+from fedgan_lightning.federation.policy import Buffers, OptimizerState, Sync, resolve
 from fedgan_lightning.federation.ranks import Ranks, leave_at_exit
 from fedgan_lightning.federation.rules import RoundRules, Screening
 from fedgan_lightning.federation.sampling import AllClients
@@ -39,6 +38,7 @@ from fedgan_lightning.federation.secure import SecureAggregation
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.federation.settings import check_unchanged, given_to, made_of
 from fedgan_lightning.federation.store import ClientStore, StateFiles
+from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import (
     Aggregator,
     ClientSampler,
@@ -82,6 +82,7 @@ class FederatedOrchestrator(L.Callback):
         ConfigurationError: If a setting cannot work.
     """
 
+    @checked(rounds="[1, inf)", local_steps="[1, inf)", local_epochs="[1, inf)", seed="[0, inf)")
     def __init__(
         self,
         *,
@@ -94,14 +95,13 @@ class FederatedOrchestrator(L.Callback):
         screening: Screening | None = None,
         secure: SecureAggregation | None = None,
         executor: Executor | Literal["auto", "autotune"] = "auto",
-        sync: dict[str, str] | None = None,
-        optimizer_state: str | dict[str, str] = "average",
-        buffers: str = "merge",
+        sync: dict[str, Sync] | None = None,
+        optimizer_state: OptimizerState | dict[str, OptimizerState] = "average",
+        buffers: Buffers = "merge",
         client_state: Literal["memory", "disk"] = "memory",
         seed: int = 0,
     ) -> None:
         local_steps = checked_work(rounds=rounds, local_steps=local_steps, local_epochs=local_epochs)
-        check_client_state(client_state)
         self.rounds, self.local_steps, self.local_epochs = rounds, local_steps, local_epochs
         self.clients = clients if clients is not None else AllClients()
         self.aggregator = aggregator if aggregator is not None else WeightedMean()

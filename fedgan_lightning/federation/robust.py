@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedgan_lightning.errors import ConfigurationError, UpdateError, message
 from fedgan_lightning.federation.aggregation import check_layout, check_update
+from fedgan_lightning.options import checked
 from fedgan_lightning.packing import Packed
 from fedgan_lightning.protocol import Aggregate, Aggregator, ClientUpdate
 
@@ -91,6 +92,7 @@ class TrimmedMean(RobustAggregator):
             more.
     """
 
+    @checked(share="[0, 0.5)")
     def __init__(self, share: float = 0.1) -> None:
         if not 0 <= share < 0.5:
             raise ConfigurationError(
@@ -123,6 +125,7 @@ class Krum(RobustAggregator):
         num_selected: Updates with the lowest scores that are averaged, at most n - f of them.
     """
 
+    @checked(num_bad="[0, inf)", num_selected="[1, inf)")
     def __init__(self, *, num_bad: int = 1, num_selected: int = 1) -> None:
         if num_bad < 0 or num_selected < 1:
             raise ConfigurationError(
@@ -154,6 +157,7 @@ class GeometricMedian(RobustAggregator):
         smoothing: Distances below this share of the median distance count as that share.
     """
 
+    @checked(iterations="[1, inf)", smoothing="(0, inf)")
     def __init__(self, *, iterations: int = 20, smoothing: float = 1e-3) -> None:
         if iterations < 1 or smoothing <= 0:
             raise ConfigurationError(
@@ -192,6 +196,7 @@ class NearestNeighborMixing(RobustAggregator):
         num_bad: Bad clients f to withstand; a round needs n >= 2 f + 1 updates, or as many as the rule.
     """
 
+    @checked(num_bad="[0, inf)")
     def __init__(self, aggregator: RobustAggregator, *, num_bad: int = 1) -> None:
         if not isinstance(aggregator, RobustAggregator):
             raise ConfigurationError(

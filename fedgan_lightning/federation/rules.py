@@ -13,6 +13,7 @@ import torch
 
 from fedgan_lightning.errors import ConfigurationError, UpdateError, message
 from fedgan_lightning.federation.optimizer_state import is_optimizer_entry
+from fedgan_lightning.options import checked
 from fedgan_lightning.packing import Packed, is_finite
 from fedgan_lightning.protocol import Aggregator, ClientUpdate, State
 
@@ -37,6 +38,14 @@ class RoundRules:
         ConfigurationError: If a value is out of range.
     """
 
+    @checked(
+        over_selection="[1, inf)",
+        minimum="(0, 1]",
+        timeout="(0, inf)",
+        discount="(0, 1]",
+        attempts="[1, inf)",
+        pause="[0, inf)",
+    )
     def __init__(
         self,
         *,
@@ -101,6 +110,7 @@ class Screening:
         ConfigurationError: If a value is out of range.
     """
 
+    @checked(max_norm="(0, inf)", max_examples="[1, inf)", strikes="[1, inf)")
     def __init__(
         self, *, max_norm: float | None = None, max_examples: int | None = None, strikes: int | None = None
     ) -> None:

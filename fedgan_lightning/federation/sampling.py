@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import ClientSampler
 from fedgan_lightning.seeding import make_numpy_generator
 
@@ -28,6 +29,7 @@ class FractionOfClients(ClientSampler):
         fraction: Share in (0, 1].
     """
 
+    @checked(fraction="(0, 1]")
     def __init__(self, fraction: float = 0.1) -> None:
         self.fraction = _checked(fraction, "FractionOfClients.fraction")
 
@@ -44,6 +46,7 @@ class PoissonSampling(ClientSampler):
         probability: Probability in (0, 1].
     """
 
+    @checked(probability="(0, 1]")
     def __init__(self, probability: float = 0.1) -> None:
         self.probability = _checked(probability, "PoissonSampling.probability")
 
@@ -59,12 +62,14 @@ class SelectedClients(ClientSampler):
         clients: Their ids, distinct.
     """
 
+    @checked(clients="[0, inf)")
     def __init__(self, clients: Sequence[int]) -> None:
-        if not clients or len(set(clients)) != len(clients) or min(clients) < 0:
+        ids = sorted(map(int, clients))
+        if not ids or len(set(ids)) != len(ids):
             raise ConfigurationError(
-                message("SelectedClients takes distinct client ids", received=list(clients), fix="name some, from 0 on")
+                message("SelectedClients takes distinct client ids", received=ids, fix="name some, from 0 on")
             )
-        self.clients = tuple(sorted(clients))
+        self.clients = tuple(ids)
 
     def sample(self, *, num_clients: int, round: int, seed: int) -> tuple[int, ...]:
         if self.clients[-1] >= num_clients:
@@ -93,6 +98,7 @@ class AvailableClients(ClientSampler):
         ConfigurationError: If the file cannot be read as such.
     """
 
+    @checked()
     def __init__(self, trace: str, *, among: ClientSampler | None = None) -> None:
         self.among = among if among is not None else AllClients()
         if isinstance(self.among, SelectedClients):

@@ -17,6 +17,7 @@ from torch import Tensor
 from fedgan_lightning.errors import ConfigurationError, OutOfRangeError, UpdateError, message
 from fedgan_lightning.federation.optimizer_state import is_optimizer_entry
 from fedgan_lightning.federation.rules import RoundRules, Screening
+from fedgan_lightning.options import checked
 from fedgan_lightning.packing import Layout
 from fedgan_lightning.protocol import Aggregator, State
 
@@ -90,6 +91,7 @@ class SecureAggregation:
         ConfigurationError: If a value is out of range.
     """
 
+    @checked()
     def __init__(self, *, threshold: float = 0.6, max_update: float = 4.0, max_value: float = 1024.0) -> None:
         wrong = {
             "threshold lies in (0.5, 1]": threshold if not 0.5 < threshold <= 1 else None,

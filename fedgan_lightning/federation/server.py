@@ -19,6 +19,7 @@ from fedgan_lightning import states
 from fedgan_lightning.errors import CheckpointError, ConfigurationError, message
 from fedgan_lightning.federation.optimizer_state import only_moments, with_counts_on_cpu, without_moments
 from fedgan_lightning.federation.policy import Policy
+from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import Aggregate, RecalibrationHook, SampleSource, ServerHook
 
 
@@ -31,11 +32,12 @@ class ServerModule(L.LightningModule):
     """The global module under federation; the Trainer that fits it has a ``FederatedOrchestrator`` among its callbacks.
 
     Args:
-        model: Any LightningModule; every client trains a copy of it.
+        model: A LightningModule; every client trains a copy of it.
         optimizer: Makes the server's optimizer; default federated averaging.
         scheduler: Makes a schedule of the server's learning rate, stepped once per round.
     """
 
+    @checked()
     def __init__(
         self,
         model: L.LightningModule,

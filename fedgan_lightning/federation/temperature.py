@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation.server import ServerModule
+from fedgan_lightning.options import checked
 
 
 class TemperatureSchedule(L.Callback):
@@ -29,6 +30,7 @@ class TemperatureSchedule(L.Callback):
             travel.
     """
 
+    @checked(start="(0, inf)", end="(0, inf)")
     def __init__(
         self, *, start: float = 1.0, end: float = 0.01, kind: Literal["exponential", "linear"] = "exponential"
     ) -> None:

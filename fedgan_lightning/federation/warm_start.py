@@ -13,6 +13,7 @@ from fedgan_lightning.data.datamodule import FederatedDataModule, check_agreemen
 from fedgan_lightning.errors import CheckpointError, message
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.gan.average import IMAGES_SEEN
+from fedgan_lightning.options import checked
 from fedgan_lightning.states import load_entries
 
 
@@ -31,6 +32,7 @@ class StartFrom(L.Callback):
             vocabulary.
     """
 
+    @checked()
     def __init__(self, ckpt_path: str, *, networks: Sequence[str] = ("generator",)) -> None:
         self.ckpt_path, self.networks = ckpt_path, list(networks)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.gan.precision import FullPrecision
+from fedgan_lightning.options import checked
 
 Operation = Literal["colour", "translation", "cutout"]
 OPERATIONS: tuple[Operation, ...] = ("colour", "translation", "cutout")
@@ -41,6 +42,7 @@ class Augmentation(FullPrecision):
     #: Uniform numbers per image.
     num_random = 10
 
+    @checked(probability="[0, 1]", target="(-1, 1)", images_to_full="(0, inf)")
     def __init__(
         self,
         operations: Sequence[Operation] = OPERATIONS,
@@ -155,6 +157,7 @@ class LeCam(FullPrecision):
     real: Tensor
     fake: Tensor
 
+    @checked(weight="[0, inf)", decay="[0, 1)", start_step="[0, inf)")
     def __init__(self, weight: float = 0.1, *, decay: float = 0.99, start_step: int = 1000) -> None:
         super().__init__()
         if weight < 0 or not 0 <= decay < 1 or start_step < 0:

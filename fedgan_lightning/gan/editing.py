@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedgan_lightning.errors import ConfigurationError, DataError, message
 from fedgan_lightning.gan.priors import Normal, Prior
+from fedgan_lightning.options import checked
 
 
 class Projection(NamedTuple):
@@ -33,6 +34,7 @@ class Projection(NamedTuple):
     error: Tensor
 
 
+@checked(steps="[1, inf)", lr="(0, inf)", starts="[1, inf)", feature_weight="[0, inf)")
 def project(
     generator: nn.Module,
     x: Tensor,
@@ -120,6 +122,7 @@ def project(
 
 
 @torch.no_grad()
+@checked(steps="[2, inf)")
 def interpolate(
     generator: nn.Module,
     first: Tensor,
@@ -152,6 +155,7 @@ def interpolate(
     return torch.stack(made, dim=1)
 
 
+@checked()
 def direction(latents: Tensor, attribute: Tensor) -> Tensor:
     """Return E[z | attribute] - E[z | no attribute] (latent_dim,): moving along it adds the attribute.
 
@@ -175,6 +179,7 @@ def direction(latents: Tensor, attribute: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+@checked()
 def edited(
     generator: nn.Module, latents: Tensor, along: Tensor, *, amounts: Tensor, labels: Tensor | None = None
 ) -> Tensor:

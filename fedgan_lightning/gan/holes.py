@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.gan.conditions import Condition
+from fedgan_lightning.options import checked
 
 #: A box is at most so many times as long as wide, either way.
 ELONGATION = 2.0
@@ -40,6 +41,7 @@ class Holes(Condition):
         ConfigurationError: If a setting is out of its range.
     """
 
+    @checked(area="(0, 1)", boxes="[0, 1]", strokes="[1, inf)", vertices="[1, inf)", weight="[0, inf)")
     def __init__(
         self,
         *,

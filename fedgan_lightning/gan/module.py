@@ -28,6 +28,7 @@ from fedgan_lightning.gan.priors import Normal, Prior
 from fedgan_lightning.gan.sampling import generated, inputs, recalibrate, settled
 from fedgan_lightning.gan.statistics import StepMeans
 from fedgan_lightning.gan.steps import DuePenalty, Stats, discriminator_step, generator_step, shares_passes
+from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import RoundInfo
 
 
@@ -74,6 +75,14 @@ class GAN(L.LightningModule):
         ConfigurationError: If the arguments contradict each other.
     """
 
+    @checked(
+        d_steps="[1, inf)",
+        g_steps="[1, inf)",
+        auxiliary_weight="[0, inf)",
+        ema_half_life_images="(0, inf)",
+        ema_rampup="(0, inf)",
+        clip_gradient_norm="(0, inf)",
+    )
     def __init__(
         self,
         generator: nn.Module,

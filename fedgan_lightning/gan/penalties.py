@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.options import checked
 
 Critic = Callable[[Tensor], Tensor]
 #: Turns a function for one client into one for those that are trained together: the identity, or ``torch.vmap``.
@@ -71,6 +72,7 @@ class Penalty(ABC):
     #: Whether the term looks at generated samples, hence at their labels.
     on_fake: ClassVar[bool] = False
 
+    @checked(interval="[1, inf)")
     def __init__(self, *, interval: int = 1) -> None:
         if interval < 1:
             raise ConfigurationError(
@@ -109,6 +111,7 @@ class R1(Penalty):
         interval: Apply on every ``interval``-th step.
     """
 
+    @checked(gamma="[0, inf)", interval="[1, inf)")
     def __init__(self, gamma: float = 1.0, *, interval: int = 1) -> None:
         super().__init__(interval=interval)
         self.gamma = gamma
@@ -130,6 +133,7 @@ class R2(Penalty):
 
     on_fake: ClassVar[bool] = True
 
+    @checked(gamma="[0, inf)", interval="[1, inf)")
     def __init__(self, gamma: float = 1.0, *, interval: int = 1) -> None:
         super().__init__(interval=interval)
         self.gamma = gamma
@@ -151,6 +155,7 @@ class GradientPenalty(Penalty):
 
     needs_mix: ClassVar[bool] = True
 
+    @checked(weight="[0, inf)", interval="[1, inf)")
     def __init__(self, weight: float = 10.0, *, interval: int = 1) -> None:
         super().__init__(interval=interval)
         self.weight = weight

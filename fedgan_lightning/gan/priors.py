@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedgan_lightning.options import checked
+
 
 class Prior(ABC):
     """A distribution over latent vectors."""
@@ -101,6 +103,7 @@ class MidpointNodes(Prior):
         num_nodes: Cells of [-1, 1]; node k is -1 + (2k + 1) / num_nodes.
     """
 
+    @checked(num_nodes="[1, inf)")
     def __init__(self, num_nodes: int = 200) -> None:
         self.num_nodes = num_nodes
 

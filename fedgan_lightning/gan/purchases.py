@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.gan.conditions import Condition
+from fedgan_lightning.options import checked
 
 
 class Purchases(Condition):
@@ -34,6 +35,7 @@ class Purchases(Condition):
         ConfigurationError: If a number is out of range; when used, if samples are of another length.
     """
 
+    @checked(items="[1, inf)", partial_masking="[0, 1]", zero_reconstruction="[0, 1]", alpha="[0, inf)")
     def __init__(
         self, items: int, *, partial_masking: float = 0.1, zero_reconstruction: float = 0.1, alpha: float = 0.1
     ) -> None:

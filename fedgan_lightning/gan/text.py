@@ -15,6 +15,7 @@ from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.gan.conditions import Codec
 from fedgan_lightning.gan.priors import Gumbel
 from fedgan_lightning.gan.sampling import generated, inputs
+from fedgan_lightning.options import checked
 
 
 class OneHot(Codec):
@@ -24,6 +25,7 @@ class OneHot(Codec):
         num_words: V.
     """
 
+    @checked(num_words="[3, inf)")
     def __init__(self, num_words: int) -> None:
         if num_words < 3:
             raise ConfigurationError(message("num_words is at least 3", received=num_words, fix="raise it"))
@@ -60,6 +62,7 @@ class LanguageModel(L.LightningModule):
         ConfigurationError: If the network is no language model.
     """
 
+    @checked()
     def __init__(
         self,
         generator: nn.Module,

@@ -15,6 +15,7 @@ from fedgan_lightning.errors import ConfigurationError, DataError, message
 from fedgan_lightning.evaluation.completion import check_completes, completed, pictures_with_holes
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.gan.holes import Holes, masked
+from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import make_generator
 from fedgan_lightning.visuals import pictures
 from fedgan_lightning.visuals.tensorboard import publish
@@ -46,6 +47,7 @@ class CompletionPictures(L.Callback):
         ConfigurationError: If a number is less than 1.
     """
 
+    @checked(every_n_rounds="[1, inf)", columns="[1, inf)", rows="[1, inf)", seed="[0, inf)")
     def __init__(
         self,
         *,

@@ -15,6 +15,7 @@ from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation import neighbours
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.gan.priors import Normal, Prior
+from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import make_generator
 from fedgan_lightning.visuals import pictures
 from fedgan_lightning.visuals.tensorboard import publish
@@ -35,6 +36,7 @@ class Inspection(L.Callback):
         seed: Seed of the latents.
     """
 
+    @checked(rows="[1, inf)", columns="[2, inf)", clients="[0, inf)", seed="[0, inf)")
     def __init__(self, *, rows: int = 8, columns: int = 10, clients: int = 10, seed: int = 0) -> None:
         if rows < 1 or columns < 2 or clients < 0:
             raise ConfigurationError(

@@ -12,6 +12,7 @@ from fedgan_lightning.data.sources import Interactions
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.ranking import preferences, ranked
 from fedgan_lightning.federation.server import ServerModule
+from fedgan_lightning.options import checked
 
 
 class Recommendations(L.Callback):
@@ -24,6 +25,7 @@ class Recommendations(L.Callback):
         top: Items per user.
     """
 
+    @checked(top="[1, inf)")
     def __init__(self, top: int = 20) -> None:
         if top < 1:
             raise ConfigurationError(message("Recommendations lists 1 item or more", received=top, fix="set top: 20"))

@@ -18,6 +18,7 @@ from fedgan_lightning.evaluation.text import vocabulary_of
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.files import write_text
 from fedgan_lightning.gan.steps import split_heads
+from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import make_generator
 from fedgan_lightning.visuals import pictures
 from fedgan_lightning.visuals.tensorboard import publish, writers
@@ -38,6 +39,14 @@ class SamplePictures(L.Callback):
         seed: Seed of the fixed z. ``predict`` takes the same.
     """
 
+    @checked(
+        every_n_rounds="[1, inf)",
+        columns="[1, inf)",
+        rows="[1, inf)",
+        num_points="[1, inf)",
+        predict_samples="[1, inf)",
+        seed="[0, inf)",
+    )
     def __init__(
         self,
         *,

@@ -92,7 +92,7 @@ def resnet(channels, size, classes):
 FAMILIES = {"MLP": mlp, "DCGAN": dcgan, "own": own, "ResNet": resnet}
 SIZES = {"MLP": (8, 28, 32, 9, 13), "DCGAN": (8, 28, 32, 10), "own": (8, 28, 32, 9, 13), "ResNet": (8, 32)}
 PENALTIES = {
-    "none": lambda: [],
+    "none": list,
     "R1 and R2": lambda: [R1(0.1, interval=2), R2(0.1)],
     "gradient penalty": lambda: [GradientPenalty(0.1, interval=3)],
 }

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.kill_server import wait_for
 from fedgan_lightning.deployment import programs
 from tests.conftest import ROOT
+from tests.processes import eventually
 
 CONFIG = ROOT / "configs" / "digits.yaml"
 
@@ -56,7 +56,7 @@ def start_proxy(template: Path, folder: Path, *, changed: dict[str, str], port: 
     command = [str(nginx()), "-p", str(folder), "-c", str(folder / "nginx.conf")]
     options = f"daemon off; pid {folder}/nginx.pid; error_log {folder}/error.log;"
     process = programs.start([*command, "-g", options], folder, log="nginx.log")
-    assert wait_for(lambda: answers(port) or process.poll() is not None, seconds=30)
+    assert eventually(lambda: answers(port) or process.poll() is not None)
     assert process.poll() is None, (folder / "nginx.log").read_text()
     return process
 
@@ -74,7 +74,7 @@ def site_proxy(folder: Path, *, keys: Path, number: int, server: int, port: int,
 
 
 def answers(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=60):
         return True
     return False
 
@@ -121,7 +121,7 @@ class Relay:
                 if received == b"":
                     return
                 kept[source] += received or b""
-                target.settimeout(60)
+                target.settimeout(600)
                 target.sendall(received or b"")
 
 

@@ -19,7 +19,8 @@ from fedgan_lightning.packing import Packed  # noqa: E402
 from fedgan_lightning.protocol import Executor  # noqa: E402
 from tests.conftest import assert_states_equal  # noqa: E402
 from tests.deployment.conftest import OPTIONS, SITES  # noqa: E402
-from tests.deployment.processes import CONFIG, Listener, found, may_listen, pieces, wait_for  # noqa: E402
+from tests.deployment.processes import CONFIG, Listener, found, may_listen, pieces  # noqa: E402
+from tests.processes import eventually  # noqa: E402
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(900)]
 
@@ -122,6 +123,6 @@ def test_whoever_listens_on_this_machine_hears_what_is_sent_in_the_open():
             Thread(target=lambda: (link.sendall(said), link.shutdown(socket.SHUT_WR))).start()
             while other.recv(1 << 16):
                 pass
-        assert wait_for(lambda: sum(map(len, heard.streams)) >= len(said), seconds=10)
+        assert eventually(lambda: sum(map(len, heard.streams)) >= len(said))
     # What is sent twice on a busy machine may tear a piece apart.
     assert len(found(pieces(said), [bytes(stream) for stream in heard.streams])) > 0.99 * len(pieces(said))

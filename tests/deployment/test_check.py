@@ -6,6 +6,7 @@ import contextlib
 import http.server
 import json
 import shutil
+import socket
 import ssl
 import subprocess
 import threading
@@ -58,7 +59,7 @@ def superlink(folder, *, is_asked=True, status=401, body=b'{"detail":"Invalid Su
             yield server.server_port
         finally:
             server.shutdown()
-            thread.join(10)
+            thread.join()
     assert asked == [("/v1/fleet/pull-messages", "application/protobuf", "0")] * is_asked
 
 
@@ -129,7 +130,9 @@ def test_a_proxy_that_lets_nothing_through_is_named(folder, tmp_path, capsys, st
 
 
 def test_nobody_who_answers_is_an_error_in_one_line(folder, tmp_path, capsys):
-    assert checked(folder, tmp_path, free_port()) == 2
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens there
+        assert checked(folder, tmp_path, taken.getsockname()[1]) == 2
     error = capsys.readouterr().err
     assert "reaches the SuperLink" in error
     assert error.count("\n") == 1

@@ -22,13 +22,14 @@ from safetensors.torch import load_file
 
 flwr = pytest.importorskip("flwr", reason="needs the extra 'flower' (Python 3.11 or later)")
 
-from benchmarks.kill_server import Deployment, descendants, finish, send_kill, settings, wait_for  # noqa: E402
+from benchmarks.kill_server import Deployment, descendants, finish, send_kill, settings  # noqa: E402
 from fedgan_lightning.__main__ import main  # noqa: E402
 from fedgan_lightning.checkpoints import read_checkpoint  # noqa: E402
 from fedgan_lightning.deployment import programs  # noqa: E402
 from fedgan_lightning.deployment.keys import make_authority, make_node_key  # noqa: E402
 from tests.conftest import assert_states_equal  # noqa: E402
 from tests.deployment import hostile  # noqa: E402
+from tests.processes import eventually  # noqa: E402
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(2400)]  # four minutes
 ROUNDS = 3
@@ -62,11 +63,11 @@ def story(tmp_path_factory):
                 overlay.write_text(hostile.settings(BAD[number], hang_seconds=seconds))
             sites.append(deployment.site(number, overlay=overlay))
         strangers = turned_away(deployment, stack.enter_context(programs.processes()))
-        middle = wait_for(lambda: any(round == 1 for _, round in deployment.tried(1)), seconds=900)
+        middle = eventually(lambda: any(round == 1 for _, round in deployment.tried(1)), seconds=900)
         assert middle, deployment.log("server")[-2000:] + deployment.log("site1")[-2000:]
         send_kill(descendants(sites[1].pid))
         finish(server, deployment, seconds=900)
-        assert all(wait_for(lambda p=process: p.poll() is not None, seconds=60) for process in strangers)
+        assert all(eventually(lambda p=process: p.poll() is not None) for process in strangers)
         found = json.loads((folder / "run" / "summary.json").read_text())
         yield SimpleNamespace(folder=folder, deployment=deployment, summary=found, strangers=strangers)
 
@@ -76,7 +77,7 @@ def turned_away(deployment, started) -> list[subprocess.Popen]:
     keys, other = deployment.home / "keys", deployment.home / "stranger"
     make_node_key(other / "site0")
     make_authority(other)
-    assert wait_for(lambda: "Successfully started run" in deployment.log("server"), seconds=300)
+    assert eventually(lambda: "Successfully started run" in deployment.log("server"), seconds=900)
     for name, key, ca in (("key", other / "site0", keys / "ca.crt"), ("ca", keys / "site0", other / "ca.crt")):
         command = programs.supernode(
             superlink=f"127.0.0.1:{deployment.port}", ca=ca, key=key, port=programs.free_port(), node={"client-id": 0}

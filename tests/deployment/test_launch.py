@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +18,7 @@ from fedgan_lightning.__main__ import main
 from fedgan_lightning.deployment import programs, supervise
 from fedgan_lightning.errors import ConfigurationError
 from tests.conftest import ROOT
+from tests.processes import eventually
 
 CONFIG = str(ROOT / "configs" / "digits.yaml")
 
@@ -84,14 +86,11 @@ def test_keys_are_private_and_the_certificate_is_the_authority_s(tmp_path):
 
 def test_processes_end_with_the_body_and_with_their_children(tmp_path):
     with pytest.raises(RuntimeError, match="stop"), programs.processes() as started:
-        started.append(programs.start(["sh", "-c", "sleep 60 & wait"], tmp_path, log="log"))
+        started.append(programs.start(["sh", "-c", "sleep 600 & wait"], tmp_path, log="log"))
         raise RuntimeError("stop")
     (process,) = started
     assert process.poll() is not None
-    deadline = time.monotonic() + 10  # a killed process takes a moment to die
-    while _running(group=process.pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert _running(group=process.pid) == []
+    assert eventually(lambda: not _running(group=process.pid)), "a killed process takes a moment to die"
 
 
 def _running(*, group: int) -> list[str]:
@@ -108,7 +107,7 @@ def _running(*, group: int) -> list[str]:
 def test_what_a_server_started_ends_with_it_however_it_ends(tmp_path):
     code = (
         "import sys; from pathlib import Path; from fedgan_lightning.deployment import programs\n"
-        "print(programs.start(['sleep', '60'], Path(sys.argv[1]), log='log').pid, flush=True); sys.stdin.read()"
+        "print(programs.start(['sleep', '600'], Path(sys.argv[1]), log='log').pid, flush=True); sys.stdin.read()"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     parent = subprocess.Popen(
@@ -124,58 +123,60 @@ def test_what_a_server_started_ends_with_it_however_it_ends(tmp_path):
 
 def test_a_server_waits_for_its_port_and_refuses_one_that_stays_taken(tmp_path, monkeypatch):
     with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
+        port = programs.free_port()
+        other.bind(("127.0.0.1", port))
         other.listen()
-        port = other.getsockname()[1]
         monkeypatch.setattr(programs, "PORT_SECONDS", 0.0)
         with pytest.raises(ConfigurationError, match=f"one server listens on a port; received 127.0.0.1:{port}"):
             programs.await_port("127.0.0.1", port)
-        monkeypatch.setattr(programs, "PORT_SECONDS", 30.0)
+        monkeypatch.setattr(programs, "PORT_SECONDS", 3600.0)
         threading.Timer(0.5, other.close).start()
         programs.await_port("127.0.0.1", port)
         assert other.fileno() == -1, "it has waited"
 
 
-def test_a_site_starts_its_supernode_again_and_gives_up_when_it_is_always_refused(tmp_path, monkeypatch, caplog):
+@pytest.fixture
+def lived(tmp_path, monkeypatch):
+    """A file in which SuperNodes write how many seconds each of them lived: the clock of those who look after them."""
+    path = tmp_path / "lived"
+    path.touch()
+    clock = SimpleNamespace(monotonic=lambda: sum(map(float, path.read_text().split())), sleep=time.sleep)
+    monkeypatch.setattr(supervise, "time", clock)
+    monkeypatch.setattr(supervise, "PAUSE_SECONDS", 0.0)
+    return path
+
+
+def test_a_site_starts_its_supernode_again_and_gives_up_when_it_is_always_refused(lived, caplog):
     """A SuperLink takes a killed SuperNode for connected for a minute, and refuses its successor as it does others."""
-    monkeypatch.setattr(supervise, "PAUSE_SECONDS", 0.05)
-    monkeypatch.setattr(supervise, "PATIENCE_SECONDS", 1.0)
-    command = ["sh", "-c", f"echo start >> {tmp_path / 'starts'}; exit 1"]
     with pytest.raises(ConfigurationError, match="a SuperNode that ended with 1 again and again"):
-        supervise.keep_running(command, environment=os.environ)
-    assert (tmp_path / "starts").read_text().count("start") > 2
+        supervise.keep_running(["sh", "-c", f"echo 20 >> {lived}; exit 1"], environment=os.environ)
+    assert lived.read_text() == "20\n" * 6, "refused since second 20, it has run out of patience, 90 s, at second 120"
     assert "the SuperNode ended (1); it is started again" in caplog.text
 
 
-def test_a_site_whose_supernode_crashes_by_itself_gives_up(tmp_path, monkeypatch):
+def test_a_site_whose_supernode_crashes_by_itself_gives_up(lived):
     """A broken library is nobody's signal from outside."""
-    monkeypatch.setattr(supervise, "PAUSE_SECONDS", 0.05)
-    monkeypatch.setattr(supervise, "PATIENCE_SECONDS", 1.0)
     with pytest.raises(ConfigurationError, match="a SuperNode that ended with -11 again and again"):
-        supervise.keep_running(["sh", "-c", "kill -SEGV $$"], environment=os.environ)
+        supervise.keep_running(["sh", "-c", f"echo 20 >> {lived}; kill -SEGV $$"], environment=os.environ)
 
 
-def test_a_site_that_is_killed_early_has_all_the_time_to_come_back(tmp_path, monkeypatch, caplog):
+def test_a_site_that_is_killed_early_has_all_the_time_to_come_back(lived, caplog):
     """That it had run for a moment alone must not count as refusal: those that follow it are refused for a minute."""
-    monkeypatch.setattr(supervise, "PAUSE_SECONDS", 0.05)
-    monkeypatch.setattr(supervise, "PATIENCE_SECONDS", 1.5)
-    starts = tmp_path / "starts"
-    # Let in for two seconds and killed, twice; between the two, and after them, refused for less than the patience.
+    # Let in for 25 s and killed, twice; between the two, and after them, refused for less than the patience.
     code = f"""
 import os, signal, time
-with open({str(starts)!r}, "a") as file:
-    file.write("start ")
-number = open({str(starts)!r}).read().count("start")
-if number in (1, 4):
-    time.sleep(2)
+seconds = [25, 20, 20, 25, 30, 30, 20][len(open({str(lived)!r}).read().split())]
+with open({str(lived)!r}, "a") as file:
+    file.write(f"{{seconds}} ")
+if seconds == 25:
     os.kill(os.getpid(), signal.SIGKILL)
-elif number == 7:
+if len(open({str(lived)!r}).read().split()) == 7:
     os.kill({os.getpid()}, signal.SIGTERM)
-    time.sleep(60)
+    time.sleep(600)
 raise SystemExit(1)
 """
     assert supervise.keep_running([sys.executable, "-ISc", code], environment=os.environ) == 0
-    assert starts.read_text().count("start") == 7
+    assert len(lived.read_text().split()) == 7
     assert caplog.text.count("the SuperNode ended (-9)") == 2
 
 
@@ -197,7 +198,7 @@ else:
     child = []
     thread = threading.Thread(target=lambda: child.append(subprocess.Popen([{str(starter)!r}])))
     thread.start()
-time.sleep(60)
+time.sleep(600)
 """
     assert supervise.keep_running([sys.executable, "-ISc", code], environment=os.environ) == 0
     assert starts.read_text() == "start start "
@@ -212,7 +213,7 @@ def test_a_site_that_never_has_a_starter_says_so(tmp_path, monkeypatch):
     starter = tmp_path / supervise.STARTER
     starter.write_text("#!/bin/sh\nexit 1\n")
     starter.chmod(0o700)
-    code = f"import subprocess, time; child = subprocess.Popen([{str(starter)!r}]); time.sleep(60)"
+    code = f"import subprocess, time; child = subprocess.Popen([{str(starter)!r}]); time.sleep(600)"
     with pytest.raises(ConfigurationError, match="a flower-superexec, .* received one that ended again and again"):
         supervise.keep_running([sys.executable, "-ISc", code], environment=os.environ)
 
@@ -221,7 +222,7 @@ def test_the_sites_of_a_trial_are_looked_after_by_a_process_of_their_own(tmp_pat
     """It starts them again, and ends them when it is asked to stop."""
     up, asked = tmp_path / "up", tmp_path / "asked"
     polite = (
-        f"trap 'echo asked > {asked}; exit 0' TERM; echo x >> {up}; [ $(wc -l < {up}) = 1 ] && exit 3; sleep 60 & wait"
+        f"trap 'echo asked > {asked}; exit 0' TERM; echo x >> {up}; [ $(wc -l < {up}) = 1 ] && exit 3; sleep 600 & wait"
     )
     with programs.processes() as started:
         started.append(programs.start(supervise.kept(["sh", "-c", polite]), tmp_path, log="log"))
@@ -233,7 +234,7 @@ def test_the_sites_of_a_trial_are_looked_after_by_a_process_of_their_own(tmp_pat
 def test_a_site_of_a_trial_that_gives_up_is_named_while_the_run_goes_on(tmp_path, caplog):
     with programs.processes() as started:
         logs = [tmp_path / name / "log" for name in ("gives_up", "stays")]
-        for log, command in zip(logs, (["sh", "-c", "exit 3"], ["sleep", "60"])):
+        for log, command in zip(logs, (["sh", "-c", "exit 3"], ["sleep", "600"])):
             started.append(programs.start(command, log.parent, log="log"))
         with programs.watched(dict(zip(logs, started))):
             assert eventually(lambda: caplog.messages)
@@ -243,7 +244,7 @@ def test_a_site_of_a_trial_that_gives_up_is_named_while_the_run_goes_on(tmp_path
 def test_a_site_that_is_asked_to_stop_asks_its_supernode(tmp_path, monkeypatch):
     monkeypatch.setattr(supervise, "PAUSE_SECONDS", 0.05)
     before = signal.getsignal(signal.SIGTERM)
-    polite = f"trap 'echo asked > {tmp_path / 'asked'}; exit 0' TERM; echo x > {tmp_path / 'up'}; sleep 60 & wait"
+    polite = f"trap 'echo asked > {tmp_path / 'asked'}; exit 0' TERM; echo x > {tmp_path / 'up'}; sleep 600 & wait"
     threading.Thread(
         target=lambda: eventually((tmp_path / "up").exists) and os.kill(os.getpid(), signal.SIGTERM)
     ).start()
@@ -252,9 +253,15 @@ def test_a_site_that_is_asked_to_stop_asks_its_supernode(tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def deaf_program(folder) -> str:
+    """Return a program that no request ends; once its number is in the file ``up``, requests are ignored."""
+    told = f"echo $$ > {folder / 'fresh'}; mv {folder / 'fresh'} {folder / 'up'}"
+    return f"trap '' TERM; {told}; while true; do sleep 0.1; done"
+
+
 def test_a_supernode_that_does_not_end_when_it_is_asked_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(supervise, "STOP_SECONDS", 0.5)
-    deaf = f"trap '' TERM; echo $$ > {tmp_path / 'up'}; while true; do sleep 0.1; done"
+    deaf = deaf_program(tmp_path)
     threading.Thread(
         target=lambda: eventually((tmp_path / "up").exists) and os.kill(os.getpid(), signal.SIGTERM)
     ).start()
@@ -263,7 +270,7 @@ def test_a_supernode_that_does_not_end_when_it_is_asked_is_ended(tmp_path, monke
 
 
 def test_a_second_request_to_stop_does_not_wait_though_it_comes_with_the_first(tmp_path, monkeypatch):
-    deaf = f"trap '' TERM; echo $$ > {tmp_path / 'up'}; while true; do sleep 0.1; done"
+    deaf = deaf_program(tmp_path)
 
     def ask_twice():
         eventually((tmp_path / "up").exists)
@@ -274,12 +281,3 @@ def test_a_second_request_to_stop_does_not_wait_though_it_comes_with_the_first(t
     threading.Thread(target=ask_twice).start()
     assert supervise.keep_running(["sh", "-c", deaf], environment=os.environ) == 0
     assert eventually(lambda: not _running(group=int((tmp_path / "up").read_text())))
-
-
-def eventually(condition) -> bool:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False

@@ -16,7 +16,8 @@ from fedgan_lightning.__main__ import main  # noqa: E402
 from fedgan_lightning.deployment import programs  # noqa: E402
 from fedgan_lightning.deployment.keys import make_authority, make_site_certificate  # noqa: E402
 from tests.conftest import ROOT  # noqa: E402
-from tests.deployment.processes import CONFIG, nginx, site_command, site_proxy, wait_for  # noqa: E402
+from tests.deployment.processes import CONFIG, nginx, site_command, site_proxy  # noqa: E402
+from tests.processes import eventually  # noqa: E402
 
 pytestmark = [
     pytest.mark.processes,
@@ -40,7 +41,7 @@ def asked(port: int, path: str, *, ca: Path, own: Path | None = None, method: st
     context = ssl.create_default_context(cafile=str(ca))
     if own is not None:
         context.load_cert_chain(f"{own}.crt", f"{own}.key")
-    with contextlib.closing(http.client.HTTPSConnection("localhost", port, context=context, timeout=30)) as link:
+    with contextlib.closing(http.client.HTTPSConnection("localhost", port, context=context, timeout=600)) as link:
         link.request(method, path, body=b"", headers={"content-type": PROTOBUF_MEDIA_TYPE})
         answer = link.getresponse()
         return answer.status, answer.read()
@@ -95,7 +96,7 @@ def test_a_supernode_without_a_certificate_ends(federation):
     command = site_command(federation.home / "keys", 0, port=federation.proxy, home=federation.home)
     with programs.processes() as started:
         started.append(programs.start(command, federation.home / "bare", log="log"))
-        assert wait_for(lambda: started[0].poll() is not None, seconds=120)
+        assert eventually(lambda: started[0].poll() is not None)
     assert started[0].returncode != 0
     assert "400" in (federation.home / "bare" / "log").read_text()
 

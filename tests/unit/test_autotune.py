@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ import torch
 from fedgan_lightning import R1, AutotunedExecutor, Hinge, SequentialExecutor, VectorizedExecutor
 from fedgan_lightning.errors import UpdateError
 from fedgan_lightning.federation.agreement import NOTHING_TO_COMPARE
+from fedgan_lightning.federation.executors import trials
 from fedgan_lightning.federation.executors.auto import Plan
 from fedgan_lightning.federation.executors.trials import Cost, Trials, Way
 from fedgan_lightning.federation.ranks import Ranks
@@ -162,34 +163,35 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(tmp_path):
     assert isinstance(plan, Plan)
 
 
-class Sleeping(Trials):
-    """A client step takes a fixed time in each way."""
+class Slow(Trials):
+    """A client step takes a fixed time in each way, on a clock that nothing else moves."""
 
-    def __init__(self, per_client_step):
-        self.per_client_step, self.ran = per_client_step, []
+    def __init__(self, per_client_step, monkeypatch):
+        self.per_client_step, self.ran, self.now = per_client_step, [], 0.0
+        monkeypatch.setattr(trials, "time", SimpleNamespace(perf_counter=lambda: self.now))
         self.context, self.tasks, self.steps, self.counts = None, [None] * 32, 10, [1]
         self.costs = {way: Cost(fixed=0.0, step=0.004 * way.chunk_size) for way in per_client_step}
 
     def _run(self, size, stacks, steps):
         self.ran.append(size)
-        time.sleep(self.per_client_step[Way(size, torch.get_num_threads())] * size * stacks * steps)
+        self.now += self.per_client_step[Way(size, torch.get_num_threads())] * size * stacks * steps
 
 
-def test_ways_that_short_trials_leave_close_are_tried_again_by_turns():
+def test_ways_that_short_trials_leave_close_are_tried_again_by_turns(monkeypatch):
     alone, stacked, far = Way(1, 1), Way(16, 1), Way(4, 1)
-    trials = Sleeping({alone: 0.003, stacked: 0.001, far: 0.0001})
-    trials.costs[alone] = Cost(fixed=0.0, step=0.0036)
-    trials.costs[far] = Cost(fixed=0.0, step=4 * 0.0048)
-    trials.run_off()
-    assert set(trials.ran) == {1, 16}, "a way that was a third slower is out"
-    assert trials.ran[:4] == [1, 16, 1, 16]
-    seconds = trials.seconds()
-    assert seconds[stacked] < seconds[alone]
-    assert seconds[alone] == pytest.approx(32 * 10 * 0.003, rel=0.5)
+    slow = Slow({alone: 0.003, stacked: 0.001, far: 0.0001}, monkeypatch)
+    slow.costs[alone] = Cost(fixed=0.0, step=0.0036)
+    slow.costs[far] = Cost(fixed=0.0, step=4 * 0.0048)
+    slow.run_off()
+    assert set(slow.ran) == {1, 16}, "a way that was a third slower is out"
+    assert slow.ran[:4] == [1, 16, 1, 16]
+    seconds = slow.seconds()
+    assert seconds[alone] == pytest.approx(32 * 10 * 0.003)
+    assert seconds[stacked] == pytest.approx(32 * 10 * 0.001)
 
 
-def test_a_clear_winner_is_not_tried_again():
-    trials = Sleeping({Way(1, 1): 0.003, Way(16, 1): 0.003})
-    trials.costs[Way(1, 1)] = Cost(fixed=0.0, step=0.001)
-    trials.run_off()
-    assert not trials.ran
+def test_a_clear_winner_is_not_tried_again(monkeypatch):
+    slow = Slow({Way(1, 1): 0.003, Way(16, 1): 0.003}, monkeypatch)
+    slow.costs[Way(1, 1)] = Cost(fixed=0.0, step=0.001)
+    slow.run_off()
+    assert not slow.ran

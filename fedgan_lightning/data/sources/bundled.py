@@ -7,6 +7,7 @@ import torch
 
 from fedgan_lightning.data.samples import Samples
 from fedgan_lightning.data.sources.base import Source, Split, resize
+from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import make_numpy_generator
 
 
@@ -19,6 +20,7 @@ class Digits(Source):
         image_size: Side in pixels; 8 keeps the images as they are.
     """
 
+    @checked(image_size="[1, inf)")
     def __init__(self, image_size: int = 8) -> None:
         self.image_size = image_size
         self.sample_shape = (1, image_size, image_size)

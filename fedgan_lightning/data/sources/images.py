@@ -13,6 +13,7 @@ from torch import Tensor
 from fedgan_lightning.data.samples import Samples
 from fedgan_lightning.data.sources.base import Source, Split, resize, to_pixels
 from fedgan_lightning.errors import DataError, message
+from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import make_numpy_generator
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
@@ -31,6 +32,7 @@ class TorchvisionImages(Source):
         download: Whether to download what is missing.
     """
 
+    @checked(image_size="[1, inf)")
     def __init__(
         self,
         name: Literal["MNIST", "FashionMNIST", "CIFAR10"],
@@ -82,6 +84,7 @@ class CelebA(Source):
 
     attributes = ("Eyeglasses", "Male", "Smiling", "Young")
 
+    @checked(image_size="[1, inf)", max_images="[1, inf)")
     def __init__(
         self, root: str = "data", *, image_size: int = 48, max_images: int | None = None, download: bool = True
     ) -> None:
@@ -144,6 +147,7 @@ class ImageFolder(Source):
         test_fraction: Share held out as the test split where the folder has none of its own, in (0, 1).
     """
 
+    @checked(image_size="[1, inf)", test_fraction="(0, 1)")
     def __init__(
         self,
         root: str,

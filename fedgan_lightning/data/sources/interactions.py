@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from fedgan_lightning.data.samples import Samples
 from fedgan_lightning.data.sources.base import Source, Split, read_names
 from fedgan_lightning.errors import ConfigurationError, DataError, message
+from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import make_numpy_generator
 
 Integers = NDArray[np.int64]
@@ -73,6 +74,7 @@ class Interactions(Source):
             numbers, or too few items stay.
     """
 
+    @checked(num_items="[1, inf)", min_user="[2, inf)", min_item="[1, inf)", holdout_fraction="(0, 1)", seed="[0, inf)")
     def __init__(
         self,
         path: str,

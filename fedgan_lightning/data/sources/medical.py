@@ -12,6 +12,7 @@ import torch
 from fedgan_lightning.data.samples import Samples
 from fedgan_lightning.data.sources.base import Source, Split, resize, to_pixels
 from fedgan_lightning.errors import DataError, message
+from fedgan_lightning.options import checked
 
 
 class MedMNIST(Source):
@@ -30,6 +31,7 @@ class MedMNIST(Source):
         DataError: If the file is missing and may not or cannot be downloaded, or the set has no single labels.
     """
 
+    @checked()
     def __init__(
         self, name: str, root: str = "data", *, size: Literal[28, 64, 128, 224] = 28, download: bool = False
     ) -> None:
@@ -98,6 +100,7 @@ class MedMNISTFile(Source):
         class_names: Names of the classes; default their numbers.
     """
 
+    @checked(image_size="[1, inf)")
     def __init__(self, path: str, *, image_size: int | None = None, class_names: tuple[str, ...] | None = None) -> None:
         self.path = Path(path)
         with self._open() as arrays:

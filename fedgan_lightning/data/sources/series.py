@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fedgan_lightning.data.samples import Samples
 from fedgan_lightning.data.sources.base import Source, Split
 from fedgan_lightning.errors import DataError, message
+from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import make_numpy_generator
 
 SEASONS = ("winter", "spring", "summer", "autumn")
@@ -43,6 +44,7 @@ class CSVProfiles(Source):
         DataError: If the file is missing, or has not these columns or numbers.
     """
 
+    @checked(length="[1, inf)", test_fraction="(0, 1)")
     def __init__(
         self,
         path: str,

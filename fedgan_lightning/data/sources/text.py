@@ -14,6 +14,7 @@ from fedgan_lightning.data.samples import Samples
 from fedgan_lightning.data.sources.base import Source, Split, read_names
 from fedgan_lightning.data.vocabulary import Sentence, Vocabulary, contribution, summed, tokens
 from fedgan_lightning.errors import DataError, message
+from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import make_numpy_generator
 
 #: The topic of a sentence without any of the listed words.
@@ -46,6 +47,7 @@ class TextFile(Source):
         DataError: If a file is missing or has no usable line, or a word stands for two topics.
     """
 
+    @checked(max_length="[1, inf)", max_words="[1, inf)", min_support="[1, inf)", test_fraction="(0, 1)")
     def __init__(
         self,
         path: str,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedgan_lightning.data.samples import Samples
 from fedgan_lightning.data.sources.base import Source, Split
+from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import make_generator
 
 
@@ -24,6 +25,7 @@ class GaussianMixture(Source):
         seed: Root seed.
     """
 
+    @checked(sigma="[0, inf)", scale="(0, inf)", num_samples="[1, inf)", seed="[0, inf)")
     def __init__(self, centres: Tensor, *, sigma: float, scale: float, num_samples: int, seed: int) -> None:
         self.centres, self.sigma = centres * scale, sigma * scale
         self.num_samples, self.seed = num_samples, seed
@@ -50,6 +52,7 @@ class Ring(GaussianMixture):
         seed: Root seed.
     """
 
+    @checked(modes="[1, inf)", sigma="[0, inf)", scale="(0, inf)", num_samples="[1, inf)", seed="[0, inf)")
     def __init__(
         self,
         modes: int = 8,
@@ -75,6 +78,7 @@ class Grid(GaussianMixture):
         seed: Root seed.
     """
 
+    @checked(side="[1, inf)", sigma="[0, inf)", scale="(0, inf)", num_samples="[1, inf)", seed="[0, inf)")
     def __init__(
         self,
         side: int = 5,
@@ -102,6 +106,7 @@ class SwissRoll(Source):
 
     scale = 1 / 6.8  # measured: the standard deviation of t cos t and t sin t over this range
 
+    @checked(noise="[0, inf)", num_samples="[1, inf)", parts="[1, inf)", seed="[0, inf)")
     def __init__(self, *, noise: float = 0.25, num_samples: int = 40_000, parts: int = 4, seed: int = 0) -> None:
         self.noise, self.num_samples, self.parts, self.seed = noise, num_samples, parts, seed
         self.sample_shape = (2,)
@@ -126,6 +131,7 @@ class Segments(Source):
         num_nodes: Nodes on [-1, 1]; a multiple of ``segments``.
     """
 
+    @checked(segments="[1, inf)", num_nodes="[1, inf)")
     def __init__(self, segments: int = 5, *, num_nodes: int = 200) -> None:
         self.segments, self.num_nodes = segments, num_nodes
         self.sample_shape = (1,)

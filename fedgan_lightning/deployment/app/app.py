@@ -1,4 +1,4 @@
-"""What Flower loads: the installed package, nothing else. Sites run the code that they have installed and reviewed."""
+"""What Flower loads: this file calls the installed package. Flower ships it from the server; sites do not check it."""
 
 from fedgan_lightning.deployment.apps import client_app, server_app
 

@@ -17,6 +17,7 @@ from fedgan_lightning.federation.local import ClientContext
 from fedgan_lightning.federation.ranks import first_known
 from fedgan_lightning.federation.threads import available_threads, each_with_threads
 from fedgan_lightning.federation.workload import Workload, measured_workload, stack_size
+from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import ClientFailure, ClientTask, ClientUpdate, Executor
 
 logger = logging.getLogger("fedgan_lightning")
@@ -59,6 +60,7 @@ class PlannedExecutor(Executor):
         num_threads: Threads to use; default chosen as well.
     """
 
+    @checked(num_threads="[1, inf)")
     def __init__(self, *, num_threads: int | None = None) -> None:
         self.num_threads = num_threads
         self.plan: Plan | None = None

@@ -22,6 +22,7 @@ from fedgan_lightning.federation.executors.trials import Trials, Way
 from fedgan_lightning.federation.local import ClientContext
 from fedgan_lightning.federation.threads import available_threads
 from fedgan_lightning.files import cache_folder, write_text
+from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import ClientTask
 from fedgan_lightning.version import __version__
 
@@ -44,6 +45,7 @@ class AutotunedExecutor(PlannedExecutor):
         cache: Folder of the cache; default ``$FEDGAN_CACHE`` or ``~/.cache/fedgan_lightning``.
     """
 
+    @checked(num_threads="[1, inf)")
     def __init__(self, *, num_threads: int | None = None, cache: str | None = None) -> None:
         super().__init__(num_threads=num_threads)
         self.cache = cache

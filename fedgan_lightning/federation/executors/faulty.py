@@ -12,6 +12,7 @@ from torch import Tensor
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation.executors.auto import AutoExecutor
 from fedgan_lightning.federation.local import ClientContext
+from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import ClientFailure, ClientTask, ClientUpdate, Executor, State, UpdateSum
 from fedgan_lightning.seeding import make_generator
 
@@ -49,6 +50,20 @@ class FaultyExecutor(Executor):
         ConfigurationError: If a rate is out of range or a fault unknown.
     """
 
+    @checked(
+        crash="[0, 1]",
+        hang="[0, 1]",
+        slow="[0, 1]",
+        nan="[0, 1]",
+        wrong_shape="[0, 1]",
+        wrong_keys="[0, 1]",
+        stale="[0, 1]",
+        huge_norm="[0, 1]",
+        sign_flip="[0, 1]",
+        noise="[0, 1]",
+        attack_scale="(0, inf)",
+        always="[0, inf)",
+    )
     def __init__(
         self,
         executor: Executor | None = None,

@@ -11,6 +11,7 @@ from fedgan_lightning.federation.agreement import NOTHING_TO_COMPARE, disagreeme
 from fedgan_lightning.federation.cohort import CohortTrainer
 from fedgan_lightning.federation.local import ClientContext, LocalTrainer
 from fedgan_lightning.federation.memory import out_of_memory, release
+from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import ClientTask, ClientUpdate, Executor
 
 logger = logging.getLogger("fedgan_lightning")
@@ -36,6 +37,7 @@ class VectorizedExecutor(Executor):
             clients that do not diverge on their own).
     """
 
+    @checked(chunk_size="[1, inf)")
     def __init__(self, *, chunk_size: int = 64) -> None:
         if chunk_size < 1:
             raise ConfigurationError(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.gan.networks.mlp import DiscriminatorHead, join_label
+from fedgan_lightning.options import checked
 
 
 class ACGANGenerator(nn.Module):
@@ -23,6 +24,9 @@ class ACGANGenerator(nn.Module):
         width: Maps of the first transposed convolution, 64 in the paper; other widths scale with it.
     """
 
+    @checked(
+        image_size="[1, inf)", channels="[1, inf)", latent_dim="[1, inf)", num_classes="[0, inf)", width="[1, inf)"
+    )
     def __init__(
         self,
         image_size: int = 28,
@@ -67,6 +71,7 @@ class ACGANDiscriminator(nn.Module):
         width: Maps of the first convolution, 64 in the paper; other widths scale with it.
     """
 
+    @checked(image_size="[1, inf)", channels="[1, inf)", num_classes="[0, inf)", width="[1, inf)")
     def __init__(self, image_size: int = 28, channels: int = 1, *, num_classes: int = 10, width: int = 64) -> None:
         super().__init__()
         side = quarter(image_size)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.gan.networks.mlp import Conditioning, DiscriminatorHead, join_label
 from fedgan_lightning.gan.networks.spectral import spectral_norm
+from fedgan_lightning.options import checked
 
 GeneratorNorm = Literal["batch", "group", "none"]
 DiscriminatorNorm = Literal["batch", "group", "spectral", "none"]
@@ -49,6 +50,9 @@ class DCGANGenerator(nn.Module):
             ``none``.
     """
 
+    @checked(
+        image_size="[1, inf)", channels="[1, inf)", latent_dim="[1, inf)", width="[1, inf)", num_classes="[0, inf)"
+    )
     def __init__(
         self,
         image_size: int = 28,
@@ -97,6 +101,7 @@ class DCGANDiscriminator(nn.Module):
     #: Nothing passes between samples, but in BatchNorm where there is any.
     per_sample = True
 
+    @checked(image_size="[1, inf)", channels="[1, inf)", width="[1, inf)", num_classes="[0, inf)")
     def __init__(
         self,
         image_size: int = 28,

@@ -12,6 +12,7 @@ from torch.nn.functional import elu, interpolate, pixel_shuffle, pixel_unshuffle
 
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.gan.networks.spectral import spectral_norm
+from fedgan_lightning.options import checked
 
 
 class InpaintingGenerator(nn.Module):
@@ -37,6 +38,14 @@ class InpaintingGenerator(nn.Module):
         ConfigurationError: If the side cannot be halved so often, or a number is less than 1.
     """
 
+    @checked(
+        image_size="[1, inf)",
+        channels="[1, inf)",
+        latent_dim="[1, inf)",
+        width="[1, inf)",
+        halvings="[1, inf)",
+        cell="[1, inf)",
+    )
     def __init__(
         self,
         image_size: int = 28,
@@ -94,6 +103,7 @@ class PatchDiscriminator(nn.Module):
         ConfigurationError: If the side cannot be halved so often, or a number is less than 1.
     """
 
+    @checked(image_size="[1, inf)", channels="[1, inf)", width="[1, inf)", halvings="[1, inf)")
     def __init__(self, image_size: int = 28, channels: int = 1, *, width: int = 16, halvings: int = 2) -> None:
         super().__init__()
         _check(image_size, width=width, halvings=halvings)

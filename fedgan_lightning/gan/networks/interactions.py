@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.options import checked
 
 
 class CFGANGenerator(nn.Module):
@@ -24,6 +25,7 @@ class CFGANGenerator(nn.Module):
         latent_dim: Dimension of z. With the paper's 0 there is one answer per user, the most plausible one.
     """
 
+    @checked(items="[1, inf)", hidden="[1, inf)", latent_dim="[0, inf)")
     def __init__(self, items: int, *, hidden: Sequence[int] = (300,), latent_dim: int = 0) -> None:
         super().__init__()
         if latent_dim < 0:
@@ -49,6 +51,7 @@ class CFGANDiscriminator(nn.Module):
     #: Nothing passes between samples.
     per_sample = True
 
+    @checked(items="[1, inf)", hidden="[1, inf)")
     def __init__(self, items: int, *, hidden: Sequence[int] = (125,)) -> None:
         super().__init__()
         self.sample_shape, self.num_classes = (items,), 0

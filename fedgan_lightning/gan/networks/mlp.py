@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.options import checked
 
 Conditioning = Literal["none", "projection", "auxiliary"]
 
@@ -31,6 +32,7 @@ class MLPGenerator(nn.Module):
         output: ``tanh`` for data in [-1, 1], ``linear`` for unbounded data.
     """
 
+    @checked(latent_dim="[1, inf)", sample_shape="[1, inf)", hidden="[1, inf)", num_classes="[0, inf)")
     def __init__(
         self,
         latent_dim: int = 100,
@@ -74,6 +76,7 @@ class MLPDiscriminator(nn.Module):
     #: Nothing passes between samples.
     per_sample = True
 
+    @checked(sample_shape="[1, inf)", hidden="[1, inf)", num_classes="[0, inf)", slope="[0, 1)")
     def __init__(
         self,
         sample_shape: Sequence[int] = (1, 28, 28),
@@ -114,6 +117,7 @@ class DiscriminatorHead(nn.Module):
         ConfigurationError: If a conditional head has no classes, or classes have no conditional head.
     """
 
+    @checked(width="[1, inf)", num_classes="[0, inf)")
     def __init__(self, width: int, *, num_classes: int, conditioning: Conditioning) -> None:
         super().__init__()
         if (num_classes > 0) != (conditioning != "none"):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.options import checked
 
 
 class ProfileGenerator(nn.Module):
@@ -28,6 +29,7 @@ class ProfileGenerator(nn.Module):
         output: ``tanh`` for data in [-1, 1], ``linear`` for unbounded data.
     """
 
+    @checked(length="[1, inf)", channels="[1, inf)", width="[1, inf)", blocks="[1, inf)", num_classes="[0, inf)")
     def __init__(
         self,
         length: int = 24,
@@ -64,6 +66,7 @@ class ProfileDiscriminator(nn.Module):
     #: Nothing passes between samples.
     per_sample = True
 
+    @checked(length="[1, inf)", channels="[1, inf)", width="[1, inf)", blocks="[1, inf)", num_classes="[0, inf)")
     def __init__(
         self, length: int = 24, channels: int = 1, *, width: int = 64, blocks: int = 8, num_classes: int = 0
     ) -> None:

@@ -15,6 +15,7 @@ from torch.nn.functional import leaky_relu
 
 from fedgan_lightning.gan.networks.dcgan import plan
 from fedgan_lightning.gan.networks.mlp import Conditioning, DiscriminatorHead, join_label
+from fedgan_lightning.options import checked
 
 SLOPE = 0.2
 
@@ -56,6 +57,15 @@ class R3GANGenerator(nn.Module):
         num_classes: Classes C; 0 makes it unconditional. The label stands beside z as a one-hot vector.
     """
 
+    @checked(
+        image_size="[1, inf)",
+        channels="[1, inf)",
+        latent_dim="[1, inf)",
+        width="[1, inf)",
+        blocks="[1, inf)",
+        group_size="[1, inf)",
+        num_classes="[0, inf)",
+    )
     def __init__(
         self,
         image_size: int = 32,
@@ -105,6 +115,14 @@ class R3GANDiscriminator(nn.Module):
     #: Nothing passes between samples.
     per_sample = True
 
+    @checked(
+        image_size="[1, inf)",
+        channels="[1, inf)",
+        width="[1, inf)",
+        blocks="[1, inf)",
+        group_size="[1, inf)",
+        num_classes="[0, inf)",
+    )
     def __init__(
         self,
         image_size: int = 32,

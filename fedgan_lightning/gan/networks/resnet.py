@@ -16,6 +16,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 from fedgan_lightning.gan.networks.dcgan import plan
 from fedgan_lightning.gan.networks.mlp import Conditioning, DiscriminatorHead
 from fedgan_lightning.gan.networks.spectral import spectral_norm
+from fedgan_lightning.options import checked
 
 
 class ConditionalBatchNorm2d(nn.Module):
@@ -77,6 +78,9 @@ class ResNetGenerator(nn.Module):
         num_classes: Classes C; 0 makes it unconditional.
     """
 
+    @checked(
+        image_size="[1, inf)", channels="[1, inf)", latent_dim="[1, inf)", width="[1, inf)", num_classes="[0, inf)"
+    )
     def __init__(
         self, image_size: int = 32, channels: int = 3, *, latent_dim: int = 128, width: int = 64, num_classes: int = 0
     ) -> None:
@@ -130,6 +134,7 @@ class ResNetDiscriminator(nn.Module):
         conditioning: ``none``, ``projection`` (the paper's) or ``auxiliary``.
     """
 
+    @checked(image_size="[1, inf)", channels="[1, inf)", width="[1, inf)", num_classes="[0, inf)")
     def __init__(
         self,
         image_size: int = 32,

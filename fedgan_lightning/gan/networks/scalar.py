@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fedgan_lightning.options import checked
+
 
 class ScaleGenerator(nn.Module):
     """G(z) = theta z.
@@ -13,6 +15,7 @@ class ScaleGenerator(nn.Module):
         theta: Start value.
     """
 
+    @checked()
     def __init__(self, theta: float = 0.3) -> None:
         super().__init__()
         self.latent_dim, self.sample_shape, self.num_classes = 1, (1,), 0
@@ -30,6 +33,7 @@ class QuadraticDiscriminator(nn.Module):
         psi: Start value.
     """
 
+    @checked()
     def __init__(self, psi: float = 1.0) -> None:
         super().__init__()
         self.sample_shape, self.num_classes, self.conditioning = (1,), 0, "none"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.gan.priors import Gumbel
+from fedgan_lightning.options import checked
 
 
 class TextGenerator(nn.Module):
@@ -41,6 +42,9 @@ class TextGenerator(nn.Module):
     prior: ClassVar[type] = Gumbel
     temperature: Tensor
 
+    @checked(
+        num_words="[1, inf)", max_length="[1, inf)", embedding="[1, inf)", hidden="[1, inf)", temperature="(0, inf)"
+    )
     def __init__(
         self,
         num_words: int = 2000,
@@ -130,6 +134,7 @@ class TextDiscriminator(nn.Module):
     #: Nothing passes between samples.
     per_sample = True
 
+    @checked(num_words="[1, inf)", max_length="[1, inf)", embedding="[1, inf)", widths="[1, inf)", filters="[1, inf)")
     def __init__(
         self,
         num_words: int = 2000,
