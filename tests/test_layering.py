@@ -53,6 +53,7 @@ LAYERS = {
     "gan.holes": 1,
     "gan.editing": 2,
     "gan.draws": 1,
+    "gan.layout": 0,
     "gan.steps": 2,
     "gan.statistics": 0,
     "gan.optimizers": 0,

@@ -117,6 +117,13 @@ def keep_first(optimizer: Optimizer, count: int) -> None:
                 state[key] = value[:count].clone()
 
 
+def laid_out_like(parameter: Tensor, moment: Tensor) -> Tensor:
+    """Return a moment in the memory layout of its parameter: fused optimizers take both as flat memory."""
+    if moment.shape != parameter.shape or moment.stride() == parameter.stride():
+        return moment
+    return torch.empty_like(parameter, dtype=moment.dtype, device=moment.device).copy_(moment)
+
+
 def restore(module: nn.Module, optimizers: Sequence[Optimizer], moments: State) -> None:
     """Load moments into fresh optimizers; parameters without moments start afresh.
 
@@ -138,7 +145,7 @@ def restore(module: nn.Module, optimizers: Sequence[Optimizer], moments: State) 
         for position, (parameter, group) in enumerate(places):
             state = by_parameter.get((index, names[id(parameter)]))
             if state is not None:
-                packed["state"][position] = state
+                packed["state"][position] = {key: laid_out_like(parameter, value) for key, value in state.items()}
                 if "step" in state and (group.get("fused") or group.get("capturable")):
                     on_device.setdefault(parameter.device, {})[position] = state["step"]
         for device, counts in on_device.items():

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.errors import ConfigurationError, DataError, message
 
 
 def check_settings(gan: Any) -> None:
@@ -89,6 +89,22 @@ def check_settings(gan: Any) -> None:
     if gan.ema_rampup is not None and gan.ema_rampup <= 0:
         raise ConfigurationError(
             message("ema_rampup is positive", received=gan.ema_rampup, fix="set null for a constant half-life")
+        )
+
+
+def check_minibatch(num_samples: int, *, d_steps: int) -> None:
+    """Refuse a minibatch that cannot be split into the parts of the discriminator's steps.
+
+    Raises:
+        DataError: If it cannot.
+    """
+    if num_samples % d_steps:
+        raise DataError(
+            message(
+                f"a minibatch is split into d_steps={d_steps} equal parts",
+                received=f"{num_samples} samples",
+                fix=f"set batch_size to a multiple of {d_steps}",
+            )
         )
 
 

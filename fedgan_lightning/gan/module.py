@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fedgan_lightning.errors import DataError, message
 from fedgan_lightning.gan.augment import Augmentation, LeCam
 from fedgan_lightning.gan.average import averaged, follow
-from fedgan_lightning.gan.checks import check_conditions, check_networks, check_settings
+from fedgan_lightning.gan.checks import check_conditions, check_minibatch, check_networks, check_settings
 from fedgan_lightning.gan.conditions import Codec, Condition
 from fedgan_lightning.gan.draws import Draws, drawn
+from fedgan_lightning.gan.layout import lay_out
 from fedgan_lightning.gan.objectives import AdversarialLoss, NonSaturating
 from fedgan_lightning.gan.optimizers import OptimizerCallable, SchedulerCallable, dcgan_adam
 from fedgan_lightning.gan.penalties import Penalty
@@ -142,17 +142,22 @@ class GAN(L.LightningModule):
         return None if shape is None else tuple(shape)
 
     def default_sync(self) -> dict[str, str]:
-        """Return where networks live unless the federation's settings say otherwise: the average stays at the
-        server.
-        """
+        """Return where networks live unless settings say otherwise: the average stays at the server."""
         return {"generator_ema": "server"}
 
     # ------------------------------------------------------------------ checks before training
 
     def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.lay_out()
         data: Any = getattr(self.trainer, "datamodule", None)
         if hasattr(data, "sample_shape"):
             self.check_data(data.sample_shape, getattr(data, "num_classes", 0))
+
+    def lay_out(self) -> None:
+        """Choose the memory layout of both networks; see :func:`~fedgan_lightning.gan.layout.lay_out`."""
+        for network in (self.generator, self.discriminator):
+            lay_out(network)
 
     def check_data(self, sample_shape: Sequence[int], num_classes: int) -> None:
         """Pass two samples through both networks.
@@ -187,16 +192,8 @@ class GAN(L.LightningModule):
             x = self.lift(self.codec.encode)(x)
         x = x.to(next(self.discriminator.parameters()).dtype)
         num_images = y.shape[-1]
-        if num_images % self.d_steps:
-            raise DataError(
-                message(
-                    f"a minibatch is split into d_steps={self.d_steps} equal parts",
-                    received=f"{num_images} samples",
-                    fix=f"set batch_size to a multiple of {self.d_steps}",
-                )
-            )
-        optimizers: Any = self.optimizers()
-        opt_g, opt_d = optimizers
+        check_minibatch(num_images, d_steps=self.d_steps)
+        opt_g, opt_d = self.optimizers()  # type: ignore[misc]
         samples_dim = y.dim() - 1
         parts = list(zip(x.chunk(self.d_steps, dim=samples_dim), y.chunk(self.d_steps, dim=samples_dim)))
         if self.updates == "simultaneous":
@@ -304,9 +301,7 @@ class GAN(L.LightningModule):
         return function
 
     def conditioned(self, x: Tensor, y: Tensor, draws: Draws) -> tuple[Tensor, Draws]:
-        """Return what the networks are told of real samples, and the draws with what they are told of generated
-        ones.
-        """
+        """Return what the networks are told of real samples, and the draws with that of generated ones."""
         if self.condition is None or draws.condition is None:
             return y, draws
         told = self.lift(self.condition.make)(x, y, draws.condition)
@@ -337,13 +332,10 @@ class GAN(L.LightningModule):
         if self.clip_gradient_norm is not None:
             self.clip_gradients(optimizer, gradient_clip_val=self.clip_gradient_norm, gradient_clip_algorithm="norm")
 
-    # ------------------------------------------------------------------ statistics: summed on the device, logged per
-    # epoch
+    # ------------------------------------------------------------------ statistics
 
     def on_train_epoch_start(self) -> None:
-        # A transform by somebody else may mix samples.
-        ours = self.augment is None or type(self.augment).transform is Augmentation.transform
-        self._shares_passes = ours and shares_passes(self.discriminator)
+        self._shares_passes = shares_passes(self.discriminator, self.augment)
         self._means.clear(**({"penalty": torch.zeros((), device=self.device)} if self.penalties else {}))
 
     def round_statistics(self) -> Stats:
@@ -422,6 +414,7 @@ class GAN(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["local_step"] = self.local_step
+        checkpoint["state_dict"] = {name: own.contiguous() for name, own in checkpoint["state_dict"].items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.local_step = int(checkpoint.get("local_step", 0))

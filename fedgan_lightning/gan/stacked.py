@@ -87,6 +87,9 @@ class StackedGAN(GAN):
         self._latents: list[Tensor] = []
         self._draws_left = 0
 
+    def lay_out(self) -> None:
+        """Nothing: maps of several clients have a dimension more than layouts of pictures know."""
+
     # ------------------------------------------------------------------ the cohort
 
     def on_cohort_round_start(self, infos: Sequence[RoundInfo], generators: Sequence[torch.Generator]) -> None:

@@ -16,6 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from fedgan_lightning.gan.augment import Augmentation
 from fedgan_lightning.gan.draws import Draws
 from fedgan_lightning.gan.objectives import AdversarialLoss, auxiliary_classifier
 from fedgan_lightning.gan.penalties import Lift, Penalty, once
@@ -44,10 +45,13 @@ def split_heads(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor 
     return output if isinstance(output, tuple) else (output, None)
 
 
-def shares_passes(discriminator: nn.Module) -> bool:
+def shares_passes(discriminator: nn.Module, augment: Augmentation | None = None) -> bool:
     """Whether real and generated samples may pass a discriminator together: it says that nothing passes between samples
-    (``per_sample``), and none of its layers looks at a whole minibatch, draws, or changes with every pass.
+    (``per_sample``), and none of its layers looks at a whole minibatch, draws, or changes with every pass. Nor may the
+    augmentation before it: a transform by somebody else may mix samples.
     """
+    if augment is not None and type(augment).transform is not Augmentation.transform:
+        return False
     if not getattr(discriminator, "per_sample", False) or not _says_so_of_its_pass(discriminator):
         return False
     return not any(map(_looks_at_minibatches, discriminator.modules()))

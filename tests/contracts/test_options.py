@@ -232,19 +232,19 @@ SLIPS = [
     ),
     (
         lambda: orchestrator(executor="sequential"),
-        "an Executor or auto",
+        "an Executor or one of auto, autotune",
         "'sequential'",
         "give an object, SequentialExecutor(...)",
     ),
     (
         lambda: orchestrator(executor="vectorised"),
-        "an Executor or auto",
+        "an Executor or one of auto, autotune",
         "'vectorised'",
         "give an object, VectorizedExecutor(...)",
     ),
     (
         lambda: orchestrator(executor=AutoExecutor),
-        "an Executor or auto",
+        "an Executor or one of auto, autotune",
         "AutoExecutor",
         "AutoExecutor(...), in place of the class",
     ),

@@ -24,6 +24,9 @@ class ACGANGenerator(nn.Module):
         width: Maps of the first transposed convolution, 64 in the paper; other widths scale with it.
     """
 
+    #: Shapes count here, and not strides.
+    channels_last = True
+
     @checked(
         image_size="[1, inf)", channels="[1, inf)", latent_dim="[1, inf)", num_classes="[0, inf)", width="[1, inf)"
     )
@@ -70,6 +73,9 @@ class ACGANDiscriminator(nn.Module):
         num_classes: Classes C.
         width: Maps of the first convolution, 64 in the paper; other widths scale with it.
     """
+
+    #: Shapes count here, and not strides.
+    channels_last = True
 
     @checked(image_size="[1, inf)", channels="[1, inf)", num_classes="[0, inf)", width="[1, inf)")
     def __init__(self, image_size: int = 28, channels: int = 1, *, num_classes: int = 10, width: int = 64) -> None:

@@ -50,6 +50,9 @@ class DCGANGenerator(nn.Module):
             ``none``.
     """
 
+    #: Shapes count here, and not strides.
+    channels_last = True
+
     @checked(
         image_size="[1, inf)", channels="[1, inf)", latent_dim="[1, inf)", width="[1, inf)", num_classes="[0, inf)"
     )
@@ -97,6 +100,9 @@ class DCGANDiscriminator(nn.Module):
         conditioning: ``none``, ``projection`` or ``auxiliary`` (ACGAN).
         norm: ``none`` (nothing to average; goes with R1), ``spectral``, ``group``, or ``batch`` as in the paper.
     """
+
+    #: Shapes count here, and not strides.
+    channels_last = True
 
     #: Nothing passes between samples, but in BatchNorm where there is any.
     per_sample = True

@@ -38,6 +38,9 @@ class InpaintingGenerator(nn.Module):
         ConfigurationError: If the side cannot be halved so often, or a number is less than 1.
     """
 
+    #: Shapes count here, and not strides.
+    channels_last = True
+
     @checked(
         image_size="[1, inf)",
         channels="[1, inf)",
@@ -102,6 +105,9 @@ class PatchDiscriminator(nn.Module):
     Raises:
         ConfigurationError: If the side cannot be halved so often, or a number is less than 1.
     """
+
+    #: Shapes count here, and not strides.
+    channels_last = True
 
     @checked(image_size="[1, inf)", channels="[1, inf)", width="[1, inf)", halvings="[1, inf)")
     def __init__(self, image_size: int = 28, channels: int = 1, *, width: int = 16, halvings: int = 2) -> None:

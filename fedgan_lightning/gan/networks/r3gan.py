@@ -57,6 +57,9 @@ class R3GANGenerator(nn.Module):
         num_classes: Classes C; 0 makes it unconditional. The label stands beside z as a one-hot vector.
     """
 
+    #: Shapes count here, and not strides.
+    channels_last = True
+
     @checked(
         image_size="[1, inf)",
         channels="[1, inf)",
@@ -111,6 +114,9 @@ class R3GANDiscriminator(nn.Module):
         num_classes: Classes C; 0 makes it unconditional.
         conditioning: ``none``, ``projection`` or ``auxiliary``.
     """
+
+    #: Shapes count here, and not strides.
+    channels_last = True
 
     #: Nothing passes between samples.
     per_sample = True

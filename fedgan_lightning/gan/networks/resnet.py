@@ -78,6 +78,9 @@ class ResNetGenerator(nn.Module):
         num_classes: Classes C; 0 makes it unconditional.
     """
 
+    #: Shapes count here, and not strides.
+    channels_last = True
+
     @checked(
         image_size="[1, inf)", channels="[1, inf)", latent_dim="[1, inf)", width="[1, inf)", num_classes="[0, inf)"
     )
@@ -133,6 +136,9 @@ class ResNetDiscriminator(nn.Module):
         num_classes: Classes C; 0 makes it unconditional.
         conditioning: ``none``, ``projection`` (the paper's) or ``auxiliary``.
     """
+
+    #: Shapes count here, and not strides.
+    channels_last = True
 
     @checked(image_size="[1, inf)", channels="[1, inf)", width="[1, inf)", num_classes="[0, inf)")
     def __init__(
