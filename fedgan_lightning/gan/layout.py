@@ -10,8 +10,8 @@ def lay_out(network: nn.Module) -> None:
 
     Convolutions then return their maps in this layout, whatever that of their input: 1.0 to 1.4 times as fast (two CPU
     cores, 28 and 32 pixels); what they compute differs by rounding alone. A network bears it if its code relies on
-    shapes and not on strides: ``reshape`` and ``flatten``, but no ``view`` of a convolution's maps. It says so by a true
-    attribute ``channels_last`` of its class.
+    shapes and not on strides: ``reshape`` and ``flatten``, but no ``view`` of a convolution's maps. It says so by a
+    true attribute ``channels_last`` of its class.
     """
     if vars(type(network)).get("channels_last", False):  # said of this very class, whose forward may be its own
         network.to(memory_format=channels_last)

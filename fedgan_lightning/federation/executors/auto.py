@@ -172,7 +172,11 @@ class AutoExecutor(PlannedExecutor):
         size = 1 if reason else stack_size(context, work)
         if size > 1:
             reason = f"{work.describe()}: overhead, which stacking saves"
-        return Plan(chunk_size=size, num_threads=self._threads(context, work, size), reason=reason or work.describe())
+        return Plan(
+            chunk_size=size,
+            num_threads=self._threads(context, work, min(size, len(tasks))),
+            reason=reason or work.describe(),
+        )
 
     def _obstacle(self, context: ClientContext, tasks: list[ClientTask], work: Workload) -> str | None:
         """Return why clients are not to be stacked, in one line, or ``None``."""
