@@ -122,12 +122,8 @@ class LastCheckpoint(_InRunDirectory):
         too.
     """
 
-    @checked(every_n_rounds="[1, inf)")
+    @checked("checkpoint", every_n_rounds="[1, inf)")
     def __init__(self, *, every_n_rounds: int = 1) -> None:
-        if every_n_rounds < 1:
-            raise ConfigurationError(
-                message("checkpoint.every_n_rounds is at least 1", received=every_n_rounds, fix="raise it")
-            )
         super().__init__(
             filename="last",
             save_top_k=1,
@@ -159,7 +155,7 @@ class BestCheckpoint(_InRunDirectory):
         mode: Whether lower (``min``) or higher (``max``) is better.
     """
 
-    @checked()
+    @checked("best")
     def __init__(self, *, monitor: str | None = "fid", mode: Literal["min", "max"] = "min") -> None:
         super().__init__(
             monitor=monitor,

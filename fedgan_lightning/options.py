@@ -52,18 +52,20 @@ class Interval:
         return f"of at least {low:g}" if self.text[0] == "[" else f"above {low:g}"
 
 
-def checked(**intervals: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def checked(group: str = "", /, **intervals: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorate a constructor or function so that its arguments are checked against its annotations.
 
     Numbers are finite, and no other kind passes for them: neither true and false nor text.
 
     Args:
+        group: Where its options stand in every configuration, if they always stand there.
         **intervals: By parameter, where its numbers lie, those in a list too.
 
     Raises:
         ConfigurationError: By the decorated function, if an argument is none of what its annotation allows.
     """
     ranges = {name: Interval(text) for name, text in intervals.items()}
+    prefix = group and f"{group}."
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         signature = inspect.signature(function)
@@ -82,7 +84,7 @@ def checked(**intervals: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
                 kind = signature.parameters[name].kind
                 if name in hints and kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
                     owner = type(args[0]).__name__ if is_method else function.__name__
-                    check(f"{name} of {owner}", value, hints[name], within=ranges.get(name))
+                    check(f"{prefix}{name} of {owner}", value, hints[name], within=ranges.get(name))
             return function(*args, **kwargs)
 
         call.intervals = ranges  # type: ignore[attr-defined]
@@ -198,10 +200,11 @@ def _fix(value: Any, hint: Any) -> str:
         named = {own.__name__: own for kind in classes for own in _descendants(kind) if not inspect.isabstract(own)}
         if near := _nearest(value, [*words, *named]):
             return f"write {near}" if near in words else f"give an object, {near}(...)"
-        takes_numbers = any(own in (int, float) for own in (hint, *get_args(hint)))
-        if takes_numbers and value.replace(".", "", 1).removeprefix("-").isdigit():
+        if _takes_numbers(hint) and value.replace(".", "", 1).removeprefix("-").isdigit():
             return f"write {value} without quotes"
-    return f"write {' or '.join(words)}" if words else "give one of that kind"
+    if words:
+        return f"write {' or '.join(words)}"
+    return "choose such a number" if _takes_numbers(hint) else "give one of that kind"
 
 
 def _nearest(word: str, known: list[str]) -> str | None:
@@ -210,6 +213,11 @@ def _nearest(word: str, known: list[str]) -> str | None:
     beginning = [own for own in lower if word and own.startswith(word.lower())]
     found = difflib.get_close_matches(word.lower(), list(lower), n=1, cutoff=0.6) or beginning
     return lower[found[0]] if found else None
+
+
+def _takes_numbers(hint: Any) -> bool:
+    """Whether an annotation asks for numbers, in a list or not."""
+    return hint in (int, float) or any(map(_takes_numbers, get_args(hint)))
 
 
 def _words(hint: Any) -> Iterator[Any]:

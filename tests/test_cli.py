@@ -303,7 +303,7 @@ def one_line(err: str) -> str:
 
 
 BAD = {
-    "refused by a constructor": (["--model.d_steps", "0"], "d_steps and g_steps are at least 1; received 0 and 1"),
+    "refused by a constructor": (["--model.d_steps", "0"], "d_steps of GAN is an integer of at least 1; received 0"),
     "unknown key": (["--federation.round", "3"], "unrecognized arguments: --federation.round 3"),
     "unknown nested key": (["--model.init_args.los", "Hinge"], "Option 'los' is not accepted"),
     "wrong type": (["--federation.rounds", "many"], "federation.rounds.*many"),
@@ -331,8 +331,8 @@ BAD = {
         "nothing cuts short; received trainer.limit_train_batches=3",
     ),
     "a trial run": (["--trainer.fast_dev_run", "true"], "nothing cuts short; received trainer.fast_dev_run"),
-    "no rounds": (["--federation.rounds", "0"], "rounds is at least 1; received 0"),
-    "negative rounds": (["--federation.rounds=-3"], "rounds is at least 1; received -3"),
+    "no rounds": (["--federation.rounds", "0"], "federation.rounds .* at least 1; received 0"),
+    "negative rounds": (["--federation.rounds=-3"], "federation.rounds .* at least 1; received -3"),
     "monitor of no metric": (["--best.monitor", "fidd"], "names a metric of the evaluation; received fidd"),
 }
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from fedgan_lightning.data.partition import IID, Partition
 from fedgan_lightning.data.samples import BatchStream, ClientSamples, CohortStream, Samples, Shift, check_batch_size
 from fedgan_lightning.data.sources import Source
-from fedgan_lightning.errors import CheckpointError, ConfigurationError, DataError, message
+from fedgan_lightning.errors import CheckpointError, DataError, message
 from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import derive_seed
 
@@ -58,7 +58,7 @@ class FederatedDataModule(L.LightningDataModule):
     has_client_samples: ClassVar[bool] = True
     has_client_sums: bool = True
 
-    @checked(num_clients="[1, inf)", batch_size="[1, inf)", max_samples="[1, inf)", seed="[0, inf)")
+    @checked("data", num_clients="[1, inf)", batch_size="[1, inf)", max_samples="[1, inf)", seed="[0, inf)")
     def __init__(
         self,
         source: Source,
@@ -70,22 +70,6 @@ class FederatedDataModule(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if max_samples is not None and max_samples < 1:
-            raise ConfigurationError(
-                message("data.max_samples is at least 1", received=max_samples, fix="raise it, or set null for all")
-            )
-        if num_clients < 1 or batch_size < 1:
-            raise ConfigurationError(
-                message(
-                    "data.num_clients and data.batch_size are at least 1",
-                    received=f"{num_clients} and {batch_size}",
-                    fix="raise them",
-                )
-            )
-        if not isinstance(source, Source):
-            raise ConfigurationError(
-                message("data come from a source", received=repr(source), fix="give an object, such as Digits()")
-            )
         self.source, self.partition = source, partition if partition is not None else IID()
         self._num_clients, self.batch_size, self.max_samples, self.seed = num_clients, batch_size, max_samples, seed
         self.sample_shape, self.num_classes = source.sample_shape, source.num_classes

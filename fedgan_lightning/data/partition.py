@@ -82,8 +82,6 @@ class Dirichlet(Partition):
     @checked(alpha="(0, inf)", min_samples="[1, inf)")
     def __init__(self, alpha: float = 0.5, *, min_samples: int = 1) -> None:
         super().__init__(min_samples=min_samples)
-        if alpha <= 0:
-            raise DataError(message("Dirichlet's alpha is positive", received=alpha, fix="set alpha: 0.5, say"))
         self.alpha = alpha
 
     def assign(self, samples: Samples, *, num_clients: int, generator: np.random.Generator) -> list[Indices]:
@@ -246,8 +244,6 @@ class QuantitySkew(Partition):
     @checked(alpha="(0, inf)", min_samples="[1, inf)")
     def __init__(self, alpha: float = 1.0, *, min_samples: int = 1) -> None:
         super().__init__(min_samples=min_samples)
-        if alpha <= 0:
-            raise DataError(message("QuantitySkew's alpha is positive", received=alpha, fix="set alpha: 1.0, say"))
         self.alpha = alpha
 
     def assign(self, samples: Samples, *, num_clients: int, generator: np.random.Generator) -> list[Indices]:
@@ -331,14 +327,6 @@ class FeatureShift(Partition):
                 message(
                     "a client has one shift", received="FeatureShift of FeatureShift", fix="set both on one of them"
                 )
-            )
-        if brightness < 0:
-            raise DataError(
-                message("FeatureShift's brightness is at least 0", received=brightness, fix="set brightness: 0.2, say")
-            )
-        if not 0 <= contrast < 1:
-            raise DataError(
-                message("FeatureShift's contrast lies in [0, 1)", received=contrast, fix="set contrast: 0.3, say")
             )
         self.contrast, self.brightness = contrast, brightness
 

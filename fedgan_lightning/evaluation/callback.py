@@ -43,7 +43,7 @@ class Evaluation(L.Callback):
         left_out: Metrics that cannot be taken here, because clients' samples are elsewhere.
     """
 
-    @checked(every_n_rounds="[1, inf)", num_samples="[2, inf)", seed="[0, inf)")
+    @checked("evaluation", every_n_rounds="[1, inf)", num_samples="[2, inf)", seed="[0, inf)")
     def __init__(
         self,
         *,
@@ -53,15 +53,7 @@ class Evaluation(L.Callback):
         seed: int = 0,
         raw: bool = False,
     ) -> None:
-        if num_samples < 2:
-            raise ConfigurationError(
-                message("evaluation.num_samples is at least 2", received=num_samples, fix="set 2500 or more")
-            )
         self.metrics = None if metrics is None else list(metrics)
-        if every_n_rounds < 1:
-            raise ConfigurationError(
-                message("evaluation.every_n_rounds is at least 1", received=every_n_rounds, fix="raise it")
-            )
         self.every_n_rounds, self.num_samples, self.seed, self.raw = every_n_rounds, num_samples, seed, raw
         self.facts: dict[str, Any] = {}
         self.history: list[dict[str, float]] = []

@@ -52,10 +52,6 @@ class Completion(Metric):
         seed: int = 0,
         features: FeatureNet | None = None,
     ) -> None:
-        if num_images < 2:
-            raise ConfigurationError(
-                message("Completion completes at least two pictures", received=num_images, fix="set 2000")
-            )
         self.holes = holes if holes is not None else Holes()
         self.num_images, self.seed, self.features = num_images, seed, features
         self.pictures = self.masked = torch.empty(0)

@@ -115,8 +115,6 @@ class PrecisionRecall(Metric):
 
     @checked(k="[1, inf)")
     def __init__(self, features: FeatureNet | None = None, *, k: int = 5) -> None:
-        if k < 1:
-            raise ConfigurationError(message("PrecisionRecall counts at least 1 neighbour", received=k, fix="set 5"))
         self.features, self.k = features, k
         self.net: FrozenNet | None = None
         self.clients: list[Tensor] = []

@@ -39,14 +39,6 @@ class HeldAbsentGap(L.Callback):
 
     @checked(every_n_rounds="[1, inf)", num_samples="[1, inf)")
     def __init__(self, *, every_n_rounds: int = 10, num_samples: int = 1000) -> None:
-        if min(every_n_rounds, num_samples) < 1:
-            raise ConfigurationError(
-                message(
-                    "HeldAbsentGap counts rounds and samples from 1",
-                    received=f"{every_n_rounds} and {num_samples}",
-                    fix="raise them",
-                )
-            )
         self.every_n_rounds, self.num_samples = every_n_rounds, num_samples
         self.latest: float | None = None
         self._x, self._y = torch.empty(0), torch.empty(0)

@@ -70,10 +70,6 @@ class FrechetDistance(Metric):
 
     @checked(max_reals="[2, inf)")
     def __init__(self, features: FeatureNet | None = None, *, max_reals: int | None = None) -> None:
-        if max_reals is not None and max_reals < 2:
-            raise ConfigurationError(
-                message("FrechetDistance.max_reals is at least 2", received=max_reals, fix="raise it, or set null")
-            )
         self.features, self.max_reals = features, max_reals
         self.net: FrozenNet | None = None
         self.real: FeatureSums | None = None

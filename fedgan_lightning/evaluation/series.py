@@ -29,8 +29,6 @@ class ProfileCentroids(Metric):
 
     @checked(k="[1, inf)")
     def __init__(self, k: int = 9) -> None:
-        if k < 1:
-            raise ConfigurationError(message("ProfileCentroids counts centroids from 1", received=k, fix="set 9"))
         self.k = k
         self.real = torch.empty(0)
 

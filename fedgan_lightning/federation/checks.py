@@ -12,16 +12,12 @@ from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.protocol import Aggregator, FederatedData
 
 
-def checked_work(*, rounds: int, local_steps: int | None, local_epochs: int | None) -> int | None:
+def checked_work(*, local_steps: int | None, local_epochs: int | None) -> int | None:
     """Return the local steps of a round, 20 where neither steps nor epochs are given.
 
     Raises:
-        ConfigurationError: If there are no rounds, no work, or both steps and epochs.
+        ConfigurationError: If both are given.
     """
-    if rounds <= 0:
-        raise ConfigurationError(
-            message("federation.rounds is at least 1", received=rounds, fix="set the number of rounds to complete")
-        )
     if local_steps is not None and local_epochs is not None:
         raise ConfigurationError(
             message(
@@ -31,11 +27,7 @@ def checked_work(*, rounds: int, local_steps: int | None, local_epochs: int | No
             )
         )
     if local_steps is None and local_epochs is None:
-        local_steps = 20
-    if (local_steps or local_epochs or 0) < 1:
-        raise ConfigurationError(
-            message("local work is at least 1", received=local_steps or local_epochs or 0, fix="raise it")
-        )
+        return 20
     return local_steps
 
 

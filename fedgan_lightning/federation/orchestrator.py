@@ -82,7 +82,7 @@ class FederatedOrchestrator(L.Callback):
         ConfigurationError: If a setting cannot work.
     """
 
-    @checked(rounds="[1, inf)", local_steps="[1, inf)", local_epochs="[1, inf)", seed="[0, inf)")
+    @checked("federation", rounds="[1, inf)", local_steps="[1, inf)", local_epochs="[1, inf)", seed="[0, inf)")
     def __init__(
         self,
         *,
@@ -101,7 +101,7 @@ class FederatedOrchestrator(L.Callback):
         client_state: Literal["memory", "disk"] = "memory",
         seed: int = 0,
     ) -> None:
-        local_steps = checked_work(rounds=rounds, local_steps=local_steps, local_epochs=local_epochs)
+        local_steps = checked_work(local_steps=local_steps, local_epochs=local_epochs)
         self.rounds, self.local_steps, self.local_epochs = rounds, local_steps, local_epochs
         self.clients = clients if clients is not None else AllClients()
         self.aggregator = aggregator if aggregator is not None else WeightedMean()

@@ -39,6 +39,7 @@ class RoundRules:
     """
 
     @checked(
+        "federation.rules",
         over_selection="[1, inf)",
         minimum="(0, 1]",
         timeout="(0, inf)",
@@ -57,18 +58,6 @@ class RoundRules:
         attempts: int | None = 10,
         pause: float = 0.0,
     ) -> None:
-        wrong = {
-            "over_selection is at least 1": over_selection if over_selection < 1 else None,
-            "minimum lies in (0, 1]": minimum if not 0 < minimum <= 1 else None,
-            "timeout is positive": timeout if timeout is not None and timeout <= 0 else None,
-            "late is drop or discount": late if late not in ("drop", "discount") else None,
-            "discount lies in (0, 1]": discount if not 0 < discount <= 1 else None,
-            "attempts is at least 1": attempts if attempts is not None and attempts < 1 else None,
-            "pause is at least 0": pause if pause < 0 else None,
-        }
-        for rule, value in wrong.items():
-            if value is not None:
-                raise ConfigurationError(message(f"rules.{rule}", received=value, fix="set a value in that range"))
         self.over_selection, self.minimum, self.timeout = over_selection, minimum, timeout
         self.late, self.discount, self.attempts, self.pause = late, discount, attempts, pause
 
@@ -110,15 +99,10 @@ class Screening:
         ConfigurationError: If a value is out of range.
     """
 
-    @checked(max_norm="(0, inf)", max_examples="[1, inf)", strikes="[1, inf)")
+    @checked("federation.screening", max_norm="(0, inf)", max_examples="[1, inf)", strikes="[1, inf)")
     def __init__(
         self, *, max_norm: float | None = None, max_examples: int | None = None, strikes: int | None = None
     ) -> None:
-        for name, value in {"max_norm": max_norm, "max_examples": max_examples, "strikes": strikes}.items():
-            if value is not None and value <= 0:
-                raise ConfigurationError(
-                    message(f"screening.{name} is positive", received=value, fix="raise it, or set null")
-                )
         self.max_norm, self.max_examples, self.strikes = max_norm, max_examples, strikes
 
     def check(self, update: ClientUpdate, *, expected: Mapping[str, State]) -> None:

@@ -91,16 +91,8 @@ class SecureAggregation:
         ConfigurationError: If a value is out of range.
     """
 
-    @checked()
+    @checked("federation.secure", threshold="(0.5, 1]", max_update="(0, inf)", max_value="(0, inf)")
     def __init__(self, *, threshold: float = 0.6, max_update: float = 4.0, max_value: float = 1024.0) -> None:
-        wrong = {
-            "threshold lies in (0.5, 1]": threshold if not 0.5 < threshold <= 1 else None,
-            "max_update is positive": max_update if not 0 < max_update < math.inf else None,
-            "max_value is positive": max_value if not 0 < max_value < math.inf else None,
-        }
-        for rule, value in wrong.items():
-            if value is not None:
-                raise ConfigurationError(message(f"secure.{rule}", received=value, fix="set a value in that range"))
         self.threshold, self.max_update, self.max_value = threshold, max_update, max_value
 
     def needed(self, num_clients: int) -> int:

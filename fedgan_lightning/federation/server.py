@@ -37,7 +37,7 @@ class ServerModule(L.LightningModule):
         scheduler: Makes a schedule of the server's learning rate, stepped once per round.
     """
 
-    @checked()
+    @checked("server")
     def __init__(
         self,
         model: L.LightningModule,

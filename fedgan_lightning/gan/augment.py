@@ -61,14 +61,6 @@ class Augmentation(FullPrecision):
                     fix="choose from them, or set augment: null",
                 )
             )
-        if not 0 <= probability <= 1 or images_to_full <= 0:
-            raise ConfigurationError(
-                message(
-                    "an augmentation's probability lies in [0, 1], and images_to_full is positive",
-                    received=f"{probability} and {images_to_full}",
-                    fix="set them so",
-                )
-            )
         self.operations, self.target, self.images_to_full = tuple(operations), target, images_to_full
         self.fixed = probability
         self.probability: Tensor | None
@@ -160,14 +152,6 @@ class LeCam(FullPrecision):
     @checked(weight="[0, inf)", decay="[0, 1)", start_step="[0, inf)")
     def __init__(self, weight: float = 0.1, *, decay: float = 0.99, start_step: int = 1000) -> None:
         super().__init__()
-        if weight < 0 or not 0 <= decay < 1 or start_step < 0:
-            raise ConfigurationError(
-                message(
-                    "LeCam's weight and start_step are not negative, and its decay lies in [0, 1)",
-                    received=f"weight={weight}, decay={decay}, start_step={start_step}",
-                    fix="set them so",
-                )
-            )
         self.weight, self.decay, self.start_step = weight, decay, start_step
         self.register_buffer("real", torch.zeros(()))
         self.register_buffer("fake", torch.zeros(()))

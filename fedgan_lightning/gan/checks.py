@@ -10,6 +10,13 @@ import torch
 
 from fedgan_lightning.errors import ConfigurationError, DataError, message
 
+#: Where the numbers of a GAN lie.
+INTERVALS = {
+    **dict.fromkeys(("d_steps", "g_steps"), "[1, inf)"),
+    **dict.fromkeys(("ema_half_life_images", "ema_rampup", "clip_gradient_norm"), "(0, inf)"),
+    "auxiliary_weight": "[0, inf)",
+}
+
 
 def check_settings(gan: Any) -> None:
     """Refuse arguments that contradict each other.
@@ -33,14 +40,6 @@ def check_settings(gan: Any) -> None:
                 "generator and discriminator must have the same sample shape",
                 received=f"{list(shapes[0] or ())} and {list(shapes[1] or ())}",
                 fix="set image_size and channels, or sample_shape, to the same values in both",
-            )
-        )
-    if min(gan.d_steps, gan.g_steps) < 1:
-        raise ConfigurationError(
-            message(
-                "d_steps and g_steps are at least 1",
-                received=f"{gan.d_steps} and {gan.g_steps}",
-                fix="raise them",
             )
         )
     shape = next((own for own in shapes if own is not None), None)
@@ -77,18 +76,6 @@ def check_settings(gan: Any) -> None:
                 received=", ".join(name for name, value in aids.items() if value),
                 fix="leave these out",
             )
-        )
-    if gan.ema_half_life_images is not None and gan.ema_half_life_images <= 0:
-        raise ConfigurationError(
-            message(
-                "ema_half_life_images is positive",
-                received=gan.ema_half_life_images,
-                fix="set null to switch it off",
-            )
-        )
-    if gan.ema_rampup is not None and gan.ema_rampup <= 0:
-        raise ConfigurationError(
-            message("ema_rampup is positive", received=gan.ema_rampup, fix="set null for a constant half-life")
         )
 
 

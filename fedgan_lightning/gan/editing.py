@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fedgan_lightning.errors import ConfigurationError, DataError, message
+from fedgan_lightning.errors import DataError, message
 from fedgan_lightning.gan.priors import Normal, Prior
 from fedgan_lightning.options import checked
 
@@ -73,14 +73,6 @@ def project(
         ConfigurationError: If a number is out of its range.
         DataError: If samples have another shape than the generator's.
     """
-    if min(steps, starts) < 1 or lr <= 0 or feature_weight < 0:
-        raise ConfigurationError(
-            message(
-                "steps and starts are at least 1, lr is positive, feature_weight is 0 or more",
-                received=f"{steps}, {starts}, {lr} and {feature_weight}",
-                fix="set steps=300, starts=16, lr=0.05, feature_weight=1",
-            )
-        )
     parameter, draws = _where(generator), prior if prior is not None else Normal()
     x = x.to(parameter)
     weights = torch.ones_like(x) if known is None else known.to(x).expand_as(x)
@@ -145,8 +137,6 @@ def interpolate(
     Raises:
         ConfigurationError: If there are fewer than 2 steps.
     """
-    if steps < 2:
-        raise ConfigurationError(message("a way has two ends at least", received=f"steps={steps}", fix="set 8"))
     first, second = first.to(_where(generator)), second.to(_where(generator))
     fractions = torch.linspace(0, 1, steps, device=first.device, dtype=first.dtype)
     latents = (prior if prior is not None else Normal()).between(first, second, fractions)

@@ -55,18 +55,6 @@ class Holes(Condition):
             raise ConfigurationError(
                 message("a hole's area is a range within (0, 1)", received=f"{list(area)}", fix="set [0.1, 0.4]")
             )
-        if not 0 <= boxes <= 1:
-            raise ConfigurationError(
-                message("the probability of boxes is in [0, 1]", received=boxes, fix="set 0.5, or 0 for strokes alone")
-            )
-        if min(strokes, vertices) < 1:
-            raise ConfigurationError(
-                message("strokes and vertices are at least 1", received=f"{strokes} and {vertices}", fix="raise them")
-            )
-        if weight < 0:
-            raise ConfigurationError(
-                message("the weight of the L1 term is 0 or more", received=weight, fix="set 0 to leave it out")
-            )
         self.area, self.boxes, self.strokes, self.vertices = (area[0], area[1]), boxes, strokes, vertices
         self.weight = weight
         self._per_stroke = 3 + 2 * vertices

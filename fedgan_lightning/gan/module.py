@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from fedgan_lightning.gan.augment import Augmentation, LeCam
 from fedgan_lightning.gan.average import averaged, follow
-from fedgan_lightning.gan.checks import check_conditions, check_minibatch, check_networks, check_settings
+from fedgan_lightning.gan.checks import INTERVALS, check_conditions, check_minibatch, check_networks, check_settings
 from fedgan_lightning.gan.conditions import Codec, Condition
 from fedgan_lightning.gan.draws import Draws, drawn
 from fedgan_lightning.gan.layout import lay_out
@@ -75,14 +75,7 @@ class GAN(L.LightningModule):
         ConfigurationError: If the arguments contradict each other.
     """
 
-    @checked(
-        d_steps="[1, inf)",
-        g_steps="[1, inf)",
-        auxiliary_weight="[0, inf)",
-        ema_half_life_images="(0, inf)",
-        ema_rampup="(0, inf)",
-        clip_gradient_norm="(0, inf)",
-    )
+    @checked(**INTERVALS)
     def __init__(
         self,
         generator: nn.Module,

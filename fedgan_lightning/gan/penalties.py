@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.options import checked
 
 Critic = Callable[[Tensor], Tensor]
@@ -74,10 +73,6 @@ class Penalty(ABC):
 
     @checked(interval="[1, inf)")
     def __init__(self, *, interval: int = 1) -> None:
-        if interval < 1:
-            raise ConfigurationError(
-                message("a penalty's interval is at least 1 step", received=interval, fix="set interval: 1 or more")
-            )
         self.interval = interval
 
     def is_due(self, step: int) -> bool:

@@ -39,15 +39,6 @@ class Purchases(Condition):
     def __init__(
         self, items: int, *, partial_masking: float = 0.1, zero_reconstruction: float = 0.1, alpha: float = 0.1
     ) -> None:
-        for name, ratio in (("partial_masking", partial_masking), ("zero_reconstruction", zero_reconstruction)):
-            if not 0 <= ratio <= 1:
-                raise ConfigurationError(
-                    message(f"{name} is a chance in [0, 1]", received=ratio, fix="set 0 to switch it off, or 0.1")
-                )
-        if items < 1 or alpha < 0:
-            raise ConfigurationError(
-                message("items is at least 1, and alpha at least 0", received=f"{items} and {alpha}", fix="correct it")
-            )
         self.items, self.alpha = items, alpha
         self.partial_masking, self.zero_reconstruction = partial_masking, zero_reconstruction
         self.num_random = 2 * items

@@ -27,8 +27,6 @@ class OneHot(Codec):
 
     @checked(num_words="[3, inf)")
     def __init__(self, num_words: int) -> None:
-        if num_words < 3:
-            raise ConfigurationError(message("num_words is at least 3", received=num_words, fix="raise it"))
         self.num_words = num_words
 
     def encode(self, x: Tensor) -> Tensor:

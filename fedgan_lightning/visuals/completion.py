@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedgan_lightning.data.samples import of_bytes, to_bytes
-from fedgan_lightning.errors import ConfigurationError, DataError, message
+from fedgan_lightning.errors import DataError, message
 from fedgan_lightning.evaluation.completion import check_completes, completed, pictures_with_holes
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.gan.holes import Holes, masked
@@ -58,14 +58,6 @@ class CompletionPictures(L.Callback):
         holes: Holes | None = None,
         seed: int = 0,
     ) -> None:
-        if min(every_n_rounds, columns, rows) < 1:
-            raise ConfigurationError(
-                message(
-                    "every_n_rounds, columns and rows of CompletionPictures are at least 1",
-                    received=min(every_n_rounds, columns, rows),
-                    fix="raise it",
-                )
-            )
         self.every_n_rounds, self.columns, self.rows, self.seed = every_n_rounds, columns, rows, seed
         self.folder, self.holes = folder, holes if holes is not None else Holes()
         self._last_round = -1

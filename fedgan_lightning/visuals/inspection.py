@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
-from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation import neighbours
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.gan.priors import Normal, Prior
@@ -36,16 +35,8 @@ class Inspection(L.Callback):
         seed: Seed of the latents.
     """
 
-    @checked(rows="[1, inf)", columns="[2, inf)", clients="[0, inf)", seed="[0, inf)")
+    @checked("inspection", rows="[1, inf)", columns="[2, inf)", clients="[0, inf)", seed="[0, inf)")
     def __init__(self, *, rows: int = 8, columns: int = 10, clients: int = 10, seed: int = 0) -> None:
-        if rows < 1 or columns < 2 or clients < 0:
-            raise ConfigurationError(
-                message(
-                    "inspection has at least 1 row, 2 columns and 0 clients",
-                    received=f"{rows}, {columns} and {clients}",
-                    fix="raise them",
-                )
-            )
         self.rows, self.columns, self.clients, self.seed = rows, columns, clients, seed
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

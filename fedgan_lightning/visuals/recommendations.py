@@ -27,8 +27,6 @@ class Recommendations(L.Callback):
 
     @checked(top="[1, inf)")
     def __init__(self, top: int = 20) -> None:
-        if top < 1:
-            raise ConfigurationError(message("Recommendations lists 1 item or more", received=top, fix="set top: 20"))
         self.top = top
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.samples import to_bytes
-from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.text import vocabulary_of
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.files import write_text
@@ -40,6 +39,7 @@ class SamplePictures(L.Callback):
     """
 
     @checked(
+        "pictures",
         every_n_rounds="[1, inf)",
         columns="[1, inf)",
         rows="[1, inf)",
@@ -57,14 +57,6 @@ class SamplePictures(L.Callback):
         predict_samples: int = 100,
         seed: int = 0,
     ) -> None:
-        if min(every_n_rounds, columns, rows, num_points, predict_samples) < 1:
-            raise ConfigurationError(
-                message(
-                    "the numbers of the picture settings are at least 1",
-                    received=min(every_n_rounds, columns, rows, num_points, predict_samples),
-                    fix="raise it",
-                )
-            )
         self.every_n_rounds, self.columns, self.rows = every_n_rounds, columns, rows
         self.num_points, self.predict_samples, self.seed = num_points, predict_samples, seed
         self._last_round = -1

@@ -46,9 +46,6 @@ UNBOUNDED = {
     "QuadraticDiscriminator.psi": "a parameter",
     "ClassMixes.sizes": "checked with the mixes",
     "ClassMixes.mixes": "checked with the sizes",
-    "SecureAggregation.threshold": "its own check says why",
-    "SecureAggregation.max_update": "its own check says why",
-    "SecureAggregation.max_value": "its own check says why",
 }
 
 
@@ -144,7 +141,7 @@ def test_every_fixed_choice_is_checked():
 @pytest.mark.parametrize("word", ["xyz", 7, True])
 def test_a_word_that_is_no_choice_is_named_with_the_choices(name, parameter, hint, word):
     said = refused(name, **{parameter: nested(word, hint)})
-    assert said.startswith(f"{parameter} of {name} is ")
+    assert f"{parameter} of {name} is " in said.split("; received ")[0]
     assert repr(word) in said.split("; received ")[1]
     rule, fix = said.split("; received ")[0], said.split(" Fix: ")[1]
     for own in words(hint):
@@ -168,7 +165,7 @@ def test_numbers_are_finite_of_their_kind_and_in_their_range(name, parameter, hi
         wrong += [low] * (interval.text[0] == "(") + [high] * (interval.text[-1] == ")") + [high + 1]
     for value in wrong:
         said = refused(name, **{parameter: nested(value, hint)})
-        assert said.startswith(f"{parameter} of {name} is "), value
+        assert f"{parameter} of {name} is " in said.split("; received ")[0], value
         assert interval is None or str(interval) in said, value
 
 
@@ -182,7 +179,7 @@ def is_object(hint):
 def test_objects_are_of_their_type(name, parameter, hint):
     for value in ("nonsense", 3, object, object()):
         said = refused(name, **{parameter: nested(value, hint)})
-        assert said.startswith(f"{parameter} of {name} is "), value
+        assert f"{parameter} of {name} is " in said.split("; received ")[0], value
 
 
 def gan(**given):
@@ -265,7 +262,7 @@ SLIPS = [
         lambda: orchestrator(rounds=5.0),
         "rounds of FederatedOrchestrator is an integer of at least 1",
         "5.0",
-        "give one of that kind",
+        "choose such a number",
     ),
     (lambda: orchestrator(aggregator="median"), "an Aggregator or None", "'median'", ""),
     (lambda: data(partition="dirichlet"), "a Partition or None", "'dirichlet'", "give an object, Dirichlet(...)"),

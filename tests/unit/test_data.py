@@ -223,7 +223,7 @@ class TestDataModule:
         data = FederatedDataModule(sources.TorchvisionImages("CIFAR10", root="nowhere"))
         assert data.sample_shape == (3, 32, 32)
         assert data.num_classes == 10
-        with pytest.raises(ConfigurationError, match="at least 1; received 0 and 64"):
+        with pytest.raises(ConfigurationError, match="num_clients .* at least 1; received 0"):
             FederatedDataModule(sources.Digits(), num_clients=0)
 
     def test_setup_refuses_a_client_that_is_too_small(self):
@@ -232,7 +232,7 @@ class TestDataModule:
             data.setup()
 
     def test_what_is_no_source_or_loads_no_samples_is_refused_by_name(self):
-        with pytest.raises(ConfigurationError, match=r"data come from a source; received 'Digits'. Fix: .* Digits\(\)"):
+        with pytest.raises(ConfigurationError, match="source .* a Source; received 'Digits'. Fix: .* Digits"):
             FederatedDataModule("Digits")
 
         class Own(sources.Digits):
@@ -472,14 +472,14 @@ class TestWhatMakesNoSense:
     def test_shifts_of_shifts_of_words_and_backwards(self):
         with pytest.raises(DataError, match="one shift"):
             parts.FeatureShift(parts.FeatureShift())
-        with pytest.raises(DataError, match="at least 0; received -1"):
+        with pytest.raises(ConfigurationError, match="brightness .* at least 0; received -1"):
             parts.FeatureShift(brightness=-1)
         words = Samples(x=torch.zeros(9, 4, dtype=torch.int64))
         with pytest.raises(DataError, match="moves pixels or measurements"):
             parts.FeatureShift().split(words, num_clients=3, seed=0)
 
     def test_a_negative_number_of_samples(self):
-        with pytest.raises(ConfigurationError, match="max_samples is at least 1; received -5"):
+        with pytest.raises(ConfigurationError, match="max_samples .* at least 1 or None; received -5"):
             FederatedDataModule(sources.Digits(), max_samples=-5)
 
     def test_a_split_without_labels_beside_one_with(self):

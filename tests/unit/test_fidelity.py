@@ -178,7 +178,7 @@ class TestPrecisionRecall:
         assert set(everything) == {"recall", "precision_test", "recall_test", "density_test", "coverage_test"}
 
     def test_settings(self, data):
-        with pytest.raises(ConfigurationError, match="at least 1 neighbour"):
+        with pytest.raises(ConfigurationError, match="k of PrecisionRecall .* at least 1; received 0"):
             PrecisionRecall(k=0)
         with pytest.raises(ConfigurationError, match="more than k samples; received 3"):
             PrecisionRecall(PixelFeatures(), k=3).compute(torch.zeros(3, *data.sample_shape), None)

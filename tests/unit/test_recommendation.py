@@ -215,9 +215,9 @@ class TestSource:
     @pytest.mark.parametrize(
         ("options", "error", "words"),
         [
-            ({"num_items": 0}, ConfigurationError, "num_items and min_item are at least 1"),
-            ({"min_user": 1}, ConfigurationError, "min_user at least 2, .* received 30, 3, 1 and 0.2"),
-            ({"holdout_fraction": 1.0}, ConfigurationError, "lies in .0, 1."),
+            ({"num_items": 0}, ConfigurationError, "num_items .* at least 1; received 0"),
+            ({"min_user": 1}, ConfigurationError, "min_user .* at least 2; received 1"),
+            ({"holdout_fraction": 1.0}, ConfigurationError, "holdout_fraction .* in .0, 1.; received 1.0"),
             ({"num_items": 41}, DataError, "41 items have 3 interactions or more; received 40 such items"),
             ({"user": "customer"}, DataError, "has the columns customer, .* received userId, .*customer is missing"),
             ({"rating": "movieId", "item": "rating", "threshold": 1e9}, DataError, "30 items have"),
@@ -306,9 +306,9 @@ class TestCondition:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            ({"partial_masking": 1.5}, "partial_masking is a chance in .0, 1.; received 1.5"),
-            ({"zero_reconstruction": -0.1}, "zero_reconstruction is a chance"),
-            ({"alpha": -1.0}, "alpha at least 0; received 30 and -1.0"),
+            ({"partial_masking": 1.5}, "partial_masking .* in .0, 1.; received 1.5"),
+            ({"zero_reconstruction": -0.1}, "zero_reconstruction .* in .0, 1.; received -0.1"),
+            ({"alpha": -1.0}, "alpha .* at least 0; received -1.0"),
         ],
     )
     def test_bad_numbers(self, options, words):
@@ -382,9 +382,9 @@ class TestNetworks:
         assert min(gradients(discriminator).values()) > 0
 
     def test_widths_and_latents_that_cannot_be_are_refused(self):
-        with pytest.raises(ConfigurationError, match=r"widths of layers are at least 1; received \[30, 0, 30\]"):
+        with pytest.raises(ConfigurationError, match=r"hidden .* each an integer of at least 1; received \(0,\)"):
             CFGANGenerator(ITEMS, hidden=(0,))
-        with pytest.raises(ConfigurationError, match="latent_dim is at least 0; received -1"):
+        with pytest.raises(ConfigurationError, match="latent_dim .* at least 0; received -1"):
             CFGANGenerator(ITEMS, latent_dim=-1)
 
 
@@ -511,7 +511,7 @@ class TestRecommendations:
             assert mine[0]["title"] == f"Film {mine[0]['item']}, The ({1959 + int(mine[0]['item'])})"
 
     def test_other_data_and_empty_lists_are_refused(self):
-        with pytest.raises(ConfigurationError, match="1 item or more; received 0"):
+        with pytest.raises(ConfigurationError, match="top of Recommendations .* at least 1; received 0"):
             Recommendations(top=0)
         with pytest.raises(ConfigurationError, match="users of Interactions; received Ring"):
             quiet_trainer(Recommendations()).predict(ServerModule(ring_gan()), datamodule=ring_data())

@@ -165,7 +165,7 @@ class TestMetrics:
     def test_more_centroids_than_samples_are_refused(self):
         with pytest.raises(ConfigurationError, match="500 centroids need as many test samples; received 240"):
             ProfileCentroids(500).prepare(module(), device=CPU)
-        with pytest.raises(ConfigurationError, match="from 1"):
+        with pytest.raises(ConfigurationError, match="k of ProfileCentroids .* at least 1; received 0"):
             ProfileCentroids(0)
         metric = ProfileCentroids(9)
         metric.prepare(module(), device=CPU)

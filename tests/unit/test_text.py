@@ -188,8 +188,8 @@ class TestSource:
         ("options", "words"),
         [
             ({"max_length": 1}, "two sentences of at most 1 words; received 0"),
-            ({"max_length": 0}, "max_length is at least 1"),
-            ({"test_fraction": 1.0}, "lies in .0, 1.; received 10 and 1.0"),
+            ({"max_length": 0}, "max_length .* at least 1; received 0"),
+            ({"test_fraction": 1.0}, "test_fraction .* in .0, 1.; received 1.0"),
             ({"topics": {"a": ["jet"], "b": ["Jet"]}}, "stands for one topic; received 'Jet' under a and b"),
             ({"min_support": 999}, "some client uses some word 999 times"),
             ({"vocabulary": "none.json"}, "a JSON list of words by id; received none.json"),
@@ -197,7 +197,7 @@ class TestSource:
         ],
     )
     def test_what_does_not_fit_is_refused(self, options, words):
-        with pytest.raises(DataError, match=words):
+        with pytest.raises((DataError, ConfigurationError), match=words):
             assert module(source=source(**options)).test_samples is None
 
     def test_the_real_file(self, shared):
@@ -284,11 +284,11 @@ class TestNetworks:
     @pytest.mark.parametrize(
         ("make", "words"),
         [
-            (lambda: TextGenerator(2), "num_words is at least 3; received 2"),
-            (lambda: TextGenerator(hidden=0), "hidden is at least 1"),
-            (lambda: TextGenerator(temperature=0.0), "temperature is positive; received 0.0"),
+            (lambda: TextGenerator(2), "num_words of TextGenerator .* at least 3; received 2"),
+            (lambda: TextGenerator(hidden=0), "hidden .* at least 1; received 0"),
+            (lambda: TextGenerator(temperature=0.0), "temperature .* above 0; received 0.0"),
             (lambda: TextDiscriminator(9, 4), "between 1 and max_length=4; received .2, 3, 4, 5"),
-            (lambda: OneHot(1), "num_words is at least 3"),
+            (lambda: OneHot(1), "num_words of OneHot .* at least 3; received 1"),
             (lambda: text_gan(prior=None), "noise from Gumbel; received model.prior=Normal. Fix: set prior: Gumbel"),
             (lambda: LanguageModel(MLPGenerator(2, (2,))), "with log_likelihood.*; received MLPGenerator"),
         ],
@@ -364,9 +364,9 @@ class TestTemperature:
         assert watch.sent == pytest.approx([1.0, 0.5, 0.25])
 
     def test_what_cannot_work_is_refused(self):
-        with pytest.raises(ConfigurationError, match="temperatures are positive; received 1.0 and 0"):
+        with pytest.raises(ConfigurationError, match="end of TemperatureSchedule .* above 0; received 0"):
             TemperatureSchedule(end=0)
-        with pytest.raises(ConfigurationError, match="exponential or linear; received 'cosine'"):
+        with pytest.raises(ConfigurationError, match="one of exponential, linear; received 'cosine'"):
             TemperatureSchedule(kind="cosine")
         with pytest.raises(ConfigurationError, match="received MLPGenerator without one"):
             federate(ring_gan(), ring_data(), TemperatureSchedule(), rounds=1, local_steps=1)
@@ -506,7 +506,7 @@ class TestMetrics:
         assert [type(metric) for metric in default_metrics(data)] == [HeldOutLikelihood, BLEU, SelfBLEU]
         with pytest.raises(ConfigurationError, match="BLEU reads text; received Ring without a vocabulary"):
             BLEU().prepare(ring_data(), device=CPU)
-        with pytest.raises(ConfigurationError, match="max_sentences is at least 2; received 1"):
+        with pytest.raises(ConfigurationError, match="max_sentences .* at least 2; received 1"):
             SelfBLEU(max_sentences=1)
 
     def test_networks_that_do_not_know_all_words_are_refused(self):

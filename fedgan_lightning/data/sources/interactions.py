@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fedgan_lightning.data.samples import Samples
 from fedgan_lightning.data.sources.base import Source, Split, read_names
-from fedgan_lightning.errors import ConfigurationError, DataError, message
+from fedgan_lightning.errors import DataError, message
 from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import make_numpy_generator
 
@@ -95,14 +95,6 @@ class Interactions(Source):
         holdout_fraction: float = 0.2,
         seed: int = 0,
     ) -> None:
-        if num_items < 1 or min_user < 2 or min_item < 1 or not 0 < holdout_fraction < 1:
-            raise ConfigurationError(
-                message(
-                    "num_items and min_item are at least 1, min_user at least 2, holdout_fraction lies in (0, 1)",
-                    received=f"{num_items}, {min_item}, {min_user} and {holdout_fraction}",
-                    fix="correct data.source",
-                )
-            )
         self.path, self.catalogue = Path(path), None if catalogue is None else Path(catalogue)
         self.user, self.item, self.rating, self.time, self.title, self.genre = user, item, rating, time, title, genre
         self.threshold, self.min_user, self.min_item = threshold, min_user, min_item

@@ -61,14 +61,6 @@ class TextFile(Source):
         vocabulary: str | None = None,
         test_fraction: float = 0.1,
     ) -> None:
-        if max_length < 1 or not 0 < test_fraction < 1:
-            raise DataError(
-                message(
-                    "max_length is at least 1, and test_fraction lies in (0, 1)",
-                    received=f"{max_length} and {test_fraction}",
-                    fix="set 16 and 0.1, say",
-                )
-            )
         self.path, self.test_path = Path(path), None if test_path is None else Path(test_path)
         self.max_length, self.max_words, self.test_fraction = max_length, max_words, test_fraction
         self.min_support, self.once_per_sentence = min_support, once_per_sentence

@@ -106,8 +106,6 @@ class FaultyExecutor(Executor):
                     "faults have names", received=", ".join(unknown), fix=f"choose from {', '.join(sorted(self.rates))}"
                 )
             )
-        if attack_scale <= 0:
-            raise ConfigurationError(message("attack_scale is positive", received=attack_scale, fix="raise it"))
         self.attack_scale = attack_scale
         self._late: list[ClientUpdate] = []
 

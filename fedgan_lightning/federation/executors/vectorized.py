@@ -39,10 +39,6 @@ class VectorizedExecutor(Executor):
 
     @checked(chunk_size="[1, inf)")
     def __init__(self, *, chunk_size: int = 64) -> None:
-        if chunk_size < 1:
-            raise ConfigurationError(
-                message("chunk_size is at least 1 client", received=chunk_size, fix="set it to 64, say")
-            )
         self.chunk_size = chunk_size
         self._context: ClientContext | None = None
         self._cohort: CohortTrainer | None = None

@@ -61,10 +61,6 @@ class InpaintingGenerator(nn.Module):
     ) -> None:
         super().__init__()
         _check(image_size, width=width, halvings=halvings, cell=cell)
-        if latent_dim < 1:
-            raise ConfigurationError(
-                message("latent_dim counts channels of noise from 1", received=latent_dim, fix="set 4")
-            )
         self.latent_dim, self.sample_shape, self.num_classes = latent_dim, (channels, image_size, image_size), 0
         widths = [width * 2**level for level in range(halvings + 1)]
         self.cell = cell
@@ -150,12 +146,6 @@ class GatedConv2d(nn.Module):
 
 
 def _check(image_size: int, *, width: int, halvings: int, cell: int = 1) -> None:
-    if min(width, halvings, cell) < 1:
-        raise ConfigurationError(
-            message(
-                "width, halvings and cell are at least 1", received=f"{width}, {halvings} and {cell}", fix="raise them"
-            )
-        )
     factor = cell * 2**halvings
     if image_size < factor or image_size % factor:
         raise ConfigurationError(

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.options import checked
 
 
@@ -28,8 +27,6 @@ class CFGANGenerator(nn.Module):
     @checked(items="[1, inf)", hidden="[1, inf)", latent_dim="[0, inf)")
     def __init__(self, items: int, *, hidden: Sequence[int] = (300,), latent_dim: int = 0) -> None:
         super().__init__()
-        if latent_dim < 0:
-            raise ConfigurationError(message("latent_dim is at least 0", received=latent_dim, fix="set 0"))
         self.latent_dim, self.sample_shape, self.num_classes = latent_dim, (items,), 0
         self.layers = _layers(items + latent_dim, hidden, items)
 
@@ -66,10 +63,6 @@ class CFGANDiscriminator(nn.Module):
 
 def _layers(inputs: int, hidden: Sequence[int], outputs: int) -> nn.Sequential:
     widths = [inputs, *hidden, outputs]
-    if min(widths) < 1:
-        raise ConfigurationError(
-            message("items and the widths of layers are at least 1", received=widths, fix="correct items and hidden")
-        )
     layers: list[nn.Module] = []
     for fan_in, fan_out in itertools.pairwise(widths):
         layers += [nn.Linear(fan_in, fan_out), nn.Sigmoid()]

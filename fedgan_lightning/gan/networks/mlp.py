@@ -87,10 +87,6 @@ class MLPDiscriminator(nn.Module):
         slope: float = 0.2,
     ) -> None:
         super().__init__()
-        if not 0 <= slope < 1:
-            raise ConfigurationError(
-                message("the slope of leaky ReLU lies in [0, 1)", received=slope, fix="0.2 is usual, 0 is ReLU")
-            )
         self.sample_shape, self.num_classes, self.conditioning = tuple(sample_shape), num_classes, conditioning
         widths = [math.prod(self.sample_shape), *hidden]
         layers: list[nn.Module] = [nn.Flatten()]

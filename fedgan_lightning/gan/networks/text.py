@@ -43,7 +43,7 @@ class TextGenerator(nn.Module):
     temperature: Tensor
 
     @checked(
-        num_words="[1, inf)", max_length="[1, inf)", embedding="[1, inf)", hidden="[1, inf)", temperature="(0, inf)"
+        num_words="[3, inf)", max_length="[1, inf)", embedding="[1, inf)", hidden="[1, inf)", temperature="(0, inf)"
     )
     def __init__(
         self,
@@ -55,9 +55,6 @@ class TextGenerator(nn.Module):
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
-        _check(num_words=num_words, max_length=max_length, embedding=embedding, hidden=hidden)
-        if temperature <= 0:
-            raise ConfigurationError(message("temperature is positive", received=temperature, fix="set 1.0, say"))
         self.num_words, self.max_length, self.num_classes = num_words, max_length, 0
         self.latent_dim, self.sample_shape = max_length * num_words, (max_length, num_words)
         self.register_buffer("temperature", torch.tensor(float(temperature)))
@@ -134,7 +131,7 @@ class TextDiscriminator(nn.Module):
     #: Nothing passes between samples.
     per_sample = True
 
-    @checked(num_words="[1, inf)", max_length="[1, inf)", embedding="[1, inf)", widths="[1, inf)", filters="[1, inf)")
+    @checked(num_words="[3, inf)", max_length="[1, inf)", embedding="[1, inf)", widths="[1, inf)", filters="[1, inf)")
     def __init__(
         self,
         num_words: int = 2000,
@@ -145,7 +142,6 @@ class TextDiscriminator(nn.Module):
         filters: int = 64,
     ) -> None:
         super().__init__()
-        _check(num_words=num_words, max_length=max_length, embedding=embedding, filters=filters)
         if not widths or not 1 <= min(widths) <= max(widths) <= max_length:
             raise ConfigurationError(
                 message(
@@ -173,11 +169,3 @@ def counts(ids: Tensor) -> Tensor:
     """Return where sentences (N, T) are: True up to their first end, and for it."""
     ended = (ids == 0).cumsum(1)
     return (ended == 0) | ((ended == 1) & (ids == 0))
-
-
-def _check(**numbers: int) -> None:
-    wrong = {name: value for name, value in numbers.items() if value < (3 if name == "num_words" else 1)}
-    if wrong:
-        name, value = next(iter(wrong.items()))
-        least = 3 if name == "num_words" else 1
-        raise ConfigurationError(message(f"{name} is at least {least}", received=value, fix="raise it"))
