@@ -71,8 +71,9 @@ def _place_of(error: BaseException) -> str:
 
 
 def message(rule: str, *, received: object, fix: str) -> str:
-    """Return ``"RULE; received VALUE. Fix: FIX."``, the one form that all user errors take."""
-    return f"{rule}; received {received}. Fix: {fix}."
+    """Return ``"RULE; received VALUE. Fix: FIX."``, the one form that all user errors take: always one line."""
+    text = f"{rule}; received {received}. Fix: {fix}."
+    return "".join(mark if mark.isprintable() else repr(mark)[1:-1] for mark in text)  # names of files hold anything
 
 
 class RoundInterrupted(FedGANError):  # noqa: N818 - not an error: the user asked for it

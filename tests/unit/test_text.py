@@ -189,10 +189,10 @@ class TestSource:
         [
             ({"max_length": 1}, "two sentences of at most 1 words; received 0"),
             ({"max_length": 0}, "max_length is at least 1"),
-            ({"test_fraction": 1.0}, "lies in .0, 1.; received 10 and 1.0"),
+            ({"test_fraction": 1.0}, "test_fraction lies in .0, 1.; received 1.0"),
             ({"topics": {"a": ["jet"], "b": ["Jet"]}}, "stands for one topic; received 'Jet' under a and b"),
             ({"min_support": 999}, "some client uses some word 999 times"),
-            ({"vocabulary": "none.json"}, "a JSON list of words by id; received none.json"),
+            ({"vocabulary": "none.json"}, "a JSON list of words by id that can be read; received none.json"),
             ({"test_path": "none.txt"}, "is a text file, or a folder of .txt files.*; received none.txt"),
         ],
     )
