@@ -19,6 +19,10 @@ class DataError(FedGANError, ValueError):
     """Data or a partition of it cannot be used."""
 
 
+class SampleSizeError(ConfigurationError, DataError):
+    """There are too few samples for what is to be measured."""
+
+
 class CheckpointError(FedGANError, RuntimeError):
     """A checkpoint is damaged, unsafe, or belongs to another run."""
 

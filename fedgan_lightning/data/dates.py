@@ -15,6 +15,8 @@ from fedgan_lightning.errors import DataError, message
 
 #: Steps of at least so many microseconds may be months, which are not equally long.
 MONTH = 28 * 24 * 3600 * 10**6
+#: What helps where single rows do not fit.
+REPAIR = "repair the rows, or set data.source.irregular: drop to leave out the profiles in which such rows lie"
 
 
 class Date(NamedTuple):
@@ -57,7 +59,8 @@ def on_grid(dates: list[Date], *, path: Path, strict: bool) -> Grid:
     """
     for above, date in itertools.pairwise(dates):
         if above.has_offset != date.has_offset:
-            raise _irregular(path, "one of them with an offset from UTC, one without", above, date, step="one")
+            what = "one of them with an offset from UTC"
+            raise _irregular("all dates have an offset, or none", path, what, above, date, fix="write them alike")
     ticks = np.array([date.when for date in dates], dtype="datetime64[us]").astype(np.int64)
     if len(dates) < 2:
         return Grid(np.zeros(len(dates), np.int64), np.zeros(len(dates), bool))
@@ -73,8 +76,8 @@ def on_grid(dates: list[Date], *, path: Path, strict: bool) -> Grid:
             step = _commonest(np.diff(ticks))
             name = f"{step} month(s)"
     if step <= 0:
-        what = "as most dates, which need their time of day" if step == 0 else "as most dates: sort the file"
-        raise _irregular(path, what, dates[0], dates[1], step="one")
+        what = "as most rows, which lack the time of day" if step == 0 else "as most rows"
+        raise _irregular("dates rise", path, what, dates[0], dates[1], fix="write the time of day, or sort the rows")
     offsets = ticks - ticks[0]
     places, between = offsets // step, between | (offsets % step != 0)
     steps = np.diff(places)
@@ -82,7 +85,12 @@ def on_grid(dates: list[Date], *, path: Path, strict: bool) -> Grid:
     if wrong.any():
         place = int(np.argmax(wrong))
         raise _irregular(
-            path, _what(int(steps[place]), bool(between[place + 1])), dates[place], dates[place + 1], step=name
+            f"dates rise by one step, {name}",
+            path,
+            _what(int(steps[place]), bool(between[place + 1])),
+            dates[place],
+            dates[place + 1],
+            fix=REPAIR if strict else "sort the rows",
         )
     return Grid(places, between)
 
@@ -106,12 +114,6 @@ def _what(steps: int, is_between: bool) -> str:
     return f"{steps - 1} missing between them" if steps > 0 else "the second before the first"
 
 
-def _irregular(path: Path, what: str, above: Date, date: Date, *, step: str) -> DataError:
-    return DataError(
-        message(
-            f"dates rise by {step} step in every row" if step == "one" else f"dates rise by one step, {step}",
-            received=f"{above.when} in line {above.line} and {date.when} in line {date.line} of {path}, {what}",
-            fix="repair the rows (a clock without summer time has no gaps), or set data.source.irregular: drop to "
-            "leave out the profiles in which such rows lie",
-        )
-    )
+def _irregular(rule: str, path: Path, what: str, above: Date, date: Date, *, fix: str) -> DataError:
+    received = f"{above.when} in line {above.line} and {date.when} in line {date.line} of {path}, {what}"
+    return DataError(message(rule, received=received, fix=fix))

@@ -94,8 +94,8 @@ class Splits(NamedTuple):
 def splits_of(root: Path, *, extensions: Container[str], classes: Container[str] = ()) -> Splits:
     """Return which folders of ``root`` are splits: ``train`` with ``test``, or with ``val`` where there is no test.
 
-    Names are those of :data:`ROLES`, in any letter case. Where there are all three, ``val`` is not used. A name that is
-    listed as a class is a class, and a folder without pictures is nothing.
+    Names are those of :data:`ROLES`, in any letter case. Where there are all three, ``val`` is not used. Where all
+    names are listed as classes they are classes, and a folder without pictures is nothing.
 
     Args:
         root: The folder.
@@ -107,10 +107,11 @@ def splits_of(root: Path, *, extensions: Container[str], classes: Container[str]
     """
     found: dict[str, Path] = {}
     others: list[Path] = []
-    for path in folders_in(root):
-        if next(_walk(path, extensions, above=frozenset()), None) is None:
-            continue
-        role = _role(path, classes)
+    folders = [path for path in folders_in(root) if next(_walk(path, extensions, above=frozenset()), None)]
+    if all(named(path) in classes for path in folders):
+        return Splits(None, None, None)
+    for path in folders:
+        role = ROLES.get(named(path).lower())
         if role is None:
             others.append(path)
         elif role in found:
@@ -142,22 +143,18 @@ def refuse_splits_below(files: list[Path], base: Path, *, classes: Container[str
             if folder in seen or folder == Path():
                 continue
             seen.add(folder)
-            if _role(folder, classes):
+            if named(folder) not in classes and named(folder).lower() in ROLES:
                 raise _two_readings(base, [base / folder], "a split within a class or a client")
-
-
-def _role(path: Path, classes: Container[str]) -> str | None:
-    return None if named(path) in classes else ROLES.get(named(path).lower())
 
 
 def _two_readings(root: Path, paths: list[Path], what: str) -> DataError:
     names = ", ".join(str(path.relative_to(root)) for path in paths)
     return DataError(
         message(
-            "folders named train, val or test (in whatever spelling) are the splits of a data set, directly below "
-            "data.source.root and alone there, train with test or val",
-            received=f"{names} in {root}: {what}",
-            fix="move or rename folders or set root to one of them; where such a name is that of a class, list all "
-            "classes in data.source.class_names",
+            "folders named train, val or test, or like that, are splits: train with test or val, alone, and directly "
+            "in data.source.root",
+            received=f"{names} in {root}, splits or classes or clients ({what})",
+            fix="move or rename folders, or set root to one of them; if they are classes, list all of these in "
+            "data.source.class_names",
         )
     )

@@ -78,14 +78,15 @@ def check_encoding(encoding: str, *, option: str) -> None:
         ) from error
 
 
-def read_text(path: Path, *, option: str, what: str = "a text file", encoding: str = "utf-8") -> str:
+def read_text(path: Path, *, option: str, what: str, encoding: str = "utf-8", settable: bool = True) -> str:
     """Return the text of a file, without a byte order mark.
 
     Args:
         path: The file.
-        option: Where it was named, for the error; its encoding is the option ``encoding`` beside it.
+        option: Where it was named, for the error.
         what: What it should be, for the error.
         encoding: Its encoding.
+        settable: Whether there is an option ``encoding`` beside the other.
 
     Raises:
         DataError: If it cannot be read, or is not in this encoding; byte and line are named.
@@ -96,15 +97,15 @@ def read_text(path: Path, *, option: str, what: str = "a text file", encoding: s
         raise DataError(
             message(f"{option} is {what} that can be read", received=f"{path} ({reason(error)})", fix="check the path")
         ) from error
-    beside = f"{option.rpartition('.')[0]}.encoding".lstrip(".")
+    rule, save = f"{option} is {what} in {encoding}", "save it as UTF-8"
+    beside = f", or set {option.rpartition('.')[0]}.encoding: " if settable else ""
     mark = next((name for bom, name in MARKS.items() if data.startswith(bom)), None)
     if mark and not codecs.lookup(encoding).name.startswith(mark):
         raise DataError(
             message(
-                f"{option} is {what} in {encoding}",
+                rule,
                 received=f"{path}, which begins with the byte order mark of {mark}",
-                fix=f"save it as UTF-8, or set {beside}: {mark} (a table that Excel calls 'Unicode text' also needs "
-                r'delimiter: "\t")',
+                fix=save + (f"{beside}{mark} (and delimiter, for tabs in a table)" if settable else ""),
             )
         )
     try:
@@ -112,17 +113,17 @@ def read_text(path: Path, *, option: str, what: str = "a text file", encoding: s
     except UnicodeError as error:
         raise DataError(
             message(
-                f"{option} is {what} in {encoding}",
+                rule,
                 received=f"{path} with {_place(data, error, encoding)}",
-                fix=f"save it as UTF-8, or set {beside} to its own: latin-1, cp1252 or utf-16, say",
+                fix=save + (f"{beside}latin-1, cp1252 or what else it is in" if settable else ""),
             )
         ) from error
     if (nul := text.find("\0")) >= 0:
         raise DataError(
             message(
-                f"{option} is {what}",
+                rule,
                 received=f"{path} with a NUL byte in line {text.count(chr(10), 0, nul) + 1}, as binary files have",
-                fix=f"check the file, or set {beside}: utf-16-le if it is that",
+                fix="check the file" + (f"{beside}utf-16-le if it is that" if settable else ""),
             )
         )
     return text.removeprefix("\ufeff")
@@ -131,7 +132,7 @@ def read_text(path: Path, *, option: str, what: str = "a text file", encoding: s
 def _place(data: bytes, error: UnicodeError, encoding: str) -> str:
     """Say which byte cannot be decoded, and in which line."""
     if not isinstance(error, UnicodeDecodeError):
-        return f"bytes that are not ({reason(error)})"
+        return f"other bytes ({reason(error)})"
     before = data[: error.start].decode(encoding, errors="replace")
     line = before.count("\n") + 1
-    return f"byte 0x{data[error.start]:02x} at offset {error.start}, line {line}, which is not ({error.reason})"
+    return f"byte 0x{data[error.start]:02x} at offset {error.start}, line {line} ({error.reason})"

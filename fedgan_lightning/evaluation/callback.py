@@ -15,7 +15,7 @@ import lightning as L
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.samples import quantise
-from fedgan_lightning.errors import ConfigurationError, OutOfRangeError, QuorumError, message
+from fedgan_lightning.errors import ConfigurationError, OutOfRangeError, QuorumError, SampleSizeError, message
 from fedgan_lightning.evaluation.defaults import default_metrics
 from fedgan_lightning.evaluation.metrics import Metric
 from fedgan_lightning.federation.server import ServerModule
@@ -39,7 +39,8 @@ class Evaluation(L.Callback):
         facts: What is true of the whole run: floors, sample counts, hash of the feature network.
         history: Values of every evaluation, with the number of completed ``rounds``.
         latest: Values of the last evaluation, in whichever command.
-        left_out: Metrics that cannot be taken here, because clients' samples are elsewhere.
+        left_out: Metrics that cannot be taken here, because clients' samples are elsewhere, or too few for a metric
+            that nobody asked for by name.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Evaluation(L.Callback):
                 message("evaluation.num_samples is at least 2", received=num_samples, fix="set 2500 or more")
             )
         self.metrics = None if metrics is None else list(metrics)
+        self._asked = metrics is not None
         if every_n_rounds < 1:
             raise ConfigurationError(
                 message("evaluation.every_n_rounds is at least 1", received=every_n_rounds, fix="raise it")
@@ -104,7 +106,9 @@ class Evaluation(L.Callback):
                 continue
             try:
                 self.facts |= metric.prepare(data, device=trainer.strategy.root_device)
-            except OutOfRangeError as error:  # of sums that sites cannot mask
+            except (OutOfRangeError, SampleSizeError) as error:  # of sums that sites cannot mask; of small data
+                if isinstance(error, SampleSizeError) and self._asked:
+                    raise
                 self.metrics.remove(metric)
                 self.left_out.append(type(metric).__name__)
                 logger.warning(f"{type(metric).__name__} is not measured: {error}")

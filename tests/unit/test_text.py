@@ -193,7 +193,7 @@ class TestSource:
             ({"topics": {"a": ["jet"], "b": ["Jet"]}}, "stands for one topic; received 'Jet' under a and b"),
             ({"min_support": 999}, "some client uses some word 999 times"),
             ({"vocabulary": "none.json"}, "a JSON list of words by id that can be read; received none.json"),
-            ({"test_path": "none.txt"}, "is a text file, or a folder of .txt files.*; received none.txt"),
+            ({"test_path": "none.txt"}, "is a text file or a folder of .txt files that can be read; received none.txt"),
         ],
     )
     def test_what_does_not_fit_is_refused(self, options, words):

@@ -76,7 +76,7 @@ def read_names(path: str | Path, *, option: str, numbered: str) -> list[str]:
     Raises:
         DataError: If the file is missing or no list of text.
     """
-    text = read_text(user_path(path), option=f"data.source.{option}", what=f"a JSON list of {numbered}")
+    text = read_text(user_path(path), option=f"data.source.{option}", what=f"a JSON list of {numbered}", settable=False)
     try:
         names = json.loads(text)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

@@ -109,21 +109,23 @@ class CSVProfiles(Source):
         what = f"profiles in {self.path}"
         train, test = hold_out(len(begins), self.test_fraction, name="profiles split", what=what)
         chosen = train if split == "train" else test
-        parts: list[NDArray[np.float64]] = []
+        parts: list[NDArray[np.float32]] = []
         for profiles in np.moveaxis(values, 2, 0):
             low, high = np.quantile(profiles[train], SCALE)
             if low == high:  # rare events: all between these quantiles is one value
                 low, high = profiles[train].min(), profiles[train].max()
-            if low == high or not np.isfinite(high - low):
+            with np.errstate(over="ignore"):
+                scaled = (2 * (profiles - low) / (high - low) - 1).astype(np.float32) if low < high else None
+            if scaled is None or not np.isfinite(scaled).all():
                 raise DataError(
                     message(
                         "a variable varies, within what numbers can tell",
-                        received=f"{names[len(parts)]} of {self.path}, which is {low:g} to {high:g} throughout",
-                        fix="leave its column out",
+                        received=f"{names[len(parts)]} of {self.path}, from {profiles.min():g} to {profiles.max():g}",
+                        fix="leave its column out, or repair its values",
                     )
                 )
-            parts.append(2 * (profiles[chosen] - low) / (high - low) - 1)
-        x = torch.from_numpy(np.stack(parts)).float().reshape(-1, 1, self.length)
+            parts.append(scaled[chosen])
+        x = torch.from_numpy(np.stack(parts)).reshape(-1, 1, self.length)
         columns: dict[str, NDArray] = {name: np.tile(fact[chosen], len(names)) for name, fact in facts.items()}
         columns["variable"] = np.repeat(np.array(names), len(chosen))
         y = None if self.label is None else torch.from_numpy(columns[self.label]).long()
@@ -155,7 +157,7 @@ class CSVProfiles(Source):
                 message(
                     f"a file holds two profiles of {self.length} rows or more",
                     received=f"{len(values)} rows in {self.path}" + (f", {len(kept)} whole profiles" if total else ""),
-                    fix="lower data.source.length",
+                    fix="check the file, or lower data.source.length",
                 )
             )
         rows = np.flatnonzero(np.isin(numbers, kept))
@@ -174,8 +176,8 @@ class CSVProfiles(Source):
                     fix="list those to take in data.source.variables",
                 )
             )
-        options = ["data.source.date", "data.source.variables"]
-        date, *places = table.positions([self.date, *names], named_by=options)
+        (date,) = table.positions([self.date], named_by=["data.source.date"])
+        places = table.positions(names, named_by=["data.source.variables"])
         if not places:
             raise DataError(
                 message(f"{self.path} has columns beside the date", received="none", fix="check data.source.delimiter")

@@ -135,7 +135,7 @@ class TextFile(Source):
         files: list[str] = []
         longer: list[int] = []
         for file in _files(path, option=option):
-            what = "a text file, or a folder of .txt files,"
+            what = "a text file or a folder of .txt files"
             for line in read_text(file, option=option, what=what, encoding=self.encoding).splitlines():
                 words = tokens(line)
                 if len(words) > self.max_length:
@@ -167,7 +167,7 @@ def _files(path: Path, *, option: str) -> list[Path]:
     found = sorted(file for file in path.iterdir() if is_shown(file.name) and file.suffix.lower() == ".txt")
     if not found:
         raise DataError(
-            message(f"{option} is a text file, or a folder of .txt files", received=f"{path} with none", fix="check it")
+            message(f"{option} is a text file or a folder of .txt files", received=f"{path} with none", fix="check it")
         )
     return found
 
