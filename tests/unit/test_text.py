@@ -223,7 +223,7 @@ class TestSource:
         caplog.set_level("INFO", "fedgan_lightning")
         path = tmp_path / "hindi.txt"
         path.write_text("हिन्दी में लिखो\n" * 6 + "एक दो तीन चार पाँच\n" * 2, encoding="utf-8")
-        data = module(source=TextFile(str(path), max_length=3), num_clients=2, batch_size=1)
+        data = module(source=TextFile(str(path), max_length=3), partition=IID(), num_clients=2, batch_size=1)
         assert len(data.train_samples) + len(data.test_samples) == 6
         told = [text for text in caplog.messages if "left out" in text]
         assert told == [f"2 of 8 sentences in {path} are left out: they have more than max_length=3 words, up to 5"]
