@@ -19,6 +19,10 @@ class DataError(FedGANError, ValueError):
     """Data or a partition of it cannot be used."""
 
 
+class SampleSizeError(ConfigurationError, DataError):
+    """There are too few samples for what is to be measured."""
+
+
 class CheckpointError(FedGANError, RuntimeError):
     """A checkpoint is damaged, unsafe, or belongs to another run."""
 
@@ -71,8 +75,9 @@ def _place_of(error: BaseException) -> str:
 
 
 def message(rule: str, *, received: object, fix: str) -> str:
-    """Return ``"RULE; received VALUE. Fix: FIX."``, the one form that all user errors take."""
-    return f"{rule}; received {received}. Fix: {fix}."
+    """Return ``"RULE; received VALUE. Fix: FIX."``, the one form that all user errors take: always one line."""
+    text = f"{rule}; received {received}. Fix: {fix}."
+    return "".join(mark if mark.isprintable() else repr(mark)[1:-1] for mark in text)  # names of files hold anything
 
 
 class RoundInterrupted(FedGANError):  # noqa: N818 - not an error: the user asked for it

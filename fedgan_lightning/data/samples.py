@@ -40,6 +40,14 @@ class Samples:
             raise DataError(
                 message("a data set holds at least one sample", received="none", fix="check the source's path")
             )
+        if self.y is not None and (self.y.dim() != 1 or self.y.is_floating_point() or self.y.is_complex()):
+            raise DataError(
+                message(
+                    "labels are whole numbers of shape (n,), one for each sample",
+                    received=f"{self.y.dtype} of shape {tuple(self.y.shape)}",
+                    fix="convert them",
+                )
+            )
         if self.y is not None and len(self.y) != len(self.x):
             raise DataError(
                 message(
@@ -48,12 +56,22 @@ class Samples:
                     fix="check the label file",
                 )
             )
+        for name, column in self.columns.items():
+            if len(np.atleast_1d(column)) != len(self.x):
+                raise DataError(
+                    message(
+                        "every column has a value for each sample",
+                        received=f"{len(self.x)} samples, {len(np.atleast_1d(column))} values of {name}",
+                        fix="check the source's columns",
+                    )
+                )
         if self.x.is_floating_point() and not bool(torch.isfinite(self.x).all()):
-            bad = int((~torch.isfinite(self.x)).flatten(1).any(1).sum())
+            bad = (~torch.isfinite(self.x)).flatten(1).any(1)
             raise DataError(
                 message(
                     "samples are finite numbers",
-                    received=f"NaN or infinity in {bad} of {len(self.x)} samples",
+                    received=f"NaN or infinity in {int(bad.sum())} of {len(self.x)} samples, "
+                    f"first in sample {int(bad.int().argmax())}",
                     fix="clean the data or impute the values",
                 )
             )

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -20,17 +21,35 @@ from fedgan_lightning.errors import DataError, message
 #: Id 0 ends a sentence and fills the rest of it; id 1 stands for every word that is not in the vocabulary.
 END, UNKNOWN = "<end>", "<unk>"
 SPECIAL = (END, UNKNOWN)
-#: Words, with inner hyphens and apostrophes, and single marks of punctuation.
-TOKEN = re.compile(r"\w+(?:['-]\w+)*|[^\w\s]")
+#: Joins or parts letters of one word, and the pictures of one emoji.
+JOINERS = "\u200c\u200d"
 #: Written without a blank before them.
 MARKS = re.compile(r" ([.,;:!?)\]])")
 
 Sentence = Sequence[str]
 
 
+def spelling(text: str) -> str:
+    """Return text as words are compared: in lower case, letters and their accents in one piece (normal form C)."""
+    return unicodedata.normalize("NFC", text.lower())
+
+
 def tokens(line: str) -> list[str]:
-    """Return the lower-case words and marks of a line."""
-    return TOKEN.findall(line.lower())
+    """Return the lower-case words and marks of a line.
+
+    A word is what stands between blanks and punctuation, with its combining marks, and with inner hyphens and
+    apostrophes. Scripts that put no blanks between words, such as Chinese or Thai, have to be cut beforehand.
+    """
+    return _pattern().findall(spelling(line))
+
+
+@cache
+def _pattern() -> re.Pattern[str]:
+    """Return words, and single marks of punctuation; Python's letters lack combining marks, the vowels of Hindi."""
+    spans = (range(0x300, 0x1F000), range(0xE0100, 0xE01F0))  # outside of these there is none
+    marks = "".join(chr(code) for span in spans for code in span if unicodedata.category(chr(code))[0] == "M")
+    letters = rf"\w[\w{marks}{JOINERS}]*"
+    return re.compile(rf"{letters}(?:['-]{letters})*|[^\w\s][{marks}]*(?:\u200d[^\w\s][{marks}]*)*")
 
 
 def contribution(

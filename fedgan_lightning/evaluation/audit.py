@@ -13,7 +13,7 @@ from torchmetrics.functional.classification import binary_auroc
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.samples import ClientSamples
 from fedgan_lightning.evaluation import neighbours
-from fedgan_lightning.evaluation.metrics import Metric, clients_of, everything
+from fedgan_lightning.evaluation.metrics import Metric, check_reals, clients_of, everything
 from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import make_generator
 
@@ -47,6 +47,7 @@ class MembershipInference(Metric):
 
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
         facts = {}
+        check_reals(len(data.test_samples), of="MembershipInference", split="test")
         held_out = everything(data.test_samples)
         first, second = torch.randperm(len(held_out), generator=make_generator(self.seed, "halves")).tensor_split(2)
         for client_id, view in enumerate(clients_of(data)):

@@ -15,7 +15,7 @@ import lightning as L
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.samples import quantise
-from fedgan_lightning.errors import ConfigurationError, OutOfRangeError, QuorumError, message
+from fedgan_lightning.errors import ConfigurationError, OutOfRangeError, QuorumError, SampleSizeError, message
 from fedgan_lightning.evaluation.defaults import default_metrics
 from fedgan_lightning.evaluation.metrics import Metric
 from fedgan_lightning.federation.server import ServerModule
@@ -40,7 +40,8 @@ class Evaluation(L.Callback):
         facts: What is true of the whole run: floors, sample counts, hash of the feature network.
         history: Values of every evaluation, with the number of completed ``rounds``.
         latest: Values of the last evaluation, in whichever command.
-        left_out: Metrics that cannot be taken here, because clients' samples are elsewhere.
+        left_out: Metrics that cannot be taken here, because clients' samples are elsewhere, or too few for a metric
+            that nobody asked for by name.
     """
 
     @checked("evaluation", every_n_rounds="[1, inf)", num_samples="[2, inf)", seed="[0, inf)")
@@ -54,6 +55,7 @@ class Evaluation(L.Callback):
         raw: bool = False,
     ) -> None:
         self.metrics = None if metrics is None else list(metrics)
+        self._asked = metrics is not None
         self.every_n_rounds, self.num_samples, self.seed, self.raw = every_n_rounds, num_samples, seed, raw
         self.facts: dict[str, Any] = {}
         self.history: list[dict[str, float]] = []
@@ -98,7 +100,9 @@ class Evaluation(L.Callback):
                 continue
             try:
                 self.facts |= metric.prepare(data, device=trainer.strategy.root_device)
-            except OutOfRangeError as error:  # of sums that sites cannot mask
+            except (OutOfRangeError, SampleSizeError) as error:  # of sums that sites cannot mask; of small data
+                if isinstance(error, SampleSizeError) and self._asked:
+                    raise
                 self.metrics.remove(metric)
                 self.left_out.append(type(metric).__name__)
                 logger.warning(f"{type(metric).__name__} is not measured: {error}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from fedgan_lightning.errors import DataError, message
+from fedgan_lightning.errors import SampleSizeError, message
 from fedgan_lightning.evaluation.features import FrozenNet
 
 
@@ -56,14 +56,14 @@ def frechet_distance(real: FeatureSums, fake: FeatureSums) -> float:
     """Return ||mu_r - mu_f||^2 + tr(S_r + S_f - 2 (S_r S_f)^1/2). Heusel et al. 2017, equation 6.
 
     Raises:
-        DataError: If a side has fewer than two samples, which have no covariance.
+        SampleSizeError: If a side has fewer than two samples, which have no covariance.
     """
     if min(real.count, fake.count) < 2:
-        raise DataError(
+        raise SampleSizeError(
             message(
                 "a Fréchet distance needs at least two samples on both sides",
-                received=f"{real.count} real, {fake.count} generated",
-                fix="raise evaluation.num_samples",
+                received=f"{real.count} real, {fake.count} to compare with",
+                fix="raise evaluation.num_samples, or the number of real samples",
             )
         )
     metric = FrechetInceptionDistance(feature=_Width(len(real.total)), sync_on_compute=False)

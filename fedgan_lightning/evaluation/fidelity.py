@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
-from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.errors import ConfigurationError, SampleSizeError, message
 from fedgan_lightning.evaluation import neighbours
 from fedgan_lightning.evaluation.features import ClassifierFeatures, FeatureNet, FrozenNet, PixelFeatures
 from fedgan_lightning.evaluation.fid import FeatureSums, feature_sums, frechet_distance
 from fedgan_lightning.evaluation.kernel import MOST_FEATURES, KernelSums, kernel_distance, kernel_sums, num_distinct
-from fedgan_lightning.evaluation.metrics import Metric, clients_of, everything, suitable
+from fedgan_lightning.evaluation.metrics import Metric, check_reals, clients_of, everything, is_enough, suitable
 from fedgan_lightning.evaluation.portable import to_facts
 from fedgan_lightning.evaluation.questions import CHUNK, Question, Respondent, chunks, net_of, summed
 from fedgan_lightning.options import checked
@@ -88,14 +88,18 @@ class KernelDistance(Metric):
             features = PixelFeatures(side=math.isqrt(MOST_FEATURES // data.sample_shape[0]))
         self.net = suitable(features, data).build(data.train_samples, num_classes=data.num_classes).to(device)
         self.real = KernelSums.of_state(summed(data, ThirdPowers(self.net)))
+        check_reals(self.real.count, of="KernelDistance")
+        self.held_out = None
+        if not is_enough(data.test_samples, for_what="kid_floor and kid_test"):
+            return {"kid_num_reals": self.real.count}
         self.held_out = self._sums(chunks(everything(data.test_samples)))
         return {"kid_floor": kernel_distance(self.real, self.held_out), "kid_num_reals": self.real.count}
 
     def compute(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
         assert self.real is not None
-        assert self.held_out is not None
         fake = self._sums(samples.split(CHUNK))
-        return {"kid": kernel_distance(self.real, fake), "kid_test": kernel_distance(self.held_out, fake)}
+        sides = {"kid": self.real, "kid_test": self.held_out}
+        return {name: kernel_distance(side, fake) for name, side in sides.items() if side is not None}
 
 
 class PrecisionRecall(Metric):
@@ -125,8 +129,12 @@ class PrecisionRecall(Metric):
         self.clients = [torch.cat(list(self._features(chunks(view)))) for view in clients_of(data)]
         self.held_out = torch.cat(list(self._features(chunks(everything(data.test_samples)))))
         if len(self.held_out) <= self.k:
-            raise ConfigurationError(
-                message("PrecisionRecall needs more than k test samples", received=len(self.held_out), fix="lower k")
+            raise SampleSizeError(
+                message(
+                    "PrecisionRecall needs more than k test samples",
+                    received=f"{len(self.held_out)} in the test split, k={self.k}",
+                    fix="lower k, raise the source's test_fraction, or add samples",
+                )
             )
         return {"recall_num_reals": sum(map(len, self.clients)), "recall_k": self.k}
 
@@ -217,7 +225,16 @@ class IntraClassDistance(Metric):
         held_out: dict[int, FeatureSums] = {}
         for x, y in everything(data.test_samples).chunks(CHUNK):
             self._add(held_out, x, y)
-        return {"intra_fid_floor": _mean_distance(self.real, held_out)}
+        floor = _mean_distance(self.real, held_out)
+        if floor is None:
+            raise SampleSizeError(
+                message(
+                    "IntraClassDistance needs a class with two samples in both splits",
+                    received="none",
+                    fix="raise the source's test_fraction, or add samples",
+                )
+            )
+        return {"intra_fid_floor": floor}
 
     def _add(self, sums: dict[int, FeatureSums], x: Tensor, y: Tensor) -> None:
         assert self.net is not None
@@ -230,11 +247,12 @@ class IntraClassDistance(Metric):
             return {}
         fake: dict[int, FeatureSums] = {}
         self._add(fake, samples, labels.to(samples.device))
-        return {"intra_fid": _mean_distance(self.real, fake)}
+        distance = _mean_distance(self.real, fake)
+        return {} if distance is None else {"intra_fid": distance}
 
 
-def _mean_distance(real: dict[int, FeatureSums], other: dict[int, FeatureSums]) -> float:
-    """Return the mean over the classes that have two samples on both sides."""
+def _mean_distance(real: dict[int, FeatureSums], other: dict[int, FeatureSums]) -> float | None:
+    """Return the mean over the classes that have two samples on both sides; ``None`` where there is none."""
     common = [label for label in real if label in other and min(real[label].count, other[label].count) > 1]
     distances = [frechet_distance(real[label], other[label]) for label in common]
-    return sum(distances) / len(distances) if distances else float("nan")
+    return sum(distances) / len(distances) if distances else None

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedgan_lightning.errors import ConfigurationError, DataError, message
+from fedgan_lightning.errors import ConfigurationError, SampleSizeError, message
 from fedgan_lightning.protocol import State
 
 #: Above this many features the sums are larger than the features they stand for.
@@ -106,14 +106,14 @@ def kernel_distance(real: KernelSums, fake: KernelSums) -> float:
     where the distributions agree. Source: Binkowski et al. 2018, section 4.
 
     Raises:
-        DataError: If a side has fewer than two samples.
+        SampleSizeError: If a side has fewer than two samples.
     """
     if min(real.count, fake.count) < 2:
-        raise DataError(
+        raise SampleSizeError(
             message(
                 "a kernel distance needs at least two samples on both sides",
-                received=f"{real.count} real, {fake.count} generated",
-                fix="raise evaluation.num_samples",
+                received=f"{real.count} real, {fake.count} to compare with",
+                fix="raise evaluation.num_samples, or the number of real samples",
             )
         )
     within = [

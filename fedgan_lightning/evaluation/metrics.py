@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.samples import ClientSamples, Samples
-from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.errors import ConfigurationError, SampleSizeError, message
 from fedgan_lightning.evaluation import modes
 from fedgan_lightning.evaluation.features import ClassifierFeatures, FeatureNet, FrozenNet, PixelFeatures
 from fedgan_lightning.evaluation.fid import FeatureSums, feature_sums, frechet_distance
@@ -20,6 +21,8 @@ from fedgan_lightning.evaluation.portable import sums_of_state
 from fedgan_lightning.evaluation.questions import CHUNK, FeatureMoments, answers, chunks
 from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import make_generator
+
+logger = logging.getLogger("fedgan_lightning")
 
 
 class Metric(ABC):
@@ -59,9 +62,8 @@ class FrechetDistance(Metric):
     """FID of generated samples against the union of all clients' data, from sums that add up over clients.
 
     Reports ``fid`` against the clients' data as they see it, ``fid_test`` against the test split that no client holds,
-    and
-    once ``fid_floor``, the distance between these two: real against real, at the sample counts that are reported with
-    it.
+    and once ``fid_floor``, the distance between these two: real against real, at the sample counts that are reported
+    with it. A test split of a single sample has no covariance: the last two are left out then.
 
     Args:
         features: Feature network; default the small classifier for labelled data, else pixels.
@@ -81,11 +83,18 @@ class FrechetDistance(Metric):
         for mine in client_sums(data, self.net, limit=self.max_reals):
             self.real = mine if self.real is None else self.real + mine
         assert self.real is not None
-        self.held_out = held_out = feature_sums(self.net, chunks(everything(data.test_samples)))
+        check_reals(self.real.count, of="FrechetDistance")
+        self.held_out = None
+        floor: dict[str, Any] = {}
+        if is_enough(data.test_samples, for_what="fid_floor and fid_test"):
+            self.held_out = feature_sums(self.net, chunks(everything(data.test_samples)))
+            floor = {
+                "fid_floor": frechet_distance(self.real, self.held_out),
+                "fid_floor_num_samples": self.held_out.count,
+            }
         return {
-            "fid_floor": frechet_distance(self.real, held_out),
+            **floor,
             "fid_num_reals": self.real.count,
-            "fid_floor_num_samples": held_out.count,
             "fid_features": f"{self.net.name} (d={self.net.num_features})",
             "fid_features_hash": self.net.digest,
         }
@@ -93,9 +102,9 @@ class FrechetDistance(Metric):
     def compute(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
         assert self.net is not None
         assert self.real is not None
-        assert self.held_out is not None
         fake = feature_sums(self.net, samples.split(CHUNK))
-        return {"fid": frechet_distance(self.real, fake), "fid_test": frechet_distance(self.held_out, fake)}
+        sides = {"fid": self.real, "fid_test": self.held_out}
+        return {name: frechet_distance(side, fake) for name, side in sides.items() if side is not None}
 
 
 class ClassCoverage(Metric):
@@ -212,6 +221,38 @@ class ScalarParameters(Metric):
 def _points(samples: Samples) -> Tensor:
     """Return samples as rows of numbers in the generator's units: images are kept as bytes."""
     return torch.cat([x.double().flatten(1) for x in chunks(everything(samples))])
+
+
+def is_enough(test: Samples, *, for_what: str, least: int = 2) -> bool:
+    """Return whether a test split is large enough, and say what is left out if it is not.
+
+    Args:
+        test: The split.
+        for_what: What needs it, for the message.
+        least: Samples that it needs.
+    """
+    if len(test) < least:
+        logger.warning(
+            f"{for_what} are left out: the test split has {len(test)} of the {least} samples that they need. "
+            "Fix: raise the source's test_fraction, or add samples"
+        )
+    return len(test) >= least
+
+
+def check_reals(count: int, *, of: str, least: int = 2, split: str = "training") -> None:
+    """Refuse a split with too few samples.
+
+    Raises:
+        SampleSizeError: If there are fewer than ``least``.
+    """
+    if count < least:
+        raise SampleSizeError(
+            message(
+                f"{of} needs at least {least} samples in the {split} split",
+                received=count,
+                fix=f"{'raise' if split == 'test' else 'lower'} the source's test_fraction, or add samples",
+            )
+        )
 
 
 def suitable(features: FeatureNet | None, data: FederatedDataModule) -> FeatureNet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
-from fedgan_lightning.errors import ConfigurationError, message
-from fedgan_lightning.evaluation.metrics import Metric
+from fedgan_lightning.errors import ConfigurationError, SampleSizeError, message
+from fedgan_lightning.evaluation.metrics import Metric, check_reals
 from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import isolated_rng, make_generator
 
@@ -34,10 +35,15 @@ class ProfileCentroids(Metric):
 
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
         held_out, train = data.test_samples.x.flatten(1), data.train_samples.x.flatten(1)
-        if len(held_out) < self.k:
-            raise ConfigurationError(
-                message(f"{self.k} centroids need as many test samples", received=len(held_out), fix="lower k")
-            )
+        for split, rows in (("test", held_out), ("training", train)):
+            if len(rows) < self.k:
+                raise SampleSizeError(
+                    message(
+                        f"{self.k} centroids need as many {split} samples",
+                        received=len(rows),
+                        fix="lower k, change the source's test_fraction, or add samples",
+                    )
+                )
         self.real = centroids(held_out, self.k)
         subset = torch.randperm(len(train), generator=make_generator(0, "centroids"))[: len(held_out)]
         return {"centroid_distance_floor": matched_distance(centroids(train[subset], self.k), self.real)}
@@ -74,6 +80,8 @@ class DiscriminativeScore(Metric):
         self.real = torch.empty(0)
 
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
+        check_reals(len(data.test_samples), of="DiscriminativeScore", split="test")
+        check_reals(len(data.train_samples), of="DiscriminativeScore")
         self.real = _sequences(data.test_samples.x)
         train = _sequences(data.train_samples.x)
         chosen = torch.randperm(len(train), generator=make_generator(self.seed, "floor"))[: len(self.real)]
@@ -173,8 +181,11 @@ def fitted(
 def centroids(profiles: Tensor, k: int) -> Tensor:
     """Return the k centroids (k, d) of profiles (N, d), the largest cluster first."""
     from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
 
-    found = KMeans(n_clusters=k, n_init=4, random_state=0).fit(profiles.double().numpy())
+    with warnings.catch_warnings():  # a generator that makes few different profiles has fewer clusters
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        found = KMeans(n_clusters=k, n_init=4, random_state=0).fit(profiles.double().numpy())
     sizes = torch.bincount(torch.from_numpy(found.labels_).long(), minlength=k)
     return torch.from_numpy(found.cluster_centers_)[sizes.argsort(descending=True, stable=True)]
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
-from pathlib import Path
 
-from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.data.tables import Table
+from fedgan_lightning.errors import ConfigurationError, DataError, message
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import ClientSampler
 from fedgan_lightning.seeding import make_numpy_generator
@@ -93,13 +92,18 @@ class AvailableClients(ClientSampler):
         trace: CSV file with the columns ``client``, ``first_round`` and ``last_round``, both inclusive; a client may
             have several rows, and one without rows is never there.
         among: Chooses among those that are there; default all of them.
+        encoding: Encoding of the file.
+        delimiter: What separates its fields.
 
     Raises:
-        ConfigurationError: If the file cannot be read as such.
+        ConfigurationError: If ``among`` names clients.
+        DataError: If the file cannot be read as such.
     """
 
     @checked()
-    def __init__(self, trace: str, *, among: ClientSampler | None = None) -> None:
+    def __init__(
+        self, trace: str, *, among: ClientSampler | None = None, encoding: str = "utf-8", delimiter: str = ","
+    ) -> None:
         self.among = among if among is not None else AllClients()
         if isinstance(self.among, SelectedClients):
             raise ConfigurationError(
@@ -109,18 +113,20 @@ class AvailableClients(ClientSampler):
                     fix="leave the others out of the trace",
                 )
             )
-        try:
-            with Path(trace).open(encoding="utf-8", newline="") as file:
-                rows = [{name: int(row[name]) for name in COLUMNS} for row in csv.DictReader(file)]
-        except (OSError, KeyError, ValueError, TypeError) as error:
-            raise ConfigurationError(
-                message(
-                    f"a trace is a CSV file of whole numbers with the columns {', '.join(COLUMNS)}",
-                    received=f"{trace} ({type(error).__name__}: {error})",
-                    fix="check path and header",
-                )
-            ) from error
-        self.spans = [(row["client"], row["first_round"], row["last_round"]) for row in rows]
+        table = Table(trace, option="AvailableClients.trace", encoding=encoding, delimiter=delimiter)
+        places = table.positions(COLUMNS)
+        self.spans: list[tuple[int, int, int]] = []
+        for line, row in table:
+            client, first, last = (
+                table.whole(row[place], line=line, column=name) for place, name in zip(places, COLUMNS)
+            )
+            if last < first:
+                raise table.unfit(f"at least first_round, {first}", str(last), line=line, column="last_round")
+            self.spans.append((client, first, last))
+        if not self.spans:
+            raise DataError(
+                message("a trace says when some client is there", received=f"no row in {trace}", fix="add rows")
+            )
 
     def population(self, *, num_clients: int, round: int) -> Sequence[int]:
         there = {client for client, first, last in self.spans if first <= round <= last}

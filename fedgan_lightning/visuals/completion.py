@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from torch import Tensor
 
+from fedgan_lightning.data.folders import is_shown
+from fedgan_lightning.data.pictures import BLACK, EXTENSIONS, WHITE, read_picture
+from fedgan_lightning.data.reading import reason, user_path
 from fedgan_lightning.data.samples import of_bytes, to_bytes
 from fedgan_lightning.errors import DataError, message
 from fedgan_lightning.evaluation.completion import check_completes, completed, pictures_with_holes
@@ -20,10 +22,8 @@ from fedgan_lightning.seeding import make_generator
 from fedgan_lightning.visuals import pictures
 from fedgan_lightning.visuals.tensorboard import publish
 
-#: Files that are read as pictures.
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-#: A mask is white from this value on.
-WHITE = 128
+#: A mask is white, and the picture has a hole, from this value on.
+HOLE = 128
 
 
 class CompletionPictures(L.Callback):
@@ -143,10 +143,16 @@ def read_folder(folder: str | Path, *, shape: tuple[int, ...]) -> tuple[list[str
         DataError: If the folder is missing or holds no picture, a mask or its picture is missing, a file cannot be
             read, or one is of another size.
     """
-    place = Path(folder)
-    files = sorted(p for p in place.iterdir() if p.suffix.lower() in SUFFIXES) if place.is_dir() else []
+    place = user_path(folder)
+    files = sorted(p for p in _listed(place) if p.suffix.lower() in EXTENSIONS and is_shown(p.name))
     masks = {p.stem.removesuffix("_mask"): p for p in files if p.stem.endswith("_mask")}
     found = {p.stem: p for p in files if not p.stem.endswith("_mask")}
+    if len(masks) + len(found) < len(files):
+        stems = [path.stem for path in files]
+        twice = next(path.name for path in files if stems.count(path.stem) > 1)
+        raise DataError(
+            message("files of a folder to complete differ before the dot", received=f"{twice} in {place}", fix="rename")
+        )
     if not found:
         raise DataError(
             message("the folder to complete holds pictures NAME.png", received=f"none in {place}", fix="check the path")
@@ -162,24 +168,26 @@ def read_folder(folder: str | Path, *, shape: tuple[int, ...]) -> tuple[list[str
             )
         )
     size = (shape[1], shape[2])
-    modes = {1: "L", 3: "RGB"}
     names = sorted(found)
-    x = torch.stack([_read(found[name], mode=modes[shape[0]], size=size) for name in names])
-    mask = torch.stack([_read(masks[name], mode="L", size=size) for name in names])
-    return names, of_bytes(x), (mask >= WHITE).float()
+    x = torch.stack([_read(found[name], channels=shape[0], size=size, background=WHITE) for name in names])
+    mask = torch.stack([_read(masks[name], channels=1, size=size, background=BLACK) for name in names])
+    return names, of_bytes(x), (mask >= HOLE).float()
 
 
-def _read(path: Path, *, mode: str, size: tuple[int, int]) -> Tensor:
-    from PIL import Image, UnidentifiedImageError
-
+def _listed(place: Path) -> list[Path]:
     try:
-        with Image.open(path) as file:
-            width, height = file.size
-            pixels = np.array(file.convert(mode))
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+        return list(place.iterdir()) if place.is_dir() else []
+    except OSError as error:
         raise DataError(
-            message("pictures and masks can be read", received=f"{path} ({error})", fix="save the file again, as PNG")
+            message(
+                "the folder to complete can be listed", received=f"{place} ({reason(error)})", fix="check its rights"
+            )
         ) from error
+
+
+def _read(path: Path, *, channels: int, size: tuple[int, int], background: int) -> Tensor:
+    pixels = read_picture(path, channels=channels, background=background)
+    height, width = pixels.shape[1:]
     if (height, width) != size:
         raise DataError(
             message(
@@ -188,7 +196,7 @@ def _read(path: Path, *, mode: str, size: tuple[int, int]) -> Tensor:
                 fix="resize it",
             )
         )
-    return torch.from_numpy(pixels).reshape(height, width, -1).permute(2, 0, 1)
+    return pixels
 
 
 def as_bytes(picture: Tensor) -> pictures.Picture:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedgan_lightning.errors import ConfigurationError
+from fedgan_lightning.errors import ConfigurationError, DataError
 from fedgan_lightning.federation import sampling
 from fedgan_lightning.protocol import ClientSampler
 from tests.conftest import ROOT
@@ -92,11 +92,11 @@ def test_only_those_that_are_there_are_chosen_and_may_stand_by():
 
 
 def test_traces_that_are_none_are_refused(tmp_path):
-    with pytest.raises(ConfigurationError, match=r"the columns client, first_round, last_round; received .*missing"):
+    with pytest.raises(DataError, match=r"AvailableClients.trace is a CSV file that can be read; received .*missing"):
         sampling.AvailableClients(str(tmp_path / "missing.csv"))
     wrong = tmp_path / "wrong.csv"
     wrong.write_text("client,first_round\n1,2\n")
-    with pytest.raises(ConfigurationError, match="KeyError"):
+    with pytest.raises(DataError, match="received client, first_round. Fix: .*last_round is missing"):
         sampling.AvailableClients(str(wrong))
     with pytest.raises(ConfigurationError, match=r"clients in \[0, 5\); received 5"):
         sampling.AvailableClients(TRACE).sample(num_clients=5, round=5, seed=0)

@@ -98,7 +98,7 @@ class TestKernelDistance:
         with pytest.raises(ConfigurationError, match="at most 64 features; received 65"):
             kernel_sums([], num_features=65)
         one = kernel_sums([features(1, seed=0)], num_features=5)
-        with pytest.raises(DataError, match="received 1 real, 1 generated"):
+        with pytest.raises(DataError, match="received 1 real, 1 to compare with"):
             kernel_distance(one, one)
 
     def test_metric_on_real_digits(self, data):

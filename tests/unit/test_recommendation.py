@@ -221,7 +221,11 @@ class TestSource:
             ({"num_items": 41}, DataError, "41 items have 3 interactions or more; received 40 such items"),
             ({"user": "customer"}, DataError, "has the columns customer, .* received userId, .*customer is missing"),
             ({"rating": "movieId", "item": "rating", "threshold": 1e9}, DataError, "30 items have"),
-            ({"catalogue": "none.csv"}, DataError, "data.source.catalogue is a CSV file; received none.csv"),
+            (
+                {"catalogue": "none.csv"},
+                DataError,
+                "data.source.catalogue is a CSV file that can be read; received none.csv",
+            ),
             ({"catalogue": str(DATA / "ratings.csv")}, DataError, "has the columns movieId, title, genres"),
         ],
     )
@@ -231,7 +235,9 @@ class TestSource:
 
     def test_broken_numbers_and_strange_catalogues_are_named(self, tmp_path):
         path = write(tmp_path / "a.csv", [(1, 1, "good", 0)])
-        with pytest.raises(DataError, match="ratings and times are numbers; received .*good"):
+        with pytest.raises(
+            DataError, match="every value of rating in .* is a finite number.*; received .good. in line 2"
+        ):
             Interactions(path, num_items=1).load("train")
         names = write(tmp_path / "c.csv", [("x", "Film", "War")], header="movieId,title,genres")
         with pytest.raises(DataError, match="the catalogue names genres"):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from unicodedata import normalize
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -116,6 +118,23 @@ class TestVocabulary:
         vocabulary = Vocabulary.of(contribution([words]))
         assert vocabulary.write(vocabulary.encode([words], length=9)) == ["a man's two-seat plane, parked."]
 
+    @pytest.mark.parametrize(
+        ("line", "words"),
+        [
+            ("हिन्दी में लिखो।", ["हिन्दी", "में", "लिखो", "।"]),
+            (normalize("NFD", "Le café à Zürich"), ["le", "caf\u00e9", "\u00e0", "z\u00fcrich"]),
+            (
+                "\u0645\u06cc\u200c\u062e\u064e\u0648\u0631\u0645\u060c",
+                ["\u0645\u06cc\u200c\u062e\u064e\u0648\u0631\u0645", "\u060c"],
+            ),  # Persian
+            ("İstanbul'da", ["i\u0307stanbul'da"]),
+            ("ok \u2764\ufe0f!", ["ok", "\u2764\ufe0f", "!"]),
+            ("well-known: don't ...", ["well-known", ":", "don't", ".", ".", "."]),
+        ],
+    )
+    def test_words_keep_their_marks_in_every_script(self, line, words):
+        assert tokens(line) == words
+
     def test_bad_vocabularies_are_refused(self):
         with pytest.raises(DataError, match="begins with <end> and <unk>"):
             Vocabulary(("a", "b"))
@@ -192,13 +211,54 @@ class TestSource:
             ({"test_fraction": 1.0}, "test_fraction .* in .0, 1.; received 1.0"),
             ({"topics": {"a": ["jet"], "b": ["Jet"]}}, "stands for one topic; received 'Jet' under a and b"),
             ({"min_support": 999}, "some client uses some word 999 times"),
-            ({"vocabulary": "none.json"}, "a JSON list of words by id; received none.json"),
-            ({"test_path": "none.txt"}, "is a text file, or a folder of .txt files.*; received none.txt"),
+            ({"vocabulary": "none.json"}, "a JSON list of words by id that can be read; received none.json"),
+            ({"test_path": "none.txt"}, "is a text file or a folder of .txt files that can be read; received none.txt"),
         ],
     )
     def test_what_does_not_fit_is_refused(self, options, words):
         with pytest.raises((DataError, ConfigurationError), match=words):
             assert module(source=source(**options)).test_samples is None
+
+    def test_what_is_too_long_is_counted_and_told_once(self, tmp_path, caplog):
+        caplog.set_level("INFO", "fedgan_lightning")
+        path = tmp_path / "hindi.txt"
+        path.write_text("हिन्दी में लिखो\n" * 6 + "एक दो तीन चार पाँच\n" * 2, encoding="utf-8")
+        data = module(source=TextFile(str(path), max_length=3), partition=IID(), num_clients=2, batch_size=1)
+        assert len(data.train_samples) + len(data.test_samples) == 6
+        told = [text for text in caplog.messages if "left out" in text]
+        assert told == [f"2 of 8 sentences in {path} are left out: they have more than max_length=3 words, up to 5"]
+        with pytest.raises(DataError, match=r"received 0 in .*; 8 of 8 sentences .* max_length=1 words, up to 5"):
+            TextFile(str(path), max_length=1).load("train")
+
+    @pytest.mark.parametrize(
+        ("data", "options", "words"),
+        [
+            ("le café\n".encode("latin-1") * 9, {}, "byte 0xe9 at offset 6, line 1"),
+            ("le café\n".encode("latin-1") * 9, {"encoding": "latin-1"}, ""),
+            ("le café\n".encode("utf-8-sig") * 1 + "le café\n".encode() * 8, {}, ""),
+            (("le café\n" * 9).encode("utf-16"), {}, "byte order mark of utf-16"),
+            (("le café\n" * 9).encode("utf-16"), {"encoding": "utf-16"}, ""),
+            (b"a b\n" * 9 + b"\0", {}, "NUL byte in line 10"),
+            (b"", {}, "two sentences of at most 16 words; received 0"),
+            (b"a b\nc d", {"test_fraction": 0.9}, "received 2 sentences in .*test_fraction 0.9"),
+        ],
+    )
+    def test_files_in_other_encodings(self, data, options, words, tmp_path):
+        (tmp_path / "a.txt").write_bytes(data)
+        source = TextFile(str(tmp_path / "a.txt"), **options)
+        if words:
+            with pytest.raises(DataError, match=words):
+                source.load("train")
+        else:
+            source = source.agree(source.load("train"), [np.arange(8)])
+            assert set(source.vocabulary.words[2:]) == {"le", "caf\u00e9"}
+
+    def test_folders_without_texts_and_topics_in_other_forms(self, tmp_path):
+        with pytest.raises(DataError, match="a folder of .txt files; received .* with none"):
+            TextFile(str(tmp_path)).load("train")
+        (tmp_path / "a.TXT").write_text(normalize("NFD", "le café\n") * 9, encoding="utf-8")
+        source = TextFile(str(tmp_path), topics={"drinks": [normalize("NFD", "Café")]})
+        assert set(source.load("train").columns["topic"]) == {"drinks"}
 
     def test_the_real_file(self, shared):
         folder = shared / "text"

@@ -13,8 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedgan_lightning.data.reading import read_text, reason, user_path
 from fedgan_lightning.data.samples import Samples
 from fedgan_lightning.errors import DataError, message
+from fedgan_lightning.seeding import make_numpy_generator
 
 Split = Literal["train", "test"]
 
@@ -74,19 +76,65 @@ def read_names(path: str | Path, *, option: str, numbered: str) -> list[str]:
     Raises:
         DataError: If the file is missing or no list of text.
     """
+    text = read_text(user_path(path), option=f"data.source.{option}", what=f"a JSON list of {numbered}", settable=False)
     try:
-        names = json.loads(Path(path).read_text(encoding="utf-8"))
+        names = json.loads(text)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("not a list of names")
-    except (OSError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(
             message(
                 f"data.source.{option} is a JSON list of {numbered}",
-                received=f"{path} ({error})",
+                received=f"{path} ({reason(error)})",
                 fix=f"name a {option}.json that a run wrote",
             )
         ) from error
     return names
+
+
+def check_size(image_size: int | None) -> None:
+    """Refuse a side that is less than one pixel; ``None`` is the data's own.
+
+    Raises:
+        DataError: If it is.
+    """
+    if image_size is not None and image_size < 1:
+        raise DataError(message("data.source.image_size is at least 1", received=image_size, fix="set 28, say"))
+
+
+def check_fraction(test_fraction: float) -> None:
+    """Refuse a share of held-out samples that leaves nothing on one side.
+
+    Raises:
+        DataError: If it does not lie in (0, 1).
+    """
+    if not 0 < test_fraction < 1:
+        raise DataError(message("data.source.test_fraction lies in (0, 1)", received=test_fraction, fix="set 0.1, say"))
+
+
+def hold_out(count: int, test_fraction: float, *, name: str, what: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the positions of the training and of the test split, drawn once with a fixed seed; each holds at least 1.
+
+    Args:
+        count: Of how many.
+        test_fraction: Share of the test split.
+        name: Of the draw.
+        what: Which things of which file, for the error.
+
+    Raises:
+        DataError: If there are fewer than two, or none is left to train on.
+    """
+    order = make_numpy_generator(0, name).permutation(count)
+    cut = max(1, round(count * test_fraction))
+    if cut >= count:
+        raise DataError(
+            message(
+                "what has no test split of its own is enough for training and test",
+                received=f"{count} {what} with data.source.test_fraction {test_fraction}",
+                fix="add some, or lower test_fraction",
+            )
+        )
+    return np.sort(order[cut:]), np.sort(order[:cut])
 
 
 def to_pixels(images: Tensor) -> Tensor:

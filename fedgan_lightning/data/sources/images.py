@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
+from unicodedata import normalize
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from fedgan_lightning.data.folders import Splits, files_below, folders_in, named, refuse_splits_below, splits_of
+from fedgan_lightning.data.pictures import EXTENSIONS, read_picture
+from fedgan_lightning.data.reading import check_choice, reason, user_path
 from fedgan_lightning.data.samples import Samples
-from fedgan_lightning.data.sources.base import Source, Split, resize, to_pixels
+from fedgan_lightning.data.sources.base import Source, Split, check_fraction, check_size, hold_out, resize, to_pixels
 from fedgan_lightning.errors import DataError, message
 from fedgan_lightning.options import checked
-from fedgan_lightning.seeding import make_numpy_generator
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+logger = logging.getLogger("fedgan_lightning")
 _DIGITS = tuple(str(digit) for digit in range(10))
 _FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 _CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -41,7 +46,9 @@ class TorchvisionImages(Source):
         image_size: int | None = None,
         download: bool = True,
     ) -> None:
-        self.name, self.root, self.download = name, root, download
+        check_choice(name, ("MNIST", "FashionMNIST", "CIFAR10"), option="data.source.name")
+        check_size(image_size)
+        self.name, self.root, self.download = name, str(user_path(root)), download
         self.image_size = image_size or (32 if name == "CIFAR10" else 28)
         self.sample_shape = (3 if name == "CIFAR10" else 1, self.image_size, self.image_size)
         self.class_names = {"MNIST": _DIGITS, "FashionMNIST": _FASHION, "CIFAR10": _CIFAR10}[name]
@@ -53,6 +60,14 @@ class TorchvisionImages(Source):
     def load(self, split: Split) -> Samples:
         dataset = self._open(train=split == "train", download=False)
         pixels = to_pixels(torch.as_tensor(dataset.data))
+        if len(pixels) != len(dataset.targets):
+            raise DataError(
+                message(
+                    f"{self.name} has a label for every image",
+                    received=f"{len(pixels)} images and {len(dataset.targets)} labels in {self.root}",
+                    fix="download it again",
+                )
+            )
         return Samples(x=resize(pixels, self.image_size), y=torch.as_tensor(dataset.targets, dtype=torch.int64))
 
     def _open(self, *, train: bool, download: bool) -> Any:
@@ -60,12 +75,12 @@ class TorchvisionImages(Source):
 
         try:
             return getattr(datasets, self.name)(self.root, train=train, download=download)
-        except (RuntimeError, OSError) as error:
+        except Exception as error:  # torchvision reads broken files without looking
             raise DataError(
                 message(
                     f"{self.name} lies in the folder data.source.root, or can be downloaded",
-                    received=f"root={self.root!r}, download={download} ({str(error).splitlines()[0]})",
-                    fix="set data.source.root to the folder that holds it, or allow the download",
+                    received=f"root={self.root!r}, download={download} ({reason(error)})",
+                    fix="set data.source.root to the folder that holds it whole, or allow the download",
                 )
             ) from error
 
@@ -88,7 +103,15 @@ class CelebA(Source):
     def __init__(
         self, root: str = "data", *, image_size: int = 48, max_images: int | None = None, download: bool = True
     ) -> None:
-        self.root, self.image_size, self.max_images, self.download = root, image_size, max_images, download
+        check_size(image_size)
+        if max_images is not None and max_images < 1:
+            raise DataError(
+                message(
+                    "data.source.max_images is at least 1", received=max_images, fix="raise it, or set null for all"
+                )
+            )
+        self.root, self.image_size, self.download = str(user_path(root)), image_size, download
+        self.max_images = max_images
         self.sample_shape = (3, image_size, image_size)
         self.class_names = tuple(
             " ".join(name if code >> bit & 1 else f"no {name}" for bit, name in enumerate(self.attributes))
@@ -99,7 +122,6 @@ class CelebA(Source):
         self._open("train", download=self.download)
 
     def load(self, split: Split) -> Samples:
-        from PIL import Image
         from torchvision.transforms.v2 import functional as transforms
 
         dataset = self._open(split, download=False)
@@ -107,9 +129,7 @@ class CelebA(Source):
         folder = Path(self.root) / "celeba" / "img_align_celeba"
         images = torch.empty(count, *self.sample_shape, dtype=torch.uint8)
         for index in range(count):
-            with Image.open(folder / dataset.filename[index]) as picture:
-                pixels = transforms.pil_to_tensor(picture.convert("RGB"))
-            square = transforms.center_crop(pixels, [178, 178])
+            square = transforms.center_crop(read_picture(folder / dataset.filename[index], channels=3), [178, 178])
             images[index] = transforms.resize(square, [self.image_size, self.image_size], antialias=True)
         columns = [dataset.attr_names.index(name) for name in self.attributes]
         bits = dataset.attr[:count, columns].to(torch.int64)
@@ -121,21 +141,23 @@ class CelebA(Source):
 
         try:
             return datasets.CelebA(self.root, split=split, target_type=["attr", "identity"], download=download)
-        except (RuntimeError, OSError) as error:
+        except Exception as error:  # torchvision reads broken files without looking
             raise DataError(
                 message(
                     "CelebA lies in ROOT/celeba, or can be downloaded",
-                    received=f"root={self.root!r}, download={download} ({str(error).splitlines()[0]})",
+                    received=f"root={self.root!r}, download={download} ({reason(error)})",
                     fix="set data.source.root, or install gdown and allow the download",
                 )
             ) from error
 
 
 class ImageFolder(Source):
-    """A folder of pictures, with one subfolder per class or without classes.
+    """A folder of pictures, with one subfolder per class or without classes; links are followed.
 
     Column ``folder`` holds each picture's first folder below the root, for a natural partition by site. Where the
-    folder has subfolders ``train`` and ``test`` these are the splits; otherwise a fixed share is held out.
+    folder has subfolders ``train`` and ``test``, in any letter case, these are the splits; without ``test``, ``val``
+    (or ``valid``, ``validation``, ``dev``) is the test split, and beside ``test`` it is not used. Otherwise a fixed
+    share is held out. Such folders elsewhere, or beside others, are refused. Transparent pictures are laid over white.
 
     Args:
         root: The folder.
@@ -143,8 +165,12 @@ class ImageFolder(Source):
         channels: 3 for colour, 1 for grey.
         classes: Whether the folders are classes.
         class_names: Names of all classes, in order, where this folder may hold only some of them, as a site of a
-            federation does; default the folders' names, sorted.
+            federation does, or where a class has the name of a split; default the folders' names, sorted.
         test_fraction: Share held out as the test split where the folder has none of its own, in (0, 1).
+
+    Raises:
+        DataError: If the folder holds no pictures, or folders that can be read in two ways, or pictures that cannot be
+            read.
     """
 
     @checked(image_size="[1, inf)", test_fraction="(0, 1)")
@@ -158,20 +184,29 @@ class ImageFolder(Source):
         class_names: Sequence[str] | None = None,
         test_fraction: float = 0.1,
     ) -> None:
-        self.root, self.image_size, self.channels = Path(root), image_size, channels
+        check_choice(channels, (1, 3), option="data.source.channels")
+        check_fraction(test_fraction)
+        check_size(image_size)
+        self.root, self.image_size, self.channels = user_path(root), image_size, channels
         self.classes, self.test_fraction = classes, test_fraction
         self.sample_shape = (channels, image_size, image_size)
-        self.has_splits = (self.root / "train").is_dir() and (self.root / "test").is_dir()
-        if classes and class_names:
-            self.class_names = tuple(class_names)
+        given = tuple(normalize("NFC", name) for name in class_names or ())
+        if len(set(given)) != len(given):
+            raise DataError(
+                message("data.source.class_names are different", received=list(given), fix="list each class once")
+            )
+        self._listed = given
+        self.splits = Splits(None, None, None)
+        if self.root.is_dir():
+            self.splits = splits_of(self.root, extensions=EXTENSIONS, classes=given)
+        if classes and given:
+            self.class_names = given
         elif classes and self.root.is_dir():
-            base = self.root / "train" if self.has_splits else self.root
-            found = (path.name for path in base.iterdir() if path.is_dir())
-            self.class_names = tuple(sorted(name for name in found if name[0] != "."))
+            self.class_names = tuple(sorted(map(named, folders_in(self.splits.train or self.root))))
 
     def load(self, split: Split) -> Samples:
-        base = self.root / split if self.has_splits else self.root
-        files = sorted(path for path in base.rglob("*") if path.suffix.lower() in EXTENSIONS) if base.is_dir() else []
+        base = (self.splits.train if split == "train" else self.splits.test) or self.root
+        files = list(files_below(base, EXTENSIONS)) if base.is_dir() else []
         if not files:
             raise DataError(
                 message(
@@ -180,51 +215,29 @@ class ImageFolder(Source):
                     fix="set data.source.root to the folder",
                 )
             )
-        if not self.has_splits:
-            order = make_numpy_generator(0, "image folder split").permutation(len(files))
-            cut = max(1, round(len(files) * self.test_fraction))
-            if cut >= len(files):
-                raise DataError(
-                    message(
-                        "a folder without splits holds pictures for both",
-                        received=f"{len(files)} in {base} with test_fraction={self.test_fraction}",
-                        fix="add pictures or lower test_fraction",
-                    )
-                )
-            files = [files[index] for index in np.sort(order[:cut] if split == "test" else order[cut:])]
-        groups = np.array([path.relative_to(base).parts[0] if path.parent != base else "." for path in files])
-        labels = None
-        if self.classes:
-            unknown = sorted({str(group) for group in groups} - set(self.class_names))
-            if unknown:
-                raise DataError(
-                    message(
-                        "every picture lies in the folder of its class",
-                        received=f"{unknown} beside classes {list(self.class_names)}",
-                        fix="move the pictures, or set classes: false",
-                    )
-                )
-            labels = torch.tensor([self.class_names.index(group) for group in groups], dtype=torch.int64)
+        refuse_splits_below(files, base, classes=self._listed)
+        if self.splits.train is None:
+            what = f"pictures in {base}"
+            chosen = hold_out(len(files), self.test_fraction, name="image folder split", what=what)[split == "test"]
+            files = [files[index] for index in chosen]
+        elif self.splits.unused is not None and split == "train":
+            unused = self.splits.unused
+            logger.info(f"{unused} is not used: train is trained on, and test is what results are measured on")
+        groups = np.array([normalize("NFC", (*path.relative_to(base).parts[:-1], ".")[0]) for path in files])
+        labels = self._labels(groups) if self.classes else None
         return Samples(x=torch.stack([self._read(path) for path in files]), y=labels, columns={"folder": groups})
 
-    def _read(self, path: Path) -> Tensor:
-        from PIL import Image, ImageOps
-        from torchvision.transforms.v2 import functional as transforms
-
-        try:
-            with Image.open(path) as picture:
-                if picture.mode[0] in "IF":  # Pillow would cut them off at 255: X-rays all white
-                    raise DataError(
-                        message(
-                            "pictures have 8 bits a channel",
-                            received=f"{path} of mode {picture.mode}",
-                            fix="rescale the folder's pictures, with one window for all, before they are read",
-                        )
-                    )
-                upright = ImageOps.exif_transpose(picture).convert("RGB" if self.channels == 3 else "L")
-                pixels: Tensor = transforms.pil_to_tensor(upright)
-        except OSError as error:
+    def _labels(self, groups: NDArray[np.str_]) -> Tensor:
+        unknown = sorted({str(group) for group in groups} - set(self.class_names))
+        if unknown:
             raise DataError(
-                message("every picture can be read", received=f"{path} ({error})", fix="remove or repair the file")
-            ) from error
-        return resize(pixels.unsqueeze(0), self.image_size)[0]
+                message(
+                    "every picture lies in the folder of its class",
+                    received=f"{unknown} beside classes {list(self.class_names)}",
+                    fix="move the pictures, or set classes: false",
+                )
+            )
+        return torch.tensor([self.class_names.index(group) for group in groups], dtype=torch.int64)
+
+    def _read(self, path: Path) -> Tensor:
+        return resize(read_picture(path, channels=self.channels).unsqueeze(0), self.image_size)[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedgan_lightning.data.reading import check_encoding, user_path
 from fedgan_lightning.data.samples import Samples
 from fedgan_lightning.data.sources.base import Source, Split, read_names
+from fedgan_lightning.data.tables import Table, check_delimiter
 from fedgan_lightning.errors import DataError, message
 from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import make_numpy_generator
@@ -22,7 +23,21 @@ from fedgan_lightning.seeding import make_numpy_generator
 Integers = NDArray[np.int64]
 
 
-class Table(NamedTuple):
+#: Characters of a user's or an item's name: longer ones are a broken file, and take memory for all.
+LONGEST_NAME = 200
+
+
+class Entry(NamedTuple):
+    """What a catalogue says of an item."""
+
+    title: str
+    genres: str
+
+
+NO_ENTRY = Entry("", "")
+
+
+class Kept(NamedTuple):
     """Interactions after all filters: pair i is user ``users[rows[i]]`` with item ``items[columns[i]]``."""
 
     users: list[str]
@@ -67,6 +82,8 @@ class Interactions(Source):
         holdout: What is held out of every user: ``random`` interactions by ``seed``, or the ``latest``.
         holdout_fraction: Share that is held out, in (0, 1); at least one interaction.
         seed: Seed of the random hold-out.
+        encoding: Encoding of both files.
+        delimiter: What separates fields in both files.
 
     Raises:
         ConfigurationError: If a number is out of range.
@@ -94,8 +111,12 @@ class Interactions(Source):
         holdout: Literal["random", "latest"] = "random",
         holdout_fraction: float = 0.2,
         seed: int = 0,
+        encoding: str = "utf-8",
+        delimiter: str = ",",
     ) -> None:
-        self.path, self.catalogue = Path(path), None if catalogue is None else Path(catalogue)
+        check_encoding(encoding, option="data.source.encoding")
+        self.encoding, self.delimiter = encoding, check_delimiter(delimiter, option="data.source.delimiter")
+        self.path, self.catalogue = user_path(path), None if catalogue is None else user_path(catalogue)
         self.user, self.item, self.rating, self.time, self.title, self.genre = user, item, rating, time, title, genre
         self.threshold, self.min_user, self.min_item = threshold, min_user, min_item
         self.holdout, self.holdout_fraction, self.seed = holdout, holdout_fraction, seed
@@ -150,20 +171,22 @@ class Interactions(Source):
         """Items' titles from the catalogue, in the order of the vector; without one, or for items that it lacks, their
         names.
         """
-        return [self._entries.get(item, {}).get(self.title) or item for item in self._table.items]
+        return [self._entries.get(item, NO_ENTRY).title or item for item in self._table.items]
 
     # ------------------------------------------------------------------ reading
 
     @cached_property
-    def _entries(self) -> dict[str, dict[str, str]]:
+    def _entries(self) -> dict[str, Entry]:
         """The catalogue's rows by item."""
         if self.catalogue is None:
             return {}
-        wanted = [self.item, self.title, self.genre]
-        return {row[self.item]: row for row in _read(self.catalogue, wanted, option="catalogue")}
+        table = self._open(self.catalogue, option="catalogue")
+        options = [f"data.source.{name}" for name in ("item", "title", "genre")]
+        item, title, genre = table.positions([self.item, self.title, self.genre], named_by=options)
+        return {row[item].strip(): Entry(row[title].strip(), row[genre]) for _, row in table}
 
     @cached_property
-    def _table(self) -> Table:
+    def _table(self) -> Kept:
         pairs, times = self._pairs()
         if self._items is None:
             items, kept = self._popular(pairs)
@@ -198,7 +221,7 @@ class Interactions(Source):
         popular = survivors[np.argsort(-counts, kind="stable")[:num_items]]
         return sorted(popular.tolist(), key=_by_number), kept
 
-    def _named(self, pairs: NDArray[np.str_], times: NDArray[np.float64] | None, items: list[str]) -> Table:
+    def _named(self, pairs: NDArray[np.str_], times: NDArray[np.float64] | None, items: list[str]) -> Kept:
         users = sorted(set(pairs[:, 0].tolist()), key=_by_number)
         places = ({name: place for place, name in enumerate(names)} for names in (users, items))
         rows, columns = (np.array([place[name] for name in names.tolist()]) for place, names in zip(places, pairs.T))
@@ -214,32 +237,39 @@ class Interactions(Source):
         ranks = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
         held = np.zeros(len(rows), dtype=bool)
         held[order] = ranks < wanted[rows[order]]
-        return Table(users, items, rows, columns, held)
+        return Kept(users, items, rows, columns, held)
 
     def _pairs(self) -> tuple[NDArray[np.str_], NDArray[np.float64] | None]:
         """Return the (user, item) pairs that count, each once, and the last time of each where times are needed."""
         dated = self.holdout == "latest"
-        wanted = [self.user, self.item, *([self.rating] if self.rating else []), *([self.time] if dated else [])]
+        table = self._open(self.path, option="path")
+        named = {"user": self.user, "item": self.item}
+        named |= {"rating": self.rating} if self.rating else {}
+        named |= {"time": self.time} if dated else {}
+        place = dict(zip(named, table.positions([*named.values()], named_by=[f"data.source.{one}" for one in named])))
         found: dict[tuple[str, str], float] = {}
-        try:
-            for row in _read(self.path, wanted, option="path"):
-                if self.rating is None or float(row[self.rating]) >= self.threshold:
-                    pair = (row[self.user], row[self.item])
-                    found[pair] = max(float(row[self.time]), found.get(pair, -np.inf)) if dated else 0.0
-        except (TypeError, ValueError) as error:
-            raise DataError(
-                message(
-                    "ratings and times are numbers",
-                    received=f"{self.path} ({error})",
-                    fix="repair or leave out the rows",
-                )
-            ) from error
+        for line, row in table:
+            pair = (row[place["user"]].strip(), row[place["item"]].strip())
+            for name, text in zip(named, pair):
+                if not 0 < len(text) <= LONGEST_NAME:
+                    raise table.unfit(
+                        f"a name of at most {LONGEST_NAME} characters", text, line=line, column=named[name]
+                    )
+            counts = True
+            if self.rating:
+                counts = table.number(row[place["rating"]], line=line, column=self.rating) >= self.threshold
+            if counts:
+                time = table.number(row[place["time"]], line=line, column=self.time) if dated else 0.0
+                found[pair] = max(time, found.get(pair, -np.inf))
         pairs = np.array(list(found), dtype=np.str_).reshape(-1, 2)
         return pairs, np.array(list(found.values())) if dated else None
 
+    def _open(self, path: Path, *, option: str) -> Table:
+        return Table(path, option=f"data.source.{option}", encoding=self.encoding, delimiter=self.delimiter)
+
     # ------------------------------------------------------------------ natural groups of users
 
-    def _columns(self, table: Table) -> dict[str, NDArray]:
+    def _columns(self, table: Kept) -> dict[str, NDArray]:
         counts = np.bincount(table.rows)
         ranks = np.empty(len(counts), dtype=np.int64)
         ranks[np.argsort(counts, kind="stable")] = np.arange(len(counts))
@@ -248,8 +278,9 @@ class Interactions(Source):
             columns["genre"] = self._favourites(table)
         return columns
 
-    def _favourites(self, table: Table) -> NDArray:
-        listed = [self._entries.get(item, {}).get(self.genre, "").split("|") for item in table.items]
+    def _favourites(self, table: Kept) -> NDArray:
+        texts = [self._entries.get(item, NO_ENTRY).genres for item in table.items]
+        listed = [[name.strip() for name in text.split("|")] for text in texts]
         names = sorted({name for own in listed for name in own if name})
         if not names:
             raise DataError(
@@ -310,26 +341,6 @@ def _core(pairs: NDArray[np.str_], *, min_user: int, min_item: int) -> Integers:
             kept = kept[counts[inverse] >= least]
         if len(kept) == before:
             return kept
-
-
-def _read(path: Path, wanted: Sequence[str], *, option: str) -> list[dict[str, str]]:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            header, rows = list(reader.fieldnames or []), list(reader)
-    except OSError as error:
-        raise DataError(
-            message(f"data.source.{option} is a CSV file", received=f"{path} ({error})", fix="check the path")
-        ) from error
-    if missing := [name for name in wanted if name not in header]:
-        raise DataError(
-            message(
-                f"{path} has the columns {', '.join(wanted)}",
-                received=f"{', '.join(header) or 'no header'}",
-                fix=f"name the file's own columns in data.source: {', '.join(missing)} is missing",
-            )
-        )
-    return rows
 
 
 def _by_number(name: str) -> tuple[bool, int, str]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import zipfile
-from pathlib import Path
+from http.client import HTTPException
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
+from fedgan_lightning.data.arrays import Arrays
+from fedgan_lightning.data.reading import check_choice, reason, user_path
 from fedgan_lightning.data.samples import Samples
-from fedgan_lightning.data.sources.base import Source, Split, resize, to_pixels
+from fedgan_lightning.data.sources.base import Source, Split, check_size, resize, to_pixels
 from fedgan_lightning.errors import DataError, message
 from fedgan_lightning.options import checked
 
@@ -35,7 +35,8 @@ class MedMNIST(Source):
     def __init__(
         self, name: str, root: str = "data", *, size: Literal[28, 64, 128, 224] = 28, download: bool = False
     ) -> None:
-        self.name, self.root, self.suffix = name.lower(), Path(root), "" if size == 28 else f"_{size}"
+        check_choice(size, (28, 64, 128, 224), option="data.source.size")
+        self.name, self.root, self.suffix = name.lower(), user_path(root), "" if size == 28 else f"_{size}"
         self.path, self.download = self.root / f"{self.name}{self.suffix}.npz", download
         facts = self._facts()
         if self.path.exists():
@@ -58,13 +59,26 @@ class MedMNIST(Source):
             from torchvision.datasets.utils import download_url
 
             facts = self._facts() or {}
-            address, digest = facts[f"url{self.suffix}"], facts[f"MD5{self.suffix}"]
-            self.root.mkdir(parents=True, exist_ok=True)
             try:
-                download_url(address, str(self.root), filename=self.path.name, md5=digest)
-            except (OSError, RuntimeError) as error:
+                address, digest = facts[f"url{self.suffix}"], facts[f"MD5{self.suffix}"]
+            except KeyError as error:
                 raise DataError(
-                    message("MedMNIST can be reached", received=f"{address} ({error})", fix=f"put it at {self.path}")
+                    message(
+                        "the package medmnist knows the set in this size",
+                        received=f"{self.path.name}, no {error}",
+                        fix="update medmnist, or choose another data.source.size",
+                    )
+                ) from error
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+                download_url(address, str(self.root), filename=self.path.name, md5=digest)
+            except (OSError, RuntimeError, HTTPException) as error:
+                raise DataError(
+                    message(
+                        "MedMNIST can be reached, and written to data.source.root",
+                        received=f"{address} ({reason(error)})",
+                        fix=f"put it at {self.path}",
+                    )
                 ) from error
 
     def load(self, split: Split) -> Samples:
@@ -92,61 +106,44 @@ class MedMNIST(Source):
 class MedMNISTFile(Source):
     """An .npz file in MedMNIST's layout: ``{train,val,test}_images`` and ``{train,val,test}_labels`` of shape (n, 1).
 
-    Further arrays ``train_NAME`` and ``test_NAME`` of length n become columns, for a natural partition.
+    Further arrays ``train_NAME`` and ``test_NAME`` of length n become columns, for a natural partition. The validation
+    split is not used.
 
     Args:
         path: The file.
         image_size: Side in pixels; default the file's own.
         class_names: Names of the classes; default their numbers.
+
+    Raises:
+        DataError: If the file has not this layout, or labels are no class numbers.
     """
 
     @checked(image_size="[1, inf)")
     def __init__(self, path: str, *, image_size: int | None = None, class_names: tuple[str, ...] | None = None) -> None:
-        self.path = Path(path)
-        with self._open() as arrays:
-            shape, highest = arrays["train_images"].shape, int(arrays["train_labels"].max(initial=0))
+        check_size(image_size)
+        self.path = user_path(path)
+        arrays = self._open()
+        shape, labels = arrays.pixels("train_images").shape, arrays.labels("train_labels")
         self.image_size = image_size or int(shape[1])
         self.sample_shape = (int(shape[3]) if len(shape) == 4 else 1, self.image_size, self.image_size)
-        self.class_names = class_names or tuple(str(label) for label in range(highest + 1))
+        if not class_names:
+            highest = int(labels.max(initial=0))
+            if highest and highest >= len(labels):
+                raise arrays.unfit("train_labels", "numbers its classes 0, 1, 2, ...", f"class {highest}")
+            class_names = tuple(str(label) for label in range(highest + 1))
+        self.class_names = tuple(class_names)
 
     def load(self, split: Split) -> Samples:
-        with self._open() as arrays:
-            labels = torch.from_numpy(np.asarray(arrays[f"{split}_labels"], dtype=np.int64))
-            if labels.dim() == 2 and labels.shape[1] > 1:
-                raise DataError(
-                    message(
-                        "labels are single: shape (n,) or (n, 1)",
-                        received=f"multi-label {tuple(labels.shape)}",
-                        fix="choose one column as the label and save the file anew",
-                    )
-                )
-            pixels = to_pixels(torch.from_numpy(np.asarray(arrays[f"{split}_images"])))
-            known = {f"{split}_images", f"{split}_labels"}
-            columns = {
-                name[len(split) + 1 :]: np.asarray(arrays[name])
-                for name in arrays.files
-                if name.startswith(f"{split}_") and name not in known
-            }
-        return Samples(x=resize(pixels, self.image_size), y=labels.flatten(), columns=columns)
+        arrays = self._open()
+        images, labels = arrays.pixels(f"{split}_images"), arrays.labels(f"{split}_labels")
+        if len(images) != len(labels):
+            raise arrays.unfit(f"{split}_labels", f"has a label for each of {len(images)} images", f"{len(labels)}")
+        known = {f"{split}_images", f"{split}_labels"}
+        columns = arrays.columns(f"{split}_", length=len(images), known=known)
+        pixels = resize(to_pixels(torch.from_numpy(images)), self.image_size)
+        return Samples(x=pixels, y=torch.from_numpy(labels), columns=columns)
 
-    def _open(self) -> Any:
-        try:
-            arrays = np.load(self.path, allow_pickle=False)
-            missing = sorted({"train_images", "train_labels", "test_images", "test_labels"} - set(arrays.files))
-        except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-            raise DataError(
-                message(
-                    "an .npz file in MedMNIST's layout",
-                    received=f"{self.path} ({type(error).__name__}: {error})",
-                    fix="set data.source.path to the downloaded file",
-                )
-            ) from error
-        if missing:
-            raise DataError(
-                message(
-                    "an .npz file in MedMNIST's layout",
-                    received=f"no arrays {missing} in {self.path}",
-                    fix="rename them",
-                )
-            )
-        return arrays
+    def _open(self) -> Arrays:
+        wanted = [f"{split}_{what}" for split in ("train", "test") for what in ("images", "labels")]
+        layout = "an .npz file in MedMNIST's layout"
+        return Arrays(self.path, wanted=wanted, option="data.source.path", layout=layout)

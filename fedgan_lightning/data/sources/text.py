@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedgan_lightning.data.folders import is_shown
+from fedgan_lightning.data.reading import check_encoding, read_text, user_path
 from fedgan_lightning.data.samples import Samples
-from fedgan_lightning.data.sources.base import Source, Split, read_names
-from fedgan_lightning.data.vocabulary import Sentence, Vocabulary, contribution, summed, tokens
+from fedgan_lightning.data.sources.base import Source, Split, hold_out, read_names
+from fedgan_lightning.data.vocabulary import Sentence, Vocabulary, contribution, spelling, summed, tokens
 from fedgan_lightning.errors import DataError, message
 from fedgan_lightning.options import checked
-from fedgan_lightning.seeding import make_numpy_generator
 
+logger = logging.getLogger("fedgan_lightning")
 #: The topic of a sentence without any of the listed words.
 OTHER = "other"
 
@@ -24,16 +28,17 @@ OTHER = "other"
 class TextFile(Source):
     """Sentences of a text file, or of the .txt files in a folder; samples are word ids (max_length,), int64.
 
-    Lines are cut into lower-case words and marks of punctuation; sentences longer than ``max_length``, and empty lines,
-    are left out. Id 0 ends a sentence and fills the rest, id 1 is any word outside the vocabulary. Columns for natural
-    partitions: ``topic``, and ``file`` (the stem of the file's name).
+    Lines are cut into lower-case words and marks of punctuation (:func:`~fedgan_lightning.data.vocabulary.tokens`);
+    sentences longer than ``max_length``, whose number is told, and empty lines are left out. Id 0 ends a sentence
+    and fills the rest, id 1 is any word outside the vocabulary. Columns for natural partitions: ``topic``, and ``file``
+    (the stem of the file's name).
 
     The vocabulary: every client counts its own words and tells the counts of those that it uses ``min_support`` times
     or more; the server adds them up and keeps the ``max_words`` largest sums. No sentence, and no rarer word, leaves a
     client. With ``vocabulary`` nothing is counted, which is how separate institutions do it.
 
     Args:
-        path: The file, or a folder of them, UTF-8.
+        path: The file, or a folder of them.
         test_path: A file of held-out sentences; without it ``test_fraction`` of the lines are held out.
         max_length: Words of a sentence at most.
         max_words: Size of the vocabulary, ids 0 and 1 included.
@@ -42,6 +47,7 @@ class TextFile(Source):
         topics: Words by topic: a sentence's topic is that of its first word in any list, else ``other``.
         vocabulary: A ``vocabulary.json`` that another run wrote.
         test_fraction: Share of the lines that is held out without ``test_path``, in (0, 1).
+        encoding: Encoding of the files; a byte order mark is no part of the text.
 
     Raises:
         DataError: If a file is missing or has no usable line, or a word stands for two topics.
@@ -60,8 +66,12 @@ class TextFile(Source):
         topics: dict[str, list[str]] | None = None,
         vocabulary: str | None = None,
         test_fraction: float = 0.1,
+        encoding: str = "utf-8",
     ) -> None:
-        self.path, self.test_path = Path(path), None if test_path is None else Path(test_path)
+        check_encoding(encoding, option="data.source.encoding")
+        self.path, self.test_path = user_path(path), None if test_path is None else user_path(test_path)
+        self.encoding = encoding
+        self._told: set[Path] = set()
         self.max_length, self.max_words, self.test_fraction = max_length, max_words, test_fraction
         self.min_support, self.once_per_sentence = min_support, once_per_sentence
         self.topic_of = _by_word(topics or {})
@@ -111,39 +121,54 @@ class TextFile(Source):
     def _split(self, split: Split) -> tuple[list[list[str]], list[str]]:
         """Return the sentences of a split, and the file of each."""
         if self.test_path is not None:
-            return self._read(self.test_path if split == "test" else self.path)
-        sentences, files = self._read(self.path)
-        order = make_numpy_generator(0, "sentences split").permutation(len(sentences))
-        cut = max(1, round(len(sentences) * self.test_fraction))
-        chosen = np.sort(order[:cut] if split == "test" else order[cut:])
+            test = split == "test"
+            return self._read(self.test_path if test else self.path, option="test_path" if test else "path")
+        sentences, files = self._read(self.path, option="path")
+        what = f"sentences in {self.path}"
+        chosen = hold_out(len(sentences), self.test_fraction, name="sentences split", what=what)[split == "test"]
         return [sentences[place] for place in chosen], [files[place] for place in chosen]
 
-    def _read(self, path: Path) -> tuple[list[list[str]], list[str]]:
-        sentences, files = [], []
-        try:
-            for file in sorted(path.glob("*.txt")) if path.is_dir() else [path]:
-                for line in file.read_text(encoding="utf-8").splitlines():
-                    words = tokens(line)
-                    if 0 < len(words) <= self.max_length:
-                        sentences.append(words)
-                        files.append(file.stem)
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(
-                message(
-                    "data.source.path is a text file, or a folder of .txt files, in UTF-8",
-                    received=f"{path} ({error})",
-                    fix="check the path",
-                )
-            ) from error
+    def _read(self, path: Path, *, option: str) -> tuple[list[list[str]], list[str]]:
+        option = f"data.source.{option}"
+        sentences: list[list[str]] = []
+        files: list[str] = []
+        longer: list[int] = []
+        for file in _files(path, option=option):
+            what = "a text file or a folder of .txt files"
+            for line in read_text(file, option=option, what=what, encoding=self.encoding).splitlines():
+                words = tokens(line)
+                if len(words) > self.max_length:
+                    longer.append(len(words))
+                elif words:
+                    sentences.append(words)
+                    files.append(normalize("NFC", file.stem))
+        count = len(sentences) + len(longer)
+        left_out = f"{len(longer)} of {count} sentences in {path} are left out: they have more than "
+        left_out += f"max_length={self.max_length} words, up to {max(longer, default=0)}"
         if len(sentences) < 2:
             raise DataError(
                 message(
                     f"text has two sentences of at most {self.max_length} words",
-                    received=f"{len(sentences)} in {path}",
+                    received=f"{len(sentences)} in {path}" + (f"; {left_out}" if longer else ""),
                     fix="raise data.source.max_length, or check the path",
                 )
             )
+        if longer and path not in self._told:
+            self._told.add(path)  # splits and clients read the file several times
+            logger.info(left_out)
         return sentences, files
+
+
+def _files(path: Path, *, option: str) -> list[Path]:
+    """Return the text files of a folder, or the file."""
+    if not path.is_dir():
+        return [path]
+    found = sorted(file for file in path.iterdir() if is_shown(file.name) and file.suffix.lower() == ".txt")
+    if not found:
+        raise DataError(
+            message(f"{option} is a text file or a folder of .txt files", received=f"{path} with none", fix="check it")
+        )
+    return found
 
 
 def _vocabulary_in(path: str) -> Vocabulary:
@@ -160,11 +185,11 @@ def _by_word(topics: Mapping[str, Sequence[str]]) -> dict[str, str]:
     found: dict[str, str] = {}
     for topic, words in topics.items():
         for word in words:
-            if found.setdefault(word.lower(), topic) != topic:
+            if found.setdefault(spelling(word), topic) != topic:
                 raise DataError(
                     message(
                         "a word stands for one topic",
-                        received=f"{word!r} under {found[word.lower()]} and {topic}",
+                        received=f"{word!r} under {found[spelling(word)]} and {topic}",
                         fix="remove it from one of the lists in data.source.topics",
                     )
                 )
