@@ -172,7 +172,7 @@ class FederatedOrchestrator(L.Callback):
             rank=trainer.global_rank, world_size=trainer.world_size, local_world_size=local, device=root
         )
         options: dict[str, Any] = {"accelerator": root.type, "precision": trainer.precision}
-        options["devices"] = [root.index] if root.type == "cuda" else 1
+        options["devices"] = 1 if root.index is None else [root.index]
         context = ClientContext(
             model=server.model,
             data=data,

@@ -82,6 +82,6 @@ def _labels(y: Tensor, *, among: int, held_only: bool, generator: torch.Generato
     """
     if not held_only:
         return torch.randint(among, y.shape, device=y.device, generator=generator)
-    upto = (y.unsqueeze(1) == torch.arange(among, device=y.device)).any(0).cumsum(0)  # how many up to each class
+    upto = (y.unsqueeze(1) == torch.arange(among, device=y.device)).any(0).long().cumsum(0)  # how many up to each class
     places = torch.randint(2**32 - 1, y.shape, device=y.device, generator=generator) % upto[-1]
     return torch.searchsorted(upto, places, right=True)
