@@ -14,7 +14,7 @@ from fedgan_lightning.files import expanded
 from fedgan_lightning.journal import NAME, entries
 
 #: What tells a run.
-MARKS = ("config.yaml", "summary.json", NAME, "checkpoints")
+MARKS = ("config.yaml", "summary.json", "checkpoints")
 #: Groups of settings that make a run this one, and which of theirs a continuation may change.
 GROUPS = ("model", "data", "federation", "server")
 MAY_CHANGE = ("rounds",)
@@ -31,7 +31,7 @@ def check_run_directory(path: str | Path, *, resuming: bool) -> None:
         raise ConfigurationError(
             message("a run directory is a folder", received=f"{root}, a file", fix="choose another --run_dir")
         )
-    found = [mark for mark in MARKS if (root / mark).exists()]
+    found = marks(root)
     if found and not resuming:
         raise ConfigurationError(
             message(
@@ -70,7 +70,7 @@ def to_continue(
         print(f"{path} does not exist yet: the run begins anew")  # killed before its first round was complete
         return None
     check_federation(read_checkpoint(path), path)
-    found = [mark for mark in MARKS if (root / mark).exists()]
+    found = marks(root)
     if found and path.resolve().parent != (root / "checkpoints").resolve():
         raise CheckpointError(
             message(
@@ -97,6 +97,12 @@ def to_judge(ckpt_path: str | Path | None, run_dir: str | Path) -> str:
     return str(path)
 
 
+def marks(root: Path) -> list[str]:
+    """Return what tells that a directory holds a run."""
+    counted = any(entry.get("counted") for entry in entries(root / NAME))
+    return [mark for mark in MARKS if (root / mark).exists()] + ([NAME] if counted else [])
+
+
 def located(ckpt_path: str | Path, root: Path) -> Path:
     """Return the path of a checkpoint; ``last`` and ``best`` are the run directory's own."""
     return root / "checkpoints" / f"{ckpt_path}.ckpt" if ckpt_path in ("last", "best") else expanded(ckpt_path)
@@ -114,7 +120,7 @@ def _holds(root: Path, *, first_save: int, config: str | None) -> str | None:
         known = _settings(root / "config.yaml")
     except (OSError, ValueError) as error:
         return f"files of a run that cannot be read ({error})"
-    status, counted = str(summary.get("status")), [entry["round"] + 1 for entry in entries(root / NAME)]
+    status, counted = str(summary.get("status")), [e["round"] + 1 for e in entries(root / NAME) if e.get("counted")]
     rounds = max([int(summary.get("rounds") or 0), *counted])
     if rounds > first_save or (rounds and status in ("finished", "stopped")):
         return f"{rounds} rounds of a run"

@@ -151,6 +151,7 @@ LAYERS = {
     "deployment.launch": 17,
     "deployment.app.app": 17,
     "checkpoints": 3,
+    "run_directory": 4,
     "recorder": 12,
     "api": 14,
     "cli": 14,
