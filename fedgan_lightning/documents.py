@@ -39,8 +39,9 @@ def check_settings(text: str, *, name: str) -> None:
     import yaml
 
     try:
-        root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        found = next(_twice(root), None)
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        found = next(_twice(yaml.compose(text, Loader=loader)), None)
+        yaml.load(text, Loader=loader)  # refuses tags that would build objects, and keys that cannot be keys
     except yaml.YAMLError as error:
         raise ConfigurationError(
             message(

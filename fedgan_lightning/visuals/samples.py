@@ -16,7 +16,7 @@ from fedgan_lightning.data.samples import to_bytes
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.text import vocabulary_of
 from fedgan_lightning.federation.server import ServerModule
-from fedgan_lightning.files import write_text
+from fedgan_lightning.files import replacing, write_text
 from fedgan_lightning.gan.steps import split_heads
 from fedgan_lightning.seeding import make_generator
 from fedgan_lightning.visuals import pictures
@@ -30,7 +30,7 @@ class SamplePictures(L.Callback):
     scatter plots. Text gives a page of sentences, and the sentences as ``.txt`` files of the same names.
 
     Args:
-        every_n_rounds: Rounds between pictures; the last round always has one.
+        every_n_rounds: Rounds between pictures; the last round always has one. ``None`` draws none of the generator.
         columns: Images per row.
         rows: Rows, where there are no classes; columns times rows sentences.
         num_points: Points of a scatter plot.
@@ -41,21 +41,20 @@ class SamplePictures(L.Callback):
     def __init__(
         self,
         *,
-        every_n_rounds: int = 10,
+        every_n_rounds: int | None = 10,
         columns: int = 10,
         rows: int = 8,
         num_points: int = 2000,
         predict_samples: int = 100,
         seed: int = 0,
     ) -> None:
-        if min(every_n_rounds, columns, rows, num_points, predict_samples) < 1:
-            raise ConfigurationError(
-                message(
-                    "the numbers of the picture settings are at least 1",
-                    received=min(every_n_rounds, columns, rows, num_points, predict_samples),
-                    fix="raise it",
+        told = {"columns": columns, "rows": rows, "num_points": num_points, "predict_samples": predict_samples}
+        for name, number in {"every_n_rounds": every_n_rounds, **told}.items():
+            if number is not None and number < 1:
+                off = ", or set null to draw no pictures in training" if name == "every_n_rounds" else ""
+                raise ConfigurationError(
+                    message(f"pictures.{name} is at least 1", received=number, fix=f"raise it{off}")
                 )
-            )
         self.every_n_rounds, self.columns, self.rows = every_n_rounds, columns, rows
         self.num_points, self.predict_samples, self.seed = num_points, predict_samples, seed
         self._last_round = -1
@@ -63,21 +62,22 @@ class SamplePictures(L.Callback):
     # ------------------------------------------------------------------ training
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._last_round = -1
         data = _data(trainer)
         drawn = pictures.partition(data.label_counts(), class_names=data.class_names)
         publish(trainer, drawn, name="partition.png", tag="partition", step=0)
         if len(data.sample_shape) == 3 and data.has_client_samples:
             publish(trainer, self._reals(data), name="reals.png", tag="samples/real", step=0)
-        if trainer.global_step == 0:
+        if trainer.global_step == 0 and self.every_n_rounds is not None:
             self._draw(trainer, pl_module, name="fakes_init.png")
 
     def on_round_end(self, trainer: L.Trainer, server: ServerModule, info: Any, metrics: Any) -> None:
         """Draw a picture every ``every_n_rounds``."""
-        if trainer.global_step % self.every_n_rounds == 0:
+        if self.every_n_rounds is not None and trainer.global_step % self.every_n_rounds == 0:
             self._draw(trainer, server, name=f"fakes_round{trainer.global_step:04d}.png")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._last_round != trainer.global_step:
+        if self.every_n_rounds is not None and self._last_round != trainer.global_step:
             self._draw(trainer, pl_module, name=f"fakes_round{trainer.global_step:04d}.png")
 
     def draw(self, data: FederatedDataModule, server: ServerModule, *, title: str = "") -> pictures.Picture:
@@ -162,7 +162,8 @@ class SamplePictures(L.Callback):
             write_text(folder / "samples.txt", "\n".join(vocabulary.write(samples)) + "\n")
             print(f"wrote {folder / 'samples.txt'}")
         arrays: dict[str, Any] = {"x": samples.numpy(), **({} if labels is None else {"y": labels.numpy()})}
-        np.savez_compressed(folder / "samples.npz", **arrays)
+        with replacing(folder / "samples.npz") as file:
+            np.savez_compressed(file, **arrays)
         print(f"wrote {folder / 'samples.png'} and {folder / 'samples.npz'}")
 
 
