@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from fedgan_lightning.provenance import described
+
 ROOT = Path(__file__).parents[1]
 ROUNDS = 12
 ARGUMENTS = [
@@ -134,7 +136,7 @@ def main() -> None:
             print(
                 f"kill {number}: {when}: {'bit-identical' if not different else f'DIFFERS in {different}'}", flush=True
             )
-    print(f"{identical} of {options.kills} bit-identical after {ROUNDS} rounds")
+    print(f"{identical} of {options.kills} bit-identical after {ROUNDS} rounds; {described()}")
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from fedgan_lightning.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
-from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.claim import claimed
+from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.callback import Evaluation
-from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
 from fedgan_lightning.federation.checks import check_precision
+from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.files import expanded
 from fedgan_lightning.recorder import RunRecorder, listed

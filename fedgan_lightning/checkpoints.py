@@ -20,6 +20,9 @@ from fedgan_lightning.files import expanded, replacing
 
 logger = logging.getLogger("fedgan_lightning")
 
+#: What Lightning continues a run with, beside networks and callbacks.
+WHOLE = ("global_step", "epoch", "loops", "optimizer_states", "lr_schedulers", "pytorch-lightning_version")
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Saves beside the target and renames, on the same disk; loads with ``weights_only=True`` always."""
@@ -61,16 +64,30 @@ def read_checkpoint(path: str | Path, *, map_location: Any = "cpu") -> Any:
         raise _damaged(path, f"{type(error).__name__}: {_first_line(error)}") from error
 
 
-def check_federation(contents: Any, path: str | Path) -> None:
+def check_federation(contents: Any, path: str | Path, *, whole: bool) -> None:
     """Refuse what is no checkpoint of a federation.
+
+    Args:
+        contents: What was read.
+        path: From where.
+        whole: Whether there must be all that a run is continued with, and not its networks alone.
 
     Raises:
         CheckpointError: If it is not.
     """
     callbacks = contents.get("callbacks") if isinstance(contents, dict) else None
     state = callbacks.get("FederatedOrchestrator") if isinstance(callbacks, dict) else None
-    if isinstance(state, dict) and isinstance(contents.get("state_dict"), dict) and "global_step" in contents:
-        return
+    if isinstance(state, dict) and "identity" in state and isinstance(contents.get("state_dict"), dict):
+        missing = [name for name in WHOLE if name not in contents]
+        if not (whole and missing):
+            return
+        raise CheckpointError(
+            message(
+                "a run is continued from a whole checkpoint",
+                received=f"{path} without {', '.join(missing)}",
+                fix="use checkpoints/last.ckpt of the run; one that was saved with its weights alone can be tested",
+            )
+        )
     raise CheckpointError(
         message(
             "a federation resumes from a checkpoint of a federation",
@@ -130,7 +147,7 @@ class _InRunDirectory(ModelCheckpoint):
         if stage == "fit":
             self._forget()
         with warnings.catch_warnings():  # a directory that is not empty belongs to the run that is resumed
-            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+            warnings.filterwarnings("ignore", message="(?s)Checkpoint directory .* exists and is not empty")
             super().setup(trainer, pl_module, stage)
 
     def _forget(self) -> None:
@@ -210,9 +227,7 @@ class BestCheckpoint(_InRunDirectory):
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "mode": self.mode}
 
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Go on ranking by what the best checkpoint scored.
 
         Raises:

@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,27 +38,58 @@ def claimed(run_dir: str | Path) -> Iterator[None]:
     if not _is_first(os.environ):
         yield
         return
-    root, made = expanded(run_dir), []
+    root = expanded(run_dir)
+    with _folder(root):
+        try:
+            held = _locked(root / NAME)
+        except OSError as error:
+            raise _unwritable(root, error) from error
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                (root / NAME).unlink()
+            os.close(held)
+
+
+@contextmanager
+def _folder(root: Path) -> Iterator[None]:
+    """Make a folder for the body; remove afterwards what was made and is still empty."""
+    made: list[Path] = []
     try:
-        made = [folder for folder in (root, *root.parents) if not folder.exists()]
-        root.mkdir(parents=True, exist_ok=True)
-        held = _locked(root / NAME)
-    except OSError as error:
-        _remove_empty(made)
-        raise ConfigurationError(
-            message(
-                "a run directory is a folder that can be written",
-                received=f"{root} ({error.strerror or error})",
-                fix="choose another --run_dir, or who may write there",
-            )
-        ) from error
-    try:
+        try:
+            made = [folder for folder in (root, *root.parents) if not folder.exists()]
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(root, error) from error
         yield
     finally:
-        with suppress(OSError):
-            (root / NAME).unlink()
-        os.close(held)
         _remove_empty(made)
+
+
+def _unwritable(root: Path, error: OSError) -> ConfigurationError:
+    return ConfigurationError(
+        message(
+            "a run directory is a folder that can be written",
+            received=f"{root} ({error.strerror or error})",
+            fix="choose another --run_dir, or who may write there",
+        )
+    )
+
+
+def check_writable(run_dir: str | Path) -> None:
+    """Refuse a run directory that cannot be written, before a command works for what it will write there.
+
+    Raises:
+        ConfigurationError: If it cannot.
+    """
+    root = expanded(run_dir)
+    with _folder(root):
+        try:
+            with tempfile.TemporaryFile(dir=root):
+                pass
+        except OSError as error:
+            raise _unwritable(root, error) from error
 
 
 def check_unclaimed(run_dir: str | Path) -> None:

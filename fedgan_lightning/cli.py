@@ -22,7 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from fedgan_lightning.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, read_checkpoint
-from fedgan_lightning.claim import claimed
+from fedgan_lightning.claim import check_writable, claimed
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.errors import ConfigurationError, FedGANError, message
 from fedgan_lightning.evaluation.callback import Evaluation
@@ -138,7 +138,13 @@ class FederatedCLI(LightningCLI):
                     first_save=settings.checkpoint.every_n_rounds,
                     config=self.config_text,
                 )
-        elif "ckpt_path" in settings and (settings.ckpt_path is not None or self.prepare is None):
+        if self.subcommand in ("test", "predict", "partition"):
+            check_writable(settings.run_dir)
+        if (
+            self.subcommand != "fit"
+            and "ckpt_path" in settings
+            and (settings.ckpt_path is not None or self.prepare is None)
+        ):
             settings.ckpt_path = to_judge(settings.ckpt_path, settings.run_dir)  # who prepares may bring the weights
 
     def instantiate_classes(self) -> None:

@@ -26,6 +26,28 @@ def read_settings(path: str | Path) -> str:
     return text
 
 
+def check_settings_file(path: str | Path) -> None:
+    """Refuse a file that is not a mapping from groups to their settings.
+
+    Raises:
+        ConfigurationError: If it is not YAML, empty, a list, or a text.
+    """
+    import yaml
+
+    found = yaml.safe_load(read_settings(path))
+    listed = [key for key, own in found.items() if isinstance(own, list)] if isinstance(found, dict) else []
+    if isinstance(found, dict) and not listed:
+        return
+    kind = "empty" if found is None else f"a {'list' if isinstance(found, list) else 'text'}"
+    raise ConfigurationError(
+        message(
+            "a configuration has groups of settings, such as model: and data:",
+            received=f"{path}, which is {kind}" if not listed else f"{path} with a list below {listed[0]}:",
+            fix="start from the output of --print_config",
+        )
+    )
+
+
 def check_settings(text: str, *, name: str) -> None:
     """Refuse what is not YAML, and keys that are written twice: YAML readers keep the last one and say nothing.
 
@@ -86,7 +108,7 @@ def _twice(root: Any) -> Iterator[tuple[str, int, int]]:
             waiting += reversed(node.value)
         if isinstance(node, yaml.MappingNode):
             lines: dict[tuple[str, str], int] = {}
-            for key, value in node.value:
+            for key, _ in node.value:
                 line = key.start_mark.line + 1
                 if isinstance(key, yaml.ScalarNode):
                     if (key.tag, key.value) in lines:

@@ -1,4 +1,4 @@
-"""Files that are complete or not there, paths as people write them, and where things that can be made again are kept."""
+"""Files that are complete or not there, paths as people write them, and a place for what can be made again."""
 
 from __future__ import annotations
 
@@ -145,5 +145,7 @@ _unusable: set[Path] = set()
 def _go_without(folder: Path, error: Exception) -> None:
     if folder not in _unusable:
         _unusable.add(folder)
-        why = "no home folder is known" if folder == NOWHERE else f"{folder}: {getattr(error, 'strerror', None) or error}"
+        why = (
+            "no home folder is known" if folder == NOWHERE else f"{folder}: {getattr(error, 'strerror', None) or error}"
+        )
         logger.warning(f"no cache ({why}): what it would keep is made again in every run. $FEDGAN_CACHE names another")

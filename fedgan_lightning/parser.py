@@ -14,7 +14,7 @@ import jsonargparse
 from lightning.pytorch.cli import LightningArgumentParser
 
 import fedgan_lightning
-from fedgan_lightning.documents import check_settings, read_settings
+from fedgan_lightning.documents import check_settings, check_settings_file
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.files import expanded
 from fedgan_lightning.gan import networks, priors
@@ -51,7 +51,7 @@ class OneLineParser(LightningArgumentParser):
     def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Read a file of settings; whatever is wrong with it names the file."""
         path = expanded(str(cfg_path))
-        _check_groups(read_settings(path), name=str(cfg_path))
+        check_settings_file(path)
         return super().parse_path(str(path), *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -68,27 +68,6 @@ def strict_yaml(text: str) -> Any:
 
 _lenient = jsonargparse.get_loader("yaml")
 jsonargparse.set_loader("yaml", strict_yaml)
-
-
-def _check_groups(text: str, *, name: str) -> None:
-    """Refuse a file that is not a mapping from groups to their settings.
-
-    Raises:
-        ConfigurationError: If it is empty, a list, or a text.
-    """
-    check_settings(text, name=name)
-    found = _lenient(text)
-    listed = next((key for key, own in found.items() if isinstance(own, list)), None) if isinstance(found, dict) else ""
-    if listed is not None:
-        kind = "empty" if found is None else f"a {'list' if isinstance(found, list) else 'text'}"
-        kind = f"a list below {listed}:" if listed else kind
-        raise ConfigurationError(
-            message(
-                "a configuration has groups of settings, such as model: and data:",
-                received=f"{name}, which is {kind}",
-                fix="start from the output of --print_config",
-            )
-        )
 
 
 # ---------------------------------------------------------------------- what a parser's report means
@@ -159,9 +138,11 @@ def _several_of(key: str, text: str) -> str | None:
 def _wrong_kind(key: str, text: str) -> str | None:
     """A value of another type."""
     kinds = re.findall(r"Expected a <class '([\w.]+)'>", text)
-    choices = [part.strip(" '\"") for own in re.findall(r"typing\.Literal\[([^\]]*)\]", text) for part in own.split(",")]
+    choices = [
+        part.strip(" '\"") for own in re.findall(r"typing\.Literal\[([^\]]*)\]", text) for part in own.split(",")
+    ]
     value = re.search(r"(?:Got value|Given value): (.*)", text)
-    if value is None or "Expected a dot import path string" in text and not {"float", "int"} & {*kinds}:
+    if value is None or ("Expected a dot import path string" in text and not {"float", "int"} & {*kinds}):
         return None
     allowed = [KINDS[kind] for kind in dict.fromkeys(kinds) if kind in KINDS]
     allowed += [f"one of {', '.join(dict.fromkeys(choices))}"] if choices else []
@@ -183,7 +164,9 @@ def _no_class(key: str, text: str) -> str | None:
     if other is not None:
         return message(f"{key} is a {other[2]}", received=f"{other[1]}, which is none", fix=_where(key))
     if nowhere is not None and "Parser key" not in nowhere[2]:
-        return message(f"{key} is a class that can be imported", received=f"{nowhere[1]} ({nowhere[2]})", fix=_where(key))
+        return message(
+            f"{key} is a class that can be imported", received=f"{nowhere[1]} ({nowhere[2]})", fix=_where(key)
+        )
     if missing is None:
         return None
     name, names = missing[1].rstrip(".;"), _short_names()

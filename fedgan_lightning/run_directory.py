@@ -18,6 +18,8 @@ MARKS = ("config.yaml", "summary.json", "checkpoints")
 #: Groups of settings that make a run this one, and which of theirs a continuation may change.
 GROUPS = ("model", "data", "federation", "server")
 MAY_CHANGE = ("rounds",)
+#: Characters of a setting that has changed.
+LONGEST = 160
 
 
 def check_run_directory(path: str | Path, *, resuming: bool) -> None:
@@ -69,7 +71,7 @@ def to_continue(
             )
         print(f"{path} does not exist yet: the run begins anew")  # killed before its first round was complete
         return None
-    check_federation(read_checkpoint(path), path)
+    check_federation(read_checkpoint(path), path, whole=True)
     found = marks(root)
     if found and path.resolve().parent != (root / "checkpoints").resolve():
         raise CheckpointError(
@@ -93,7 +95,7 @@ def to_judge(ckpt_path: str | Path | None, run_dir: str | Path) -> str:
         ckpt_path = "best" if (root / "checkpoints" / "best.ckpt").exists() else "last"
         print(f"checkpoint: {located(ckpt_path, root)}")
     path = located(ckpt_path, root)
-    check_federation(read_checkpoint(path), path)
+    check_federation(read_checkpoint(path), path, whole=False)
     return str(path)
 
 
@@ -126,9 +128,12 @@ def _holds(root: Path, *, first_save: int, config: str | None) -> str | None:
         return f"{rounds} rounds of a run"
     if known and config is not None:
         now = _parsed(config)
-        differing = [line for group in GROUPS for line in differences(_own(known, group), _own(now, group), f"{group}.")]
+        shared = [group for group in GROUPS if group in known and group in now]
+        differing = [
+            line for group in shared for line in differences(_own(known, group), _own(now, group), f"{group}.")
+        ]
         if differing:
-            return f"the settings of another run ({'; '.join(differing[:2])})"
+            return f"the settings of another run ({differing[0][:LONGEST]})"
     return None
 
 

@@ -339,8 +339,8 @@ class Site:
 def digest_of(settings: Mapping[str, Any], data: FederatedDataModule) -> str:
     """Return a hash of what server and sites share.
 
-    That is the version, the model, local work, policies, batch size, seed and precision, and what samples mean: their shape, the
-    names of the classes, the words or items.
+    That is the version, the model, local work, policies, batch size, seed and precision, and what samples mean: their
+    shape, the names of the classes, the words or items.
 
     Args:
         settings: Those of the command line.

@@ -113,6 +113,7 @@ class ClassifierFeatures(FeatureNet):
                     fix="use PixelFeatures or InceptionFeatures",
                 )
             )
+
         def untrained() -> Classifier:
             with isolated_rng(self.seed):
                 return Classifier(tuple(samples.x.shape[1:]), num_classes, is_image=samples.is_image)

@@ -41,7 +41,7 @@ def check_watchers(callbacks: Iterable[Any], *, measured: Collection[str], every
                     )
                 )
             continue
-        looks = own.every_n_epochs if isinstance(own, ModelCheckpoint) else 1
+        looks = (own.every_n_epochs or 1) if isinstance(own, ModelCheckpoint) else 1
         if type(own).__module__.startswith("lightning.") and looks % every_n_rounds:
             more = f", or every_n_epochs of {name} to {every_n_rounds}" if isinstance(own, ModelCheckpoint) else ""
             raise ConfigurationError(

@@ -12,7 +12,6 @@ from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.protocol import Aggregator, FederatedData
 from fedgan_lightning.seeding import isolated_rng
 
-
 #: Names under which Lightning knows what a federation can compute in.
 PRECISIONS = ("64-true", "64", "32-true", "32", "bf16-mixed", "bf16", "bf16-true")
 

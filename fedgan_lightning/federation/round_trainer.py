@@ -29,7 +29,8 @@ FITS_PER_COLLECTION = 16
 
 
 class RoundTrainer:
-    """Fits a module on one round's minibatches: no logger that keeps anything, no checkpoint, no progress bar, no validation.
+    """Fits a module on one round's minibatches, with no checkpoint, no progress bar, no validation, and a logger that
+    keeps nothing.
 
     Constructing a Trainer scans all installed packages for callbacks, which takes longer than ten small GAN steps
     (measured); so one is kept, and its loops, where all its progress is, are renewed.
@@ -118,7 +119,7 @@ class _ClientTrainer(L.Trainer):
     It is not among ``loggers``: what ``self.log`` is told goes the short way that it goes without one.
     """
 
-    @property
+    @property  # type: ignore[misc] # nobody sets it
     def logger(self) -> Any:
         """A logger of which every method and every ``experiment`` does nothing."""
         return _DROPS

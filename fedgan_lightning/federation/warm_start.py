@@ -27,8 +27,8 @@ class StartFrom(L.Callback):
         networks: Networks to take, by their names in both modules. A moving average follows its network.
 
     Raises:
-        CheckpointError: Before training, if the file is missing or unsafe, lacks a network, or has other shapes or another
-            vocabulary.
+        CheckpointError: Before training, if the file is missing or unsafe, lacks a network, or has other shapes or
+            another vocabulary.
     """
 
     def __init__(self, ckpt_path: str, *, networks: Sequence[str] = ("generator",)) -> None:
