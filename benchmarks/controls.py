@@ -20,6 +20,8 @@ import torch
 
 from fedgan_lightning.cli import FederatedCLI, run
 from fedgan_lightning.evaluation.callback import Evaluation
+from fedgan_lightning.files import write_json
+from fedgan_lightning.provenance import provenance
 
 
 def train(cli: FederatedCLI, *, kind: str, num_steps: int) -> None:
@@ -49,8 +51,9 @@ def main() -> None:
         "bytes_up": {},
         "bytes_down": {},
         "wall_seconds": time.perf_counter() - started,
+        **provenance(cli.trainer.strategy.root_device),
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2))
+    write_json(folder / "summary.json", summary)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 from benchmarks.kill_resume import same
 from fedgan_lightning.checkpoints import read_checkpoint
 from fedgan_lightning.deployment import programs
+from fedgan_lightning.provenance import described
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "digits.yaml"
@@ -90,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         equal, seconds = compare(Path(folder), clients=options.clients, rounds=options.rounds)
+    print(f"{described()}\n")
     print(f"weights equal to the bit: {'yes' if equal else 'NO'}\n")
     print("| | median s/round | every round |\n|---|---|---|")
     for name, values in seconds.items():

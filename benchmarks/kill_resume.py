@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from fedgan_lightning.provenance import described
+
 ROOT = Path(__file__).parents[1]
 #: Configuration -> rounds, and options that only say where data lie, or measure less.
 CONFIGS: dict[str, tuple[int, list[str]]] = {
@@ -49,19 +51,28 @@ EVERYTHING = [
 ]  # fmt: skip
 
 
-def start(config: str, run_dir: Path, *extra: str) -> subprocess.Popen:
+def arguments(config: str) -> list[str]:
+    """Return the command and its options, but for the run directory."""
     name = "digits" if config == "everything" else config
-    rounds, options = CONFIGS[name] if config in CONFIGS else (12, EVERYTHING)
+    rounds, options = CONFIGS[config] if config in CONFIGS else (12, EVERYTHING)
     shared = str(ROOT.parent / "shared" / "data")
-    command = [
-        sys.executable, "-W", "ignore", "-m", "fedgan_lightning", "fit", "--config",
-        str(ROOT / "configs" / f"{name}.yaml"), *(option.replace("{shared}", shared) for option in options),
-        "--federation.rounds", str(rounds), "--evaluation.every_n_rounds", "5", "--pictures.every_n_rounds", "7",
-        "--trainer.enable_progress_bar", "false", "--run_dir", str(run_dir), *extra,
+    return [
+        "fit", "--config", str(ROOT / "configs" / f"{name}.yaml"),
+        *(option.replace("{shared}", shared) for option in options),
+        "--federation.rounds", str(rounds), "--evaluation.every_n_rounds", "3", "--pictures.every_n_rounds", "4",
+        "--trainer.enable_progress_bar", "false",
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def start(config: str, run_dir: Path, *extra: str) -> subprocess.Popen:
+    command = [sys.executable, "-W", "ignore", "-m", "fedgan_lightning", *arguments(config)]
     return subprocess.Popen(
-        command, env=environment, cwd=run_dir.parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [*command, "--run_dir", str(run_dir), *extra],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=run_dir.parent,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -160,7 +171,7 @@ def main() -> None:
             count = identical(config, Path(folder), kills=options.kills, chance=chance)
         print(f"{config}: {count} of {options.kills} bit-identical", flush=True)
         total += count
-    print(f"{total} of {options.kills * len(options.configs)} bit-identical")
+    print(f"{total} of {options.kills * len(options.configs)} bit-identical; {described()}")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import yaml
 from benchmarks.kill_resume import same
 from fedgan_lightning.checkpoints import read_checkpoint
 from fedgan_lightning.deployment.programs import free_port
+from fedgan_lightning.provenance import described
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 6
@@ -183,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         begun = time.monotonic()
         finish(deployment.server(Path(folder) / "whole"), deployment)
         whole, expected = time.monotonic() - begun, read_checkpoint(Path(folder) / "whole/checkpoints/last.ckpt")
-        print(f"undisturbed: {ROUNDS} rounds in {whole:.0f} s\n")
+        print(f"{described()}\n\nundisturbed: {ROUNDS} rounds in {whole:.0f} s\n")
         print(
             "| killed after | rounds kept | done again | weights equal | s, both starts |\n|---|---|---|---|---|",
             flush=True,

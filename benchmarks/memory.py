@@ -21,6 +21,7 @@ import torch
 from benchmarks.grids import GRIDS
 from benchmarks.quality import ROOT
 from fedgan_lightning.cli import FederatedCLI, run
+from fedgan_lightning.provenance import described
 
 #: Rounds whose median is taken, on either side of the span.
 WINDOW = 10
@@ -57,6 +58,7 @@ def main() -> None:
         options += ["--run_dir", f"{folder}/run", "--trainer.enable_progress_bar", "false"]
         run(["fit", *options], prepare=prepare)
     found = memory.resident
+    print(f"{described()}\n")
     print("| after round | resident memory, MiB |\n|---|---|")
     for place in sorted({0, *range(19, len(found), 20), len(found) - 1}):
         print(f"| {place + 1} | {found[place]:.1f} |")

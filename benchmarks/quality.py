@@ -56,7 +56,7 @@ def run_cell(grid: Grid, label: str, seed: int, folder: Path, *, shared: str) ->
 
 def table(grid: Grid, folder: Path) -> str:
     """Return mean +- standard deviation over the seeds that are done, as markdown."""
-    found, facts, rulers = {}, {}, set()
+    found, facts, rulers, commits = {}, {}, set(), set()
     for label in grid.cells:
         paths = sorted(folder.glob(f"{folder_of(label)}/seed*/summary.json"))
         runs = [read_run(path.parent) for path in paths]
@@ -64,6 +64,7 @@ def table(grid: Grid, folder: Path) -> str:
         for summary in found[label]:
             facts |= summary["evaluation"]
             rulers |= {summary["evaluation"].get("fid_features_hash")} - {None}
+            commits |= {f"{summary['commit'][:10]}{'+' * bool(summary['dirty'])}"} if summary.get("commit") else set()
     known = [c for c in grid.columns if any(c in s["test"] for done in found.values() for s in done)]
     lines = [f"| {grid.title} | seeds | " + " | ".join(known) + " | MB | s |", "|---" * (len(known) + 4) + "|"]
     for name in grid.baselines:
@@ -72,16 +73,22 @@ def table(grid: Grid, folder: Path) -> str:
             lines.append(f"| {name} | | " + " | ".join("" if c is None else f"{c:.3g}" for c in cells) + " | | |")
     for label, done in found.items():
         if done:
-            cells = [spread([summary["test"][c] for summary in done if c in summary["test"]]) for c in known]
+            cells = [
+                spread([summary["test"][c] for summary in done if summary["test"].get(c) is not None]) for c in known
+            ]
             total = [sum(sum(s[f"bytes_{way}"].values()) for way in ("up", "down")) / 1e6 for s in done]
             seconds = [summary["wall_seconds"] for summary in done]
             means = f"{statistics.mean(total):.1f} | {statistics.mean(seconds):.0f}"
             lines.append(f"| {label} | {len(done)}{failed(folder, label)} | " + " | ".join(cells) + f" | {means} |")
-    floors = ", ".join(f"{name} {value:.3g}" for name, value in facts.items() if name.endswith("floor"))
+    floors = ", ".join(
+        f"{name} {value:.3g}" for name, value in facts.items() if name.endswith("floor") and value is not None
+    )
     last = f"Floors: {floors}." if floors else ""
     if rulers:  # machines round differently, and so train different classifiers from the same seed
         last += f" Feature network {', '.join(sorted(rulers))}" + (": NOT COMPARABLE." if len(rulers) > 1 else ".")
-    return "\n".join([*lines, "", last])
+    if commits:  # + where files differed from it
+        last += f" Commit {', '.join(sorted(commits))}."
+    return "\n".join([*lines, "", last.strip()])
 
 
 def ends(run: Run) -> dict[str, float]:

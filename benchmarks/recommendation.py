@@ -29,6 +29,8 @@ from benchmarks.bare import bare_trainer
 from benchmarks.grids import CENTRALISED
 from fedgan_lightning.cli import FederatedCLI, built
 from fedgan_lightning.evaluation.ranking import histories, preferences, ranking_values
+from fedgan_lightning.files import write_json
+from fedgan_lightning.provenance import described
 
 CONFIG = Path(__file__).parents[1] / "configs" / "recommendation.yaml"
 COLUMNS = ("ndcg20", "precision5", "precision20", "recall20", "mrr")
@@ -154,9 +156,10 @@ def main() -> None:
             if not path.exists():
                 started = time.perf_counter()
                 values = ROWS[name](options, seed)
-                path.write_text(json.dumps({**values, "seed": seed, "seconds": time.perf_counter() - started}))
+                write_json(path, {**values, "seed": seed, "seconds": time.perf_counter() - started})
             found.setdefault(name, []).append(json.loads(path.read_text()))
             print(f"{name}, seed {seed}: {found[name][-1]}", flush=True)
+    print(f"{described()}\n")
     print(table({name: found[name] for name in options.rows}))
 
 

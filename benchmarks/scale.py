@@ -32,6 +32,7 @@ from fedgan_lightning import (
     Ring,
     ServerModule,
 )
+from fedgan_lightning.provenance import described
 
 COHORT, BATCH, SAMPLES = 100, 32, 400_000
 
@@ -79,6 +80,7 @@ def main() -> None:
             command = [sys.executable, "-m", "benchmarks.scale", "--child", str(population), *own]
             run = subprocess.run(command, capture_output=True, text=True, check=True)
             runs.append(json.loads(run.stdout.splitlines()[-1]))
+    print(f"{described()}\n")
     print("| clients | peak memory, MiB | s/round |\n|---|---|---|")
     medians = {
         population: {key: statistics.median(run[key] for run in runs) for key in ("MiB", "seconds")}

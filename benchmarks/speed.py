@@ -19,14 +19,12 @@ import dataclasses
 import json
 import logging
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +36,7 @@ from benchmarks.workloads import WORKLOADS, PlainLoop, Workload, data, gan
 from fedgan_lightning import AutoExecutor, FederatedOrchestrator, ServerModule
 from fedgan_lightning.federation.executors.auto import Plan, PlannedExecutor
 from fedgan_lightning.protocol import Executor
+from fedgan_lightning.provenance import described
 
 WARM_UP = 1
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -244,9 +243,8 @@ COLUMNS = ("sequential", "vectorized", "auto", "two ranks", "Flower", "pfl-resea
 
 
 def versions() -> str:
-    names = ("torch", "lightning", "fedgan_lightning")
-    found = ", ".join(f"{name} {metadata.version(name)}" for name in names)
-    return f"{platform.processor() or platform.machine()}, {CORES} cores, Python {platform.python_version()}, {found}"
+    """Return commit, machine and versions."""
+    return f"{described()}, {CORES} cores"
 
 
 def quiet() -> None:

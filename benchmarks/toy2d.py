@@ -18,6 +18,7 @@ from fedgan_lightning import GAN, FederatedDataModule, FederatedOrchestrator, Na
 from fedgan_lightning.gan.networks import QuadraticDiscriminator, ScaleGenerator
 from fedgan_lightning.gan.objectives import Minimax
 from fedgan_lightning.gan.priors import MidpointNodes
+from fedgan_lightning.provenance import described
 
 #: Stationary (theta, psi), simultaneous updates, 60 000 steps, NumPy float64.
 STATIONARY = {
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--steps-slow", type=int, default=12_000, help="local steps at learning rate .02")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    print(f"{described()}\n")
     print("| K | lr | steps | theta | psi | error to the table | error to NumPy at the same step | seconds |")
     print("|---|---|---|---|---|---|---|---|")
     for (local_steps, rate), table in sorted(STATIONARY.items(), key=lambda item: (-item[0][1], -item[0][0])):

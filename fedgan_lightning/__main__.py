@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
+import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -20,6 +23,8 @@ from fedgan_lightning.errors import (
 )
 from fedgan_lightning.version import __version__
 
+#: In the environment: let errors that nobody foresaw end with their traceback.
+TRACEBACK = "FEDGAN_TRACEBACK"
 COMMANDS = {
     "fit": "train a federation",
     "validate": "metrics of a checkpoint",
@@ -57,17 +62,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0
     try:
-        if arguments[0] == "report":
-            return report(arguments[1:])
-        if arguments[0] == "federation":
-            from fedgan_lightning.deployment.launch import main as federation
-
-            return federation(arguments[1:])
-        check(arguments)
-        return federate(arguments)
+        return dispatched(arguments)
     except FedGANError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(str(error))
         return 1 if isinstance(error, (ClientError, QuorumError, RankError, UpdateError)) else 2
+    except KeyboardInterrupt:
+        _say("stopped by Ctrl-C before the first round; nothing was trained. Fix: start it again")
+        return 128 + signal.SIGINT
+    except OSError as error:
+        named = f"{error.filename}: " if error.filename else ""
+        _say(
+            message(
+                "files can be read and written",
+                received=f"{named}{error.strerror or error}",
+                fix="see the path, who may write there, and the space left on the disk",
+            )
+        )
+        return 2
+    except Exception as error:
+        if TRACEBACK in os.environ:
+            raise
+        _say(unforeseen(error))
+        return 2
+
+
+def dispatched(arguments: Sequence[str]) -> int:
+    """Run a command; return the exit code."""
+    if arguments[0] == "report":
+        return report(arguments[1:])
+    if arguments[0] == "federation":
+        from fedgan_lightning.deployment.launch import main as federation
+
+        return federation(arguments[1:])
+    arguments = [expanded_config(own) for own in arguments]
+    check(arguments)
+    return federate(arguments)
+
+
+def unforeseen(error: Exception) -> str:
+    """Return what there is to say of an error that nobody foresaw: the settings may cause it, or this program."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return (
+        f"{type(error).__name__}: {error}{place}. Fix: if a setting of yours is meant, correct it; "
+        f"else report this, with what {TRACEBACK}=1 shows"
+    )
+
+
+def expanded_config(argument: str) -> str:
+    """Return ``--config=~/file`` as a shell would have written it, had there been a space."""
+    name, told, path = argument.partition("=")
+    return f"{name}={Path(path).expanduser()}" if told and name == "--config" and path.startswith("~") else argument
+
+
+def _say(text: str) -> None:
+    print(f"error: {' '.join(text.splitlines())}", file=sys.stderr)
 
 
 def check(arguments: Sequence[str]) -> None:
@@ -85,7 +134,7 @@ def check(arguments: Sequence[str]) -> None:
         path = value if option == "--config" else option.removeprefix("--config=")
         is_told = option == "--config" or path != option
         is_text = bool({"{", ":", "\n"} & {*path})  # settings may stand in place of a file
-        if is_told and not is_text and not Path(path).is_file():
+        if is_told and not is_text and not Path(path).expanduser().is_file():
             raise ConfigurationError(message("a configuration is a file", received=path, fix="check the path"))
 
 
@@ -93,8 +142,9 @@ def federate(arguments: Sequence[str]) -> int:
     """Run a command that needs the settings; return the exit code."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    from fedgan_lightning.cli import HELP, run
+    from fedgan_lightning.cli import run
     from fedgan_lightning.federation.ranks import lost_rank
+    from fedgan_lightning.parser import HELP
 
     try:
         run(list(arguments))
@@ -103,7 +153,7 @@ def federate(arguments: Sequence[str]) -> int:
             raise
         raise lost from error
     except MisconfigurationException as error:  # Lightning's own: a setting of the Trainer
-        print(f"error: {' '.join(str(error).split())} {HELP}", file=sys.stderr)
+        _say(f"{' '.join(str(error).split())} {HELP}")
         return 2
     return 0
 

@@ -9,14 +9,18 @@ import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from fedgan_lightning.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
+from fedgan_lightning.claim import claimed
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.callback import Evaluation
+from fedgan_lightning.federation.checks import check_precision
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
 from fedgan_lightning.federation.server import ServerModule
+from fedgan_lightning.files import expanded
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import FederatedData
 from fedgan_lightning.recorder import RunRecorder, listed
+from fedgan_lightning.run_directory import check_run_directory, to_continue, to_judge
 from fedgan_lightning.visuals.inspection import Inspection
 from fedgan_lightning.visuals.progress import RoundProgressBar
 from fedgan_lightning.visuals.samples import SamplePictures
@@ -31,7 +35,7 @@ class Federation:
             ``sample`` method on it.
         data: The clients' data.
         rounds: Rounds to complete.
-        run_dir: Directory of the run; it must not hold another.
+        run_dir: Directory of the run; it must not hold another. ``~`` is the home folder.
         server_optimizer: Makes the server's optimizer; default federated averaging.
         evaluation: What to measure; default what suits the data.
         pictures: What to draw; default a picture every 10 rounds.
@@ -49,7 +53,7 @@ class Federation:
         data: FederatedDataModule | FederatedData,
         *,
         rounds: int = 50,
-        run_dir: str = "runs/run",
+        run_dir: str | Path = "runs/run",
         server_optimizer: Any = None,
         evaluation: Evaluation | None = None,
         pictures: SamplePictures | None = None,
@@ -57,7 +61,7 @@ class Federation:
         trainer: dict[str, Any] | None = None,
         **federation: Any,
     ) -> None:
-        self.data, self.run_dir = data, run_dir
+        self.data, self.run_dir = data, str(expanded(run_dir))
         self.server = (
             ServerModule(model) if server_optimizer is None else ServerModule(model, optimizer=server_optimizer)
         )
@@ -67,6 +71,15 @@ class Federation:
         self.recorder = RunRecorder(seed=self.orchestrator.seed)
         self._checkpoints = [LastCheckpoint(), *([best] if best is not None else [])]
         self._options = dict(trainer or {})
+        check_precision(self._options.get("precision"))
+        if "default_root_dir" in self._options:
+            raise ConfigurationError(
+                message(
+                    "the directory of a run is run_dir",
+                    received=f"trainer={{'default_root_dir': {str(self._options['default_root_dir'])!r}}}",
+                    fix="set run_dir",
+                )
+            )
         for name in ("max_steps", "max_epochs"):
             if self._options.get(name, -1) not in (-1, None):
                 raise ConfigurationError(
@@ -77,22 +90,31 @@ class Federation:
                     )
                 )
 
-    def fit(self, *, ckpt_path: str | None = None) -> dict[str, float]:
+    def fit(self, *, ckpt_path: str | Path | None = None) -> dict[str, float]:
         """Run the rounds; return the last values of all metrics.
 
         Args:
-            ckpt_path: Checkpoint of this run to continue from.
+            ckpt_path: Checkpoint of this run to continue from: a file, ``last`` or ``best``. Without, a new run begins,
+                from the weights that ``model`` has now.
         """
         self.recorder.resuming = ckpt_path is not None
-        trainer = self._make_trainer(
-            logger=TensorBoardLogger(self.run_dir, name="", version="", default_hp_metric=False)
-        )
-        trainer.fit(self.server, datamodule=self.data, ckpt_path=ckpt_path)
+        with claimed(self.run_dir):
+            check_run_directory(self.run_dir, resuming=self.recorder.resuming)
+            found = None if ckpt_path is None else to_continue(ckpt_path, self.run_dir)
+            trainer = self._make_trainer(
+                logger=TensorBoardLogger(self.run_dir, name="", version="", default_hp_metric=False)
+            )
+            trainer.fit(self.server, datamodule=self.data, ckpt_path=found)
         return dict(self.evaluation.history[-1]) if self.evaluation.history else {}
 
-    def test(self, *, ckpt_path: str | None = None) -> dict[str, float]:
-        """Evaluate the global generator; return the values of all metrics."""
-        self._make_trainer(logger=False).test(self.server, self.data, ckpt_path=ckpt_path, verbose=False)
+    def test(self, *, ckpt_path: str | Path | None = None) -> dict[str, float]:
+        """Evaluate the global generator as it is in memory, or as a checkpoint has it; return all metrics' values.
+
+        Args:
+            ckpt_path: A file, or the run's own ``last`` or ``best``.
+        """
+        found = None if ckpt_path is None else to_judge(ckpt_path, self.run_dir)
+        self._make_trainer(logger=False).test(self.server, self.data, ckpt_path=found, verbose=False)
         return dict(self.evaluation.latest)
 
     @property

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import pickle
 import shutil
+import stat
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +17,13 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from fedgan_lightning.errors import CheckpointError, ClientError, ConfigurationError, UpdateError, message
-from fedgan_lightning.files import link, replacing
+from fedgan_lightning.files import expanded, link, replacing
 from fedgan_lightning.options import checked
 
 logger = logging.getLogger("fedgan_lightning")
+
+#: What Lightning continues a run with, beside networks and callbacks.
+WHOLE = ("global_step", "epoch", "loops", "optimizer_states", "lr_schedulers", "pytorch-lightning_version")
 
 
 #: Key of a checkpoint: a folder, and names of files in it that belong to the checkpoint and never change.
@@ -70,48 +74,124 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def read_checkpoint(path: str | Path, *, map_location: Any = "cpu") -> Any:
     """Return the contents of a checkpoint file, executing nothing in it; errors as :class:`AtomicCheckpointIO`."""
+    path = expanded(path)
+    _check_is_file(path)
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
+        if not _is_pickled(path):
+            raise _damaged(path, "not the file of a checkpoint") from error
         raise CheckpointError(
             message(
                 "a checkpoint holds tensors and plain values only",
-                received=f"{path} with something else ({str(error).splitlines()[0]})",
+                received=f"{path} with something else ({_first_line(error)})",
                 fix="use a checkpoint that this program wrote, from a source you trust",
             )
         ) from error
+    except Exception as error:  # torch says a dozen things of files that are cut off, garbled or of another program
+        raise _damaged(path, f"{type(error).__name__}: {_first_line(error)}") from error
+
+
+def check_federation(contents: Any, path: str | Path, *, whole: bool) -> None:
+    """Refuse what is no checkpoint of a federation.
+
+    Args:
+        contents: What was read.
+        path: From where.
+        whole: Whether there must be all that a run is continued with, and not its networks alone.
+
+    Raises:
+        CheckpointError: If it is not.
+    """
+    callbacks = contents.get("callbacks") if isinstance(contents, dict) else None
+    state = callbacks.get("FederatedOrchestrator") if isinstance(callbacks, dict) else None
+    if isinstance(state, dict) and "identity" in state and isinstance(contents.get("state_dict"), dict):
+        missing = [name for name in WHOLE if name not in contents]
+        if not (whole and missing):
+            return
+        raise CheckpointError(
+            message(
+                "a run is continued from a whole checkpoint",
+                received=f"{path} without {', '.join(missing)}",
+                fix="use checkpoints/last.ckpt of the run; one that was saved with its weights alone can be tested",
+            )
+        )
+    raise CheckpointError(
+        message(
+            "a federation resumes from a checkpoint of a federation",
+            received=f"{path} without an orchestrator's state",
+            fix="use checkpoints/last.ckpt of the run",
+        )
+    )
+
+
+def _check_is_file(path: Path) -> None:
+    """Refuse what is no regular file, or cannot be opened, and one without a byte in it."""
+    try:
+        kind = path.stat().st_mode
+        why = None if stat.S_ISREG(kind) else "a folder" if stat.S_ISDIR(kind) else "no regular file"
+        if why is None:
+            with path.open("rb") as file:
+                why = None if file.read(1) else "empty"
+    except FileNotFoundError:
+        why = "not there"
     except OSError as error:
-        why = {FileNotFoundError: "not there", IsADirectoryError: "a folder"}.get(type(error), error.strerror)
+        why = error.strerror or str(error)
+    if why is not None:
         raise CheckpointError(
             message(
                 "a checkpoint is a file",
                 received=f"{path}, which is {why}",
                 fix="check the path; a run keeps best.ckpt and last.ckpt in its folder checkpoints",
             )
-        ) from error
-    except (EOFError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
-        raise CheckpointError(
-            message(
-                "a checkpoint can be read",
-                received=f"{path} ({type(error).__name__}: {str(error).splitlines()[0]})",
-                fix="resume from another checkpoint: the file is damaged",
-            )
-        ) from error
+        )
+
+
+def _is_pickled(path: Path) -> bool:
+    """Whether a file begins as those do that torch writes: as a zip archive, or as a pickle."""
+    with path.open("rb") as file:
+        return file.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "no more is known")
+
+
+def _damaged(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        message(
+            "a checkpoint can be read",
+            received=f"{path} ({why})",
+            fix="resume from another checkpoint: the file is damaged, or another program's",
+        )
+    )
 
 
 class _InRunDirectory(ModelCheckpoint):
     """Keeps its file in ``checkpoints`` of the run directory."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.dirpath = self.dirpath or str(Path(trainer.default_root_dir) / "checkpoints")
+        self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+        if stage == "fit":
+            self._forget()
         with warnings.catch_warnings():  # a directory that is not empty belongs to the run that is resumed
-            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+            warnings.filterwarnings("ignore", message="(?s)Checkpoint directory .* exists and is not empty")
             super().setup(trainer, pl_module, stage)
 
+    def _forget(self) -> None:
+        """Know nothing of an earlier run of the same object; a checkpoint to continue from is read afterwards."""
+        self.best_k_models, self.kth_best_model_path = {}, ""
+        self.best_model_score = self.current_score = None
+        self.best_model_path = self.last_model_path = ""
+        self._last_global_step_saved = 0
+
+    @property
+    def state_key(self) -> str:
+        """One whatever the settings: Lightning would begin anew, silently, where a monitor has changed."""
+        return type(self).__qualname__
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        with warnings.catch_warnings():  # a checkpoint may be evaluated from another run directory
-            warnings.filterwarnings("ignore", message="The dirpath has changed")
-            super().load_state_dict(state_dict)
+        """Nothing: what lies in the run directory counts, and not what it was called when it was written."""
 
 
 class LastCheckpoint(_InRunDirectory):
@@ -150,6 +230,9 @@ class LastCheckpoint(_InRunDirectory):
 class BestCheckpoint(_InRunDirectory):
     """Keeps ``checkpoints/best.ckpt``: generators degrade late in training.
 
+    A run that is continued goes on ranking where it was; it refuses another metric or mode, by which the file it has
+    would not be the best. Values that are not finite are never the best.
+
     Args:
         monitor: Metric to watch; ``None`` keeps no best checkpoint.
         mode: Whether lower (``min``) or higher (``max``) is better.
@@ -166,6 +249,34 @@ class BestCheckpoint(_InRunDirectory):
             enable_version_counter=False,
             auto_insert_metric_name=False,
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "mode": self.mode}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Go on ranking by what the best checkpoint scored.
+
+        Raises:
+            CheckpointError: If it was ranked by something else.
+        """
+        if trainer.state.fn != "fit":
+            return
+        state = checkpoint["callbacks"].get(self.state_key)
+        if state is None:
+            return
+        before, now = (state["monitor"], state["mode"]), (self.monitor, self.mode)
+        if before != now:
+            raise CheckpointError(
+                message(
+                    "a continued run keeps its best checkpoint by the same best.monitor and best.mode",
+                    received=f"{now[0]}, {now[1]} for a run that went by {before[0]}, {before[1]}",
+                    fix=f"set best.monitor to {before[0] or 'null'} and best.mode to {before[1]}, or start a new run",
+                )
+            )
+        path, score = str(Path(self.dirpath or ".") / "best.ckpt"), state["best_model_score"]
+        if score is not None and Path(path).exists():
+            self.best_model_path = self.kth_best_model_path = path
+            self.best_k_models, self.best_model_score, self.kth_value = {path: score}, score, score
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse a metric that nobody measures, now that the untrained generator has been scored.
@@ -190,8 +301,8 @@ class BestCheckpoint(_InRunDirectory):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         latest = [history[-1] for history in histories_of(trainer)]
-        scored = any(own["rounds"] == trainer.global_step and self.monitor in own for own in latest)
-        if scored and self.monitor in trainer.callback_metrics:  # a value of an earlier round is none of this one
+        scored = [own[self.monitor] for own in latest if own["rounds"] == trainer.global_step and self.monitor in own]
+        if scored and math.isfinite(scored[0]) and self.monitor in trainer.callback_metrics:
             super().on_train_epoch_end(trainer, pl_module)
 
 

@@ -8,64 +8,37 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import signal
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-import fedgan_lightning
 from fedgan_lightning.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, read_checkpoint
+from fedgan_lightning.claim import check_writable, claimed
 from fedgan_lightning.data.datamodule import FederatedDataModule
-from fedgan_lightning.errors import CheckpointError, ConfigurationError, FedGANError, message
+from fedgan_lightning.errors import ConfigurationError, FedGANError, message
 from fedgan_lightning.evaluation.callback import Evaluation
+from fedgan_lightning.federation.checks import check_precision
 from fedgan_lightning.federation.executors.auto import PlannedExecutor
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
 from fedgan_lightning.federation.server import ServerModule
-from fedgan_lightning.gan import networks, priors
-from fedgan_lightning.recorder import RunRecorder, check_run_directory, listed
+from fedgan_lightning.files import expanded
+from fedgan_lightning.parser import OneLineParser
+from fedgan_lightning.recorder import RunRecorder, listed
+from fedgan_lightning.run_directory import MAY_CHANGE, check_run_directory, to_continue, to_judge
 from fedgan_lightning.visuals import pictures
 from fedgan_lightning.visuals.inspection import Inspection
 from fedgan_lightning.visuals.progress import RoundProgressBar
 from fedgan_lightning.visuals.samples import SamplePictures
 from fedgan_lightning.visuals.tensorboard import TensorBoardLayout
-
-#: What is in memory can be written without its module path in a configuration: every public name, and these.
-SHORT_NAMES = (networks, priors, *(getattr(fedgan_lightning, name) for name in fedgan_lightning.__all__))
-#: Settings that a resumed run may change.
-MAY_CHANGE = ("rounds",)
-
-
-HELP = "Fix: see --help, or --print_config for all settings."
-#: Lines in which jsonargparse recounts every alternative it tried.
-RECOUNTED = re.compile(
-    r"Does not validate against|^Subtypes:|^Errors:?$|<class 'NoneType'>|^Given value type:|NestedArg|not accessible"
-)
-
-
-class OneLineParser(LightningArgumentParser):
-    """Reports a bad argument in one line and without the usage text; takes no abbreviations."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise instead of printing the usage and leaving."""
-        raise ConfigurationError(f"{one_line(str(message))}. {HELP}") from ex
-
-
-def one_line(text: str) -> str:
-    """Return what matters of a parser's report in one line."""
-    lines = [line.replace(HELP, "").strip(" -.:\t") for line in text.splitlines()]
-    kept = [line for line in lines if line and not RECOUNTED.search(line)]
-    return "; ".join(dict.fromkeys(kept))
 
 
 class FederatedTrainer(L.Trainer):
@@ -97,7 +70,8 @@ class FederatedCLI(LightningCLI):
 
     def __init__(self, *args: Any, prepare: Callable[[FederatedCLI], None] | None = None, **kwargs: Any) -> None:
         self.prepare = prepare  # before the rest, which builds everything and runs the command
-        super().__init__(*args, **kwargs)
+        with ExitStack() as self._held:
+            super().__init__(*args, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -133,13 +107,20 @@ class FederatedCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Nothing: the settings of a run are in its config.yaml, and no checkpoint overrides them."""
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Read all settings; from here on the run directory is one absolute path, whoever reads or writes it."""
+        super().parse_arguments(parser, args)
+        settings = self.config[self.config.subcommand]
+        check_numbers(seed=settings.seed_everything, num_threads=settings.num_threads)
+        settings.run_dir = settings.trainer.default_root_dir = str(expanded(settings.run_dir))
+        check_precision(settings.trainer.precision)
+
     def before_instantiate_classes(self) -> None:
-        """Refuse an occupied run directory before anything is read or built."""
+        """Claim the run directory, and refuse an occupied one, before anything is read or built."""
         settings = self.config[self.subcommand]
         torch.set_num_threads(settings.num_threads or 1)
         if self.subcommand == "fit":
             self.resuming = settings.ckpt_path is not None
-            check_run_directory(settings.run_dir, resuming=self.resuming)
             if settings.trainer.max_epochs not in (-1, None):
                 raise ConfigurationError(
                     message(
@@ -148,12 +129,23 @@ class FederatedCLI(LightningCLI):
                         fix="set federation.rounds",
                     )
                 )
-        if "ckpt_path" in settings:
-            settings.ckpt_path = resolve_checkpoint(
-                settings.ckpt_path,
-                settings.run_dir,
-                is_new=self.subcommand == "fit" or self.prepare is not None,  # who prepares may bring the weights
-            )
+            self._held.enter_context(claimed(settings.run_dir))
+            check_run_directory(settings.run_dir, resuming=self.resuming)
+            if self.resuming:
+                settings.ckpt_path = to_continue(
+                    settings.ckpt_path,
+                    settings.run_dir,
+                    first_save=settings.checkpoint.every_n_rounds,
+                    config=self.config_text,
+                )
+        if self.subcommand in ("test", "predict", "partition"):
+            check_writable(settings.run_dir)
+        if (
+            self.subcommand != "fit"
+            and "ckpt_path" in settings
+            and (settings.ckpt_path is not None or self.prepare is None)
+        ):
+            settings.ckpt_path = to_judge(settings.ckpt_path, settings.run_dir)  # who prepares may bring the weights
 
     def instantiate_classes(self) -> None:
         try:
@@ -189,8 +181,7 @@ class FederatedCLI(LightningCLI):
         layout.hyperparameters = dict(
             flatten({name: plain[name] for name in ("model", "data", "federation", "server")})
         )
-        text = self._parser(self.subcommand).dump(settings, skip_none=False, skip_link_targets=True)
-        recorder = RunRecorder(config=without_command(text), seed=int(settings.seed_everything), resuming=self.resuming)
+        recorder = RunRecorder(config=self.config_text, seed=int(settings.seed_everything), resuming=self.resuming)
         callbacks = [*listed(config.get("callbacks")), layout, recorder]
         if config.get("enable_progress_bar") is not False:
             callbacks.append(RoundProgressBar())
@@ -200,9 +191,25 @@ class FederatedCLI(LightningCLI):
             found = self.subcommand == "fit" and settings.ckpt_path is not None
             purge = read_checkpoint(settings.ckpt_path)["global_step"] + 1 if found else None
             logger = TensorBoardLogger(run_dir, name="", version="", default_hp_metric=False, purge_step=purge)
-        return super().instantiate_trainer(
-            **kwargs, callbacks=callbacks, plugins=plugins, logger=False if self.subcommand != "fit" else logger
-        )
+        logger = logger if self.subcommand == "fit" else False
+        try:
+            return super().instantiate_trainer(**kwargs, callbacks=callbacks, plugins=plugins, logger=logger)
+        except (ValueError, TypeError, ImportError, RuntimeError) as error:  # Lightning's own words
+            if isinstance(error, FedGANError):
+                raise
+            raise ConfigurationError(
+                message(
+                    "Lightning's Trainer can be made from the settings below trainer:",
+                    received=" ".join(str(error).split()).rstrip("."),
+                    fix="correct that setting",
+                )
+            ) from error
+
+    @cached_property
+    def config_text(self) -> str:
+        """The settings of the run as ``config.yaml`` has them: without what belongs to one command."""
+        settings = self.config[self.subcommand]
+        return without_command(self._parser(self.subcommand).dump(settings, skip_none=False, skip_link_targets=True))
 
     @cached_property
     def plain_settings(self) -> dict[str, Any]:
@@ -230,40 +237,20 @@ class FederatedCLI(LightningCLI):
             raise SystemExit(128 + number)
 
 
-def resolve_checkpoint(ckpt_path: str | None, run_dir: str, *, is_new: bool) -> str | None:
-    """Return the checkpoint to start from, or ``None`` for a run that begins.
-
-    Args:
-        ckpt_path: A file, or the run directory's own ``last`` or ``best``. Without it a run begins, and other commands
-            take the best one, or else the last.
-        run_dir: The run directory.
-        is_new: Whether there may be none yet.
+def check_numbers(*, seed: Any, num_threads: int | None) -> None:
+    """Refuse seeds that some generator does not take, and threads that there are not.
 
     Raises:
-        CheckpointError: If the file is missing, damaged, or no checkpoint of this program.
+        ConfigurationError: If it is so.
     """
-    if ckpt_path is None:
-        if is_new:
-            return None
-        folder = Path(run_dir) / "checkpoints"
-        ckpt_path = "best" if (folder / "best.ckpt").exists() else "last"
-        print(f"checkpoint: {folder / ckpt_path}.ckpt")
-    if ckpt_path in ("last", "best"):
-        path = Path(run_dir) / "checkpoints" / f"{ckpt_path}.ckpt"
-        if ckpt_path == "last" and is_new and not path.exists():
-            print(f"{path} does not exist yet: the run begins anew")  # killed before its first round was complete
-            return None
-        ckpt_path = str(path)
-    contents = read_checkpoint(ckpt_path)
-    if not isinstance(contents, dict) or "FederatedOrchestrator" not in contents.get("callbacks", {}):
-        raise CheckpointError(
-            message(
-                "a federation resumes from a checkpoint of a federation",
-                received=f"{ckpt_path} without an orchestrator's state",
-                fix="use checkpoints/last.ckpt of the run",
-            )
+    if isinstance(seed, bool) or not 0 <= int(seed) < 2**32:
+        raise ConfigurationError(
+            message("seed_everything is a whole number from 0 to 4294967295", received=seed, fix="write one")
         )
-    return ckpt_path
+    if num_threads is not None and num_threads < 1:
+        raise ConfigurationError(
+            message("num_threads is at least 1", received=num_threads, fix="raise it, or set null to have it chosen")
+        )
 
 
 def without_command(text: str) -> str:

@@ -1,13 +1,42 @@
-"""Files that are complete or not there, and where things that can be made again are kept."""
+"""Files that are complete or not there, paths as people write them, and a place for what can be made again."""
 
 from __future__ import annotations
 
+import json
+import logging
+import math
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
+
+from fedgan_lightning.errors import ConfigurationError, message
+
+logger = logging.getLogger("fedgan_lightning")
+
+Made = TypeVar("Made")
+
+#: Nothing is ever there, and nothing can be written there.
+NOWHERE = Path(os.devnull) / "fedgan_lightning"
+
+
+def expanded(path: str | Path) -> Path:
+    """Return a path as an absolute one, with ``~`` and ``~user`` as the shell reads them: the same for every reader.
+
+    Raises:
+        ConfigurationError: If nobody knows the home folder or the working directory, or the name cannot be one.
+    """
+    told = os.fspath(path)
+    if not told or "\0" in told:
+        raise ConfigurationError(message("a path has a name", received=repr(told), fix="write one"))
+    try:
+        return Path(told).expanduser().absolute()
+    except (RuntimeError, OSError) as error:
+        raise ConfigurationError(
+            message("a path can be found", received=f"{told} ({error})", fix="write it in full, from / on")
+        ) from error
 
 
 @contextmanager
@@ -15,7 +44,7 @@ def replacing(path: str | Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
     """Yield a file beside ``path``, on the same disk; it takes its place when the body ends, and only then.
 
     A process that is killed at any instant leaves the old file or the new one, and perhaps a partial one whose name
-    begins with a dot and ends with ``.partial``.
+    begins with a dot and ends with ``.partial``; an error, such as a full disk, leaves the old file alone.
 
     Args:
         path: The file.
@@ -25,11 +54,16 @@ def replacing(path: str | Path, *, mode: int = 0o666) -> Iterator[BinaryIO]:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     partial.unlink(missing_ok=True)  # of another process with this number: it would keep its own mode
-    with os.fdopen(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode), "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(target)
+    try:
+        with os.fdopen(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode), "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def link(source: Path, target: Path) -> None:
@@ -49,6 +83,81 @@ def write_text(path: str | Path, text: str) -> None:
         file.write(text.encode("utf-8"))
 
 
+def write_json(path: str | Path, value: Any) -> None:
+    """Write nested plain values in one piece; see :func:`to_json`."""
+    write_text(path, to_json(value, indent=2))
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """Return nested plain values as JSON that every program reads: NaN and infinity, which JSON lacks, are ``null``."""
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(own) for key, own in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(own) for own in value]
+    return value
+
+
+# ---------------------------------------------------------------------- what can be made again
+
+
 def cache_folder(chosen: str | None) -> Path:
-    """Return the folder for what can be made again: ``chosen``, ``$FEDGAN_CACHE``, or one in the user's cache."""
-    return Path(chosen or os.environ.get("FEDGAN_CACHE") or Path.home() / ".cache" / "fedgan_lightning")
+    """Return the folder for what can be made again: ``chosen``, ``$FEDGAN_CACHE``, or one in the user's cache.
+
+    It never fails: where nobody knows a home folder, it is one that is never there. Whoever reads and writes in it
+    goes on without, as :func:`remembered` does.
+    """
+    told = chosen or os.environ.get("FEDGAN_CACHE") or "~/.cache/fedgan_lightning"
+    try:
+        return expanded(told)
+    except ConfigurationError:
+        return NOWHERE
+
+
+def remembered(
+    path: Path, *, read: Callable[[Path], Made], make: Callable[[], Made], write: Callable[[Made, BinaryIO], None]
+) -> Made:
+    """Return what a cache holds, or make it and keep it.
+
+    A cache is never a reason to stop: what cannot be read is made again, and where nothing can be written, or read,
+    the run goes on without and says so once.
+
+    Args:
+        path: File of the cache.
+        read: Reads it; may raise whatever damaged files make it raise.
+        make: Makes the value.
+        write: Writes it.
+    """
+    try:
+        return read(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        _go_without(path.parent, error)
+    except Exception as error:  # whatever a damaged file makes a reader say
+        logger.warning(f"{path} is damaged and made again ({type(error).__name__})")
+    made = make()
+    try:
+        with replacing(path) as file:
+            write(made, file)
+    except (OSError, RuntimeError) as error:  # torch says by the latter that a disk is full
+        _go_without(path.parent, error)
+    return made
+
+
+#: Folders of which it was said that they cannot be used.
+_unusable: set[Path] = set()
+
+
+def _go_without(folder: Path, error: Exception) -> None:
+    if folder not in _unusable:
+        _unusable.add(folder)
+        why = (
+            "no home folder is known" if folder == NOWHERE else f"{folder}: {getattr(error, 'strerror', None) or error}"
+        )
+        logger.warning(f"no cache ({why}): what it would keep is made again in every run. $FEDGAN_CACHE names another")

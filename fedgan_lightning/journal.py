@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedgan_lightning.files import replacing
+from fedgan_lightning.files import replacing, to_json
 
 #: Name of the file in a run directory.
 NAME = "rounds.jsonl"
@@ -65,4 +65,4 @@ def entries(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:
-    return json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+    return to_json(entry, separators=(",", ":")).encode() + b"\n"

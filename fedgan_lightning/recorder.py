@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import platform
+import math
 import time
 from collections.abc import Collection
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +13,15 @@ import lightning as L
 import numpy as np
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
-from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.callback import Evaluation
 from fedgan_lightning.federation.ledger import RollCall
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
-from fedgan_lightning.files import replacing, write_text
+from fedgan_lightning.files import replacing, to_json, write_json, write_text
 from fedgan_lightning.journal import NAME, Journal
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import Executor
-from fedgan_lightning.version import __version__
-
-MARKS = ("config.yaml", "summary.json", "checkpoints")
-
-
-def check_run_directory(path: str | Path, *, resuming: bool) -> None:
-    """Refuse to start a run on top of another.
-
-    Raises:
-        ConfigurationError: If the directory holds a run and this is not its continuation.
-    """
-    found = [mark for mark in MARKS if (Path(path) / mark).exists()]
-    if found and not resuming:
-        raise ConfigurationError(
-            message(
-                "a new run needs a directory without a run in it",
-                received=f"{path} holding {', '.join(found)}",
-                fix="choose another --run_dir, or continue that run with --ckpt_path last",
-            )
-        )
+from fedgan_lightning.provenance import provenance
+from fedgan_lightning.run_directory import check_run_directory
 
 
 class RunRecorder(L.Callback):
@@ -62,7 +42,7 @@ class RunRecorder(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
-            self._has_begun = False
+            self._has_begun, self._wall_seconds = False, 0.0
             check_run_directory(trainer.default_root_dir, resuming=self.resuming)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -83,15 +63,16 @@ class RunRecorder(L.Callback):
         """Every callback has checked what it checks: from the first round on the directory belongs to this run."""
         self._has_begun = True
         root = Path(trainer.default_root_dir)
-        if (root / "partition.npz").exists() or not trainer.is_global_zero:
+        is_new = trainer.global_step == 0  # perhaps after a first attempt that was killed
+        if not trainer.is_global_zero or ((root / "partition.npz").exists() and not is_new):
             return
         root.mkdir(parents=True, exist_ok=True)
-        if self.config is not None and not (root / "config.yaml").exists():
+        if self.config is not None and (is_new or not (root / "config.yaml").exists()):
             write_text(root / "config.yaml", self.config)
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, FederatedDataModule):
             for name, value in data.state_dict().items():
-                write_text(root / f"{name}.json", json.dumps(value))
+                write_text(root / f"{name}.json", to_json(value))
         if isinstance(data, FederatedDataModule) and data.has_client_samples:
             arrays: dict[str, Any] = {f"client_{k:05d}": indices for k, indices in enumerate(data.indices)}
             with replacing(root / "partition.npz") as file:
@@ -116,10 +97,10 @@ class RunRecorder(L.Callback):
         if evaluation is not None and trainer.is_global_zero:
             root = Path(trainer.default_root_dir)
             found = {**evaluation.facts, **evaluation.latest}
-            write_text(root / "test.json", json.dumps(found, indent=2))
-            if (root / "summary.json").exists():
+            write_json(root / "test.json", found)
+            if (root / "summary.json").exists() and _is_of(trainer.ckpt_path, root):
                 summary = json.loads((root / "summary.json").read_text(encoding="utf-8"))
-                write_text(root / "summary.json", json.dumps({**summary, "test": found}, indent=2))
+                write_json(root / "summary.json", {**summary, "test": found})
 
     def write(self, trainer: L.Trainer, *, status: str) -> None:
         """Write ``summary.json``."""
@@ -139,10 +120,10 @@ class RunRecorder(L.Callback):
             "evaluation": evaluation.facts if evaluation is not None else {},
             **({} if orchestrator is None else orchestrator.ledger.summary()),
             "executor": {} if orchestrator is None else _executor(orchestrator.executor),
-            "versions": versions(),
+            **provenance(trainer.strategy.root_device),
             "history": history,
         }
-        write_text(Path(trainer.default_root_dir) / "summary.json", json.dumps(summary, indent=2))
+        write_json(Path(trainer.default_root_dir) / "summary.json", summary)
 
     def _elapsed(self) -> float:
         return self._wall_seconds + time.perf_counter() - self._started
@@ -155,11 +136,11 @@ class RunRecorder(L.Callback):
 
 
 def best_values(history: list[dict[str, float]], *, larger_is_better: Collection[str]) -> dict[str, dict[str, float]]:
-    """Return, for every metric, its best value and the round that gave it."""
+    """Return, for every metric, its best finite value and the round that gave it."""
     best: dict[str, dict[str, float]] = {}
     for entry in history:
         for name, value in entry.items():
-            if name == "rounds":
+            if name == "rounds" or not math.isfinite(value):
                 continue
             sign = -1 if name.removesuffix("_raw") in larger_is_better else 1
             if name not in best or sign * value < sign * best[name]["value"]:
@@ -174,11 +155,9 @@ def listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of everything that decides the numbers."""
-    packages = ("torch", "lightning", "torchvision", "torchmetrics", "numpy")
-    found = {name: metadata.version(name) for name in packages}
-    return {"fedgan_lightning": __version__, "python": platform.python_version(), **found}
+def _is_of(ckpt_path: Any, root: Path) -> bool:
+    """Whether what was evaluated is this run's: a checkpoint in its directory, or the module in memory."""
+    return not ckpt_path or Path(ckpt_path).resolve().is_relative_to(root.resolve())
 
 
 def _journal(trainer: L.Trainer) -> Journal:

@@ -21,7 +21,8 @@ CLIENTS = 5
 
 def train(run_dir, *options, code=0):
     """Run the benchmark's federation in a process; see that it ends with this code."""
-    arguments = [*kill_resume.ARGUMENTS, "--run_dir", str(run_dir), *options]
+    sequential = ["--federation.executor", "SequentialExecutor"]  # whose clients can be counted
+    arguments = [*kill_resume.arguments("everything"), *sequential, "--run_dir", str(run_dir), *options]
     with started(ROOT / "tests" / "command.py", *arguments, cwd=run_dir.parent) as run:
         assert run.finish() == code, run.said()
 
@@ -64,3 +65,20 @@ def test_a_stopped_run_ends_cleanly_and_resumes_bit_identically(whole, tmp_path,
     assert (summary["status"], summary["rounds"]) == ("stopped", 3)
     assert (run_dir / "checkpoints" / "last.ckpt").exists()
     check_that_it_resumes(run_dir, whole)
+
+
+def test_a_shipped_configuration_with_its_own_executor_resumes_bit_identically(tmp_path, monkeypatch):
+    """A process that has trained for long and one that has just begun compute the same (``executor: auto``)."""
+
+    def run(run_dir, *options, code=0):
+        arguments = [*kill_resume.arguments("digits"), "--run_dir", str(run_dir), *options]
+        with started(ROOT / "tests" / "command.py", *arguments, cwd=tmp_path) as process:
+            assert process.finish() == code, process.said()
+
+    run(tmp_path / "whole")
+    monkeypatch.setenv("STOP", "SIGKILL checkpoint 16")
+    run(tmp_path / "killed", code=-signal.SIGKILL)
+    monkeypatch.delenv("STOP")
+    run(tmp_path / "killed", "--ckpt_path", "last")
+    whole, found = (kill_resume.outcome(tmp_path / name) for name in ("whole", "killed"))
+    assert [name for name in whole if not kill_resume.same(whole[name], found[name])] == []

@@ -256,8 +256,11 @@ class FederatedDataModule(L.LightningDataModule):
         return np.stack([np.bincount(labels.numpy()[indices], minlength=width) for indices in self.indices])
 
     def fingerprint(self) -> str:
-        """Return a hash of who holds what, and of the minibatch stream: a resumed run must have the same."""
-        digest = hashlib.sha256(f"{self.batch_size} {self.seed} {self.shifts}".encode())
+        """Return a hash of the samples, of who holds what, and of the minibatch stream.
+
+        A resumed run must have the same.
+        """
+        digest = hashlib.sha256(f"{self.train_samples.digest} {self.batch_size} {self.seed} {self.shifts}".encode())
         for indices in self.indices:
             digest.update(len(indices).to_bytes(8, "little") + np.ascontiguousarray(indices).tobytes())
         return digest.hexdigest()[:16]

@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from fedgan_lightning.claim import check_unclaimed
 from fedgan_lightning.deployment import programs
 from fedgan_lightning.deployment.supervise import keep_running, kept
+from fedgan_lightning.documents import check_settings_file
 from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.files import expanded
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,32 +31,40 @@ def main(arguments: Sequence[str]) -> int:
     keys = roles.add_parser(
         "keys", help="make a certificate authority, a server certificate and node keys, or renew certificates"
     )
-    keys.add_argument("folder", type=Path)
+    keys.add_argument("folder", type=expanded)
     keys.add_argument("--sites", type=int, required=True)
     keys.add_argument("--host", nargs="+", default=[], help="names of the server; by default those that it has")
     server = roles.add_parser("server", help="SuperLink and run; continues a run that was cut off")
     _shared(server)
-    server.add_argument("--keys", type=Path, required=True, help="ca.crt, server.crt, server.key, and *.pub of sites")
-    server.add_argument("--home", type=Path, default=Path("federation"), help="database and logs of the SuperLink")
+    server.add_argument(
+        "--keys", type=expanded, required=True, help="ca.crt, server.crt, server.key, and *.pub of sites"
+    )
+    server.add_argument("--home", type=expanded, default="federation", help="database and logs of the SuperLink")
     server.add_argument("--host", default="127.0.0.1", help="where the SuperLink listens")
     server.add_argument("--port", type=int, default=8000)
     site = roles.add_parser("site", help="a SuperNode: stays, and does what the federation asks")
     site.add_argument("--superlink", required=True, metavar="HOST:PORT")
-    site.add_argument("--ca", type=Path, required=True, help="certificate of the server's authority")
-    site.add_argument("--key", type=Path, required=True, help="private key of this site")
+    site.add_argument("--ca", type=expanded, required=True, help="certificate of the server's authority")
+    site.add_argument("--key", type=expanded, required=True, help="private key of this site")
     site.add_argument("--client-id", type=int, required=True)
-    site.add_argument("--config", type=Path, required=True, help="configuration, the same everywhere")
-    site.add_argument("--site", type=Path, help="what differs here: the source, the accelerator")
-    site.add_argument("--state", type=Path, default=Path("site"), help="folder for private state")
+    site.add_argument("--config", type=expanded, required=True, help="configuration, the same everywhere")
+    site.add_argument("--site", type=expanded, help="what differs here: the source, the accelerator")
+    site.add_argument("--state", type=expanded, default="site", help="folder for private state")
     site.add_argument("--port", type=int, default=9094, help="port on this machine, for Flower's own processes")
-    site.add_argument("--tls", type=Path, help="FILE.crt and FILE.key of this site: TLS between these processes, too")
+    site.add_argument(
+        "--tls", type=expanded, help="FILE.crt and FILE.key of this site: TLS between these processes, too"
+    )
     site.add_argument("--check", action="store_true", help="try data, model, keys and connection, and take no part")
     trial = roles.add_parser("trial", help="a server and its sites as processes of this machine")
     _shared(trial)
     trial.add_argument("--sites", type=int, required=True)
-    trial.add_argument("--site", type=Path, nargs="*", default=[], help="what differs at each site, in order")
-    trial.add_argument("--home", type=Path, default=Path("federation"), help="keys, databases and logs")
+    trial.add_argument("--site", type=expanded, nargs="*", default=[], help="what differs at each site, in order")
+    trial.add_argument("--home", type=expanded, default="federation", help="keys, databases and logs")
     options, others = parser.parse_known_args(arguments)
+    named = getattr(options, "site", None) or []
+    for path in filter(None, (getattr(options, "config", None), *(named if isinstance(named, list) else [named]))):
+        programs.check_file(path)
+        check_settings_file(path)
     if others and options.role not in ("server", "trial"):
         parser.error(f"unknown options {' '.join(others)}")
     _check_flower()
@@ -61,8 +72,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _shared(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, required=True, help="configuration; further options are those of fit")
-    parser.add_argument("--run_dir", type=Path, required=True, help="directory of the run")
+    parser.add_argument(
+        "--config", type=expanded, required=True, help="configuration; further options are those of fit"
+    )
+    parser.add_argument("--run_dir", type=expanded, required=True, help="directory of the run")
 
 
 def _check_flower() -> None:
@@ -143,7 +156,7 @@ def _check(options: argparse.Namespace, *, tls: tuple[Path, Path] | None) -> int
 
 
 def _server(options: argparse.Namespace, others: list[str]) -> int:
-    programs.check_file(options.config)
+    check_unclaimed(options.run_dir)
     with programs.processes() as started:
         started.append(programs.superlink(options.home, keys=options.keys, host=options.host, port=options.port))
         programs.await_superlink(options.port, options.keys, started[-1])
@@ -154,7 +167,7 @@ def _server(options: argparse.Namespace, others: list[str]) -> int:
 
 def _trial(options: argparse.Namespace, others: list[str]) -> int:
     home: Path = options.home.resolve()
-    programs.check_file(options.config)
+    check_unclaimed(options.run_dir)
     keys = home / "keys"
     _keys(argparse.Namespace(folder=keys, sites=options.sites, host=[]), [])
     port = programs.free_port()

@@ -25,6 +25,7 @@ from fedgan_lightning.evaluation.fidelity import ThirdPowers
 from fedgan_lightning.evaluation.questions import COUNT, FeatureMoments, Respondent
 from fedgan_lightning.evaluation.ranking import ItemCounts, Rankings
 from fedgan_lightning.federation.aggregation import check_update
+from fedgan_lightning.federation.checks import same_precision
 from fedgan_lightning.federation.ledger import bytes_by_network
 from fedgan_lightning.federation.local import ClientContext, LocalTrainer
 from fedgan_lightning.federation.optimizer_state import SCHEDULE, only_moments
@@ -338,8 +339,8 @@ class Site:
 def digest_of(settings: Mapping[str, Any], data: FederatedDataModule) -> str:
     """Return a hash of what server and sites share.
 
-    That is the version, the model, local work, policies, batch size and seed, and what samples mean: their shape, the
-    names of the classes, the words or items.
+    That is the version, the model, local work, policies, batch size, seed and precision, and what samples mean: their
+    shape, the names of the classes, the words or items.
 
     Args:
         settings: Those of the command line.
@@ -351,5 +352,6 @@ def digest_of(settings: Mapping[str, Any], data: FederatedDataModule) -> str:
     source = data.agree()
     meaning = [list(source.sample_shape), list(source.class_names), source.agreement()]
     work = [settings["model"], federation, settings["data"]["batch_size"], settings["seed_everything"]]
+    work.append(same_precision(settings["trainer"]["precision"]))
     shared = [__version__, *work, meaning]
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]

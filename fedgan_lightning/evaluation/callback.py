@@ -18,6 +18,7 @@ from fedgan_lightning.data.samples import quantise
 from fedgan_lightning.errors import ConfigurationError, OutOfRangeError, QuorumError, SampleSizeError, message
 from fedgan_lightning.evaluation.defaults import default_metrics
 from fedgan_lightning.evaluation.metrics import Metric
+from fedgan_lightning.evaluation.watchers import check_watchers
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import SampleSource
@@ -118,10 +119,14 @@ class Evaluation(L.Callback):
 
         Raises:
             QuorumError: If a site does not answer: a run that is continued can wait for it, and a new one needs all.
+            ConfigurationError: If a callback watches a metric in rounds in which it is not measured.
         """
         if trainer.global_step == 0:
             self._prepare(trainer, patient=False)
             self._log(trainer, pl_module, self.evaluate(trainer, pl_module), monitor=False)
+        measured = {name for entry in self.history for name in entry} - {"rounds"}
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        check_watchers(callbacks, measured=measured, every_n_rounds=self.every_n_rounds)
 
     def on_round_end(self, trainer: L.Trainer, server: ServerModule, info: Any, metrics: Any) -> None:
         """Score the generator every ``every_n_rounds``, and at the end."""

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from fedgan_lightning.data.samples import ClientSamples, Samples, to_bytes
 from fedgan_lightning.errors import ConfigurationError, message
-from fedgan_lightning.files import cache_folder, replacing
+from fedgan_lightning.files import cache_folder, remembered
 from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import isolated_rng, make_generator
 
@@ -116,16 +116,28 @@ class ClassifierFeatures(FeatureNet):
                     fix="use PixelFeatures or InceptionFeatures",
                 )
             )
-        with isolated_rng(self.seed):
-            net = Classifier(tuple(samples.x.shape[1:]), num_classes, is_image=samples.is_image)
-        path = self._path(samples, num_classes)
-        if path.exists():
+
+        def untrained() -> Classifier:
+            with isolated_rng(self.seed):
+                return Classifier(tuple(samples.x.shape[1:]), num_classes, is_image=samples.is_image)
+
+        def read(path: Path) -> Classifier:
+            net = untrained()
             net.load_state_dict(torch.load(path, weights_only=True))
-        else:
+            return net
+
+        def make() -> Classifier:
+            net = untrained()
             with isolated_rng(self.seed):
                 train_classifier(net, samples, epochs=self.epochs, seed=self.seed)
-            with replacing(path) as file:
-                torch.save(net.state_dict(), file)
+            return net
+
+        net = remembered(
+            self._path(samples, num_classes),
+            read=read,
+            make=make,
+            write=lambda made, file: torch.save(made.state_dict(), file),
+        )
         digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in net.state_dict().values()))
         return FrozenNet(net, num_features=self.num_features, name="classifier", digest=digest.hexdigest()[:12])
 

@@ -10,6 +10,10 @@ import torch
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.protocol import Aggregator, FederatedData
+from fedgan_lightning.seeding import isolated_rng
+
+#: Names under which Lightning knows what a federation can compute in.
+PRECISIONS = ("64-true", "64", "32-true", "32", "bf16-mixed", "bf16", "bf16-true")
 
 
 def checked_work(*, local_steps: int | None, local_epochs: int | None) -> int | None:
@@ -39,6 +43,7 @@ def checked_trainer(
     Raises:
         ConfigurationError: If the Trainer cannot run a federation.
     """
+    check_precision(trainer.precision)
     data, several = getattr(trainer, "datamodule", None), trainer.world_size > 1 and not aggregator.additive
     cut = "an epoch is a round, which nothing cuts short", "set federation.rounds and federation.local_steps"
     wrong: list[tuple[bool, str, object, str]] = [
@@ -53,12 +58,6 @@ def checked_trainer(
             "a federation needs a data module that knows its clients",
             type(data).__name__,
             "pass datamodule=FederatedDataModule(...)",
-        ),
-        (
-            trainer.precision == "16-mixed",
-            "the server's step must not pass through a loss scaler",
-            "trainer.precision=16-mixed",
-            "use bf16-mixed",
         ),
         (
             several,
@@ -76,6 +75,54 @@ def checked_trainer(
     assert isinstance(module, ServerModule)
     assert isinstance(data, FederatedData)
     return module, data
+
+
+def check_optimizers(server: ServerModule) -> None:
+    """Refuse settings of optimizers and schedules that they refuse themselves, before a client trains with them.
+
+    Raises:
+        ConfigurationError: If the module's, or the server's, cannot be made.
+    """
+    for owner, module in (("the model", server.model), ("the server", server)):
+        try:
+            with isolated_rng(0):
+                module.configure_optimizers()
+        except (ValueError, TypeError) as error:
+            raise ConfigurationError(
+                message(
+                    f"optimizers and schedules of {owner} can be made from their settings",
+                    received=" ".join(str(error).split()).rstrip("."),
+                    fix="correct that setting",
+                )
+            ) from error
+        except Exception:  # a module may ask its Trainer, which it has in a round only
+            continue
+
+
+def check_precision(precision: Any) -> None:
+    """Refuse a precision of the Trainer in which a federation does not compute; call it before data are read.
+
+    float16 needs a loss scaler, which the server's step must not pass through; other programs' number formats have
+    layers of their own, which sites would have to share.
+
+    Raises:
+        ConfigurationError: If it is one.
+    """
+    if precision is not None and str(precision) not in PRECISIONS:
+        raise ConfigurationError(
+            message(
+                "a federation computes in float64, float32 or bfloat16: float16 needs a loss scaler, which the "
+                "server's step must not pass through",
+                received=f"trainer.precision={precision}",
+                fix="set trainer.precision to 32-true, bf16-mixed, bf16-true or 64-true",
+            )
+        )
+
+
+def same_precision(precision: Any) -> str:
+    """Return the one name of a precision that Lightning knows under several."""
+    text = "32" if precision is None else str(precision)
+    return {"32": "32-true", "64": "64-true", "bf16": "bf16-mixed"}.get(text, text)
 
 
 def check_cohort(size: int, *, aggregator: Aggregator) -> None:

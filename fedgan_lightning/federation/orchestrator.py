@@ -18,11 +18,12 @@ from typing import Any, Literal
 import lightning as L
 
 from fedgan_lightning.checkpoints import FILES, AtomicCheckpointIO, folder_beside
-from fedgan_lightning.errors import RoundInterrupted
+from fedgan_lightning.errors import CheckpointError, RoundInterrupted, message
 from fedgan_lightning.federation.aggregation import WeightedMean
 from fedgan_lightning.federation.checks import (
     check_cohort,
     check_device,
+    check_optimizers,
     checked_trainer,
     checked_work,
 )
@@ -36,7 +37,7 @@ from fedgan_lightning.federation.rules import RoundRules, Screening
 from fedgan_lightning.federation.sampling import AllClients
 from fedgan_lightning.federation.secure import SecureAggregation
 from fedgan_lightning.federation.server import ServerModule
-from fedgan_lightning.federation.settings import check_unchanged, given_to, made_of
+from fedgan_lightning.federation.settings import check_same_data, check_unchanged, given_to, made_of
 from fedgan_lightning.federation.store import ClientStore, StateFiles
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import (
@@ -147,7 +148,9 @@ class FederatedOrchestrator(L.Callback):
         model: Any = server.model
         if hasattr(model, "check_data") and hasattr(data, "sample_shape"):
             model.check_data(data.sample_shape, getattr(data, "num_classes", 0))
+        self._restored = None  # a checkpoint that was looked at is none to continue from: that is read after this
         if stage == "fit":
+            check_optimizers(server)
             if trainer.precision == "64-true":
                 server.double()  # Lightning does so after it has read a checkpoint, whose doubles pass through float32
             trainer.limit_val_batches = 0  # rounds are evaluated where they end, by callbacks
@@ -349,20 +352,36 @@ class FederatedOrchestrator(L.Callback):
             "seed": self.seed,
         }
         own = ("clients", "aggregator", "rules", "screening", "secure")
+        held = ("num_clients", "partition", "batch_size", "max_samples")
         self._made_of = self.settings or {
             "model": {"type": type(server.model).__qualname__, **made_of(given_to(server.model))},
+            "data": {name: made_of(getattr(data, name)) for name in held if hasattr(data, name)},
             "federation": {name: made_of(getattr(self, name)) for name in own},
             "server": {"optimizer": made_of(server.optimizer), "scheduler": made_of(server.scheduler)},
         }
         if self._restored is None:
             self.ledger, self._schedule_positions, self._strikes = Ledger(), (), {}
             self.store.load_state_dict({})
+            self.executor.load_state_dict({})
             server.moments = {}
             return
         state, self._restored = self._restored, None
+        try:
+            self._take_over(state, server)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise CheckpointError(
+                message(
+                    "a checkpoint has the state of an orchestrator of this version",
+                    received=f"one that differs in {type(error).__name__}: {error}",
+                    fix="continue it with the version that wrote it",
+                )
+            ) from error
+
+    def _take_over(self, state: Mapping[str, Any], server: ServerModule) -> None:
+        known = {group: values for group, values in state["settings"].items() if group in self._made_of}
+        check_unchanged(known, {group: self._made_of[group] for group in known})  # these say what was changed
+        check_same_data(state["identity"]["data"], self._identity["data"])
         check_unchanged(state["identity"], self._identity)
-        if state["settings"]:  # runs from Python kept none in the beginning
-            check_unchanged(state["settings"], self._made_of)
         if "store_files" in state:
             self.store.load_files(state["store_files"], self._files_at)
         else:

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -28,7 +29,8 @@ FITS_PER_COLLECTION = 16
 
 
 class RoundTrainer:
-    """Fits a module on one round's minibatches: no logger, no checkpoint, no progress bar, no validation.
+    """Fits a module on one round's minibatches, with no checkpoint, no progress bar, no validation, and a logger that
+    keeps nothing.
 
     Constructing a Trainer scans all installed packages for callbacks, which takes longer than ten small GAN steps
     (measured); so one is kept, and its loops, where all its progress is, are renewed.
@@ -64,7 +66,7 @@ class RoundTrainer:
 
     def _renewed(self, callback: L.Callback) -> L.Trainer:
         if self._trainer is None:
-            self._trainer = L.Trainer(
+            self._trainer = _ClientTrainer(
                 **self.options,
                 strategy=ResidentStrategy(device_of(self.options)),
                 max_epochs=1,
@@ -109,6 +111,21 @@ def no_driver_search() -> Iterator[None]:
         yield
     finally:
         os.environ[key] = before
+
+
+class _ClientTrainer(L.Trainer):
+    """Has a logger for modules that draw or note something by themselves, which drops it.
+
+    It is not among ``loggers``: what ``self.log`` is told goes the short way that it goes without one.
+    """
+
+    @property  # type: ignore[misc] # nobody sets it
+    def logger(self) -> Any:
+        """A logger of which every method and every ``experiment`` does nothing."""
+        return _DROPS
+
+
+_DROPS = DummyLogger()
 
 
 class ResidentStrategy(SingleDeviceStrategy):

@@ -109,3 +109,24 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
                 fix="restore the settings, or start a new run in another directory",
             )
         )
+
+
+def check_same_data(before: str, now: str) -> None:
+    """Refuse to continue a run with other samples, or held by others.
+
+    Args:
+        before: Fingerprint of the data, as the checkpoint has it.
+        now: That of this run.
+
+    Raises:
+        CheckpointError: If they differ.
+    """
+    if before != now:
+        raise CheckpointError(
+            message(
+                "a run is resumed with the data it was started with",
+                received=f"other samples, another order, or another division of them among the clients "
+                f"(fingerprint {before} in the checkpoint, {now} here)",
+                fix="restore the data, or start a new run in another directory",
+            )
+        )

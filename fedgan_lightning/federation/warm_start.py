@@ -28,16 +28,17 @@ class StartFrom(L.Callback):
         networks: Networks to take, by their names in both modules. A moving average follows its network.
 
     Raises:
-        CheckpointError: On setup, if the file is missing or unsafe, lacks a network, or has other shapes or another
-            vocabulary.
+        CheckpointError: Before training, if the file is missing or unsafe, lacks a network, or has other shapes or
+            another vocabulary.
     """
 
     @checked()
     def __init__(self, ckpt_path: str, *, networks: Sequence[str] = ("generator",)) -> None:
         self.ckpt_path, self.networks = ckpt_path, list(networks)
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit" or trainer.ckpt_path is not None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Load the networks, unless the Trainer has read a checkpoint by now."""
+        if trainer.ckpt_path is not None:
             return
         found = read_checkpoint(self.ckpt_path)
         if not isinstance(found, dict) or not isinstance(found.get("state_dict"), dict):

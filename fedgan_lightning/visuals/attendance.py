@@ -94,7 +94,7 @@ class Attendance:
             self.seconds.append(0.0)
             for counts in self.counts.values():
                 counts.append(0)
-        self.seconds[round] += float(entry["seconds"])
+        self.seconds[round] += float(entry["seconds"] or 0.0)
         self.abandoned += not entry["counted"]
         took = []
         for contact in entry["clients"]:

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedgan_lightning.files import write_text
+from fedgan_lightning.files import expanded, write_text
 from fedgan_lightning.visuals.charts import bars, chart, colour, text
 from fedgan_lightning.visuals.operations import STYLE as MATRIX_STYLE
 from fedgan_lightning.visuals.operations import operations
-from fedgan_lightning.visuals.runs import Curve, Run, differing, read_run
+from fedgan_lightning.visuals.runs import Curve, Run, damaged, differing, read_run
 
 #: Metrics that come first, and what they are called.
 TITLES = {
@@ -72,12 +72,16 @@ def write_report(paths: Sequence[str | Path], *, out: str | Path | None = None) 
         out: File to write; default ``report.html`` in the run directory, or beside the first of several.
 
     Raises:
-        ConfigurationError: If a directory holds no run.
+        ConfigurationError: If a directory holds no run, or one with files that are not as ``fit`` wrote them.
     """
     runs = [read_run(path) for path in paths]
     default = runs[0].path if len(runs) == 1 else runs[0].path.resolve().parent
-    target = Path(out) if out is not None else default / "report.html"
-    write_text(target, page(runs))
+    target = expanded(out) if out is not None else default / "report.html"
+    try:
+        html = page(runs)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # values of another kind than fit writes
+        raise damaged(runs[0].path / "summary.json", error) from error
+    write_text(target, html)
     return target
 
 
@@ -245,7 +249,7 @@ def _breakdown(run: Run, name: str) -> str:
 def _by(values: Mapping[str, Any], metric: str) -> dict[str, float]:
     """Return the values of ``metric/LABEL`` by label."""
     found = {name.split("/", 1)[1]: value for name, value in values.items() if name.split("/", 1)[0] == metric}
-    return {label: value for label, value in found.items() if not label.endswith("_raw")}
+    return {label: value for label, value in found.items() if not label.endswith("_raw") and value is not None}
 
 
 def _partition(run: Run, name: str) -> str:

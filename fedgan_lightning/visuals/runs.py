@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.files import expanded
 from fedgan_lightning.journal import NAME
 from fedgan_lightning.visuals.attendance import Attendance
 
@@ -76,9 +77,10 @@ def read_run(path: str | Path) -> Run:
     Raises:
         ConfigurationError: If it holds no run, or a summary that cannot be read.
     """
-    root = Path(path)
+    root = expanded(path)
     try:
         summary = json.loads((root / "summary.json").read_text(encoding="utf-8"))
+        history = _history(summary)
     except (OSError, ValueError) as error:
         raise ConfigurationError(
             message(
@@ -88,11 +90,9 @@ def read_run(path: str | Path) -> Run:
             )
         ) from error
     text, config = _settings(root / "config.yaml")
-    history = summary.get("history", [])
     names = dict.fromkeys(name for entry in history for name in entry if name != "rounds")
     metrics = {
-        name: ([entry["rounds"] for entry in history if name in entry], [e[name] for e in history if name in e])
-        for name in names
+        name: ([e["rounds"] for e in history if name in e], [e[name] for e in history if name in e]) for name in names
     }
     return Run(
         name=root.resolve().name,
@@ -103,8 +103,31 @@ def read_run(path: str | Path) -> Run:
         metrics=metrics,
         scalars=_scalars(root),
         sizes=_sizes(root / "partition.npz"),
-        attendance=Attendance.read(root / NAME),
+        attendance=_attendance(root / NAME),
     )
+
+
+def _history(summary: Any) -> list[dict[str, float]]:
+    """Return the values of every evaluation that are numbers: JSON has ``null`` for those that are not finite.
+
+    Raises:
+        ValueError: If it is no summary.
+    """
+    if not isinstance(summary, dict) or not isinstance(summary.get("history", []), list):
+        raise ValueError("no summary")
+    history = [entry for entry in summary.get("history", []) if isinstance(entry, dict) and "rounds" in entry]
+    return [{name: value for name, value in entry.items() if _is_number(value)} for entry in history]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _attendance(path: Path) -> Attendance:
+    try:
+        return Attendance.read(path)
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise damaged(path, error) from error
 
 
 def _settings(path: Path) -> tuple[str, dict[str, Any]]:
@@ -117,11 +140,12 @@ def _settings(path: Path) -> tuple[str, dict[str, Any]]:
         text = path.read_text(encoding="utf-8")
         values = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
     return text, values if isinstance(values, dict) else {}
 
 
-def _damaged(path: Path, error: Exception) -> ConfigurationError:
+def damaged(path: Path, error: Exception) -> ConfigurationError:
+    """Return the error that names a file of a run that cannot be read."""
     return ConfigurationError(
         message(
             "the files of a run are as fit wrote them",
@@ -138,7 +162,10 @@ def _scalars(root: Path) -> dict[str, Curve]:
     found: dict[str, dict[float, float]] = {}
     for path in sorted(root.glob("events.out.tfevents.*")):
         events = EventAccumulator(str(path), size_guidance={"scalars": 0})
-        events.Reload()
+        try:
+            events.Reload()
+        except Exception as error:
+            raise damaged(path, error) from error
         for tag in events.Tags()["scalars"]:
             curve = found.setdefault(tag, {})
             for event in events.Scalars(tag):
@@ -152,8 +179,8 @@ def _sizes(path: Path) -> list[int]:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return [len(arrays[name]) for name in sorted(arrays.files)]
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as error:
-        raise _damaged(path, error) from error
+    except Exception as error:  # NumPy, zip and zlib say a dozen things of damaged files
+        raise damaged(path, error) from error
 
 
 def flattened(values: Any, prefix: str = "") -> dict[str, Any]:

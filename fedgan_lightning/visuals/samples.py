@@ -15,7 +15,7 @@ from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.samples import to_bytes
 from fedgan_lightning.evaluation.text import vocabulary_of
 from fedgan_lightning.federation.server import ServerModule
-from fedgan_lightning.files import write_text
+from fedgan_lightning.files import replacing, write_text
 from fedgan_lightning.gan.steps import split_heads
 from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import make_generator
@@ -30,7 +30,7 @@ class SamplePictures(L.Callback):
     scatter plots. Text gives a page of sentences, and the sentences as ``.txt`` files of the same names.
 
     Args:
-        every_n_rounds: Rounds between pictures; the last round always has one.
+        every_n_rounds: Rounds between pictures; the last round always has one. ``None`` draws none of the generator.
         columns: Images per row.
         rows: Rows, where there are no classes; columns times rows sentences.
         num_points: Points of a scatter plot.
@@ -50,7 +50,7 @@ class SamplePictures(L.Callback):
     def __init__(
         self,
         *,
-        every_n_rounds: int = 10,
+        every_n_rounds: int | None = 10,
         columns: int = 10,
         rows: int = 8,
         num_points: int = 2000,
@@ -64,21 +64,22 @@ class SamplePictures(L.Callback):
     # ------------------------------------------------------------------ training
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._last_round = -1
         data = _data(trainer)
         drawn = pictures.partition(data.label_counts(), class_names=data.class_names)
         publish(trainer, drawn, name="partition.png", tag="partition", step=0)
         if len(data.sample_shape) == 3 and data.has_client_samples:
             publish(trainer, self._reals(data), name="reals.png", tag="samples/real", step=0)
-        if trainer.global_step == 0:
+        if trainer.global_step == 0 and self.every_n_rounds is not None:
             self._draw(trainer, pl_module, name="fakes_init.png")
 
     def on_round_end(self, trainer: L.Trainer, server: ServerModule, info: Any, metrics: Any) -> None:
         """Draw a picture every ``every_n_rounds``."""
-        if trainer.global_step % self.every_n_rounds == 0:
+        if self.every_n_rounds is not None and trainer.global_step % self.every_n_rounds == 0:
             self._draw(trainer, server, name=f"fakes_round{trainer.global_step:04d}.png")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._last_round != trainer.global_step:
+        if self.every_n_rounds is not None and self._last_round != trainer.global_step:
             self._draw(trainer, pl_module, name=f"fakes_round{trainer.global_step:04d}.png")
 
     def draw(self, data: FederatedDataModule, server: ServerModule, *, title: str = "") -> pictures.Picture:
@@ -163,7 +164,8 @@ class SamplePictures(L.Callback):
             write_text(folder / "samples.txt", "\n".join(vocabulary.write(samples)) + "\n")
             print(f"wrote {folder / 'samples.txt'}")
         arrays: dict[str, Any] = {"x": samples.numpy(), **({} if labels is None else {"y": labels.numpy()})}
-        np.savez_compressed(folder / "samples.npz", **arrays)
+        with replacing(folder / "samples.npz") as file:
+            np.savez_compressed(file, **arrays)
         print(f"wrote {folder / 'samples.png'} and {folder / 'samples.npz'}")
 
 

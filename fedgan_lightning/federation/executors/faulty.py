@@ -180,8 +180,8 @@ class FaultyExecutor(Executor):
         return self.executor.gauges()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.executor.load_state_dict(state["executor"])
-        self._late = [ClientUpdate(**fields) for fields in state["late"]]
+        self.executor.load_state_dict(state.get("executor", {}))
+        self._late = [ClientUpdate(**fields) for fields in state.get("late", [])]
 
 
 def _changed(update: ClientUpdate, function: Callable[[Tensor], Tensor]) -> ClientUpdate:
