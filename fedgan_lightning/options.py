@@ -197,7 +197,8 @@ def _fix(value: Any, hint: Any) -> str:
     if twin := next((own for own in type(value).__mro__ if own.__name__ in _names(hint)), None):
         return f"take {twin.__name__} from lightning, not from {twin.__module__.split('.')[0]}"
     if isinstance(value, str):
-        named = {own.__name__: own for kind in classes for own in _descendants(kind) if not inspect.isabstract(own)}
+        known = (own for kind in classes for own in _descendants(kind) if not inspect.isabstract(own))
+        named = {own.__name__: own for own in known if own.__module__.startswith("fedgan_lightning.")}
         if near := _nearest(value, [*words, *named]):
             return f"write {near}" if near in words else f"give an object, {near}(...)"
         if _takes_numbers(hint) and value.replace(".", "", 1).removeprefix("-").isdigit():

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 import jsonargparse
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 import fedgan_lightning
@@ -67,7 +68,7 @@ def strict_yaml(text: str) -> Any:
 
 
 _lenient = jsonargparse.get_loader("yaml")
-jsonargparse.set_loader("yaml", strict_yaml)
+jsonargparse.set_loader("yaml", strict_yaml, exceptions=(yaml.YAMLError,))
 
 
 # ---------------------------------------------------------------------- what a parser's report means
