@@ -95,6 +95,23 @@ def check_minibatch(num_samples: int, *, d_steps: int) -> None:
         )
 
 
+def check_precision(gan: Any) -> None:
+    """Refuse a loss scaler where two losses are differentiated before two steps: it may change its scale after the
+    first step, and the second one's gradients still have the old.
+
+    Raises:
+        ConfigurationError: If updates are simultaneous under a precision with such a scaler.
+    """
+    if gan.updates == "simultaneous" and getattr(gan.trainer.precision_plugin, "scaler", None) is not None:
+        raise ConfigurationError(
+            message(
+                "simultaneous updates need one scale for both losses, which Lightning's scaler does not keep",
+                received=f"updates='simultaneous' with precision={gan.trainer.precision}",
+                fix="set precision to bf16-mixed or 32-true, or updates to alternating",
+            )
+        )
+
+
 def check_conditions(gan: Any, conditions: torch.Tensor | None) -> None:
     """Refuse to generate without the conditions that a generator needs, or with some that it does not take.
 

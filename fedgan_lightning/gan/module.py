@@ -17,7 +17,14 @@ from torch.optim import Optimizer
 
 from fedgan_lightning.gan.augment import Augmentation, LeCam
 from fedgan_lightning.gan.average import averaged, follow
-from fedgan_lightning.gan.checks import INTERVALS, check_conditions, check_minibatch, check_networks, check_settings
+from fedgan_lightning.gan.checks import (
+    INTERVALS,
+    check_conditions,
+    check_minibatch,
+    check_networks,
+    check_precision,
+    check_settings,
+)
 from fedgan_lightning.gan.conditions import Codec, Condition
 from fedgan_lightning.gan.draws import Draws, drawn
 from fedgan_lightning.gan.layout import lay_out
@@ -119,9 +126,7 @@ class GAN(L.LightningModule):
         self.latent_dim = int(generator.latent_dim)  # type: ignore[arg-type]
         self.num_classes = int(getattr(generator, "num_classes", 0))
         check_settings(self)
-        self.generator_ema: nn.Module | None = None
-        if ema_half_life_images is not None:
-            self.generator_ema = averaged(generator)
+        self.generator_ema: nn.Module | None = averaged(generator) if ema_half_life_images is not None else None
         #: Local steps since the start of training; schedules and lazy penalties count in these.
         self.local_step = 0
         self._means = StepMeans()
@@ -141,6 +146,7 @@ class GAN(L.LightningModule):
     # ------------------------------------------------------------------ checks before training
 
     def setup(self, stage: str) -> None:
+        check_precision(self)
         if stage == "fit":
             self.lay_out()
         data: Any = getattr(self.trainer, "datamodule", None)

@@ -211,6 +211,28 @@ class TestModes:
         alone = modes.mode_statistics(self.centres[:1], centres=self.centres, sigma=0.1)
         assert alone["mode_spread"] == 0, "one sample has none"
 
+    @pytest.mark.parametrize("num_samples", [1, 2, 3, 777, 2500])
+    def test_quantiles_are_those_of_torch(self, num_samples):
+        values, levels = (
+            torch.randn(num_samples, 7, dtype=torch.float64),
+            torch.linspace(0, 1, 101, dtype=torch.float64),
+        )
+        torch.testing.assert_close(
+            modes.quantiles(values, levels), torch.quantile(values, levels, dim=0), rtol=0, atol=0
+        )
+
+    def test_quantiles_of_more_numbers_than_torch_takes(self, monkeypatch):
+        """The limit is a refusal by ``torch.quantile`` (16 million), which is not called."""
+
+        def refuse(*arguments, **options):
+            raise RuntimeError("quantile() input tensor is too large")
+
+        monkeypatch.setattr(torch, "quantile", refuse)
+        x = torch.arange(5.0).repeat(2, 1).T
+        assert modes.sliced_wasserstein(x, x + 1, torch.eye(2)) == pytest.approx(1.0)
+        largest = torch.arange(17_000_000, dtype=torch.float64).unsqueeze(1)
+        assert modes.quantiles(largest, torch.tensor([0.0, 1.0])).flatten().tolist() == [0, 16_999_999]
+
     def test_sliced_wasserstein_of_a_shift_along_one_axis(self):
         directions = torch.tensor([[1.0], [0.0]])
         x = torch.randn(4000, 2)

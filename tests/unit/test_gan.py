@@ -7,13 +7,14 @@ import copy
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 
 from fedgan_lightning import GAN, R1, Augmentation, GradientPenalty, RelativisticPairing
 from fedgan_lightning.errors import ConfigurationError, DataError
 from fedgan_lightning.gan import networks as nets
 from fedgan_lightning.gan.priors import MidpointNodes, Normal, Uniform
 from fedgan_lightning.protocol import RoundInfo
-from tests.conftest import adam, digits_data, quiet_trainer, ring_data, ring_gan, sgd
+from tests.conftest import adam, assert_states_equal, digits_data, quiet_trainer, ring_data, ring_gan, sgd
 
 
 def fit(model: GAN, *, num_steps: int = 6, data=None):
@@ -286,3 +287,24 @@ def test_an_augmentation_of_another_kind_keeps_passes_apart():
         discriminator.register_forward_hook(lambda own, args, out, seen=seen: seen.append(len(out)))
         fit(GAN(generator, discriminator, augment=kind()), num_steps=2, data=digits_data())
         assert len(seen) == 2 * calls_a_step
+
+
+@pytest.mark.parametrize("updates", ["alternating", "simultaneous"])
+def test_a_loss_scaler_leaves_alternating_steps_alone_and_is_refused_for_simultaneous_ones(updates):
+    """Its scale doubles after every step here: gradients of a second one, scaled before, would count half."""
+
+    def trained(plugin):
+        gan = ring_gan(optimizer=sgd, updates=updates, penalties=[])
+        torch.manual_seed(1)
+        trainer = quiet_trainer(max_epochs=1, plugins=[plugin] if plugin is not None else [])
+        trainer.fit(gan, datamodule=ring_data().pooled(num_steps=4))
+        return gan.state_dict()
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=1)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    if updates == "simultaneous":
+        with pytest.raises(ConfigurationError, match="received updates='simultaneous' with precision=16-mixed. Fix: "):
+            trained(plugin)
+    else:
+        assert_states_equal(trained(plugin), trained(None), atol=1e-2)
+        assert scaler.get_scale() == 2.0**8, "twice as large after each of eight steps"
