@@ -25,9 +25,11 @@ from fedgan_lightning import (
     VectorizedExecutor,
 )
 from fedgan_lightning.errors import ConfigurationError, QuorumError, UpdateError
+from fedgan_lightning.federation.admission import check_size
 from fedgan_lightning.federation.conduct import Conductor
 from fedgan_lightning.federation.invitation import Invitations
 from fedgan_lightning.federation.rounds import ClientRecord, RoundSummary
+from fedgan_lightning.federation.schema import Schema
 from fedgan_lightning.protocol import ClientFailure, ClientUpdate
 from tests.conftest import adam, assert_states_equal, federate, quiet_trainer, ring_data, ring_gan, sgd
 
@@ -55,7 +57,13 @@ def update(**changes) -> ClientUpdate:
     return ClientUpdate(**{**fields, **changes})
 
 
-EXPECTED = {"delta": {"g.w": torch.zeros(2, 2)}, "extras": {}}
+def checked(own: ClientUpdate) -> None:
+    """Do to an update of somebody with 10 examples, or more than allowed, what the server does to all."""
+    who, schema = f"client {own.client_id}", Schema({"delta": {"g.w": torch.zeros(2, 2)}, "extras": {}})
+    check_size(who, own.num_examples, size=max(10, own.num_examples))
+    delta, extras = schema.fitted(who, own.delta, own.extras, known={})
+    schema.check(who, delta, extras, known={}, steps=(0, 100))
+    Screening(max_norm=10.0, max_examples=100).check(own)
 
 
 @pytest.mark.parametrize(
@@ -72,10 +80,9 @@ EXPECTED = {"delta": {"g.w": torch.zeros(2, 2)}, "extras": {}}
     ],
 )
 def test_what_cannot_be_right_is_refused_with_client_and_reason(changes, reason):
-    screening = Screening(max_norm=10.0, max_examples=100)
-    screening.check(update(), expected=EXPECTED)
+    checked(update())
     with pytest.raises(UpdateError, match=f"client 3: .*{reason}"):
-        screening.check(update(**changes), expected=EXPECTED)
+        checked(update(**changes))
 
 
 def test_what_clients_send_is_what_the_server_expects():
