@@ -11,7 +11,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping
-from numbers import Integral, Real
+from numbers import Real
 
 from fedgan_lightning.errors import UpdateError
 from fedgan_lightning.federation.ledger import bytes_by_network, network_in_ledger
@@ -20,7 +20,7 @@ from fedgan_lightning.federation.optimizer_state import SCHEDULE, is_optimizer_e
 from fedgan_lightning.federation.reference import Reference
 from fedgan_lightning.federation.rounds import UPDATE_NORM, bytes_up, is_position
 from fedgan_lightning.federation.rules import Screening
-from fedgan_lightning.federation.schema import LARGEST, MOST_UPDATES, printable
+from fedgan_lightning.federation.schema import LARGEST, MOST_UPDATES, is_whole, printable
 from fedgan_lightning.gan.module import GAN
 from fedgan_lightning.packing import Layout
 from fedgan_lightning.protocol import ROUND_TRIP, ClientUpdate, LocalWork, Participant, State, UpdateSum
@@ -232,12 +232,12 @@ class Terms:
         """Return steps and seconds of an answer that is not let in, as far as they can be believed."""
         try:
             steps = float(self.steps(update.client_id)) if is_first and self.size(update.client_id) else 0.0
-            told = {name: update.metrics.get(name, -1.0) for name in ("seconds", ROUND_TRIP)}
-            believed = checked_scalars("", told)
+            told = {name: update.metrics.get(name) for name in ("seconds", ROUND_TRIP)}
         except Exception:  # the reason is told where it is refused
             return {}
         most = time.perf_counter() - self.admission.began + CLOCKS
-        return {"steps": steps, **{name: value for name, value in believed.items() if 0 <= value <= most}}
+        believed = {n: float(v) for n, v in told.items() if isinstance(v, Real) and 0 <= v <= most}
+        return {"steps": steps, **believed}
 
 
 def check_size(who: str, claimed: object, *, size: int) -> None:
@@ -272,11 +272,6 @@ def checked_scalars(who: str, metrics: Mapping[str, float]) -> dict[str, float]:
             raise UpdateError(f"{who}: metric {name} {what}")
         found[name] = float(value)
     return found
-
-
-def is_whole(value: object) -> bool:
-    """Whether a value is an integer, and no truth value."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def without_unsent(extras: State, unsent: set[str]) -> State:

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from fedgan_lightning.errors import UpdateError, message
-from fedgan_lightning.federation.admission import Terms, is_whole, sent_moments
+from fedgan_lightning.federation.admission import Terms, sent_moments
 from fedgan_lightning.federation.drift import Drift
 from fedgan_lightning.federation.ledger import Contact, Incident
 from fedgan_lightning.federation.rounds import ClientRecord
 from fedgan_lightning.federation.rules import RoundRules
-from fedgan_lightning.federation.schema import printable
+from fedgan_lightning.federation.schema import is_whole, printable
 from fedgan_lightning.protocol import ROUND_TRIP, Aggregator, ClientFailure, ClientUpdate, LocalWork, State, UpdateSum
 
 logger = logging.getLogger("fedgan_lightning")

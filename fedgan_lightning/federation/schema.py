@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -24,6 +26,8 @@ LARGEST = 1e18
 NONNEGATIVE = ("step", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "exp_inf", "mu_product")
 #: Optimizer updates for which one minibatch may be used.
 MOST_UPDATES = 100
+#: Numbers that are picked by their places; more of them are cut out entry by entry.
+FEW = 1 << 16
 #: How far rounding, of bfloat16 too, may move sums of squares, relative and absolute.
 ROUNDING, TINY = 0.05, 1e-24
 
@@ -61,6 +65,8 @@ class Schema:
         self.delta, self.extras = Layout.of(expected["delta"]), Layout.of(expected["extras"])
         self.untouched = {n: v.detach() for n, v in expected["extras"].items() if is_optimizer_entry(n)}
         self.sense = sense if sense is not None else Sense()
+        self._before: tuple[State, Tensor] | None = None
+        self._plans: dict[tuple[str, ...], tuple[list[tuple[torch.dtype, int, int]], Tensor | None]] = {}
 
     def fitted(self, who: str, delta: State, extras: State, *, known: State) -> tuple[Packed, Packed]:
         """Return an answer's two states, in this schema's order.
@@ -134,20 +140,38 @@ class Schema:
         """
         for part, own in (("delta", delta), ("extras", extras)):
             check_numbers(who, part, own)
-        for name in _negative(extras, self._nonnegative):
+        if self._nonnegative and float(self._select(extras, self._nonnegative).min()) < 0:
+            name = next(name for name in self._nonnegative if bool((extras[name] < 0).any()))
             raise UpdateError(f"{who}: extras {name} is negative, and no mean of squares or count is")
-        for square, mean, factor in self._bounded:
-            values, squares = extras[mean].double().square(), extras[square].double()
-            if bool((values > factor * squares * (1 + ROUNDING) + TINY).any()):
+        for factor, pairs in self._bounded.items():
+            squares, means = zip(*pairs)
+            most = factor * (1 + ROUNDING) * self._select(extras, squares).double() + TINY
+            if bool((self._select(extras, means).double().square() > most).any()):
+                wrong = (pair for pair in pairs if _is_beyond(extras[pair[1]], extras[pair[0]], factor))
+                square, mean = next(wrong)
                 raise UpdateError(f"{who}: extras {mean} is larger than {square} allows")
         self._check_steps(who, extras, known, steps)
+
+    def _select(self, extras: Packed, names: tuple[str, ...]) -> Tensor:
+        """Return the numbers of some entries in one vector: few numbers by their places, in one call."""
+        plan = self._plans.get(names)
+        if plan is None:
+            spans = [self.extras.spans[name] for name in names]
+            count, dtypes = sum(stop - start for _, start, stop in spans), {dtype for dtype, _, _ in spans}
+            places = [torch.arange(start, stop) for _, start, stop in spans]
+            is_short = len(dtypes) == 1 and count <= FEW
+            plan = self._plans[names] = (spans, torch.cat(places) if is_short else None)
+        spans, index = plan
+        if index is not None:
+            vector = extras.vectors[spans[0][0]]
+            return vector[index.to(vector.device)]
+        return torch.cat([extras.vectors[dtype][start:stop] for dtype, start, stop in spans])
 
     def _check_steps(self, who: str, extras: Packed, known: State, steps: tuple[int | None, int]) -> None:
         if not self._counts:
             return
-        found = torch.stack([extras[name].double() for name in self._counts])
-        zero = found.new_zeros(())
-        before = torch.stack([known[n].to(found) if n in known else zero for n in self._counts])
+        found = self._select(extras, self._counts).double()
+        before = self._counts_before(found, known)
         moved, slack = found - before, 1e-3 + 1e-5 * before.abs()
         least, most = steps
         wrong = moved > most + slack
@@ -160,6 +184,13 @@ class Schema:
                 f"{float(before[place]):.6g} and at most {most} more"
             )
 
+    def _counts_before(self, like: Tensor, known: State) -> Tensor:
+        if self._before is None or self._before[0] is not known:  # the same for all clients of a round
+            zero = like.new_zeros(())
+            own = torch.stack([known[name].to(like) if name in known else zero for name in self._counts])
+            self._before = (known, own)
+        return self._before[1].to(like)
+
     @cached_property
     def _nonnegative(self) -> tuple[str, ...]:
         named = [(name, name.split("/")) for name in self.untouched]
@@ -167,15 +198,15 @@ class Schema:
         return tuple([n for n, parts in named if parts[-1] in NONNEGATIVE] + sums)
 
     @cached_property
-    def _bounded(self) -> tuple[tuple[str, str, float], ...]:
-        """(squares, mean, factor) with mean^2 <= factor * squares."""
-        found = [(second, mean, 1.0) for second, mean in self.sense.variances]
+    def _bounded(self) -> dict[float, list[tuple[str, str]]]:
+        """Pairs of squares and means by factor, with mean^2 <= factor * squares."""
+        found = {1.0: list(self.sense.variances)} if self.sense.variances else {}
         for name, value in self.untouched.items():
             mean, factor = name.removesuffix("_sq"), self.sense.ratios.get(name.split("/")[1])
             is_pair = name.endswith("/exp_avg_sq") and mean in self.untouched
             if is_pair and factor is not None and value.dtype != torch.float16:  # whose squares are zero below 2e-4
-                found.append((name, mean, factor))
-        return tuple(found)
+                found.setdefault(factor, []).append((name, mean))
+        return found
 
     @cached_property
     def _counts(self) -> tuple[str, ...]:
@@ -263,10 +294,8 @@ def check_numbers(who: str, part: str, state: Packed) -> None:
     raise UpdateError(f"{who}: {part} {name} is not finite: {told}")
 
 
-def _negative(state: Packed, names: tuple[str, ...]) -> list[str]:
-    if not names or float(torch.cat([state[name].reshape(-1) for name in names]).min()) >= 0:
-        return []
-    return [name for name in names if bool((state[name] < 0).any())]
+def _is_beyond(mean: Tensor, squares: Tensor, factor: float) -> bool:
+    return bool((mean.double().square() > factor * (1 + ROUNDING) * squares.double() + TINY).any())
 
 
 def _described(layout: Layout) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -276,6 +305,11 @@ def _described(layout: Layout) -> dict[str, tuple[tuple[int, ...], torch.dtype]]
 def _few(names: Iterable[str]) -> str:
     """Return the first of some names, as text that fits a line."""
     return ", ".join(printable(name, most=80) for name in sorted(names)[:3])
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether a value is an integer, and no truth value."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def printable(text: object, *, most: int = 200) -> str:

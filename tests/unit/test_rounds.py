@@ -34,6 +34,7 @@ from fedgan_lightning.protocol import ClientFailure, ClientUpdate
 from tests.conftest import adam, assert_states_equal, federate, quiet_trainer, ring_data, ring_gan, sgd
 
 FAULTS = ("crash", "hang", "slow", "nan", "wrong_shape", "wrong_keys", "stale", "huge_norm")
+FAULTS += ("wrong_size", "wrong_counts", "wrong_moments")
 
 
 def faulty(executor=None, **options) -> FaultyExecutor:
@@ -108,6 +109,33 @@ def test_a_failing_client_changes_nothing_for_the_others(fault):
     assert all(incident["reason"] for incident in named)
     if fault == "slow":
         assert events["late"] == 2, "what came a round too late was dropped"
+
+
+def test_a_client_that_answers_twice_counts_once_in_every_executor():
+    for make in (SequentialExecutor, VectorizedExecutor):
+        result = run(executor=faulty(make(), always={1: "twice"}), screening=Screening())
+        assert_states_equal(weights(result), weights(run(executor=make())))
+        assert result[1].ledger.events == {"rejected": 3}
+        assert result[1].ledger.client_steps == 3 * 4 * 2
+    with pytest.raises(UpdateError, match="client 1: was not asked, or has answered already. Fix: mend this client"):
+        run(executor=faulty(always={1: "twice"}))
+
+
+@pytest.mark.parametrize("optimizer", [adam, sgd], ids=["moments", "no moments"])
+@pytest.mark.parametrize("fault", ["wrong_size", "wrong_counts", "wrong_moments"])
+def test_claims_are_not_believed_in_any_executor(fault, optimizer):
+    """The others' result is that of a run without the liar; without screening the run ends with its name."""
+    for make in (SequentialExecutor, VectorizedExecutor):
+        options = {"optimizer": optimizer, "rules": RoundRules(minimum=0.5), "screening": Screening()}
+        broken = run(executor=faulty(make(), always={1: fault}), **options)
+        without = run(executor=make(), clients=SelectedClients([0, 2, 3]), optimizer=optimizer)
+        assert_states_equal(weights(broken), weights(without), atol=0 if make is SequentialExecutor else 1e-6)
+        summary = json.loads(json.dumps(broken[1].ledger.summary(), allow_nan=False))
+        assert summary["events"] == {"rejected": 3}
+        assert summary["client_steps"] == 3 * 4 * 2
+        assert summary["client_seconds"] > 0
+        with pytest.raises(UpdateError, match="client 1: .* Fix: mend this client"):
+            run(executor=faulty(make(), always={1: fault}), optimizer=optimizer)
 
 
 @pytest.mark.parametrize("fault", ["sign_flip", "noise"])
