@@ -132,12 +132,12 @@ class Terms:
         now = time.perf_counter() - (self.admission.began if is_late else self.began)
         if found.get("seconds", 0.0) > min(now, found.get(ROUND_TRIP, math.inf)) + CLOCKS:
             del found["seconds"]
-        if is_late:  # the work of the round before is not known here, and in no statistics
-            return {name: value for name, value in found.items() if not is_position(name)}
         if found.get("steps", steps) != steps:
             raise UpdateError(f"{who}: says that it took {found['steps']:.6g} steps, and was asked for {steps}")
-        found |= self._images(who, client_id, found, steps) | self._positions(who, found, steps)
-        return {**found, "steps": float(steps)}
+        found |= {**self._images(who, client_id, found, steps), "steps": float(steps)}
+        if is_late:  # where schedules were in the round before is not known here any more, and nobody goes on from it
+            return {name: value for name, value in found.items() if not is_position(name)}
+        return found | self._positions(who, found, steps)
 
     def _images(self, who: str, client_id: int, found: Mapping[str, float], steps: int) -> dict[str, float]:
         """Return the images that a client has seen: of data that say no size of minibatches, by its own account."""
@@ -236,7 +236,7 @@ class Terms:
         except Exception:  # the reason is told where it is refused
             return {}
         most = time.perf_counter() - self.admission.began + CLOCKS
-        believed = {n: float(v) for n, v in told.items() if isinstance(v, Real) and 0 <= v <= most}
+        believed = {n: float(v) for n, v in told.items() if isinstance(v, (int, float)) and 0 <= v <= most}
         return {"steps": steps, **believed}
 
 

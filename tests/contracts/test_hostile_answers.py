@@ -465,8 +465,8 @@ def test_a_hostile_late_answer_is_left_out_to_the_bit_or_named(worlds, weighting
     expected, _ = world.conduct(world.answers, aggregator=WeightedMean(weighting), screened=screened, late="discount")
     for kind, change in HOSTILE.items():
         late = change(dataclasses.replace(world.answers[LIAR], round=world.round - 1))
-        if late.round != world.round - 1 or "step" in kind or "schedule" in kind:
-            continue  # of another round, or about the work of a round that is over: it is in no statistics
+        if late.round != world.round - 1 or ("schedule" in kind and "NaN" not in kind):
+            continue  # of another round, or about schedules of one that is over: nobody goes on from these
         answers = [late, *world.answers]
         if not screened:
             with pytest.raises(UpdateError, match=rf"client {LIAR}\b"):
@@ -475,8 +475,6 @@ def test_a_hostile_late_answer_is_left_out_to_the_bit_or_named(worlds, weighting
         outcome, calls = world.conduct(answers, aggregator=WeightedMean(weighting), screened=True, late="discount")
         states, numbers = facts_of(outcome)
         others, wanted = facts_of(expected)
-        if "image" in kind:
-            continue
         assert numbers == wanted, kind
         assert all(torch.equal(states[name], others[name]) for name in others), kind
         assert_sane(outcome, calls)
