@@ -27,6 +27,8 @@ from fedgan_lightning.protocol import ROUND_TRIP, ClientUpdate, LocalWork, Parti
 
 #: Scalars that one answer may bring, and letters of their names.
 MOST_METRICS, MOST_LETTERS = 1000, 200
+#: What of a GAN decides where its schedules stand.
+SCHEDULES_BY = ("configure_optimizers", "training_step")
 #: Seconds by which clocks of two machines may differ over a round.
 CLOCKS = 1.0
 #: Under this name the ledger counts bytes of networks that there are not.
@@ -152,7 +154,7 @@ class Terms:
         """Return where a client's schedules stand: those of a :class:`GAN` move with every step, others as it says."""
         model, before = self.admission.context.model, self.work.schedule_positions
         claimed = {name: value for name, value in found.items() if is_position(name)}
-        if isinstance(model, GAN) and type(model).training_step is GAN.training_step:
+        if isinstance(model, GAN) and all(getattr(type(model), own) is getattr(GAN, own) for own in SCHEDULES_BY):
             count = sum(own is not None for own in (model.generator_scheduler, model.discriminator_scheduler))
             derived = {f"{SCHEDULE}{k}": float(_at(before, k) + steps) for k in range(count)}
             if wrong := sorted(name for name in claimed if claimed[name] != derived.get(name)):

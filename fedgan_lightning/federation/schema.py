@@ -61,9 +61,9 @@ class Schema:
     """
 
     def __init__(self, expected: Mapping[str, State], *, sense: Sense | None = None, is_open: bool = False) -> None:
-        self.expected, self.is_open = expected, is_open
+        self.expected, self.is_open = expected if is_open else {}, is_open
         self.delta, self.extras = Layout.of(expected["delta"]), Layout.of(expected["extras"])
-        self.untouched = {n: v.detach() for n, v in expected["extras"].items() if is_optimizer_entry(n)}
+        self.untouched = {n: _small(v.detach()) for n, v in expected["extras"].items() if is_optimizer_entry(n)}
         self.sense = sense if sense is not None else Sense()
         self._before: tuple[State, Tensor] | None = None
         self._plans: dict[tuple[str, ...], tuple[list[tuple[torch.dtype, int, int]], Tensor | None]] = {}
@@ -292,6 +292,11 @@ def check_numbers(who: str, part: str, state: Packed) -> None:
         fix="lower the client's learning rate, add a penalty such as R1, or clip gradients",
     )
     raise UpdateError(f"{who}: {part} {name} is not finite: {told}")
+
+
+def _small(value: Tensor) -> Tensor:
+    """Return zeros without memory of their own: the schema is kept for a whole run."""
+    return value if bool(value.any()) else value.new_zeros(()).expand(value.shape)
 
 
 def _is_beyond(mean: Tensor, squares: Tensor, factor: float) -> bool:

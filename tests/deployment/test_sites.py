@@ -15,7 +15,7 @@ from fedgan_lightning.__main__ import main  # noqa: E402
 from fedgan_lightning.checkpoints import read_checkpoint  # noqa: E402
 from fedgan_lightning.deployment import wire  # noqa: E402
 from fedgan_lightning.deployment.apps import serve_over  # noqa: E402
-from fedgan_lightning.deployment.sites import Sites  # noqa: E402
+from fedgan_lightning.deployment.sites import Sites, checked_facts  # noqa: E402
 from fedgan_lightning.errors import ConfigurationError, QuorumError  # noqa: E402
 from fedgan_lightning.packing import Layout  # noqa: E402
 from fedgan_lightning.protocol import ClientTask, ClientUpdate, LocalWork  # noqa: E402
@@ -286,7 +286,7 @@ SAFE = [
 
 @pytest.mark.parametrize(
     "fault",
-    [*("nan", "wrong_shape", "wrong_keys", "stale", "huge_norm"), *("wrong_size", "wrong_counts", "wrong_moments")],
+    ["nan", "wrong_shape", "wrong_keys", "stale", "huge_norm", "wrong_size", "wrong_counts", "wrong_moments"],
 )
 def test_a_site_that_answers_wrongly_is_named_and_left_out(tmp_path, fault):
     deploy(tmp_path, *SAFE, told={1: hostile(tmp_path, fault)})
@@ -297,43 +297,39 @@ def test_a_site_that_answers_wrongly_is_named_and_left_out(tmp_path, fault):
     assert {incident["client_id"] for incident in found["incidents"]} == {1}
 
 
-def poison(**facts):
-    """Return what rewrites facts of a site's updates on their way; a function is called with the records."""
+LIES = [
+    ({"num_examples": math.inf}, "rejected", "counts inf examples, which is no whole number"),
+    ({"num_examples": "12"}, "rejected", "counts 12 examples, which is no whole number"),
+    ({"num_examples": True}, "rejected", "counts True examples"),
+    ({"round": math.inf}, "rejected", "answers round inf in round"),
+    ({"round": math.nan}, "rejected", "answers round nan in round"),
+    ({"metric|seconds": "long"}, "rejected", "metric seconds is a str"),
+    ({"metric|loss_d": [1.0, 2.0]}, "rejected", "metric loss_d is a list"),
+    ({"layout|delta": "[" * 100_000}, "failed", "an answer that is no update"),
+    ({"layout|delta": '{"names": ["a"], "shapes": [[Infinity]], "dtypes": ["float32"]}'}, "failed", "no update"),
+    ({"layout|delta": "7"}, "failed", "an answer that is no update"),
+    ({"error": "x\x1b[2J" * 10_000}, "failed", "x"),
+]
 
-    def edit(node, kind, reply):
+
+def test_a_site_may_say_anything_and_is_named(tmp_path):
+    """Another lie in every round."""
+    told = iter(LIES)
+
+    def lie(node, kind, reply):
         if (node, kind) == (101, "train"):
-            for name, value in facts.items():
-                reply.content["facts"][name.replace("__", "|").replace("_at_", "/")] = value
+            reply.content["facts"].update(next(told)[0])
 
-    return edit
-
-
-@pytest.mark.parametrize(
-    ("facts", "kind", "reason"),
-    [
-        ({"num_examples": math.inf}, "rejected", "counts inf examples, which is no whole number"),
-        ({"num_examples": "12"}, "rejected", "counts 12 examples, which is no whole number"),
-        ({"num_examples": True}, "rejected", "counts True examples"),
-        ({"round": math.inf}, "rejected", "answers round inf in round"),
-        ({"round": math.nan}, "rejected", "answers round nan in round"),
-        ({"metric__seconds": "long"}, "rejected", "metric seconds is a str"),
-        ({"metric__loss_d": [1.0, 2.0]}, "rejected", "metric loss_d is a list"),
-        ({"layout__delta": "[" * 100_000}, "failed", "an answer that is no update"),
-        ({"layout__delta": '{"names": ["a"], "shapes": [[Infinity]], "dtypes": ["float32"]}'}, "failed", "no update"),
-        ({"layout__delta": "7"}, "failed", "an answer that is no update"),
-        ({"error": "x\x1b[2J" * 10_000}, "failed", "x"),
-    ],
-    ids=str,
-)
-def test_a_site_may_say_anything_and_is_named(tmp_path, facts, kind, reason):
-    grid = grid_of(tmp_path, [*SHORT, *SAFE, "--federation.rounds", "1"])
-    grid.edit = poison(**facts)
-    deploy(tmp_path, *SAFE, "--federation.rounds", "1", grid=grid)
-    (incident,) = summary(tmp_path, "deployed")["incidents"]
-    assert (incident["client_id"], incident["kind"]) == (1, kind)
-    assert reason in incident["reason"]
-    assert incident["reason"].isprintable()
-    assert len(incident["reason"]) < 800
+    options = [*SAFE, "--federation.rounds", str(len(LIES)), "--federation.local_steps", "1"]
+    grid = grid_of(tmp_path, [*SHORT, *options])
+    grid.edit = lie
+    deploy(tmp_path, *options, grid=grid)
+    incidents = summary(tmp_path, "deployed")["incidents"]
+    for incident, (_, kind, reason) in zip(incidents, LIES, strict=True):
+        assert (incident["client_id"], incident["kind"]) == (1, kind)
+        assert reason in incident["reason"]
+        assert incident["reason"].isprintable()
+        assert len(incident["reason"]) < 800
 
 
 @pytest.mark.parametrize(
@@ -343,24 +339,32 @@ def test_a_site_may_say_anything_and_is_named(tmp_path, facts, kind, reason):
         ({"num_examples": 0}, "0 examples, not between 1 and"),
         ({"num_examples": 12.5}, "sizes are whole numbers"),
         ({"num_examples": math.inf}, "sizes are whole numbers"),
-        ({"label_counts": [-1, 1]}, "labels of 0 examples"),
+        ({"num_examples": True}, "sizes are whole numbers"),
+        ({"label_counts": [-1, 13]}, "labels of 12 examples"),
         ({"label_counts": [1] * 10}, "labels of 10 examples"),
-        ({"label_counts": 7}, "answers with no facts"),
+        ({"label_counts": [5.5, 6.5]}, "sizes are whole numbers"),
         ({"client_id": 1.0}, "sizes are whole numbers"),
     ],
     ids=str,
 )
-def test_a_site_that_says_of_itself_what_cannot_be_is_refused_when_it_joins(tmp_path, monkeypatch, facts, reason):
+def test_what_a_site_says_of_itself_can_be(facts, reason):
+    honest = {"client_id": 1, "num_examples": 12, "label_counts": [5, 7]}
+    assert checked_facts(honest) == honest
+    with pytest.raises(ValueError, match=reason):
+        checked_facts({**honest, **facts})
+
+
+def test_a_site_that_says_of_itself_what_cannot_be_is_refused_when_it_joins(tmp_path, monkeypatch):
     monkeypatch.setattr("fedgan_lightning.deployment.sites.JOIN_SECONDS", 0.0)
 
     def lie(node, kind, reply):
         if node == 101 and "num_examples" in wire.facts_of(reply.content):
-            reply.content["facts"].update(facts)
+            reply.content["facts"]["num_examples"] = 2**62
 
     grid = grid_of(tmp_path, SHORT)
     grid.edit = lie
     with pytest.raises(
-        QuorumError, match=rf"clients \[1\] within 0 s, and 1 refused: answers with no facts .*{reason}"
+        QuorumError, match=r"clients \[1\] within 0 s, and 1 refused: answers with no facts .*examples, "
     ):
         deploy(tmp_path, grid=grid)
 
