@@ -54,7 +54,7 @@ EVERYTHING = [
 def arguments(config: str) -> list[str]:
     """Return the command and its options, but for the run directory."""
     name = "digits" if config == "everything" else config
-    rounds, options = CONFIGS[config] if config in CONFIGS else (12, EVERYTHING)
+    rounds, options = CONFIGS.get(config, (12, EVERYTHING))
     shared = str(ROOT.parent / "shared" / "data")
     return [
         "fit", "--config", str(ROOT / "configs" / f"{name}.yaml"),

@@ -160,11 +160,11 @@ def unstack(state: State) -> list[Packed]:
     return [Packed(layout, {dtype: own[index] for dtype, own in rows.items()}) for index in range(count)]
 
 
-def plain(numbers: Mapping[str, Any]) -> dict[str, float]:
+def plain(numbers: Mapping[Any, Any]) -> dict[Any, float]:
     """Return numbers as plain ones; tensors among them are read together, since each is waited for on a device."""
     tensors = {name: value for name, value in numbers.items() if isinstance(value, Tensor)}
     found = {name: float(value) for name, value in numbers.items() if name not in tensors}
-    by_device: dict[torch.device, list[str]] = {}
+    by_device: dict[torch.device, list[Any]] = {}
     for name, value in tensors.items():
         by_device.setdefault(value.device, []).append(name)
     for names in by_device.values():

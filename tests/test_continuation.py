@@ -109,7 +109,9 @@ class TestCommandLine:
         assert run(*told, capsys=capsys)[0] == 0
         assert "fid" in summary(copy)["test"]
 
-    @pytest.mark.parametrize("change", [["--best.monitor", "fid_test"], ["--best.mode", "max"], ["--best.monitor=null"]])
+    @pytest.mark.parametrize(
+        "change", [["--best.monitor", "fid_test"], ["--best.mode", "max"], ["--best.monitor=null"]]
+    )
     def test_the_best_checkpoint_is_ranked_by_one_metric(self, change, copy, capsys):
         before = files(copy)
         told = ["fit", *small("digits"), *QUICK, "--run_dir", copy, "--ckpt_path", "last", "--federation.rounds", "3"]
@@ -260,7 +262,9 @@ class TestBest:
 
         def go(folder: Path, **options):
             evaluation = Scores(metrics=[], every_n_rounds=1)
-            federation(folder, evaluation=evaluation, best=BestCheckpoint(), rounds=options.pop("rounds")).fit(**options)
+            federation(folder, evaluation=evaluation, best=BestCheckpoint(), rounds=options.pop("rounds")).fit(
+                **options
+            )
 
         go(tmp_path / "run", rounds=2)
         (tmp_path / "run").rename(tmp_path / "moved")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -26,6 +26,23 @@ class Survey(Protocol):
     def facts(self) -> dict[int, dict[str, Any]]: ...
 
     def sums(self, facts: dict[str, Any], state: State) -> list[State]: ...
+
+
+def _check_labels(widths: Mapping[int, int], *, num_classes: int) -> None:
+    """Refuse sites that count other labels than the server has; where nobody has any, all count their samples.
+
+    Raises:
+        ConfigurationError: If there is one; names it.
+    """
+    wanted = num_classes if num_classes and {*widths.values()} != {1} else 1
+    if wrong := sorted(client_id for client_id, width in widths.items() if width != wanted):
+        raise ConfigurationError(
+            message(
+                f"sites count samples of {wanted} labels",
+                received=f"{widths[wrong[0]]} from client {wrong[0]}",
+                fix="give server and sites the same class_names",
+            )
+        )
 
 
 class SurveyedDataModule(FederatedDataModule):
@@ -57,7 +74,9 @@ class SurveyedDataModule(FederatedDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Ask the sites what they hold."""
         if not self._facts:
-            self._facts = self._survey.facts()
+            facts = self._survey.facts()
+            _check_labels({k: len(own["label_counts"]) for k, own in facts.items()}, num_classes=self.num_classes)
+            self._facts = facts
 
     def num_examples(self, client_id: int) -> int:
         return int(self._facts[client_id]["num_examples"])
@@ -78,8 +97,13 @@ class SurveyedDataModule(FederatedDataModule):
             ConfigurationError: If an answer is none.
             QuorumError: If a site does not answer.
         """
-        for answer in self._survey.sums({**question.facts(), "question": question.kind}, question.state()):
-            question.check(answer)
+        sizes = {k: self.num_examples(k) for k in range(self.num_clients)}
+        found = self._survey.sums({**question.facts(), "question": question.kind}, question.state())
+        for client_id, answer in enumerate(found):
+            if self._survey.sums_only:
+                question.check(answer, who="all sites together, of whom none can be named", sizes=[*sizes.values()])
+            else:
+                question.check(answer, who=f"client {client_id}", sizes=[sizes[client_id]])
             yield answer
 
     def client_samples(self, client_id: int) -> ClientSamples:

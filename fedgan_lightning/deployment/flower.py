@@ -16,6 +16,7 @@ from fedgan_lightning.deployment import wire
 from fedgan_lightning.deployment.sites import Sites, trouble_in
 from fedgan_lightning.errors import RoundInterrupted
 from fedgan_lightning.federation.local import ClientContext
+from fedgan_lightning.federation.schema import printable
 from fedgan_lightning.protocol import ROUND_TRIP, ClientFailure, ClientTask, ClientUpdate, Executor
 
 #: Tag of the number of connected sites.
@@ -106,8 +107,8 @@ class FlowerExecutor(Executor):
         if trouble is None:
             try:
                 update = wire.to_update(reply.content, client_id=task.client_id)
-            except (KeyError, ValueError, TypeError) as error:
-                trouble = f"an answer that is no update ({type(error).__name__}: {error})"
+            except Exception as error:  # what comes can be anything, and must not end the server
+                trouble = printable(f"an answer that is no update ({type(error).__name__}: {error})")
         if trouble is not None:
             return ClientFailure(task.client_id, task.round, stage="reply", cause=trouble)
         if not is_late:

@@ -31,6 +31,7 @@ from fedgan_lightning.deployment.sites import ANSWER_SECONDS, Sites
 from fedgan_lightning.errors import UpdateError
 from fedgan_lightning.federation.ledger import network_in_ledger
 from fedgan_lightning.federation.local import never
+from fedgan_lightning.federation.schema import printable
 from fedgan_lightning.federation.secure import NARROW, SecureAggregation, Summand, words_of
 from fedgan_lightning.packing import Layout
 
@@ -38,8 +39,8 @@ logger = logging.getLogger("fedgan_lightning")
 
 #: Under this name the ledger counts keys, shares and metrics.
 OVERHEAD = "secure"
-#: What malformed answers raise.
-MALFORMED = (KeyError, ValueError, TypeError)
+#: Longest sealed share that is passed on, in bytes.
+MOST_SEALED = 10_000
 
 
 @dataclass
@@ -87,6 +88,8 @@ class SecureSessions:
         kind: str,
         group: str = "",
         complete: bool = False,
+        size_of: Callable[[int], int] | None = None,
+        check: Callable[[int, Mapping[str, Layout], Mapping[str, Any]], None] | None = None,
         stop_requested: Callable[[], bool] = never,
     ) -> Opened:
         """Return the sum of what these clients answer to ``question``.
@@ -98,12 +101,15 @@ class SecureSessions:
             group: Name under which Flower lists the messages.
             complete: Whether to open the sum of all of them or none. What sites answer every time alike would otherwise
                 be told apart: the sum with a site, less the sum without it.
+            size_of: N_k as clients told it when they joined; one that says otherwise is left out.
+            check: Called with client, layouts and facts of what came, before anything is opened; one for whom it raises
+                an error is left out.
             stop_requested: Whether to give up.
 
         Raises:
             RoundInterrupted: If the user asks to stop.
         """
-        session = _Run(self, secrets.randbits(62), kind, group, stop_requested)
+        session = _Run(self, secrets.randbits(62), kind, group, stop_requested, size_of=size_of, check=check)
         return session.opened(clients, question, complete=complete)
 
 
@@ -111,8 +117,17 @@ class _Run:
     """One session."""
 
     def __init__(
-        self, owner: SecureSessions, session: int, kind: str, group: str, stop_requested: Callable[[], bool]
+        self,
+        owner: SecureSessions,
+        session: int,
+        kind: str,
+        group: str,
+        stop_requested: Callable[[], bool],
+        *,
+        size_of: Callable[[int], int] | None,
+        check: Callable[[int, Mapping[str, Layout], Mapping[str, Any]], None] | None,
     ) -> None:
+        self.size_of, self.check = size_of, check
         self.owner, self.session, self.kind, self.group = owner, session, kind, group
         self.stop_requested, self.result = stop_requested, Opened()
 
@@ -136,8 +151,8 @@ class _Run:
             total = self._sum(sealed, vectors, answers, needed)
             weights = shares_of(members, vectors, weight=self.owner.weight) | {"sums": 1 / len(members)}
             self.result.means = total.means(weights, secure=self.owner.secure)
-        except (*MALFORMED, UpdateError) as error:
-            return self._given_up(vectors, "unmask", f"shares or masks do not fit: {error}")
+        except Exception as error:  # shares are what somebody sent
+            return self._given_up(vectors, "unmask", printable(f"shares or masks do not fit: {error}"))
         return self.result
 
     # ------------------------------------------------------------------ four stages
@@ -145,17 +160,32 @@ class _Run:
     def _advertised(self, clients: Iterable[int]) -> dict[int, Member]:
         contents = {k: wire.content({"ask": "advertise", "session": self.session}) for k in clients}
         found: dict[int, Member] = {}
+        probe, taken = masking.Keys.fresh().mask, set[bytes]()
         for k, records in self._ask(contents, "advertise").items():
             try:
                 (own,) = members_of_facts(wire.facts_of(records)).values()
-                if own.num_examples < 1:
-                    raise ValueError(f"{own.num_examples} examples")
-            except MALFORMED as error:
-                self._lose(k, "advertise", f"no keys ({error})")
+                self._check_member(k, own, probe, taken)
+            except Exception as error:  # what comes can be anything, and must not end the server
+                self._lose(k, "advertise", printable(f"no keys ({error})"))
                 continue
             found[k] = own
+            taken |= {own.mask, own.seal}
             self._count(k, {OVERHEAD: len(own.mask) + len(own.seal)})
         return found
+
+    def _check_member(self, client_id: int, own: Member, probe: bytes, taken: set[bytes]) -> None:
+        """Refuse keys with which all others would refuse the session, and another size than was told before.
+
+        Raises:
+            ValueError: If they are none, or somebody else's, or the size differs.
+        """
+        told = None if self.size_of is None else self.size_of(client_id)
+        if own.num_examples < 1 or own.num_examples != (told or own.num_examples):
+            raise ValueError(f"{own.num_examples} examples" + (f", and {told} when it joined" if told else ""))
+        if own.mask == own.seal or {own.mask, own.seal} & taken:
+            raise ValueError("keys that another has, too")
+        for key in (own.mask, own.seal):
+            masking.agree(probe, key)
 
     def _sealed(self, members: Mapping[int, Member]) -> dict[int, dict[int, bytes]]:
         """Return the sealed shares, by source and destination."""
@@ -166,8 +196,10 @@ class _Run:
                 own = sealed_of_facts(wire.facts_of(records))
                 if {*own} != {*members} - {k}:
                     raise ValueError(f"for clients {sorted(own)}")
-            except MALFORMED as error:
-                self._lose(k, "share", f"no shares ({error})")
+                if max(map(len, own.values())) > MOST_SEALED:
+                    raise ValueError(f"more than {MOST_SEALED} bytes")
+            except Exception as error:
+                self._lose(k, "share", printable(f"no shares ({error})"))
                 continue
             found[k] = own
             self._count(k, {OVERHEAD: sum(map(len, own.values()))})
@@ -185,9 +217,15 @@ class _Run:
         seconds = self.owner.timeout if self.kind == wire.TRAIN else ANSWER_SECONDS
         for k, records in self._ask(contents, "reply", kind=self.kind, seconds=seconds).items():
             try:
-                found[k], self.result.facts[k] = summand_of_content(records)
-            except MALFORMED as error:
-                self._lose(k, "reply", f"no masked vector ({error})")
+                summand, facts = summand_of_content(records)
+                if self.check is not None:
+                    self.check(k, summand.layouts, facts)
+            except UpdateError as error:
+                self._lose(k, "reply", printable(error))
+            except Exception as error:
+                self._lose(k, "reply", printable(f"no masked vector ({error})"))
+            else:
+                found[k], self.result.facts[k] = summand, facts
         layouts = [own.layouts for own in found.values()]
         usual = max(layouts, key=layouts.count, default={})
         for k in [k for k, own in found.items() if own.layouts != usual]:
@@ -205,7 +243,7 @@ class _Run:
         for k, records in answers.items():
             try:
                 found[k] = sealed_of_facts(wire.facts_of(records))
-            except MALFORMED:
+            except Exception:
                 logger.warning(f"client {k} answers the last message of a session without shares")
                 continue
             self._count(k, {OVERHEAD: sum(map(len, found[k].values()))})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -10,10 +10,16 @@ import torch
 from fedgan_lightning.deployment import wire
 from fedgan_lightning.deployment.flower import ACCEPTED, CONNECTED
 from fedgan_lightning.deployment.secure import SecureSessions
-from fedgan_lightning.errors import OutOfRangeError, QuorumError, message
+from fedgan_lightning.errors import OutOfRangeError, QuorumError, UpdateError, message
+from fedgan_lightning.federation.admission import Admission
 from fedgan_lightning.federation.local import ClientContext
+from fedgan_lightning.federation.rounds import is_position
+from fedgan_lightning.federation.schema import printable
+from fedgan_lightning.packing import Layout
 from fedgan_lightning.protocol import ROUND_TRIP, ClientFailure, ClientTask, Executor, Participant, State, UpdateSum
 
+#: Scalars that sites say in the clear: they follow from sizes and clocks, not from data.
+CLEAR = ("images", "steps", "seconds")
 #: Stages at which a client that is lost has not been sent its task.
 BEFORE_THE_TASK = ("advertise", "share")
 
@@ -31,10 +37,11 @@ class SecureExecutor(Executor):
     def __init__(self, sessions: SecureSessions) -> None:
         self.sessions = sessions
         self._context: ClientContext | None = None
+        self._admission: Admission | None = None
 
     def setup(self, context: ClientContext) -> None:
         context.ranks.refuse_several("the server of a deployment is one process")
-        self._context = context
+        self._context, self._admission = context, Admission(context)
 
     def run(self, tasks: Iterable[ClientTask]) -> Iterator[UpdateSum | ClientFailure]:
         assert self._context is not None
@@ -53,6 +60,8 @@ class SecureExecutor(Executor):
             question,
             kind=wire.TRAIN,
             group=str(round),
+            size_of=self._context.data.num_examples,
+            check=self._check(listed),
             stop_requested=self._context.stop_requested,
         )
         for client_id, (stage, cause) in sorted(found.lost.items()):
@@ -68,8 +77,23 @@ class SecureExecutor(Executor):
         means = {name: float(value) for name, value in found.means["metrics"].items()}
         yield UpdateSum(round, tuple(participants), found.means["delta"], found.means["extras"], means)
 
+    def _check(self, tasks: Mapping[int, ClientTask]) -> Callable[[int, Mapping[str, Layout], Mapping[str, Any]], None]:
+        """Return what looks at every answer while its vector is masked: later nobody could be left out."""
+        assert self._admission is not None
+        one = next(iter(tasks.values()))
+        terms = self._admission.terms(round=one.round, state=one.state, work=one.local)
+
+        def check(client_id: int, layouts: Mapping[str, Layout], facts: Mapping[str, Any]) -> None:
+            terms.check_layouts(client_id, layouts)
+            clear = wire.metrics_of(facts)
+            if others := [name for name in clear if name not in CLEAR and not is_position(name)]:
+                raise UpdateError(f"client {client_id}: says {printable(others[0])} in the clear")
+            terms.metrics(f"client {client_id}", client_id, clear)
+
+        return check
+
     def teardown(self) -> None:
-        self._context = None
+        self._context = self._admission = None
 
     def facts(self) -> dict[str, Any]:
         sites, timeout = self.sessions.sites, self.sessions.timeout
@@ -107,9 +131,15 @@ class SecureSurvey:
             OutOfRangeError: If a site's sums are too large to be masked.
             QuorumError: If a site is not in them: sums of some would be mistaken for those of all.
         """
-        clients = sorted(self.facts())
+        known = self.facts()
         question = {**facts, "ask": "sums"}
-        found = self.sessions.run(clients, lambda _: wire.content(question, told=state), kind=wire.QUERY, complete=True)
+        found = self.sessions.run(
+            sorted(known),
+            lambda _: wire.content(question, told=state),
+            kind=wire.QUERY,
+            complete=True,
+            size_of=lambda client_id: int(known[client_id]["num_examples"]),
+        )
         if found.lost:
             too_large = [cause for _, cause in found.lost.values() if cause.startswith(OutOfRangeError.__name__)]
             if too_large:

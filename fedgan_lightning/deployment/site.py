@@ -19,12 +19,13 @@ from torch import Tensor
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.samples import BatchStream, ClientSamples
 from fedgan_lightning.deployment import wire
+from fedgan_lightning.deployment.secure_users import CLEAR
 from fedgan_lightning.deployment.session import Session, summand_to_content
 from fedgan_lightning.errors import ConfigurationError, UpdateError, message
 from fedgan_lightning.evaluation.fidelity import ThirdPowers
 from fedgan_lightning.evaluation.questions import COUNT, FeatureMoments, Respondent
 from fedgan_lightning.evaluation.ranking import ItemCounts, Rankings
-from fedgan_lightning.federation.aggregation import check_update
+from fedgan_lightning.federation.aggregation import checked_states
 from fedgan_lightning.federation.checks import same_precision
 from fedgan_lightning.federation.ledger import bytes_by_network
 from fedgan_lightning.federation.local import ClientContext, LocalTrainer
@@ -32,7 +33,6 @@ from fedgan_lightning.federation.optimizer_state import SCHEDULE, only_moments
 from fedgan_lightning.federation.policy import resolve
 from fedgan_lightning.federation.rounds import lengths
 from fedgan_lightning.federation.store import ClientStore
-from fedgan_lightning.packing import Packed
 from fedgan_lightning.protocol import ClientTask, ClientUpdate, LocalWork, State
 from fedgan_lightning.states import network_of
 from fedgan_lightning.version import __version__
@@ -43,8 +43,6 @@ STATES_KEPT = 20
 QUESTIONS = {question.kind: question for question in (FeatureMoments, ThirdPowers, ItemCounts, Rankings)}
 #: Sums over fewer samples say nearly what the samples are.
 FEWEST_SAMPLES = 10
-#: Scalars that sites say in the clear under secure aggregation: they follow from sizes and clocks, not from data.
-CLEAR = ("images", "steps", "seconds")
 #: Settings of ``federation`` that both sides must share.
 SHARED = ("local_steps", "local_epochs", "sync", "optimizer_state", "buffers")
 
@@ -220,8 +218,7 @@ class Site:
     @staticmethod
     def _run(task: ClientTask, context: ClientContext) -> ClientUpdate:
         update = LocalTrainer(context).run(task)
-        states = (Packed.of(update.delta), Packed.of(update.extras))
-        check_update(task.client_id, num_examples=update.num_examples, states=states)
+        checked_states(update)
         return update
 
     def sums(self, facts: Mapping[str, Any], state: State, *, is_masked: bool = False) -> dict[str, Tensor]:
@@ -295,8 +292,7 @@ class Site:
         Raises:
             UpdateError: If it is not finite or out of range; names the client.
         """
-        states = (Packed.of(update.delta), Packed.of(update.extras))
-        check_update(self.client_id, num_examples=update.num_examples, states=states)
+        states = checked_states(update)
         metrics = {**update.metrics, **lengths(update.delta, sorted({network_of(name) for name in update.delta}))}
         clear = {n: v for n, v in metrics.items() if n in CLEAR or n.startswith(SCHEDULE)}
         others = {n: torch.tensor(v, dtype=torch.float64) for n, v in sorted(metrics.items()) if n not in clear}

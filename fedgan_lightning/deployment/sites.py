@@ -11,12 +11,16 @@ from typing import Any, ClassVar
 
 from fedgan_lightning.deployment import wire
 from fedgan_lightning.errors import QuorumError, RoundInterrupted, message
+from fedgan_lightning.federation.aggregation import MOST_EXAMPLES
 from fedgan_lightning.federation.local import never
+from fedgan_lightning.federation.schema import is_whole, printable
 from fedgan_lightning.files import write_text
 from fedgan_lightning.protocol import State
 
 logger = logging.getLogger("fedgan_lightning")
 
+#: Letters that are kept of what a site says is wrong.
+MOST_LETTERS = 500
 #: Seconds between two looks for answers: Flower's own loop takes three.
 POLL_SECONDS = 0.2
 #: Seconds between two looks at who is connected, while answers are waited for.
@@ -158,11 +162,10 @@ class Sites:
     def _introduce(self, node_id: int, answer: dict[str, Any]) -> None:
         """Let a site take part, or refuse it by name."""
         try:
-            facts: dict[str, Any] = {name: int(answer[name]) for name in ("client_id", "num_examples")}
-            facts["label_counts"] = [int(count) for count in answer["label_counts"]]
-            reason = self._objection(node_id, facts, str(answer["digest"]))
-        except (KeyError, TypeError, ValueError) as error:
-            reason = f"answers with no facts ({type(error).__name__}: {error})"
+            facts = checked_facts(answer)
+            reason = self._objection(node_id, facts, printable(answer["digest"]))
+        except Exception as error:  # what comes can be anything, and must not end the server
+            reason = printable(f"answers with no facts ({type(error).__name__}: {error})")
         if reason is not None:
             self._refused[node_id] = reason
             logger.warning(f"site {node_id} refused: it {reason}")
@@ -210,7 +213,7 @@ class Sites:
         for client_id, node in nodes.items():
             try:
                 found.append(wire.state_of(answers[node], "sums"))
-            except (KeyError, ValueError, TypeError):
+            except Exception:  # what comes can be anything, and its site has to be named
                 silent[client_id] = "an answer without sums" if node in answers else self._troubles.get(node, "")
         if silent:
             raise _incomplete(silent)
@@ -299,11 +302,32 @@ def _clients(ids: Iterable[int]) -> str:
 def trouble_in(reply: Any) -> str | None:
     """Return what is wrong with a reply, in words."""
     if reply.has_error():
-        return f"Flower error {reply.error.code}: {reply.error.reason}"
+        return printable(f"Flower error {reply.error.code}: {reply.error.reason}", most=MOST_LETTERS)
     if "facts" not in reply.content:
         return "an answer without facts"
-    trouble = wire.facts_of(reply.content).get("error")
-    return None if trouble is None else str(trouble)
+    try:
+        trouble = wire.facts_of(reply.content).get("error")
+    except Exception as error:  # records of another kind by that name
+        trouble = f"an answer without facts ({type(error).__name__})"
+    return None if trouble is None else printable(trouble, most=MOST_LETTERS)
+
+
+def checked_facts(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a site says of itself.
+
+    Raises:
+        ValueError: If it is none: sizes are whole numbers that a server can add up, and those of labels sum to N_k.
+    """
+    facts: dict[str, Any] = {name: answer[name] for name in ("client_id", "num_examples")}
+    facts["label_counts"] = list(answer["label_counts"])
+    size, counts = facts["num_examples"], facts["label_counts"]
+    if not all(map(is_whole, (*facts.values(),)[:2])) or not all(map(is_whole, counts)):
+        raise ValueError("sizes are whole numbers")
+    if not 1 <= size <= MOST_EXAMPLES:
+        raise ValueError(f"{printable(size)} examples, not between 1 and {MOST_EXAMPLES}")
+    if min(counts, default=-1) < 0 or sum(counts) != size:
+        raise ValueError(f"labels of {printable(sum(counts))} examples, and {size} examples")
+    return facts
 
 
 def only_plain(error: BaseException) -> str:

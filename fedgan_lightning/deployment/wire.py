@@ -111,15 +111,18 @@ def from_update(update: ClientUpdate) -> Any:
 
 
 def to_update(records: Any, *, client_id: int) -> ClientUpdate:
-    """Return the update; who sent it is known from the connection, and not asked of the sender."""
+    """Return the update; who sent it is known from the connection, and not asked of the sender.
+
+    Numbers are passed on as they came: whether they can be right is decided where all updates are looked at.
+    """
     facts = facts_of(records)
     return ClientUpdate(
         client_id=client_id,
-        num_examples=int(facts["num_examples"]),
+        num_examples=facts["num_examples"],
         delta=state_of(records, "delta"),
         metrics=metrics_of(facts),
         extras=state_of(records, "extras"),
-        round=int(facts["round"]),
+        round=facts["round"],
     )
 
 
@@ -131,4 +134,4 @@ def from_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
 def metrics_of(facts: Mapping[str, Any]) -> dict[str, float]:
     """Undo :func:`from_metrics`."""
     prefix = f"metric{SEPARATOR}"
-    return {name.removeprefix(prefix): float(v) for name, v in facts.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): value for name, value in facts.items() if name.startswith(prefix)}

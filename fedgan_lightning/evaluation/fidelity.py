@@ -17,7 +17,7 @@ from fedgan_lightning.evaluation.fid import FeatureSums, feature_sums, frechet_d
 from fedgan_lightning.evaluation.kernel import MOST_FEATURES, KernelSums, kernel_distance, kernel_sums, num_distinct
 from fedgan_lightning.evaluation.metrics import Metric, check_reals, clients_of, everything, is_enough, suitable
 from fedgan_lightning.evaluation.portable import to_facts
-from fedgan_lightning.evaluation.questions import CHUNK, Question, Respondent, chunks, net_of, summed
+from fedgan_lightning.evaluation.questions import CHUNK, ROUNDING, Question, Respondent, chunks, net_of, summed
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import State
 
@@ -58,6 +58,17 @@ class ThirdPowers(Question):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {"third": (num_distinct(self.net.num_features),), "own": ()}
+
+    def objection(self, answer: State, *, count: int) -> str | None:
+        """With u = (f / sqrt d, 1) every |u_i u_j u_k| <= |u|^6, the last u u u is 1, and |u| >= 1."""
+        third, own = answer["third"].double(), float(answer["own"])
+        if abs(float(third[-1]) - count) > ROUNDING * count or own < count * (1 - ROUNDING):
+            return "third powers of another number of samples"
+        return (
+            "third powers that are larger than their squares allow"
+            if float(third.abs().max()) > own * (1 + ROUNDING)
+            else None
+        )
 
 
 class KernelDistance(Metric):

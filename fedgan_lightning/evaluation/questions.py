@@ -7,7 +7,7 @@ questions that they know and no others, and there is no question whose answer is
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -20,12 +20,16 @@ from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.features import FrozenNet
 from fedgan_lightning.evaluation.fid import feature_sums
 from fedgan_lightning.evaluation.portable import from_facts, sums_to_state, to_facts
-from fedgan_lightning.packing import is_finite
+from fedgan_lightning.federation.schema import is_believable
 from fedgan_lightning.protocol import State
 from fedgan_lightning.seeding import make_generator
 
 #: Samples that are looked at together.
 CHUNK = 1000
+#: Dtypes of sums.
+SUMS = (torch.float32, torch.float64)
+#: How far rounding may move a sum, relative to 1 and to its size; sums that were masked are rounded once more.
+ROUNDING = 1e-4
 #: Every answer says under this name how many samples it sums up.
 COUNT = "count"
 
@@ -75,20 +79,48 @@ class Question(ABC):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every sum but ``count``."""
 
-    def check(self, answer: State) -> None:
+    @abstractmethod
+    def objection(self, answer: State, *, count: int) -> str | None:
+        """Return why sums over so many samples cannot be right, or ``None``; they are finite and of the right shapes.
+
+        Sums are inequalities to each other: a client that answers within them can still say what is not true of its
+        samples, and no server that does not see these would know.
+        """
+
+    def most(self, sizes: Sequence[int]) -> int:
+        """Return how many samples clients of these sizes sum up at most."""
+        return sum(sizes)
+
+    def check(self, answer: State, *, who: str = "a site", sizes: Sequence[int] | None = None) -> None:
         """Refuse an answer that is none.
 
+        Args:
+            answer: The sums.
+            who: Who answers, in words.
+            sizes: Sizes of the data sets that are in them, as they were told when clients joined.
+
         Raises:
-            ConfigurationError: If it has other entries or shapes, is not finite, or sums up nothing.
+            ConfigurationError: If it has other entries, shapes or dtypes, is not finite, sums up nothing or more than
+                there is, or cannot be a sum over samples.
         """
         wanted = {**self.shapes(), COUNT: ()}
         found = {name: tuple(value.shape) for name, value in answer.items()}
-        finite = all(map(is_finite, answer.values()))
-        if found != wanted or not finite or int(answer[COUNT]) < 1:
+        finite = all(map(is_believable, answer.values()))
+        kinds = {name: value.dtype for name, value in answer.items()}
+        count = int(answer[COUNT]) if finite and found.get(COUNT) == () and kinds[COUNT] == torch.int64 else 0
+        reason = None
+        if not finite:
+            reason = "NaN, infinity or larger numbers than there are"
+        elif found != wanted or any(kinds[name] not in SUMS for name in self.shapes()):
+            reason = f"finite numbers of shapes {found}"
+        elif count < 1 or (sizes is not None and count > self.most(sizes)):
+            reason = f"sums over {answer[COUNT].item()} samples" + (f" of {self.most(sizes)}" if sizes else "")
+        reason = reason or self.objection(answer, count=count)
+        if reason is not None:
             raise ConfigurationError(
                 message(
                     f"sites answer {self.kind} with finite sums of shapes {wanted}",
-                    received=f"{'finite numbers' if finite else 'NaN or infinity'} of shapes {found}",
+                    received=f"{reason} from {who}",
                     fix="install the same version everywhere, and look for NaN in the data",
                 )
             )
@@ -147,6 +179,25 @@ class FeatureMoments(Question):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         size = self.net.num_features
         return {"total": (size,), "outer": (size, size)}
+
+    def most(self, sizes: Sequence[int]) -> int:
+        return sum(sizes) if self.limit is None else sum(min(size, self.limit) for size in sizes)
+
+    def objection(self, answer: State, *, count: int) -> str | None:
+        """Cauchy and Schwarz: |C_ij|^2 <= C_ii C_jj for C = sum f f^T - (sum f)(sum f)^T / n, which is symmetric."""
+        total, outer = answer["total"].double(), answer["outer"].double()
+        slack = ROUNDING * (1.0 + outer.diagonal().clamp_min(0))
+        if bool(((outer - outer.T).abs() > ROUNDING * (1 + outer.abs())).any()):
+            return "products that are not symmetric"
+        covariance = outer - total.outer(total) / count
+        if bool((covariance.diagonal() < -slack).any()):
+            return "squares that are smaller than those of their mean"
+        widths = (covariance.diagonal().clamp_min(0) + slack).sqrt()
+        return (
+            "products that are larger than squares allow"
+            if bool((covariance.abs() > widths.outer(widths) * (1 + ROUNDING)).any())
+            else None
+        )
 
 
 def net_of(facts: Mapping[str, Any], state: State, respondent: Respondent) -> FrozenNet:

@@ -14,7 +14,7 @@ from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.samples import ClientSamples
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.metrics import Metric
-from fedgan_lightning.evaluation.questions import COUNT, Question, Respondent, summed
+from fedgan_lightning.evaluation.questions import COUNT, ROUNDING, Question, Respondent, summed
 from fedgan_lightning.protocol import State
 from fedgan_lightning.seeding import make_generator
 
@@ -100,6 +100,11 @@ class ItemCounts(Question):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {"items": (self.items,), "wanted": ()}
 
+    def objection(self, answer: State, *, count: int) -> str | None:
+        """A user has an item or has not, and wants at most all."""
+        most = {"items": count, "wanted": count * self.items}
+        return _beyond(answer, most)
+
 
 class Rankings(Question):
     """Sums over a client's users of the ranking measures, by a generator or by one list of scores for everybody.
@@ -148,6 +153,19 @@ class Rankings(Question):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return dict.fromkeys(MEASURES, ())
+
+    def objection(self, answer: State, *, count: int) -> str | None:
+        """Every measure lies in [0, 1] for every user."""
+        return _beyond(answer, dict.fromkeys(MEASURES, count))
+
+
+def _beyond(answer: State, most: Mapping[str, int]) -> str | None:
+    """Return which sum is negative, or larger than it can be."""
+    for name, bound in most.items():
+        low, high = float(answer[name].min()), float(answer[name].max())
+        if low < -ROUNDING or high > bound + ROUNDING * (1 + bound):
+            return f"{name} from {low:.6g} to {high:.6g}, not from 0 to {bound}"
+    return None
 
 
 def histories(data: FederatedDataModule) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import ClassVar, Literal
 
 import torch
@@ -13,6 +14,9 @@ from fedgan_lightning.federation.ranks import Ranks, first_known
 from fedgan_lightning.options import checked
 from fedgan_lightning.packing import Layout, Packed, is_finite
 from fedgan_lightning.protocol import Aggregate, Aggregator, ClientUpdate, UpdateSum
+
+#: Largest N_k: so many of a million clients still add up exactly in float64.
+MOST_EXAMPLES = 2**33
 
 
 @dataclass
@@ -76,11 +80,12 @@ class WeightedMean(Aggregator):
         return float(num_examples) if self.weighting == "examples" else 1.0
 
     def accumulate(self, accumulator: WeightedSums, update: ClientUpdate) -> WeightedSums:
-        delta, extras = Packed.of(update.delta), Packed.of(update.extras)
-        check_update(update.client_id, num_examples=update.num_examples, states=(delta, extras))
+        delta, extras = checked_states(update)
         weight = update.discount * self.weight(update.num_examples)
-        for sums, state in ((accumulator.delta, delta), (accumulator.extras, extras)):
-            check_layout(update.client_id, expected=sums.layout, received=state.layout)
+        parts = ((accumulator.delta, delta), (accumulator.extras, extras))
+        for sums, state in parts:  # what is refused must not stay in either sum
+            check_layout(f"client {update.client_id}", expected=sums.layout, received=state.layout)
+        for sums, state in parts:
             sums.add(state, weight=weight)
         accumulator.weight += weight
         accumulator.num_clients += 1
@@ -92,7 +97,11 @@ class WeightedMean(Aggregator):
             return second
         if not second.num_clients:
             return first
-        for sums, others in ((first.delta, second.delta), (first.extras, second.extras)):
+        pairs = ((first.delta, second.delta), (first.extras, second.extras))
+        for sums, others in pairs:
+            if others.layout is not None:
+                check_layout("other clients", expected=sums.layout, received=others.layout)
+        for sums, others in pairs:
             for dtype, vector in others.vectors.items():
                 sums.vectors[dtype] = sums.vectors[dtype] + vector.to(sums.vectors[dtype].device)
         first.weight += second.weight
@@ -102,9 +111,13 @@ class WeightedMean(Aggregator):
 
     def accumulate_sum(self, accumulator: WeightedSums, total: UpdateSum) -> WeightedSums:
         sizes = [own.num_examples for own in total.participants]
+        for own in total.participants:
+            check_claims(own.client_id, num_examples=own.num_examples)
+        delta, extras = Packed.of(total.delta), Packed.of(total.extras)
+        check_finite("a sum of clients", delta, extras)
         fresh = WeightedSums(weight=sum(map(self.weight, sizes)), num_clients=len(sizes), num_examples=sum(sizes))
-        for sums, state in ((fresh.delta, total.delta), (fresh.extras, total.extras)):
-            sums.add(Packed.of(state), weight=fresh.weight)
+        for sums, state in ((fresh.delta, delta), (fresh.extras, extras)):
+            sums.add(state, weight=fresh.weight)
         return self.merge(accumulator, fresh)
 
     def reduce(self, accumulator: WeightedSums, ranks: Ranks) -> WeightedSums:
@@ -122,6 +135,10 @@ class WeightedMean(Aggregator):
             known = first_known([own["layouts"][index] for own in facts])
             if known is None:  # nobody has trained a client
                 continue
+            for rank, own in enumerate(facts):
+                if own["layouts"][index] is not None:
+                    received = Layout.from_plain(own["layouts"][index])
+                    check_layout(f"rank {rank}", expected=Layout.from_plain(known), received=received)
             if sums.layout is None:
                 sums.layout = Layout.from_plain(known)
                 sums.vectors = {n: torch.zeros(s, dtype=torch.float64) for n, s in sums.layout.lengths.items()}
@@ -140,11 +157,11 @@ class WeightedMean(Aggregator):
         )
 
 
-def check_layout(client_id: int, *, expected: Layout | None, received: Layout) -> None:
+def check_layout(who: str, *, expected: Layout | None, received: Layout) -> None:
     """Refuse an update that does not fit those before it.
 
     Raises:
-        UpdateError: If entries, shapes or dtypes differ; names the client.
+        UpdateError: If entries, shapes or dtypes differ; names the sender.
     """
     if expected is None or expected is received or expected == received:
         return
@@ -153,25 +170,48 @@ def check_layout(client_id: int, *, expected: Layout | None, received: Layout) -
         raise UpdateError(
             message(
                 "all updates of a round have the same entries",
-                received=f"client {client_id} differing in {sorted(mine.keys() ^ theirs.keys())[:3]}",
+                received=f"{who} differing in {sorted(mine.keys() ^ theirs.keys())[:3]}",
                 fix="train the same module on every client",
             )
         )
     wrong = [name for name in mine if mine[name] != theirs[name]]
     rule = f"entry {wrong[0]!r} has shape {mine[wrong[0]]}" if wrong else "updates have equal dtypes and order"
     value = f"{theirs[wrong[0]]}" if wrong else "others"
-    raise UpdateError(
-        message(rule, received=f"{value} from client {client_id}", fix="train the same module on every client")
-    )
+    raise UpdateError(message(rule, received=f"{value} from {who}", fix="train the same module on every client"))
 
 
-def check_update(client_id: int, *, num_examples: int, states: tuple[Packed, ...]) -> None:
-    """Refuse an update that would poison the model for good.
+def checked_states(update: ClientUpdate) -> tuple[Packed, Packed]:
+    """Return delta and extras in flat vectors.
 
     Raises:
-        UpdateError: If an entry is not finite, or the client claims no examples; names the client.
+        UpdateError: If the update would poison the model for good: a number is not finite, it counts no examples, or
+            its discount is no share; names the client.
     """
-    if num_examples < 1:
+    check_claims(update.client_id, num_examples=update.num_examples)
+    if not 0 < update.discount <= 1:  # NaN is not, either
+        raise UpdateError(
+            message(
+                "a discount lies in (0, 1]",
+                received=f"{update.discount} for client {update.client_id}",
+                fix="set rules.discount",
+            )
+        )
+    delta, extras = Packed.of(update.delta), Packed.of(update.extras)
+    check_finite(f"client {update.client_id}", delta, extras)
+    return delta, extras
+
+
+def check_claims(client_id: int, *, num_examples: int) -> None:
+    """Refuse a client that counts no examples, or more than sums of float64 tell apart.
+
+    Raises:
+        UpdateError: If it does; names the client.
+    """
+    if (
+        isinstance(num_examples, bool)
+        or not isinstance(num_examples, Integral)
+        or not 1 <= num_examples <= MOST_EXAMPLES
+    ):
         raise UpdateError(
             message(
                 "an update counts at least one example",
@@ -179,6 +219,14 @@ def check_update(client_id: int, *, num_examples: int, states: tuple[Packed, ...
                 fix="remove the client from the cohort",
             )
         )
+
+
+def check_finite(who: str, *states: Packed) -> None:
+    """Refuse numbers that would poison the model for good.
+
+    Raises:
+        UpdateError: If an entry is not finite; names the sender.
+    """
     for state in states:
         if all(map(is_finite, state.vectors.values())):
             continue
@@ -186,7 +234,7 @@ def check_update(client_id: int, *, num_examples: int, states: tuple[Packed, ...
         raise UpdateError(
             message(
                 "updates are finite numbers",
-                received=f"NaN or infinity in {name!r} from client {client_id}",
+                received=f"NaN or infinity in {name!r} from {who}",
                 fix="lower the client's learning rate, add a penalty such as R1, or clip gradients",
             )
         )

@@ -136,7 +136,7 @@ class _InTrainer(L.Callback):
     def __init__(self, owner: CohortTrainer, visits: Sequence[Visit], attempt: Attempt) -> None:
         self.owner, self.visits, self.attempt = owner, list(visits), attempt
         self.steps = 0
-        self.images_per_step = 0
+        self.num_images = 0
         self.private: dict[int, State] = {}
         self._updates: dict[int, ClientUpdate] = {}
 
@@ -148,7 +148,7 @@ class _InTrainer(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self.attempt.go_on()
-        self.images_per_step = batch[1].shape[1]
+        self.num_images += batch[1].shape[1]
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -174,7 +174,7 @@ class _InTrainer(L.Callback):
         extra_rows = unstack({**extras, **averaged}) or [Packed.of({})] * len(finished)
         own_rows = unstack({**{name: state[name] for name in policy.private}, **kept})
         statistics = {n: v[first:].tolist() for n, v in cast(StackedModule, module).round_statistics().items()}
-        common = {"images": float(self.images_per_step * self.steps), "steps": float(self.steps)}
+        common = {"images": float(self.num_images), "steps": float(self.steps)}
         common |= self.owner.clock.positions(schedulers_of(trainer))
         for row, visit in enumerate(finished):
             client_id = visit.task.client_id

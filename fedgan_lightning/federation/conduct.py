@@ -5,26 +5,22 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
-from fedgan_lightning.errors import QuorumError, RoundInterrupted, UpdateError, message
-from fedgan_lightning.federation.drift import Drift
+from fedgan_lightning.errors import QuorumError, RoundInterrupted, message
+from fedgan_lightning.federation.admission import Admission, without_unsent
 from fedgan_lightning.federation.invitation import Invitations
 from fedgan_lightning.federation.ledger import Contact, Incident, Ledger, RollCall, bytes_by_network
 from fedgan_lightning.federation.local import ClientContext
 from fedgan_lightning.federation.ranks import flattened
-from fedgan_lightning.federation.reference import expected_update
-from fedgan_lightning.federation.rounds import ClientRecord, RoundSummary, bytes_up
+from fedgan_lightning.federation.reception import Order, Reception, Reports
+from fedgan_lightning.federation.rounds import ClientRecord, RoundSummary
 from fedgan_lightning.federation.rules import RoundRules, Screening
 from fedgan_lightning.protocol import (
-    ROUND_TRIP,
     Aggregate,
     Aggregator,
-    ClientFailure,
     ClientSampler,
     ClientTask,
     ClientUpdate,
@@ -32,7 +28,6 @@ from fedgan_lightning.protocol import (
     LocalWork,
     RoundInfo,
     State,
-    UpdateSum,
 )
 from fedgan_lightning.seeding import derive_seed
 
@@ -47,58 +42,6 @@ class Outcome:
     aggregate: Aggregate
     summary: RoundSummary
     ledger: Ledger
-
-
-@dataclass(frozen=True)
-class Order:
-    """What is the same for every try of a round.
-
-    Attributes:
-        round: Rounds completed before.
-        state: What clients receive.
-        work: What they are to do.
-        bytes_down: Size of the state, by network.
-        on_update: Called for every update that is let in.
-        expected: What updates must look like, where they are screened.
-    """
-
-    round: int
-    state: State
-    work: LocalWork
-    bytes_down: Mapping[str, int]
-    on_update: Callable[[ClientUpdate], object]
-    expected: Mapping[str, State] | None
-
-
-@dataclass
-class Reports:
-    """What has come in during one try of a round, on this rank.
-
-    Attributes:
-        cohort: Clients whose answers are the goal.
-        accumulator: The aggregator's.
-        asked: Clients that were asked.
-        open: Of them those that have not answered.
-        num_accepted: Updates of this round that were let in.
-        records: Their statistics.
-        received: Bytes and metrics of every update, let in or not.
-        incidents: What went wrong.
-        contacts: What passed between the server and every client that answered or is known not to.
-        drift: How updates agree.
-        pooled: Means of scalars that clients did not say one by one.
-    """
-
-    cohort: tuple[int, ...]
-    accumulator: Any
-    asked: list[int] = field(default_factory=list)
-    open: set[int] = field(default_factory=set)
-    num_accepted: int = 0
-    records: list[ClientRecord] = field(default_factory=list)
-    received: list[tuple[dict[str, int], dict[str, float]]] = field(default_factory=list)
-    incidents: list[Incident] = field(default_factory=list)
-    contacts: list[Contact] = field(default_factory=list)
-    drift: Drift = field(default_factory=Drift)
-    pooled: dict[str, float] = field(default_factory=dict)
 
 
 class Conductor:
@@ -128,7 +71,10 @@ class Conductor:
         strikes: dict[int, int] | None = None,
     ) -> None:
         self.context, self.executor, self.aggregator = context, executor, aggregator
-        self.rules, self.screening, self.seed = rules, screening, seed
+        self._networks = [network for network, sync in context.policy.sync.items() if sync == "average"]
+        self.rules, self.seed = rules, seed
+        self.admission = Admission(context, screening=screening)
+        self.reception = Reception(aggregator, rules=rules, networks=self._networks, is_screened=screening is not None)
         self.invitations = Invitations(
             sampler,
             num_clients=context.data.num_clients,
@@ -138,7 +84,6 @@ class Conductor:
             needed=aggregator.needed,
             strikes=strikes if strikes is not None else {},
         )
-        self._networks = [network for network, sync in context.policy.sync.items() if sync == "average"]
 
     def conduct(
         self,
@@ -164,8 +109,8 @@ class Conductor:
             QuorumError: If too few answered in every try, or too few are left to be asked.
             RoundInterrupted: If the user asks to stop.
         """
-        expected = expected_update(self.context, state) if self.screening is not None else None
-        order = Order(round, state, work, bytes_by_network(state), on_update, expected)
+        terms = self.admission.terms(round=round, state=state, work=work)
+        order = Order(round, state, work, bytes_by_network(state), on_update, terms)
         ledger = Ledger()
         tries = itertools.count() if self.rules.attempts is None else range(self.rules.attempts)
         for attempt in tries:
@@ -175,7 +120,7 @@ class Conductor:
             info = RoundInfo(round=round, cohort=cohort)
             on_start(info)
             started = time.perf_counter()
-            reports = Reports(cohort=cohort, accumulator=self.aggregator.init())
+            reports = Reports(cohort=cohort, accumulator=self.aggregator.init(), unsent=terms.optional)
             try:
                 self._collect(order, reports, reserves, attempt)
             except BaseException:
@@ -227,7 +172,7 @@ class Conductor:
             reports.asked += wave
             try:
                 for answer in self.executor.run(self._tasks(order, wave, attempt)):
-                    self._receive(answer, order, reports)
+                    self.reception.take(answer, order, reports)
                     if self.context.stop_requested():
                         raise RoundInterrupted("the user asked to stop")
                     if self.executor.concurrent and reports.num_accepted >= goal:
@@ -245,106 +190,6 @@ class Conductor:
         for client_id in self.context.ranks.share(costs):
             seed = derive_seed(self.seed, "client", round, client_id, *again)
             yield ClientTask(client_id=client_id, round=round, seed=seed, state=order.state, local=order.work)
-
-    def _receive(self, answer: ClientUpdate | UpdateSum | ClientFailure, order: Order, reports: Reports) -> None:
-        """Take one answer: into the aggregate, or among the incidents."""
-        if isinstance(answer, UpdateSum):
-            self._receive_sum(answer, order, reports)
-            return
-        client_id = answer.client_id
-        is_late = answer.round is not None and answer.round == order.round - 1
-        if isinstance(answer, ClientFailure):
-            contact = self._contact(order, reports, client_id, was_sent=answer.reached and not is_late)
-            if not is_late:  # its answer of this round may still come
-                reports.open.discard(client_id)
-            self._incident(reports, order.round, contact, "failed", f"{answer.stage}: {answer.cause}")
-            return
-        finite, sizes = {n: v for n, v in answer.metrics.items() if math.isfinite(v)}, bytes_up(answer)
-        reports.received.append((sizes, finite))
-        contact = self._contact(order, reports, client_id, was_sent=not is_late, received=sizes, metrics=finite)
-        if is_late and self.rules.late == "drop":
-            self._incident(reports, order.round, contact, "late", f"answers round {answer.round}")
-            return
-        update = dataclasses.replace(answer, discount=self.rules.discount) if is_late else answer
-        try:
-            self._check(update, order, reports, is_late=is_late)
-            reports.accumulator = self.aggregator.accumulate(reports.accumulator, update)
-        except UpdateError as error:
-            if self.screening is None:
-                raise
-            if not is_late:
-                reports.open.discard(client_id)
-            self._incident(reports, order.round, contact, "rejected", str(error))
-            return
-        if is_late:  # its round is over: it is in the average, and in no statistics
-            self._incident(reports, order.round, contact, "late", f"answers round {answer.round}, at a discount")
-            return
-        reports.contacts.append(contact)
-        record = ClientRecord.of(update, networks=self._networks)
-        reports.open.discard(client_id)
-        reports.num_accepted += 1
-        reports.records.append(record)
-        reports.drift.add(update.delta, record.lengths)
-        order.on_update(update)
-
-    def _receive_sum(self, total: UpdateSum, order: Order, reports: Reports) -> None:
-        """Take the sum of several updates into the aggregate; what was wrong with any of them, its client has found.
-
-        Raises:
-            UpdateError: If it answers another round, or holds updates of clients that were not asked.
-        """
-        members = {own.client_id for own in total.participants}
-        if total.round != order.round or len(members) < len(total.participants) or not members <= reports.open:
-            raise UpdateError(f"a sum of clients {sorted(members)} of round {total.round} answers round {order.round}")
-        reports.accumulator = self.aggregator.accumulate_sum(reports.accumulator, total)
-        for own in total.participants:
-            reports.received.append((dict(own.bytes_up), dict(own.metrics)))
-            contact = self._contact(order, reports, own.client_id, received=own.bytes_up, metrics=own.metrics)
-            reports.contacts.append(contact)
-            reports.records.append(ClientRecord.of_participant(own))
-        reports.open -= members
-        reports.num_accepted += len(members)
-        reports.pooled |= total.metrics
-
-    def _check(self, update: ClientUpdate, order: Order, reports: Reports, *, is_late: bool) -> None:
-        """Refuse an update of another round, of somebody who was not asked, or one that does not pass the screening.
-
-        Raises:
-            UpdateError: If it is not let in.
-        """
-        if update.round is not None and update.round != order.round and not is_late:
-            raise UpdateError(f"client {update.client_id}: answers round {update.round} in round {order.round}")
-        if not is_late and update.client_id not in reports.open:
-            raise UpdateError(f"client {update.client_id}: was not asked, or has answered already")
-        if self.screening is not None and order.expected is not None:
-            self.screening.check(update, expected=order.expected)
-
-    def _contact(
-        self,
-        order: Order,
-        reports: Reports,
-        client_id: int,
-        *,
-        was_sent: bool = True,
-        received: Mapping[str, int] | None = None,
-        metrics: Mapping[str, float] | None = None,
-    ) -> Contact:
-        """Return what passed between the server and a client that answers, or is known not to."""
-        known = metrics or {}
-        return Contact(
-            client_id=client_id,
-            outcome="answered",
-            bytes_down=sum(order.bytes_down.values()) if was_sent and client_id in reports.open else 0,
-            bytes_up=sum((received or {}).values()),
-            seconds=known.get("seconds"),
-            round_trip=known.get(ROUND_TRIP),
-        )
-
-    def _incident(self, reports: Reports, round: int, contact: Contact, kind: str, reason: str) -> None:
-        client_id = contact.client_id
-        reports.incidents.append(Incident(round=round, client_id=client_id, kind=kind, reason=reason))
-        reports.contacts.append(dataclasses.replace(contact, outcome=kind, reason=reason))
-        logger.warning(f"round {round}: client {client_id} {kind}: {reason}")
 
     def _note(self, order: Order, reports: Reports, ledger: Ledger) -> tuple[Contact, ...]:
         """Count what was sent, what came in, and what went wrong, on any rank; return it by client."""
@@ -387,4 +232,6 @@ class Conductor:
             self.context.store.forget(client_id)  # a round that does not count for the server does not for the client
         self.context.store.exchange(ranks.exchange_states)
         aggregate = self.aggregator.finalize(self.aggregator.reduce(reports.accumulator, ranks))
+        unsent = set.intersection(*map(set, ranks.exchange(sorted(reports.unsent))))
+        aggregate = dataclasses.replace(aggregate, extras=without_unsent(aggregate.extras, unsent))
         return Outcome(info=info, aggregate=aggregate, summary=summary, ledger=ledger)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedgan_lightning.errors import UpdateError, message
-from fedgan_lightning.federation.aggregation import check_layout, check_update
+from fedgan_lightning.federation.aggregation import check_layout, checked_states
 from fedgan_lightning.options import checked
 from fedgan_lightning.packing import Packed
 from fedgan_lightning.protocol import Aggregate, Aggregator, ClientUpdate
@@ -31,18 +31,20 @@ class RobustAggregator(Aggregator):
         return []
 
     def accumulate(self, accumulator: Collected, update: ClientUpdate) -> Collected:
-        delta, extras = Packed.of(update.delta), Packed.of(update.extras)
-        check_update(update.client_id, num_examples=update.num_examples, states=(delta, extras))
+        delta, extras = checked_states(update)
         if accumulator:
             delta, extras = delta.beside(accumulator[0][2]), extras.beside(accumulator[0][3])
             for expected, received in ((accumulator[0][2], delta), (accumulator[0][3], extras)):
-                check_layout(update.client_id, expected=expected.layout, received=received.layout)
+                check_layout(f"client {update.client_id}", expected=expected.layout, received=received.layout)
         return [*accumulator, (update.client_id, update.num_examples, delta, extras)]
 
     def merge(self, first: Collected, second: Collected) -> Collected:
         if not first:
             return second
         _, _, delta, extras = first[0]
+        if second:
+            for expected, received in ((delta, second[0][2]), (extras, second[0][3])):
+                check_layout(f"client {second[0][0]}", expected=expected.layout, received=received.layout)
         return [*first, *((k, n, own.beside(delta), more.beside(extras)) for k, n, own, more in second)]
 
     def finalize(self, accumulator: Collected) -> Aggregate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,8 @@ from fedgan_lightning.protocol import Aggregate, ClientUpdate, Participant, Stat
 
 #: In populations above this per-client curves are replaced by minimum, median and maximum over the cohort.
 MAX_CLIENT_CURVES = 32
+#: The metrics that say how long an update is begin with this; a network's name follows.
+UPDATE_NORM = "update_norm/"
 #: Counts that are no curves.
 HIDDEN = ("images", "steps")
 #: What is said of a population too large for curves of its own.
@@ -51,15 +54,14 @@ class ClientRecord:
         return cls(
             client_id=own.client_id,
             num_examples=own.num_examples,
-            metrics={name: value for name, value in own.metrics.items() if not name.startswith(SCHEDULE)},
-            positions=[int(value) for name, value in own.metrics.items() if name.startswith(SCHEDULE)],
+            metrics={name: value for name, value in own.metrics.items() if not is_position(name)},
+            positions=[int(own.metrics[name]) for name in sorted(filter(is_position, own.metrics), key=_index_of)],
         )
 
     @property
     def lengths(self) -> dict[str, float]:
         """Norm of the update by network."""
-        prefix = "update_norm/"
-        return {name.removeprefix(prefix): v for name, v in self.metrics.items() if name.startswith(prefix)}
+        return {n.removeprefix(UPDATE_NORM): v for n, v in self.metrics.items() if n.startswith(UPDATE_NORM)}
 
     def plain(self) -> dict[str, Any]:
         """Return the fields as plain values."""
@@ -94,9 +96,13 @@ class RoundSummary:
 
     @property
     def schedule_positions(self) -> tuple[int, ...]:
-        """Where schedules stand; clients may differ under local epochs: the longest leads."""
-        positions = [record.positions for record in self.records if record.positions]
-        return tuple(map(max, zip(*positions))) if positions else ()
+        """Where schedules stand; clients may differ under local epochs: those with most steps lead, by their median."""
+        most = max((record.metrics.get("steps", 0.0) for record in self.records), default=0.0)
+        leading = [own.positions for own in self.records if own.metrics.get("steps", 0.0) == most and own.positions]
+        if not leading:
+            return ()
+        usual = statistics.mode(map(len, leading))
+        return tuple(statistics.median_low(column) for column in zip(*(own for own in leading if len(own) == usual)))
 
     @property
     def mean_images(self) -> float:
@@ -116,7 +122,7 @@ class RoundSummary:
     def metrics(self, aggregate: Aggregate) -> dict[str, float]:
         """Return means over the cohort; per-client values of small populations, quantiles of large ones."""
         means = {name: value for name, value in self._means().items() if name not in HIDDEN}
-        values = {(name if name.startswith("update_norm") else f"train/{name}"): mean for name, mean in means.items()}
+        values = {(name if name.startswith(UPDATE_NORM) else f"train/{name}"): mean for name, mean in means.items()}
         for network, value in norms(aggregate.delta, self.networks).items():
             values[f"update_norm/{network}/aggregated"] = value
         values |= self.drift
@@ -146,6 +152,15 @@ class RoundSummary:
         return found
 
 
+def is_position(name: str) -> bool:
+    """Whether a metric is the position of a schedule."""
+    return name.startswith(SCHEDULE) and name.removeprefix(SCHEDULE).isdecimal()
+
+
+def _index_of(position: str) -> int:
+    return int(position.removeprefix(SCHEDULE))
+
+
 def bytes_up(update: ClientUpdate) -> dict[str, int]:
     """Return what a client sent, in bytes by network."""
     return dict(Counter(bytes_by_network(update.delta)) + Counter(bytes_by_network(update.extras)))
@@ -153,19 +168,22 @@ def bytes_up(update: ClientUpdate) -> dict[str, int]:
 
 def lengths(delta: State, networks: Sequence[str]) -> dict[str, float]:
     """Return the norm of an update by network, as the metrics ``update_norm/NETWORK``."""
-    return {f"update_norm/{network}": value for network, value in norms(delta, networks).items()}
+    return {f"{UPDATE_NORM}{network}": value for network, value in norms(delta, networks).items()}
 
 
 def norms(state: State, networks: Sequence[str]) -> dict[str, float]:
     """Return the Euclidean norm of each network's entries."""
     packed = Packed.of(state)
     parts = {
-        f"{network}|{dtype}|{start}": torch.linalg.vector_norm(packed.vectors[dtype][start:stop])
+        (network, dtype, start, stop): torch.linalg.vector_norm(packed.vectors[dtype][start:stop])
         for dtype, runs in packed.layout.runs.items()
         for network, start, stop in runs
     }
     squares: dict[str, float] = dict.fromkeys(networks, 0.0)
-    for key, norm in plain(parts).items():
-        network = key.split("|")[0]
-        squares[network] = squares.get(network, 0.0) + norm**2
+    found = plain(parts)
+    for key, norm in found.items():
+        if not math.isfinite(norm):  # the squares of large numbers are no float32
+            _, dtype, start, stop = key
+            norm = float(torch.linalg.vector_norm(packed.vectors[dtype][start:stop], dtype=torch.float64))
+        squares[key[0]] = squares.get(key[0], 0.0) + norm**2
     return {network: squares[network] ** 0.5 for network in networks}

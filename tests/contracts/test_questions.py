@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -115,10 +116,39 @@ def test_an_answer_from_a_site_is_the_same_and_a_wrong_one_is_refused(name):
         "shape": {**answer, first: torch.zeros(7)},
         "more": {**answer, "samples": torch.zeros(3)},
         "none": {**answer, "count": torch.tensor(0)},
+        "1e300": {**answer, first: answer[first] * 0 + 1e300},
+        "1e15": {**answer, first: answer[first] * 0 + 1e15},
+        "below zero": {**answer, first: answer[first] - 1e9},
+        "a negative count": {**answer, "count": torch.tensor(-5)},
+        "a count of NaN": {**answer, "count": torch.tensor(math.nan)},
+        "a count of 1.5": {**answer, "count": torch.tensor(1.5)},
+        "a count of several numbers": {**answer, "count": torch.tensor([3, 4])},
+        "more than it has": {**answer, "count": torch.tensor(10**6)},
+        "integers": {**answer, first: answer[first].long()},
+        "complex": {**answer, first: answer[first].to(torch.complex64)},
+        "nothing": {},
     }
+    sizes = [data.num_examples(1)]
+    question.check(answer, who="client 1", sizes=sizes)
     for wrong in spoiled.values():
-        with pytest.raises(ConfigurationError, match=f"sites answer {question.kind} with finite sums"):
-            question.check(wrong)
+        with pytest.raises(ConfigurationError, match=f"sites answer {question.kind} with finite sums.*from client 1"):
+            question.check(wrong, who="client 1", sizes=sizes)
+
+
+def test_products_that_no_samples_have_are_refused():
+    data = digits_data()
+    question = FeatureMoments(pixels(data))
+    answer = question.answer(Respondent(data.client_samples(1), data))
+    crooked, large = answer["outer"].clone(), answer["outer"].clone()
+    crooked[0, 1] += 5.0
+    large[20, 21] = large[21, 20] = 1e6
+    for outer, reason in (
+        (crooked, "not symmetric"),
+        (large, "larger than squares allow"),
+        (0 * large, "smaller than"),
+    ):
+        with pytest.raises(ConfigurationError, match=reason):
+            question.check({**answer, "outer": outer})
 
 
 def test_third_powers_travel_once_each():

@@ -26,7 +26,7 @@ from fedgan_lightning.deployment.secure_users import SecureSurvey
 from fedgan_lightning.deployment.session import Session, sealed_of_facts, summand_to_content
 from fedgan_lightning.deployment.site import SHARED, digest_of
 from fedgan_lightning.deployment.sites import Sites
-from fedgan_lightning.errors import ConfigurationError, ProtocolError, QuorumError
+from fedgan_lightning.errors import ConfigurationError, ProtocolError, QuorumError, UpdateError
 from fedgan_lightning.federation.secure import Summand
 from fedgan_lightning.packing import Packed
 from fedgan_lightning.protocol import ClientTask, LocalWork
@@ -277,6 +277,55 @@ def test_an_update_of_another_shape_is_left_out_and_the_others_are_opened(tmp_pa
     assert_mean(found, hand, [0, 2, 3])
 
 
+def test_a_client_that_counts_otherwise_than_when_it_joined_is_left_out(tmp_path):
+    """Weights are shares of the sizes that members tell."""
+    hand = Hand(tmp_path, [10, 20, 2**62, 40])
+    told = [10, 20, 30, 40]
+    sessions = SecureSessions(hand, secure=hand.secure, weight=hand.weight)
+    options = {"kind": wire.TRAIN, "size_of": told.__getitem__}
+    found = sessions.run(range(4), lambda k: wire.content({"ask": "mask"}), **options)
+    assert found.lost == {2: ("advertise", f"no keys ({2**62} examples, and 30 when it joined)")}
+    assert {*found.members} == {0, 1, 3}
+    assert found.means
+
+
+@pytest.mark.parametrize("keys", ["copied", "another's", "none", "short"])
+def test_keys_with_which_all_others_would_refuse_the_session_are_refused_first(tmp_path, keys):
+    hand, known = Hand(tmp_path, [10, 20, 30, 40]), {}
+
+    def lie(k, stage, content):
+        if stage == "advertise":
+            facts = wire.facts_of(content)
+            known[k] = facts
+            if k == 3:
+                mask = {"another's": known[0]["mask_keys"][0], "none": b"", "short": b"\x00" * 32}
+                facts = {**facts, "mask_keys": [mask.get(keys, facts["seal_keys"][0])]}
+                return wire.content(facts)
+        return content
+
+    hand.edit_answer = lie
+    found = hand.run()
+    assert {*found.lost} == {3}
+    assert found.lost[3][0] == "advertise"
+    assert found.means
+
+
+def test_a_layout_that_is_not_the_server_s_is_left_out_whatever_most_send(tmp_path):
+    def refuse(client_id, layouts, facts):
+        if "g.other" in layouts["delta"].names:
+            raise UpdateError(f"client {client_id}: delta differs")
+
+    def states(k):
+        found = states_of(k)
+        return {**found, "delta": {"g.other": torch.zeros(3)}} if k in (0, 1) else found
+
+    hand = Hand(tmp_path, [10, 20, 30, 40, 50], states=states)
+    sessions = SecureSessions(hand, secure=hand.secure, weight=hand.weight)
+    found = sessions.run(range(5), lambda k: wire.content({"ask": "mask"}), kind=wire.TRAIN, check=refuse)
+    assert found.lost == {k: ("reply", f"client {k}: delta differs") for k in (0, 1)}
+    assert {*found.facts} == {2, 3, 4}
+
+
 # ---------------------------------------------------------------------- masks
 
 
@@ -429,6 +478,41 @@ def test_a_site_refuses_its_own_bad_update_by_name(tmp_path, state):
     assert incident["client_id"] == 2
     assert re.search("NaN or infinity in 'generator.* from client 2. Fix: lower", incident["reason"])
     assert all(bool(torch.isfinite(value).all()) for value in weights(tmp_path, "secure").values())
+
+
+CLAIMS = {
+    "steps": (1e12, "says that it took 1e+12 steps, and was asked for 2"),
+    "images": (-1.0, "says that it saw -1 images"),
+    "seconds": (-1e308, "metric seconds is beyond belief"),
+    "schedule/0": (1e12, "says that schedule/0 is at 1e+12"),
+    "loss_d": (1.0, "says loss_d in the clear"),
+}
+
+
+def test_a_claim_beside_a_masked_vector_is_refused_before_the_sum_is_opened(tmp_path, state):
+    """Another claim in every round."""
+    grid, claims = grid_of(state), iter(CLAIMS.items())
+
+    def lie(node, kind, reply):
+        if (node, kind) == (101, "train"):
+            name, (value, _) = next(claims)
+            reply.content["facts"][f"metric|{name}"] = value
+
+    grid.edit = lie
+    deploy(tmp_path, grid, *LENIENT, "--federation.rounds", str(len(CLAIMS)))
+    incidents = summary(tmp_path, "secure")["incidents"]
+    for incident, (_, reason) in zip(incidents, CLAIMS.values(), strict=True):
+        assert (incident["client_id"], incident["kind"]) == (1, "failed")
+        assert f"client 1: {reason}" in incident["reason"]
+
+
+def test_a_sum_that_cannot_be_right_counts_for_nobody_and_names_nobody(tmp_path, state, caplog):
+    """One site's moments are -1, under its masks: nobody can say whose."""
+    grid = grid_of(state, told={2: hostile(tmp_path, "wrong_moments", source="Ring")})
+    with pytest.raises(QuorumError, match="fewer in each of 2 tries of round 0"):
+        deploy(tmp_path, grid, *LENIENT, "--federation.rules.attempts", "2")
+    assert caplog.text.count("in a sum that cannot be right, of whom nobody can be named") == 2 * 4
+    assert "is negative, and no mean of squares or count is" in caplog.text
 
 
 def test_krum_is_refused_before_any_site_is_asked(tmp_path, state):

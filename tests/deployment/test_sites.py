@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import pytest
@@ -14,7 +15,7 @@ from fedgan_lightning.__main__ import main  # noqa: E402
 from fedgan_lightning.checkpoints import read_checkpoint  # noqa: E402
 from fedgan_lightning.deployment import wire  # noqa: E402
 from fedgan_lightning.deployment.apps import serve_over  # noqa: E402
-from fedgan_lightning.deployment.sites import Sites  # noqa: E402
+from fedgan_lightning.deployment.sites import Sites, checked_facts  # noqa: E402
 from fedgan_lightning.errors import ConfigurationError, QuorumError  # noqa: E402
 from fedgan_lightning.packing import Layout  # noqa: E402
 from fedgan_lightning.protocol import ClientTask, ClientUpdate, LocalWork  # noqa: E402
@@ -283,7 +284,10 @@ SAFE = [
 ]
 
 
-@pytest.mark.parametrize("fault", ["nan", "wrong_shape", "wrong_keys", "stale", "huge_norm"])
+@pytest.mark.parametrize(
+    "fault",
+    ["nan", "wrong_shape", "wrong_keys", "stale", "huge_norm", "wrong_size", "wrong_counts", "wrong_moments"],
+)
 def test_a_site_that_answers_wrongly_is_named_and_left_out(tmp_path, fault):
     deploy(tmp_path, *SAFE, told={1: hostile(tmp_path, fault)})
     simulate(tmp_path, "--federation.clients", "SelectedClients", "--federation.clients.clients", "[0, 2]")
@@ -291,6 +295,102 @@ def test_a_site_that_answers_wrongly_is_named_and_left_out(tmp_path, fault):
     found = summary(tmp_path, "deployed")
     assert found["events"] == {"rejected": 3}
     assert {incident["client_id"] for incident in found["incidents"]} == {1}
+
+
+LIES = [
+    ({"num_examples": math.inf}, "rejected", "counts inf examples, which is no whole number"),
+    ({"num_examples": "12"}, "rejected", "counts 12 examples, which is no whole number"),
+    ({"num_examples": True}, "rejected", "counts True examples"),
+    ({"round": math.inf}, "rejected", "answers round inf in round"),
+    ({"round": math.nan}, "rejected", "answers round nan in round"),
+    ({"metric|seconds": "long"}, "rejected", "metric seconds is a str"),
+    ({"metric|loss_d": [1.0, 2.0]}, "rejected", "metric loss_d is a list"),
+    ({"layout|delta": "[" * 100_000}, "failed", "an answer that is no update"),
+    ({"layout|delta": '{"names": ["a"], "shapes": [[Infinity]], "dtypes": ["float32"]}'}, "failed", "no update"),
+    ({"layout|delta": "7"}, "failed", "an answer that is no update"),
+    ({"error": "x\x1b[2J" * 10_000}, "failed", "x"),
+]
+
+
+def test_a_site_may_say_anything_and_is_named(tmp_path):
+    """Another lie in every round."""
+    told = iter(LIES)
+
+    def lie(node, kind, reply):
+        if (node, kind) == (101, "train"):
+            reply.content["facts"].update(next(told)[0])
+
+    options = [*SAFE, "--federation.rounds", str(len(LIES)), "--federation.local_steps", "1"]
+    grid = grid_of(tmp_path, [*SHORT, *options])
+    grid.edit = lie
+    deploy(tmp_path, *options, grid=grid)
+    incidents = summary(tmp_path, "deployed")["incidents"]
+    for incident, (_, kind, reason) in zip(incidents, LIES, strict=True):
+        assert (incident["client_id"], incident["kind"]) == (1, kind)
+        assert reason in incident["reason"]
+        assert incident["reason"].isprintable()
+        assert len(incident["reason"]) < 800
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"num_examples": 2**62}, "examples, not between 1 and"),
+        ({"num_examples": 0}, "0 examples, not between 1 and"),
+        ({"num_examples": 12.5}, "sizes are whole numbers"),
+        ({"num_examples": math.inf}, "sizes are whole numbers"),
+        ({"num_examples": True}, "sizes are whole numbers"),
+        ({"label_counts": [-1, 13]}, "labels of 12 examples"),
+        ({"label_counts": [1] * 10}, "labels of 10 examples"),
+        ({"label_counts": [5.5, 6.5]}, "sizes are whole numbers"),
+        ({"client_id": 1.0}, "sizes are whole numbers"),
+    ],
+    ids=str,
+)
+def test_what_a_site_says_of_itself_can_be(facts, reason):
+    honest = {"client_id": 1, "num_examples": 12, "label_counts": [5, 7]}
+    assert checked_facts(honest) == honest
+    with pytest.raises(ValueError, match=reason):
+        checked_facts({**honest, **facts})
+
+
+def test_a_site_that_says_of_itself_what_cannot_be_is_refused_when_it_joins(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedgan_lightning.deployment.sites.JOIN_SECONDS", 0.0)
+
+    def lie(node, kind, reply):
+        if node == 101 and "num_examples" in wire.facts_of(reply.content):
+            reply.content["facts"]["num_examples"] = 2**62
+
+    grid = grid_of(tmp_path, SHORT)
+    grid.edit = lie
+    with pytest.raises(
+        QuorumError, match=r"clients \[1\] within 0 s, and 1 refused: answers with no facts .*examples, "
+    ):
+        deploy(tmp_path, grid=grid)
+
+
+def test_a_site_of_other_labels_is_named_before_anything_is_trained(tmp_path):
+    def lie(node, kind, reply):
+        if node == 101 and "num_examples" in wire.facts_of(reply.content):
+            reply.content["facts"]["label_counts"] = [int(reply.content["facts"]["num_examples"]), 0]
+
+    grid = grid_of(tmp_path, SHORT)
+    grid.edit = lie
+    with pytest.raises(ConfigurationError, match="sites count samples of 10 labels; received 2 from client 1"):
+        deploy(tmp_path, grid=grid)
+    assert "train" not in {kind for _, kind in grid.asked}
+
+
+def test_sums_that_cannot_be_right_end_the_run_with_the_site_s_name(tmp_path):
+    def lie(node, kind, reply):
+        if (node, kind) == (101, "query") and "num_examples" not in wire.facts_of(reply.content):
+            sums = wire.state_of(reply.content, "sums")
+            reply.content = wire.content({}, sums={**sums, "total": sums["total"] * 1e6})
+
+    grid = grid_of(tmp_path, SHORT)
+    grid.edit = lie
+    with pytest.raises(ConfigurationError, match="squares that are smaller than those of their mean from client 1"):
+        deploy(tmp_path, grid=grid)
 
 
 def test_a_site_that_is_silent_or_away_is_named_and_left_out(tmp_path):

@@ -397,7 +397,9 @@ class TestRounds:
             ConfigurationError, match="trained by a FederatedOrchestrator; received a Trainer without one"
         ):
             quiet_trainer().fit(ServerModule(ring_gan()), datamodule=ring_data())
-        with pytest.raises(ConfigurationError, match=r"received trainer.precision=16-mixed. Fix: set trainer.precision to 32-true"):
+        with pytest.raises(
+            ConfigurationError, match=r"received trainer.precision=16-mixed. Fix: set trainer.precision to 32-true"
+        ):
             orchestrator = FederatedOrchestrator(rounds=1)
             uncut = {"fast_dev_run": False, "limit_train_batches": 1.0}
             facts = {"datamodule": ring_data(), "precision": "16-mixed", "world_size": 1, **uncut}

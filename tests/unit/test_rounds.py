@@ -26,12 +26,15 @@ from fedgan_lightning import (
 )
 from fedgan_lightning.errors import ConfigurationError, QuorumError, UpdateError
 from fedgan_lightning.federation import conduct
+from fedgan_lightning.federation.admission import check_size
 from fedgan_lightning.federation.invitation import Invitations
 from fedgan_lightning.federation.rounds import ClientRecord, RoundSummary
+from fedgan_lightning.federation.schema import Schema
 from fedgan_lightning.protocol import ClientFailure, ClientUpdate
 from tests.conftest import adam, assert_states_equal, federate, quiet_trainer, ring_data, ring_gan, sgd
 
 FAULTS = ("crash", "hang", "slow", "nan", "wrong_shape", "wrong_keys", "stale", "huge_norm")
+FAULTS += ("wrong_size", "wrong_counts", "wrong_moments")
 
 
 def faulty(executor=None, **options) -> FaultyExecutor:
@@ -55,7 +58,13 @@ def update(**changes) -> ClientUpdate:
     return ClientUpdate(**{**fields, **changes})
 
 
-EXPECTED = {"delta": {"g.w": torch.zeros(2, 2)}, "extras": {}}
+def checked(own: ClientUpdate) -> None:
+    """Do to an update of somebody with 10 examples, or more than allowed, what the server does to all."""
+    who, schema = f"client {own.client_id}", Schema({"delta": {"g.w": torch.zeros(2, 2)}, "extras": {}})
+    check_size(who, own.num_examples, size=max(10, own.num_examples))
+    delta, extras = schema.fitted(who, own.delta, own.extras, known={})
+    schema.check(who, delta, extras, known={}, steps=(0, 100))
+    Screening(max_norm=10.0, max_examples=100).check(own)
 
 
 @pytest.mark.parametrize(
@@ -72,10 +81,9 @@ EXPECTED = {"delta": {"g.w": torch.zeros(2, 2)}, "extras": {}}
     ],
 )
 def test_what_cannot_be_right_is_refused_with_client_and_reason(changes, reason):
-    screening = Screening(max_norm=10.0, max_examples=100)
-    screening.check(update(), expected=EXPECTED)
+    checked(update())
     with pytest.raises(UpdateError, match=f"client 3: .*{reason}"):
-        screening.check(update(**changes), expected=EXPECTED)
+        checked(update(**changes))
 
 
 def test_what_clients_send_is_what_the_server_expects():
@@ -101,6 +109,33 @@ def test_a_failing_client_changes_nothing_for_the_others(fault):
     assert all(incident["reason"] for incident in named)
     if fault == "slow":
         assert events["late"] == 2, "what came a round too late was dropped"
+
+
+def test_a_client_that_answers_twice_counts_once_in_every_executor():
+    for make in (SequentialExecutor, VectorizedExecutor):
+        result = run(executor=faulty(make(), always={1: "twice"}), screening=Screening())
+        assert_states_equal(weights(result), weights(run(executor=make())))
+        assert result[1].ledger.events == {"rejected": 3}
+        assert result[1].ledger.client_steps == 3 * 4 * 2
+    with pytest.raises(UpdateError, match="client 1: was not asked, or has answered already. Fix: mend this client"):
+        run(executor=faulty(always={1: "twice"}))
+
+
+@pytest.mark.parametrize("optimizer", [adam, sgd], ids=["moments", "no moments"])
+@pytest.mark.parametrize("fault", ["wrong_size", "wrong_counts", "wrong_moments"])
+def test_claims_are_not_believed_in_any_executor(fault, optimizer):
+    """The others' result is that of a run without the liar; without screening the run ends with its name."""
+    for make in (SequentialExecutor, VectorizedExecutor):
+        options = {"optimizer": optimizer, "rules": RoundRules(minimum=0.5), "screening": Screening()}
+        broken = run(executor=faulty(make(), always={1: fault}), **options)
+        without = run(executor=make(), clients=SelectedClients([0, 2, 3]), optimizer=optimizer)
+        assert_states_equal(weights(broken), weights(without), atol=0 if make is SequentialExecutor else 1e-6)
+        summary = json.loads(json.dumps(broken[1].ledger.summary(), allow_nan=False))
+        assert summary["events"] == {"rejected": 3}
+        assert summary["client_steps"] == 3 * 4 * 2
+        assert summary["client_seconds"] > 0
+        with pytest.raises(UpdateError, match="client 1: .* Fix: mend this client"):
+            run(executor=faulty(make(), always={1: fault}), optimizer=optimizer)
 
 
 @pytest.mark.parametrize("fault", ["sign_flip", "noise"])

@@ -12,6 +12,7 @@ from torch import Tensor
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation.executors.auto import AutoExecutor
 from fedgan_lightning.federation.local import ClientContext
+from fedgan_lightning.federation.optimizer_state import SCHEDULE
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import ClientFailure, ClientTask, ClientUpdate, Executor, State, UpdateSum
 from fedgan_lightning.seeding import make_generator
@@ -42,6 +43,10 @@ class FaultyExecutor(Executor):
         huge_norm: Rate of updates a million times as long.
         sign_flip: Rate of updates that point the other way.
         noise: Rate of updates replaced by normal noise.
+        wrong_size: Rate of updates that count 2^62 examples.
+        wrong_counts: Rate of updates whose steps and schedules are at 1e12, with -1e12 images in -1e308 seconds.
+        wrong_moments: Rate of updates whose moments and statistics are -1; without any, of one that nobody knows.
+        twice: Rate of updates that come a second time.
         attack_scale: Length of updates of ``sign_flip`` and ``noise``, over that of the client's own; attackers who
             mean to break a mean send long ones.
         always: Faults of clients that always fail in the same way, by client id.
@@ -78,6 +83,10 @@ class FaultyExecutor(Executor):
         huge_norm: float = 0.0,
         sign_flip: float = 0.0,
         noise: float = 0.0,
+        wrong_size: float = 0.0,
+        wrong_counts: float = 0.0,
+        wrong_moments: float = 0.0,
+        twice: float = 0.0,
         attack_scale: float = 1.0,
         always: dict[int, str] | None = None,
     ) -> None:
@@ -93,6 +102,10 @@ class FaultyExecutor(Executor):
             "huge_norm": huge_norm,
             "sign_flip": sign_flip,
             "noise": noise,
+            "wrong_size": wrong_size,
+            "wrong_counts": wrong_counts,
+            "wrong_moments": wrong_moments,
+            "twice": twice,
         }
         self.always = dict(always or {})
         if min(self.rates.values()) < 0 or sum(self.rates.values()) > 1 + 1e-9:
@@ -136,6 +149,8 @@ class FaultyExecutor(Executor):
                 yield ClientFailure(client_id=answer.client_id, round=round, stage="reply", cause="no answer in time")
             elif fault_of is None:
                 yield answer
+            elif fault_of == "twice":
+                yield from (answer, answer)
             else:
                 changed = CORRUPTIONS[fault_of](answer, round, seeds[answer.client_id])
                 yield _scaled(changed, self.attack_scale) if fault_of in ATTACKS else changed
@@ -197,6 +212,17 @@ def _first_entry(update: ClientUpdate, function: Callable[[str, Tensor], tuple[s
     return dataclasses.replace(update, delta=dict([function(name, value), *others]))
 
 
+def _wrong_counts(update: ClientUpdate, round: int, seed: int) -> ClientUpdate:
+    claims = {name: 1e12 for name in update.metrics if name.startswith(SCHEDULE)}
+    claims |= {"steps": 1e12, "images": -1e12, "seconds": -1e308}
+    return dataclasses.replace(update, metrics={**update.metrics, **claims})
+
+
+def _wrong_moments(update: ClientUpdate, round: int, seed: int) -> ClientUpdate:
+    extras = {name: torch.full_like(value, -1.0) for name, value in update.extras.items()}
+    return dataclasses.replace(update, extras=extras or {"moment": torch.tensor(-1.0)})
+
+
 def _noise(update: ClientUpdate, round: int, seed: int) -> ClientUpdate:
     generator = make_generator(seed, "noise")
     drawn = {name: torch.randn(value.shape, generator=generator).to(value) for name, value in update.delta.items()}
@@ -219,4 +245,7 @@ CORRUPTIONS: dict[str, Callable[[ClientUpdate, int, int], ClientUpdate]] = {
     "huge_norm": lambda update, round, seed: _scaled(update, HUGE),
     "sign_flip": lambda update, round, seed: _changed(update, torch.neg),
     "noise": _noise,
+    "wrong_size": lambda update, round, seed: dataclasses.replace(update, num_examples=2**62),
+    "wrong_counts": _wrong_counts,
+    "wrong_moments": _wrong_moments,
 }

@@ -1,0 +1,290 @@
+"""Which answers are let in, and what is believed of them.
+
+What clients say in numbers are claims. Sizes are those that were told when clients joined; positions of schedules,
+steps and images follow from the task; seconds are bounded by the server's own clock. A claim that cannot be true is
+refused by name, and so is an answer whose tensors are not what the server's own module has, or cannot be right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from numbers import Real
+
+from fedgan_lightning.errors import UpdateError
+from fedgan_lightning.federation.ledger import bytes_by_network, network_in_ledger
+from fedgan_lightning.federation.local import ClientContext
+from fedgan_lightning.federation.optimizer_state import SCHEDULE, is_optimizer_entry, only_moments
+from fedgan_lightning.federation.reference import Reference
+from fedgan_lightning.federation.rounds import UPDATE_NORM, bytes_up, is_position
+from fedgan_lightning.federation.rules import Screening
+from fedgan_lightning.federation.schema import LARGEST, MOST_UPDATES, is_whole, printable
+from fedgan_lightning.gan.module import GAN
+from fedgan_lightning.packing import Layout
+from fedgan_lightning.protocol import ROUND_TRIP, ClientUpdate, LocalWork, Participant, State, UpdateSum
+
+#: Scalars that one answer may bring, and letters of their names.
+MOST_METRICS, MOST_LETTERS = 1000, 200
+#: What of a GAN decides where its schedules stand.
+SCHEDULES_BY = ("configure_optimizers", "training_step")
+#: Seconds by which clocks of two machines may differ over a round.
+CLOCKS = 1.0
+#: Under this name the ledger counts bytes of networks that there are not.
+UNKNOWN = "unknown"
+
+
+class Admission:
+    """Decides on the answers of a run.
+
+    Args:
+        context: Module, data and policy.
+        screening: Tighter bounds; ``None`` for none.
+    """
+
+    def __init__(self, context: ClientContext, *, screening: Screening | None = None) -> None:
+        self.context, self.screening, self.reference = context, screening, Reference(context)
+        self.began = time.perf_counter()
+
+    def terms(self, *, round: int, state: State, work: LocalWork) -> Terms:
+        """Return what counts in a round, whose clients are sent ``state``."""
+        return Terms(self, round=round, state=state, work=work)
+
+
+class Terms:
+    """What a round's answers must be.
+
+    Args:
+        admission: What is the same for all rounds.
+        round: Rounds completed before.
+        state: What clients are sent.
+        work: What they are to do.
+    """
+
+    def __init__(self, admission: Admission, *, round: int, state: State, work: LocalWork) -> None:
+        self.admission, self.round, self.state, self.work = admission, round, state, work
+        self.schema = admission.reference.schema(state)
+        self.moments = only_moments(state)
+        self.began = time.perf_counter()
+
+    @property
+    def optional(self) -> set[str]:
+        """Moments that no client was sent, and that an honest one may not have."""
+        return {*self.schema.untouched} - {*self.moments}
+
+    def size(self, client_id: int) -> int:
+        """Return N_k as it was told when the client joined.
+
+        Raises:
+            UpdateError: If there is no such client.
+        """
+        data = self.admission.context.data
+        if not is_whole(client_id) or not 0 <= client_id < data.num_clients:
+            raise UpdateError(f"client {printable(client_id)}: there is no such client")
+        return data.num_examples(client_id)
+
+    def steps(self, client_id: int) -> int:
+        """Return the client's local steps in this round."""
+        epoch = self.admission.context.data.steps_per_epoch(client_id)
+        return self.work.span(round=self.round, steps_per_epoch=epoch)[1]
+
+    # ------------------------------------------------------------------ single answers
+
+    def admitted(self, update: ClientUpdate, *, is_late: bool = False) -> ClientUpdate:
+        """Return an update in the order of the server's module, with what is known in place of what it claims.
+
+        Raises:
+            UpdateError: If it cannot be right; names the client.
+        """
+        who = f"client {printable(update.client_id)}"
+        try:
+            size = self.size(update.client_id)
+            check_size(who, update.num_examples, size=size)
+            metrics = self.metrics(who, update.client_id, update.metrics, is_late=is_late)
+            if self.schema.is_open:
+                self.schema = self.admission.reference.learn(self.schema.closed(who, update.extras))
+            delta, extras = self.schema.fitted(who, update.delta, update.extras, known=self.moments)
+            most = MOST_UPDATES * self.steps(update.client_id)
+            least = None if is_late else 0  # the counts that it was sent were those of a round before
+            self.schema.check(who, delta, extras, known=self.moments, steps=(least, most))
+        except UpdateError:
+            raise
+        except Exception as error:  # an answer can be anything, and its client has to be named
+            cause = printable(f"{type(error).__name__}: {error}")
+            raise UpdateError(f"{who}: an answer that cannot be read ({cause})") from error
+        found = dataclasses.replace(update, num_examples=size, metrics=metrics, delta=delta, extras=extras)
+        if self.admission.screening is not None:
+            self.admission.screening.check(found)
+        return found
+
+    def metrics(
+        self, who: str, client_id: int, metrics: Mapping[str, float], *, is_late: bool = False
+    ) -> dict[str, float]:
+        """Return a client's scalars, with what follows from its task in place of what it says of that.
+
+        Raises:
+            UpdateError: If one is no number of a believable size, has no proper name, or says what is not true.
+        """
+        found, steps = checked_scalars(who, metrics), self.steps(client_id)
+        if reserved := [name for name in found if name.startswith(UPDATE_NORM)]:
+            raise UpdateError(f"{who}: metric {reserved[0]} is the server's to say")
+        if min(found.get("seconds", 0.0), found.get(ROUND_TRIP, 0.0)) < 0:
+            raise UpdateError(f"{who}: says that it took less than no time")
+        now = time.perf_counter() - (self.admission.began if is_late else self.began)
+        if found.get("seconds", 0.0) > min(now, found.get(ROUND_TRIP, math.inf)) + CLOCKS:
+            del found["seconds"]
+        if found.get("steps", steps) != steps:
+            raise UpdateError(f"{who}: says that it took {found['steps']:.6g} steps, and was asked for {steps}")
+        found |= {**self._images(who, client_id, found, steps), "steps": float(steps)}
+        if is_late:  # where schedules were in the round before is not known here any more, and nobody goes on from it
+            return {name: value for name, value in found.items() if not is_position(name)}
+        return found | self._positions(who, found, steps)
+
+    def _images(self, who: str, client_id: int, found: Mapping[str, float], steps: int) -> dict[str, float]:
+        """Return the images that a client has seen: of data that say no size of minibatches, by its own account."""
+        batch = getattr(self.admission.context.data, "batch_size", None)
+        most = steps * max(self.size(client_id), batch or 0)
+        claimed = found.get("images", 0.0)
+        if not 0 <= claimed <= most:
+            raise UpdateError(f"{who}: says that it saw {claimed:.6g} images, not between 0 and {most}")
+        return {"images": float(steps * batch if batch else claimed)}
+
+    def _positions(self, who: str, found: Mapping[str, float], steps: int) -> dict[str, float]:
+        """Return where a client's schedules stand: those of a :class:`GAN` move with every step, others as it says."""
+        model, before = self.admission.context.model, self.work.schedule_positions
+        claimed = {name: value for name, value in found.items() if is_position(name)}
+        if isinstance(model, GAN) and all(getattr(type(model), own) is getattr(GAN, own) for own in SCHEDULES_BY):
+            count = sum(own is not None for own in (model.generator_scheduler, model.discriminator_scheduler))
+            derived = {f"{SCHEDULE}{k}": float(_at(before, k) + steps) for k in range(count)}
+            if wrong := sorted(name for name in claimed if claimed[name] != derived.get(name)):
+                at = derived.get(wrong[0], math.nan)
+                raise UpdateError(f"{who}: says that {wrong[0]} is at {claimed[wrong[0]]:.6g}, not {at:.6g}")
+            return derived
+        for name, value in claimed.items():
+            first = _at(before, int(name.removeprefix(SCHEDULE)))
+            if value != int(value) or not first <= value <= first + MOST_UPDATES * steps:
+                raise UpdateError(f"{who}: says that {name} is at {value:.6g}, {steps} steps after {first}")
+        return {}
+
+    # ------------------------------------------------------------------ sums
+
+    def participant(self, own: Participant) -> Participant:
+        """Return what is known of a client in a sum.
+
+        Raises:
+            UpdateError: If it claims what is not true; names the client.
+        """
+        who = f"client {printable(own.client_id)}"
+        check_size(who, own.num_examples, size=self.size(own.client_id))
+        return dataclasses.replace(own, metrics=self.metrics(who, own.client_id, own.metrics))
+
+    def check_layouts(self, client_id: int, layouts: Mapping[str, Layout]) -> None:
+        """Refuse an update whose numbers are hidden, and whose entries, shapes or dtypes are not the server's.
+
+        Raises:
+            UpdateError: If they differ; names the client.
+        """
+        delta, extras, metrics = (layouts[group] for group in ("delta", "extras", "metrics"))
+        checked_scalars(f"client {client_id}", dict.fromkeys(metrics.names, 0.0))
+        reason = self.schema.objection(delta, extras, known=self.moments) if not self.schema.is_open else None
+        if any(metrics.shapes):
+            reason = "metrics are not single numbers"
+        if reason is not None:
+            raise UpdateError(f"client {client_id}: {reason}")
+
+    def admitted_sum(self, total: UpdateSum) -> UpdateSum:
+        """Return a sum in the order of the server's module, with what is known in place of what clients claim.
+
+        Raises:
+            UpdateError: If it cannot be right: then somebody in it has lied, and nobody can be named.
+        """
+        who = f"the sum of clients {sorted(own.client_id for own in total.participants)}"
+        try:
+            metrics = checked_scalars(who, total.metrics)
+            if self.schema.is_open:
+                self.schema = self.admission.reference.learn(self.schema.closed(who, total.extras))
+            delta, extras = self.schema.fitted(who, total.delta, total.extras, known=self.moments)
+            most = MOST_UPDATES * max(self.steps(own.client_id) for own in total.participants)
+            self.schema.check(who, delta, extras, known=self.moments, steps=(0, most))
+        except UpdateError:
+            raise
+        except Exception as error:
+            cause = printable(f"{type(error).__name__}: {error}")
+            raise UpdateError(f"{who} cannot be read ({cause})") from error
+        return dataclasses.replace(total, delta=delta, extras=extras, metrics=metrics)
+
+    # ------------------------------------------------------------------ costs
+
+    def bytes_up(self, update: ClientUpdate) -> dict[str, int]:
+        """Return what an answer amounts to, in bytes by network; what is no state counts for nothing."""
+        try:
+            sizes = bytes_up(update)
+        except Exception:  # it is refused with the reason elsewhere
+            return {}
+        names = (*self.schema.delta.names, *self.schema.extras.names)
+        known = {*map(network_in_ledger, names), *bytes_by_network(self.state)}
+        found: dict[str, int] = {}
+        for network, size in sizes.items():
+            place = network if network in known else UNKNOWN
+            found[place] = found.get(place, 0) + size
+        return found
+
+    def cost(self, update: ClientUpdate, *, is_first: bool) -> dict[str, float]:
+        """Return steps and seconds of an answer that is not let in, as far as they can be believed."""
+        try:
+            steps = float(self.steps(update.client_id)) if is_first and self.size(update.client_id) else 0.0
+            told = {name: update.metrics.get(name) for name in ("seconds", ROUND_TRIP)}
+        except Exception:  # the reason is told where it is refused
+            return {}
+        most = time.perf_counter() - self.admission.began + CLOCKS
+        believed = {n: float(v) for n, v in told.items() if isinstance(v, (int, float)) and 0 <= v <= most}
+        return {"steps": steps, **believed}
+
+
+def check_size(who: str, claimed: object, *, size: int) -> None:
+    """Refuse another number of examples than was told when the client joined.
+
+    Raises:
+        UpdateError: If it differs, or is no whole number.
+    """
+    if not is_whole(claimed):
+        raise UpdateError(f"{who}: counts {printable(claimed)} examples, which is no whole number")
+    if claimed != size:
+        least = ", not at least 1" if claimed < 1 else ""  # type: ignore[operator]
+        raise UpdateError(f"{who}: counts {printable(claimed)} examples{least}, and joined with {size}")
+
+
+def checked_scalars(who: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return scalars by name as numbers.
+
+    Raises:
+        UpdateError: If they are too many, have no proper names, or are no numbers of a believable size.
+    """
+    if not isinstance(metrics, Mapping) or len(metrics) > MOST_METRICS:
+        raise UpdateError(f"{who}: metrics are not up to {MOST_METRICS} numbers by name")
+    found: dict[str, float] = {}
+    for name, value in metrics.items():
+        if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= MOST_LETTERS:
+            raise UpdateError(f"{who}: {printable(name, most=60)!r} is no name of a metric")
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise UpdateError(f"{who}: metric {name} is a {type(value).__name__}, not a number")
+        if not abs(value) <= LARGEST:  # NaN is not, either
+            what = "is not finite" if value != value or math.inf in (value, -value) else "is beyond belief"
+            raise UpdateError(f"{who}: metric {name} {what}")
+        found[name] = float(value)
+    return found
+
+
+def without_unsent(extras: State, unsent: set[str]) -> State:
+    """Return extras without the moments that nobody sent: those of parameters that no client has touched."""
+    return {name: value for name, value in extras.items() if name not in unsent} if unsent else extras
+
+
+def sent_moments(extras: State) -> set[str]:
+    """Return the names of the moments among extras as they were sent."""
+    return {name for name in extras if is_optimizer_entry(name)}
+
+
+def _at(positions: tuple[int, ...], index: int) -> int:
+    return positions[index] if index < len(positions) else 0
