@@ -104,7 +104,8 @@ class Federation:
             trainer = self._make_trainer(
                 logger=TensorBoardLogger(self.run_dir, name="", version="", default_hp_metric=False)
             )
-            trainer.fit(self.server, datamodule=self.data, ckpt_path=found)
+            data: Any = self.data  # a LightningDataModule, or what acts as one
+            trainer.fit(self.server, datamodule=data, ckpt_path=found)
         return dict(self.evaluation.history[-1]) if self.evaluation.history else {}
 
     def test(self, *, ckpt_path: str | Path | None = None) -> dict[str, float]:

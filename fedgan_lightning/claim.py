@@ -47,9 +47,11 @@ def claimed(run_dir: str | Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with suppress(OSError):
-                (root / NAME).unlink()
-            os.close(held)
+            try:
+                with suppress(OSError):
+                    (root / NAME).unlink()
+            finally:
+                os.close(held)
 
 
 @contextmanager

@@ -192,7 +192,7 @@ class GAN(L.LightningModule):
         x = x.to(next(self.discriminator.parameters()).dtype)
         num_images = y.shape[-1]
         check_minibatch(num_images, d_steps=self.d_steps)
-        opt_g, opt_d = self.optimizers()  # type: ignore[misc]
+        opt_g, opt_d = self.optimizers()  # type: ignore[misc, attr-defined]
         samples_dim = y.dim() - 1
         parts = list(zip(x.chunk(self.d_steps, dim=samples_dim), y.chunk(self.d_steps, dim=samples_dim)))
         if self.updates == "simultaneous":
