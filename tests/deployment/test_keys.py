@@ -75,10 +75,10 @@ def test_a_site_with_a_certificate_uses_tls_among_its_own_processes_too(tmp_path
     assert options["--ssl-ca-certfile"] == str(tmp_path / "ca.crt")
     assert "--ssl-certfile" not in programs.supernode(**told)
     for name in ("ca.crt", "site0", "config.yaml"):
-        (tmp_path / name).touch()
+        (tmp_path / name).write_text("model: {}" if name == "config.yaml" else "")
     site = ["--superlink", "h:1", "--ca", "ca.crt", "--key", "site0", "--client-id", "0", "--config", "config.yaml"]
     assert main(["federation", "site", *site, "--tls", "site0.tls"]) == 2
-    assert "files that are named exist; received site0.tls.crt" in capsys.readouterr().err
+    assert f"files that are named exist; received {tmp_path / 'site0.tls.crt'}" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------- a year later

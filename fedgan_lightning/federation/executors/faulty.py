@@ -66,6 +66,10 @@ class FaultyExecutor(Executor):
         huge_norm="[0, 1]",
         sign_flip="[0, 1]",
         noise="[0, 1]",
+        wrong_size="[0, 1]",
+        wrong_counts="[0, 1]",
+        wrong_moments="[0, 1]",
+        twice="[0, 1]",
         attack_scale="(0, inf)",
         always="[0, inf)",
     )
