@@ -1,4 +1,4 @@
-"""What people type, and the files they bring: each slip is one line that says what was wrong, and nothing is touched."""
+"""What people type, and the files they bring: a slip is one line that says what was wrong, and nothing is touched."""
 
 from __future__ import annotations
 
@@ -57,14 +57,20 @@ OPTIONS = {
     ),
     "stopping by what is measured now and then": (
         ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "fid", "--evaluation.every_n_rounds=2"],
-        "EarlyStopping looks at fid .*evaluation.every_n_rounds=2.*every round. Fix: set evaluation.every_n_rounds to 1",
+        "EarlyStopping looks at fid .*every_n_rounds=2.*every round. Fix: set evaluation.every_n_rounds to 1",
     ),
     "stopping by what is not measured": (
         ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "fidd"],
         "EarlyStopping watches a metric.*monitor=fidd. Fix: choose from .*fid, .*fid_test",
     ),
     "keeping by what is measured now and then": (
-        ["--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.monitor", "fid", "--evaluation.every_n_rounds=2"],
+        [
+            "--trainer.callbacks",
+            "ModelCheckpoint",
+            "--trainer.callbacks.monitor",
+            "fid",
+            "--evaluation.every_n_rounds=2",
+        ],
         "ModelCheckpoint looks at fid .*or every_n_epochs of ModelCheckpoint to 2",
     ),
     "a value that is missing": (["--federation.rounds"], "--federation.rounds: expected one argument"),
@@ -75,7 +81,10 @@ OPTIONS = {
 }
 #: Files of settings beside a good one.
 FILES = {
-    "two groups of a name": ("data: {num_clients: 2}\nmodel: {}\ndata: {batch_size: 3}\n", "with data in line 1 .*line 3"),
+    "two groups of a name": (
+        "data: {num_clients: 2}\nmodel: {}\ndata: {batch_size: 3}\n",
+        "with data in line 1 .*line 3",
+    ),
     "tabs": ("data:\n\tbatch_size: 3\n", "line 2, column 1"),
     "nothing": ("", "which is empty"),
     "a text": ("hello\n", "which is a text"),
@@ -163,7 +172,11 @@ def test_a_checkpoint_that_cannot_be(name, tmp_path, capsys):
 
 def test_a_checkpoint_that_is_no_file(tmp_path, capsys):
     os.mkfifo(tmp_path / "fifo")
-    for path, words in ((tmp_path, "a folder"), (tmp_path / "fifo", "no regular file"), ("/dev/zero", "no regular file")):
+    for path, words in (
+        (tmp_path, "a folder"),
+        (tmp_path / "fifo", "no regular file"),
+        ("/dev/zero", "no regular file"),
+    ):
         code, _, err = run("fit", *small("digits"), "--run_dir", tmp_path / "n", "--ckpt_path", path, capsys=capsys)
         assert code == 2
         assert words in one_line(err)

@@ -36,9 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     keys.add_argument("--host", nargs="+", default=[], help="names of the server; by default those that it has")
     server = roles.add_parser("server", help="SuperLink and run; continues a run that was cut off")
     _shared(server)
-    server.add_argument(
-        "--keys", type=expanded, required=True, help="ca.crt, server.crt, server.key, *.pub of sites"
-    )
+    server.add_argument("--keys", type=expanded, required=True, help="ca.crt, server.crt, server.key, *.pub of sites")
     server.add_argument("--home", type=expanded, default="federation", help="database and logs of the SuperLink")
     server.add_argument("--host", default="127.0.0.1", help="where the SuperLink listens")
     server.add_argument("--port", type=int, default=8000)
@@ -51,9 +49,7 @@ def main(arguments: Sequence[str]) -> int:
     site.add_argument("--site", type=expanded, help="what differs here: the source, the accelerator")
     site.add_argument("--state", type=expanded, default="site", help="folder for private state")
     site.add_argument("--port", type=int, default=9094, help="port on this machine, for Flower's own processes")
-    site.add_argument(
-        "--tls", type=expanded, help="FILE.crt and FILE.key of this site: TLS between these, too"
-    )
+    site.add_argument("--tls", type=expanded, help="FILE.crt and FILE.key of this site: TLS between these, too")
     site.add_argument("--check", action="store_true", help="try data, model, keys and connection, and take no part")
     trial = roles.add_parser("trial", help="a server and its sites as processes of this machine")
     _shared(trial)
@@ -72,9 +68,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _shared(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config", type=expanded, required=True, help="configuration; more options are those of fit"
-    )
+    parser.add_argument("--config", type=expanded, required=True, help="configuration; more options are those of fit")
     parser.add_argument("--run_dir", type=expanded, required=True, help="directory of the run")
 
 
