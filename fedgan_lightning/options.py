@@ -205,7 +205,9 @@ def _fix(value: Any, hint: Any) -> str:
             return f"write {value} without quotes"
     if words:
         return f"write {' or '.join(words)}"
-    return "choose such a number" if _takes_numbers(hint) else "give one of that kind"
+    if not _takes_numbers(hint):
+        return "give one of that kind"
+    return "choose such a number" + (", or null (None from Python)" if type(None) in get_args(hint) else "")
 
 
 def _nearest(word: str, known: list[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""What people type, and the files they bring: each slip is one line saying what was wrong, and nothing is touched."""
+"""What people type, and the files they bring: a slip is one line that says what was wrong, and nothing is touched."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ OPTIONS = {
     "a seed beyond all": (["--seed_everything", "4294967296"], f"seed_everything .* {WHOLE}; received 4294967296"),
     "a seed that is drawn": (["--seed_everything", "true"], f"seed_everything .* {WHOLE}; received True"),
     "no threads": (["--num_threads", "0"], "num_threads is at least 1; received 0. Fix: raise it, or set null"),
-    "pictures never": (["--pictures.every_n_rounds", "0"], "pictures.every_n_rounds .*received 0. Fix: .*set null"),
-    "pictures of no rows": (["--pictures.rows", "0"], "pictures.rows is at least 1; received 0. Fix: raise it"),
+    "pictures never": (["--pictures.every_n_rounds", "0"], "pictures.every_n_rounds .*received 0. Fix: .*or null"),
+    "pictures of no rows": (["--pictures.rows", "0"], "pictures.rows .* of at least 1; received 0. Fix: choose"),
     "a rate below nought": (["--model.generator_optimizer.lr", "-1"], "optimizers .* of the model.*learning rate: -1"),
     "a server's rate below nought": (
         ["--server.optimizer", "torch.optim.SGD", "--server.optimizer.lr", "-1"],
@@ -57,7 +57,7 @@ OPTIONS = {
     ),
     "stopping by what is measured now and then": (
         ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "fid", "--evaluation.every_n_rounds=2"],
-        "EarlyStopping looks at fid .*evaluation.every_n_rounds=2.*every round. Fix: set evaluation.every_n_rounds",
+        "EarlyStopping looks at fid .*every_n_rounds=2.*every round. Fix: set evaluation.every_n_rounds to 1",
     ),
     "stopping by what is not measured": (
         ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "fidd"],
