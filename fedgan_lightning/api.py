@@ -57,7 +57,8 @@ class Federation:
         trainer: dict[str, Any] | None = None,
         **federation: Any,
     ) -> None:
-        self.data, self.run_dir = data, run_dir
+        self.data: Any = data
+        self.run_dir = run_dir
         self.server = (
             ServerModule(model) if server_optimizer is None else ServerModule(model, optimizer=server_optimizer)
         )
