@@ -61,7 +61,8 @@ class Federation:
         trainer: dict[str, Any] | None = None,
         **federation: Any,
     ) -> None:
-        self.data, self.run_dir = data, str(expanded(run_dir))
+        self.data: Any = data
+        self.run_dir = str(expanded(run_dir))
         self.server = (
             ServerModule(model) if server_optimizer is None else ServerModule(model, optimizer=server_optimizer)
         )
@@ -104,8 +105,7 @@ class Federation:
             trainer = self._make_trainer(
                 logger=TensorBoardLogger(self.run_dir, name="", version="", default_hp_metric=False)
             )
-            data: Any = self.data  # a LightningDataModule, or what acts as one
-            trainer.fit(self.server, datamodule=data, ckpt_path=found)
+            trainer.fit(self.server, datamodule=self.data, ckpt_path=found)
         return dict(self.evaluation.history[-1]) if self.evaluation.history else {}
 
     def test(self, *, ckpt_path: str | Path | None = None) -> dict[str, float]:
