@@ -11,10 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedgan_lightning import FederatedDataModule, FederatedOrchestrator, SequentialExecutor, ServerModule
+from fedgan_lightning import (
+    FederatedDataModule,
+    FederatedOrchestrator,
+    SequentialExecutor,
+    ServerModule,
+    VectorizedExecutor,
+)
 from tests.conftest import quiet_trainer
 from tests.device import second_device
 from tests.device.second_device import Rules
+
+EXECUTORS = {"one by one": SequentialExecutor(), "stacked": VectorizedExecutor()}
 
 
 class _StaysThere(L.Callback):
@@ -39,7 +47,7 @@ def federate(
 ) -> tuple[ServerModule, FederatedOrchestrator]:
     """Run a federation on the CPU or on the device; whatever has state begins anew."""
     torch.manual_seed(0)
-    settings = {"rounds": 2, "local_steps": 3, "executor": SequentialExecutor(), **copy.deepcopy(federation)}
+    settings = {"rounds": 2, "local_steps": 2, "executor": SequentialExecutor(), **copy.deepcopy(federation)}
     orchestrator, module = FederatedOrchestrator(**settings), ServerModule(copy.deepcopy(model), **(server or {}))
     options = second_device.trainer_options() if on == "device" else {}
     trainer = quiet_trainer(orchestrator, _StaysThere(), *callbacks, precision=precision, **options)
@@ -83,8 +91,4 @@ def distance(first: Tensor, second: Tensor) -> float:
 
 def executors() -> pytest.MarkDecorator:
     """Run a test with clients one after the other, and stacked."""
-    from fedgan_lightning import VectorizedExecutor
-
-    return pytest.mark.parametrize(
-        "executor", [SequentialExecutor(), VectorizedExecutor()], ids=["one by one", "stacked"]
-    )
+    return pytest.mark.parametrize("executor", EXECUTORS.values(), ids=EXECUTORS)

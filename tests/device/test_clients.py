@@ -19,10 +19,10 @@ from fedgan_lightning import (
 from fedgan_lightning.gan import networks
 from fedgan_lightning.gan.module import GAN
 from tests.conftest import adam, digits_data, ring_data, ring_gan, sgd
-from tests.device.runs import executors, federate, on_both
+from tests.device.runs import EXECUTORS, executors, federate, on_both
 from tests.unit import test_inpainting, test_recommendation, test_text
 
-pytestmark = pytest.mark.second_device
+pytestmark = [pytest.mark.second_device, pytest.mark.timeout(900)]  # XLA compiles for a while beside busy processes
 #: Biases before a normalisation have no gradient but noise, which Adam would make as large as any other.
 SGD = {"generator_optimizer": sgd, "discriminator_optimizer": sgd}
 
@@ -43,19 +43,20 @@ def dcgan(*, norm: str = "group", channels: int = 1, conditioning: str = "projec
     )
 
 
-@executors()
 @pytest.mark.parametrize(
-    "policy",
+    "executor, policy",
     [
-        {"optimizer_state": "average"},
-        {"optimizer_state": "keep", "client_state": "disk"},
-        {"optimizer_state": "reset"},
-        {"optimizer_state": "keep", "sync": {"discriminator": "local"}},
+        ("one by one", {"optimizer_state": "average"}),
+        ("stacked", {"optimizer_state": "average"}),
+        ("one by one", {"optimizer_state": "keep", "client_state": "disk"}),
+        ("stacked", {"optimizer_state": "keep", "client_state": "disk"}),
+        ("one by one", {"optimizer_state": "reset"}),
+        ("stacked", {"optimizer_state": "keep", "sync": {"discriminator": "local"}}),
     ],
-    ids=lambda policy: " ".join(map(str, policy.values())),
+    ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value.values())),
 )
 def test_moments(device, executor, policy):
-    on_both(device, ring_gan(optimizer=adam), ring_data(num_clients=3), executor=executor, **policy)
+    on_both(device, ring_gan(optimizer=adam), ring_data(num_clients=3), executor=EXECUTORS[executor], **policy)
 
 
 @executors()
@@ -73,7 +74,8 @@ def test_moments(device, executor, policy):
 def test_penalties_losses_and_schedules(device, executor, options):
     """Clients of unequal sizes: they are due at different steps."""
     model = ring_gan(optimizer=sgd, generator_scheduler=halve, **options)
-    on_both(device, model, ring_data(num_clients=3), executor=executor, local_steps=None, local_epochs=1, rtol=1e-5)
+    data = ring_data(num_clients=3, num_samples=256)
+    on_both(device, model, data, executor=executor, local_steps=None, local_epochs=1, rtol=1e-5)
 
 
 def halve(optimizer):
@@ -104,27 +106,40 @@ def test_batch_normalisation(device, buffers, options):
     on_both(device, dcgan(norm="batch", **options), few(), buffers=buffers, rtol=5e-4)
 
 
-@executors()
+OTHERS = {
+    "text": lambda: (test_text.text_gan(), test_text.module()),
+    "purchases": lambda: (test_recommendation.gan(**SGD), test_recommendation.module()),
+    "inpainting": lambda: (test_inpainting.digits_gan(**SGD), few(partition=None)),
+}
+
+
 @pytest.mark.parametrize(
-    "make",
+    "executor, data",
     [
-        lambda: (test_text.text_gan(), test_text.module()),
-        lambda: (test_recommendation.gan(**SGD), test_recommendation.module()),
-        lambda: (test_inpainting.digits_gan(**SGD), few(partition=None)),
+        ("one by one", "text"),
+        ("stacked", "text"),
+        ("one by one", "purchases"),
+        ("stacked", "purchases"),
+        ("one by one", "inpainting"),  # stacked it takes a minute
     ],
-    ids=["text", "purchases", "inpainting"],
 )
-def test_other_data(device, executor, make):
-    model, data = make()
-    on_both(device, model, data, executor=executor, rtol=1e-3)
+def test_other_data(device, executor, data):
+    on_both(device, *OTHERS[data](), executor=EXECUTORS[executor], rtol=1e-3)
 
 
-@executors()
-@pytest.mark.parametrize("precision, rtol", [("64-true", 1e-9), ("bf16-mixed", 0.2), ("bf16-true", 0.5)])
+@pytest.mark.parametrize(
+    "executor, precision, rtol",
+    [
+        ("stacked", "64-true", 1e-9),
+        ("one by one", "bf16-mixed", 0.2),
+        ("stacked", "bf16-mixed", 0.2),
+        ("one by one", "bf16-true", 0.5),
+    ],
+)
 def test_precisions(device, executor, precision, rtol):
     """Biases are a few steps long, and every one of these is rounded to three digits where a type is narrow."""
     model = dcgan(ema_half_life_images=50.0, penalties=[R1(0.1)], augment=Augmentation(target=0.6))
-    on_both(device, model, few(), executor=executor, precision=precision, rtol=rtol)
+    on_both(device, model, few(), executor=EXECUTORS[executor], precision=precision, rtol=rtol)
 
 
 class DrawsOnTheDevice(GAN):

@@ -45,7 +45,7 @@ from tests.device.runs import distance, everything, executors, federate, on_both
 from tests.device.test_clients import dcgan, few
 from tests.unit import test_inpainting, test_recommendation, test_text
 
-pytestmark = pytest.mark.second_device
+pytestmark = [pytest.mark.second_device, pytest.mark.timeout(900)]  # XLA compiles for a while beside busy processes
 RULES = RoundRules(minimum=0.25, late="discount")
 
 
