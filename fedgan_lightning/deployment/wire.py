@@ -16,7 +16,7 @@ from fedgan_lightning.protocol import ClientTask, ClientUpdate, LocalWork, State
 TRAIN, QUERY = "train", "query"
 SEPARATOR = "|"
 #: What server and sites share, and a task's digest is of, in words.
-SHARED = "the settings of model and federation, names of classes, and words or items"
+SHARED = "the settings of model and federation, the precision, names of classes, and words or items"
 
 
 def content(facts: Mapping[str, Any], **states: State) -> Any:

@@ -188,8 +188,8 @@ def test_a_key_that_flower_does_not_take_is_refused(folder, tmp_path, capsys):
     ("text", "said"),
     [
         (b"trainer: {accelerator: cuda}\n", "can be built"),
-        (b"trainer: {strategy: foo}\n", "can be built"),
-        (b"data: {max_samples: \xff}\n", "can be built"),
+        (b"trainer: {strategy: foo}\n", "can be made from the settings below trainer:"),
+        (b"data: {max_samples: \xff}\n", "site.yaml ('utf-8' codec"),
     ],
 )
 def test_what_other_libraries_refuse_is_one_line(folder, tmp_path, capsys, text, said):
