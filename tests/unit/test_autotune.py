@@ -22,6 +22,13 @@ from tests.contracts.test_executors import assert_same, updates
 from tests.foreign import SomebodysGAN
 
 
+@pytest.fixture(autouse=True)
+def _short_turns(monkeypatch):
+    """What is chosen does not matter to most tests, and half a second of every way does."""
+    monkeypatch.setattr(trials, "TURN_SECONDS", 0.01)
+    monkeypatch.setattr(trials, "RUN_OFF_SECONDS", 0.05)
+
+
 class Normalised(torch.optim.SGD):
     """Steps of unit length: it looks at whole tensors, so clients of a stack would share one."""
 
