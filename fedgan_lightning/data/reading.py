@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
 from pathlib import Path
 
 from fedgan_lightning.errors import DataError, message
@@ -46,18 +45,6 @@ def reason(error: BaseException) -> str:
     """Return what an error of another library says, in one line and without the path it may repeat."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return " ".join(f"{type(error).__name__}: {text}".split()) if text else type(error).__name__
-
-
-def check_choice(value: object, allowed: Iterable[object], *, option: str) -> None:
-    """Refuse a value that is none of those allowed.
-
-    Raises:
-        DataError: If it is not.
-    """
-    listed = list(allowed)
-    if value not in listed:
-        names = ", ".join("null" if one is None else str(one) for one in listed)
-        raise DataError(message(f"{option} is one of {names}", received=quoted(value), fix="choose one of them"))
 
 
 def check_encoding(encoding: str, *, option: str) -> None:

@@ -18,7 +18,7 @@ from fedgan_lightning import ImageFolder, MedMNISTFile
 from fedgan_lightning.data.pictures import read_picture
 from fedgan_lightning.data.samples import Samples
 from fedgan_lightning.data.sources import CelebA, MedMNIST, TorchvisionImages
-from fedgan_lightning.errors import DataError
+from fedgan_lightning.errors import ConfigurationError, DataError
 from fedgan_lightning.visuals.completion import read_folder
 
 
@@ -246,14 +246,14 @@ class TestPictures:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            ({"channels": 4}, "channels is one of 1, 3; received 4"),
-            ({"image_size": 0}, "image_size is at least 1; received 0"),
-            ({"test_fraction": 1.5}, r"test_fraction lies in \(0, 1\); received 1.5"),
+            ({"channels": 4}, "channels .* one of 1, 3; received 4"),
+            ({"image_size": 0}, "image_size .* at least 1; received 0"),
+            ({"test_fraction": 1.5}, r"test_fraction .* in \(0, 1\); received 1.5"),
             ({"classes": True, "class_names": ["a", "a"]}, "class_names are different"),
         ],
     )
     def test_settings_that_cannot_be(self, folders, options, said):
-        with pytest.raises(DataError, match=said):
+        with pytest.raises((DataError, ConfigurationError), match=said):
             ImageFolder(str(folders("a")), **{"image_size": 8, **options})
 
     def test_pictures_to_complete_are_opened_in_the_same_way(self, tmp_path):
@@ -381,11 +381,11 @@ def test_a_half_downloaded_mnist_is_one_line(tmp_path, share):
 
 
 def test_names_and_sizes_that_do_not_exist():
-    with pytest.raises(DataError, match="name is one of MNIST, FashionMNIST, CIFAR10; received 'mnist'"):
+    with pytest.raises(ConfigurationError, match="name .* one of MNIST, FashionMNIST, CIFAR10; received 'mnist'"):
         TorchvisionImages("mnist")
-    with pytest.raises(DataError, match="size is one of 28, 64, 128, 224; received 32"):
+    with pytest.raises(ConfigurationError, match="size .* one of 28, 64, 128, 224; received 32"):
         MedMNIST("pneumoniamnist", size=32)
-    with pytest.raises(DataError, match="max_images is at least 1; received 0"):
+    with pytest.raises(ConfigurationError, match="max_images .* at least 1; received 0"):
         CelebA(max_images=0)
 
 

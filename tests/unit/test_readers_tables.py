@@ -12,7 +12,7 @@ import pytest
 
 from fedgan_lightning import AvailableClients, CSVProfiles, Interactions
 from fedgan_lightning.data.tables import Table
-from fedgan_lightning.errors import DataError, FedGANError
+from fedgan_lightning.errors import ConfigurationError, DataError, FedGANError
 
 HOURS = [datetime(2021, 3, 1) + timedelta(hours=hour) for hour in range(24 * 60)]
 #: An hourly file whose largest value of every day is at 18 o'clock.
@@ -188,10 +188,10 @@ TABLES = {
     "nothing": ({"rows": [], "header": ""}, {}, "received no header"),
     "header only": ({"rows": []}, {}, "two profiles of 24 rows or more; received 0 rows"),
     "constant": ({"rows": [f"{when},1" for when in HOURS]}, {}, "a variable varies.*from 1 to 1"),
-    "unknown label": ({}, {"label": "seasons"}, "label is one of season, month, weekday, null; received 'seasons'"),
-    "unknown remedy": ({}, {"irregular": "dropp"}, "irregular is one of refuse, drop, consecutive"),
-    "no share": ({}, {"test_fraction": 1.0}, r"test_fraction lies in \(0, 1\); received 1.0"),
-    "no length": ({}, {"length": 0}, "length is at least 1; received 0"),
+    "unknown label": ({}, {"label": "seasons"}, "label .* one of season, month, weekday or None; received 'seasons'"),
+    "unknown remedy": ({}, {"irregular": "dropp"}, "irregular .* one of refuse, drop, consecutive"),
+    "no share": ({}, {"test_fraction": 1.0}, r"test_fraction .* in \(0, 1\); received 1.0"),
+    "no length": ({}, {"length": 0}, "length .* at least 1; received 0"),
     "dates as values": ({}, {"variables": ["date"]}, "every value of date .* is a finite number"),
 }
 
@@ -201,7 +201,7 @@ def test_a_table_is_read_or_said_to_be_wrong_in_one_line(name, table):
     changes, options, said = TABLES[name]
     path = table(**{"rows": ROWS, **changes})
     if said:
-        with pytest.raises(DataError, match=said):
+        with pytest.raises((DataError, ConfigurationError), match=said):
             message_of(lambda: CSVProfiles(path, **options).load("train"))
             CSVProfiles(path, **options).load("train")
     else:
@@ -252,7 +252,7 @@ class TestInteractions:
             ([",1,3,3", *PAIRS], {}, "every value of userId .*an empty field in line 2"),
             ([f"{'7' * 5000},1,3,3", *PAIRS], {}, r"at most 200 characters; .*\(5000 characters\) in line 2"),
             ([*PAIRS, "1,2"], {}, "as the header, 4; received 2 in line 68"),
-            (PAIRS, {"holdout": "lates"}, "holdout is one of random, latest"),
+            (PAIRS, {"holdout": "lates"}, "holdout .* one of random, latest"),
             ([], {}, "received 0 such items"),
         ],
     )

@@ -92,26 +92,6 @@ def read_names(path: str | Path, *, option: str, numbered: str) -> list[str]:
     return names
 
 
-def check_size(image_size: int | None) -> None:
-    """Refuse a side that is less than one pixel; ``None`` is the data's own.
-
-    Raises:
-        DataError: If it is.
-    """
-    if image_size is not None and image_size < 1:
-        raise DataError(message("data.source.image_size is at least 1", received=image_size, fix="set 28, say"))
-
-
-def check_fraction(test_fraction: float) -> None:
-    """Refuse a share of held-out samples that leaves nothing on one side.
-
-    Raises:
-        DataError: If it does not lie in (0, 1).
-    """
-    if not 0 < test_fraction < 1:
-        raise DataError(message("data.source.test_fraction lies in (0, 1)", received=test_fraction, fix="set 0.1, say"))
-
-
 def hold_out(count: int, test_fraction: float, *, name: str, what: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the positions of the training and of the test split, drawn once with a fixed seed; each holds at least 1.
 

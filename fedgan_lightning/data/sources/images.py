@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fedgan_lightning.data.folders import Splits, files_below, folders_in, named, refuse_splits_below, splits_of
 from fedgan_lightning.data.pictures import EXTENSIONS, read_picture
-from fedgan_lightning.data.reading import check_choice, reason, user_path
+from fedgan_lightning.data.reading import reason, user_path
 from fedgan_lightning.data.samples import Samples
-from fedgan_lightning.data.sources.base import Source, Split, check_fraction, check_size, hold_out, resize, to_pixels
+from fedgan_lightning.data.sources.base import Source, Split, hold_out, resize, to_pixels
 from fedgan_lightning.errors import DataError, message
 from fedgan_lightning.options import checked
 
@@ -46,8 +46,6 @@ class TorchvisionImages(Source):
         image_size: int | None = None,
         download: bool = True,
     ) -> None:
-        check_choice(name, ("MNIST", "FashionMNIST", "CIFAR10"), option="data.source.name")
-        check_size(image_size)
         self.name, self.root, self.download = name, str(user_path(root)), download
         self.image_size = image_size or (32 if name == "CIFAR10" else 28)
         self.sample_shape = (3 if name == "CIFAR10" else 1, self.image_size, self.image_size)
@@ -103,13 +101,6 @@ class CelebA(Source):
     def __init__(
         self, root: str = "data", *, image_size: int = 48, max_images: int | None = None, download: bool = True
     ) -> None:
-        check_size(image_size)
-        if max_images is not None and max_images < 1:
-            raise DataError(
-                message(
-                    "data.source.max_images is at least 1", received=max_images, fix="raise it, or set null for all"
-                )
-            )
         self.root, self.image_size, self.download = str(user_path(root)), image_size, download
         self.max_images = max_images
         self.sample_shape = (3, image_size, image_size)
@@ -184,9 +175,6 @@ class ImageFolder(Source):
         class_names: Sequence[str] | None = None,
         test_fraction: float = 0.1,
     ) -> None:
-        check_choice(channels, (1, 3), option="data.source.channels")
-        check_fraction(test_fraction)
-        check_size(image_size)
         self.root, self.image_size, self.channels = user_path(root), image_size, channels
         self.classes, self.test_fraction = classes, test_fraction
         self.sample_shape = (channels, image_size, image_size)

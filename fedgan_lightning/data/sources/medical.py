@@ -8,9 +8,9 @@ from typing import Any, Literal
 import torch
 
 from fedgan_lightning.data.arrays import Arrays
-from fedgan_lightning.data.reading import check_choice, reason, user_path
+from fedgan_lightning.data.reading import reason, user_path
 from fedgan_lightning.data.samples import Samples
-from fedgan_lightning.data.sources.base import Source, Split, check_size, resize, to_pixels
+from fedgan_lightning.data.sources.base import Source, Split, resize, to_pixels
 from fedgan_lightning.errors import DataError, message
 from fedgan_lightning.options import checked
 
@@ -35,7 +35,6 @@ class MedMNIST(Source):
     def __init__(
         self, name: str, root: str = "data", *, size: Literal[28, 64, 128, 224] = 28, download: bool = False
     ) -> None:
-        check_choice(size, (28, 64, 128, 224), option="data.source.size")
         self.name, self.root, self.suffix = name.lower(), user_path(root), "" if size == 28 else f"_{size}"
         self.path, self.download = self.root / f"{self.name}{self.suffix}.npz", download
         facts = self._facts()
@@ -120,7 +119,6 @@ class MedMNISTFile(Source):
 
     @checked(image_size="[1, inf)")
     def __init__(self, path: str, *, image_size: int | None = None, class_names: tuple[str, ...] | None = None) -> None:
-        check_size(image_size)
         self.path = user_path(path)
         arrays = self._open()
         shape, labels = arrays.pixels("train_images").shape, arrays.labels("train_labels")

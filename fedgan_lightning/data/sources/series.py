@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from fedgan_lightning.data.dates import Date, Grid, on_grid, parsed
-from fedgan_lightning.data.reading import check_choice, check_encoding, user_path
+from fedgan_lightning.data.reading import check_encoding, user_path
 from fedgan_lightning.data.samples import Samples
-from fedgan_lightning.data.sources.base import Source, Split, check_fraction, hold_out
+from fedgan_lightning.data.sources.base import Source, Split, hold_out
 from fedgan_lightning.data.tables import Table, check_delimiter
 from fedgan_lightning.errors import DataError, message
 from fedgan_lightning.options import checked
@@ -87,12 +87,7 @@ class CSVProfiles(Source):
         delimiter: str = ",",
     ) -> None:
         names = {"season": SEASONS, "month": MONTHS, "weekday": WEEKDAYS, None: ()}
-        check_choice(label, names, option="data.source.label")
-        check_choice(irregular, ("refuse", "drop", "consecutive"), option="data.source.irregular")
-        check_fraction(test_fraction)
         check_encoding(encoding, option="data.source.encoding")
-        if length < 1:
-            raise DataError(message("data.source.length is at least 1", received=length, fix="set 24, say"))
         self.path, self.date, self.length, self.label = user_path(path), date, length, label
         self.variables, self.test_fraction = None if variables is None else list(variables), test_fraction
         self.irregular, self.encoding = irregular, encoding
