@@ -10,7 +10,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from fedgan_lightning.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
 from fedgan_lightning.claim import claimed
-from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.callback import Evaluation
 from fedgan_lightning.federation.checks import check_precision
@@ -18,7 +17,6 @@ from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.files import expanded
 from fedgan_lightning.options import checked
-from fedgan_lightning.protocol import FederatedData
 from fedgan_lightning.recorder import RunRecorder, listed
 from fedgan_lightning.run_directory import check_run_directory, to_continue, to_judge
 from fedgan_lightning.visuals.inspection import Inspection
@@ -50,7 +48,7 @@ class Federation:
     def __init__(
         self,
         model: L.LightningModule,
-        data: FederatedDataModule | FederatedData,
+        data: Any,
         *,
         rounds: int = 50,
         run_dir: str | Path = "runs/run",

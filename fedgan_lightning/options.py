@@ -119,19 +119,29 @@ def check(option: str, value: Any, hint: Any, *, within: Interval | None = None)
 # ---------------------------------------------------------------------- what fits
 
 
+def _is_truth(value: Any) -> bool:
+    return isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")  # NumPy's is no subclass
+
+
+def _is_word(value: Any, word: Any) -> bool:
+    """Whether a value is a fixed word; other libraries have texts and whole numbers of their own."""
+    alike = isinstance(value, type(word)) or (isinstance(word, int) and isinstance(value, numbers.Integral))
+    return alike and _is_truth(value) == _is_truth(word) and bool(value == word)
+
+
 def _fits(value: Any, hint: Any, within: Interval | None) -> bool:
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(_fits(value, own, within) for own in inner)
     if origin is Literal:
-        return any(type(own) is type(value) and own == value for own in inner)
+        return any(_is_word(value, own) for own in inner)
     if hint in (None, type(None)):
         return value is None
     if hint is bool:
-        return isinstance(value, bool)
+        return _is_truth(value)
     if hint in (int, float):
         kind = numbers.Integral if hint is int else numbers.Real
-        is_number = isinstance(value, kind) and not isinstance(value, bool)
+        is_number = isinstance(value, kind) and not _is_truth(value)
         return is_number and abs(value) < math.inf and (within is None or value in within)
     if hint is str:
         return isinstance(value, (str, os.PathLike))

@@ -73,12 +73,12 @@ def to_continue(
         return None
     check_federation(read_checkpoint(path), path, whole=True)
     found = marks(root)
-    if found and path.resolve().parent != (root / "checkpoints").resolve():
+    if found and not path.resolve().is_relative_to(root.resolve()):
         raise CheckpointError(
             message(
                 "a run is continued from its own checkpoint",
                 received=f"{path} for {root}, which holds another run ({', '.join(found)})",
-                fix="choose another --run_dir, or put the file into that run's folder checkpoints",
+                fix="choose another --run_dir, or put the file into that directory",
             )
         )
     return str(path)

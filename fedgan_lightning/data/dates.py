@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import calendar
 import datetime
 import itertools
-from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,10 +69,9 @@ def on_grid(dates: list[Date], *, path: Path, strict: bool) -> Grid:
     between = np.zeros(len(dates), bool)
     name = str(datetime.timedelta(microseconds=step))
     if step >= MONTH:
-        days = [_day_of_month(date.when) for date in dates]
-        usual, count = Counter(days).most_common(1)[0]
-        if count > len(days) / 2:
-            between = np.array([day != usual for day in days])
+        fits = _on_one_day(dates)
+        if sum(fits) > len(dates) / 2:
+            between = ~np.array(fits)
             ticks = np.array([12 * date.when.year + date.when.month for date in dates], dtype=np.int64)
             step = _commonest(np.diff(ticks))
             name = f"{step} month(s)"
@@ -100,10 +100,16 @@ def _commonest(steps: NDArray[np.int64]) -> int:
     return int(values[np.argmax(counts)])
 
 
-def _day_of_month(when: datetime.datetime) -> tuple[int, datetime.time]:
-    """Return day and time; 0 for the last day of a month."""
-    following = when + datetime.timedelta(days=1) if when.year < datetime.MAXYEAR else when
-    return (0 if following.day == 1 else when.day), when.time()
+def _on_one_day(dates: Sequence[Date]) -> list[bool]:
+    """Return which dates are on the day of the month, and at the time, that most are.
+
+    A month without that day has its last one: a series on the 31st, or the 30th, has a row at the end of February.
+    """
+    last = [calendar.monthrange(date.when.year, date.when.month)[1] for date in dates]
+    found: list[list[bool]] = []
+    for usual in sorted({(date.when.day, date.when.time()) for date in dates}, reverse=True):
+        found.append([(d.when.day, d.when.time()) == (min(usual[0], end), usual[1]) for d, end in zip(dates, last)])
+    return max(found, key=sum)
 
 
 def _what(steps: int, is_between: bool) -> str:

@@ -29,9 +29,9 @@ from fedgan_lightning.federation.aggregation import checked_states
 from fedgan_lightning.federation.checks import same_precision
 from fedgan_lightning.federation.ledger import bytes_by_network
 from fedgan_lightning.federation.local import ClientContext, LocalTrainer
-from fedgan_lightning.federation.optimizer_state import SCHEDULE, only_moments
+from fedgan_lightning.federation.optimizer_state import only_moments
 from fedgan_lightning.federation.policy import resolve
-from fedgan_lightning.federation.rounds import lengths
+from fedgan_lightning.federation.rounds import is_position, lengths
 from fedgan_lightning.federation.store import ClientStore
 from fedgan_lightning.protocol import ClientTask, ClientUpdate, LocalWork, State
 from fedgan_lightning.states import network_of
@@ -294,7 +294,7 @@ class Site:
         """
         states = checked_states(update)
         metrics = {**update.metrics, **lengths(update.delta, sorted({network_of(name) for name in update.delta}))}
-        clear = {n: v for n, v in metrics.items() if n in CLEAR or n.startswith(SCHEDULE)}
+        clear = {n: v for n, v in metrics.items() if n in CLEAR or is_position(n)}
         others = {n: torch.tensor(v, dtype=torch.float64) for n, v in sorted(metrics.items()) if n not in clear}
         return self._masked(session, {"delta": states[0], "extras": states[1], "metrics": others}, clear)
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from numbers import Real
 
+from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.errors import UpdateError
 from fedgan_lightning.federation.ledger import bytes_by_network, network_in_ledger
 from fedgan_lightning.federation.local import ClientContext
@@ -25,6 +26,8 @@ from fedgan_lightning.gan.module import GAN
 from fedgan_lightning.packing import Layout
 from fedgan_lightning.protocol import ROUND_TRIP, ClientUpdate, LocalWork, Participant, State, UpdateSum
 
+#: Scalars that decide something.
+RELIED_ON = ("steps", "images", "seconds", ROUND_TRIP)
 #: Scalars that one answer may bring, and letters of their names.
 MOST_METRICS, MOST_LETTERS = 1000, 200
 #: What of a GAN decides where its schedules stand.
@@ -126,7 +129,8 @@ class Terms:
         Raises:
             UpdateError: If one is no number of a believable size, has no proper name, or says what is not true.
         """
-        found, steps = checked_scalars(who, metrics), self.steps(client_id)
+        others = not isinstance(self.admission.context.model, GAN)
+        found, steps = checked_scalars(who, metrics, undefined=others), self.steps(client_id)
         if reserved := [name for name in found if name.startswith(UPDATE_NORM)]:
             raise UpdateError(f"{who}: metric {reserved[0]} is the server's to say")
         if min(found.get("seconds", 0.0), found.get(ROUND_TRIP, 0.0)) < 0:
@@ -143,7 +147,8 @@ class Terms:
 
     def _images(self, who: str, client_id: int, found: Mapping[str, float], steps: int) -> dict[str, float]:
         """Return the images that a client has seen: of data that say no size of minibatches, by its own account."""
-        batch = getattr(self.admission.context.data, "batch_size", None)
+        data = self.admission.context.data
+        batch = data.batch_size if isinstance(data, FederatedDataModule) else None  # its minibatches are all full
         most = steps * max(self.size(client_id), batch or 0)
         claimed = found.get("images", 0.0)
         if not 0 <= claimed <= most:
@@ -255,8 +260,14 @@ def check_size(who: str, claimed: object, *, size: int) -> None:
         raise UpdateError(f"{who}: counts {printable(claimed)} examples{least}, and joined with {size}")
 
 
-def checked_scalars(who: str, metrics: Mapping[str, float]) -> dict[str, float]:
+def checked_scalars(who: str, metrics: Mapping[str, float], *, undefined: bool = False) -> dict[str, float]:
     """Return scalars by name as numbers.
+
+    Args:
+        who: The sender, in words.
+        metrics: What it says.
+        undefined: Whether NaN may stand for a value that there is not, such as the recall of a class that a client does
+            not hold; it is left out. What the server relies on is always a number.
 
     Raises:
         UpdateError: If they are too many, have no proper names, or are no numbers of a believable size.
@@ -269,6 +280,8 @@ def checked_scalars(who: str, metrics: Mapping[str, float]) -> dict[str, float]:
             raise UpdateError(f"{who}: {printable(name, most=60)!r} is no name of a metric")
         if not isinstance(value, Real) or isinstance(value, bool):
             raise UpdateError(f"{who}: metric {name} is a {type(value).__name__}, not a number")
+        if undefined and value != value and not (name in RELIED_ON or is_position(name)):
+            continue
         if not abs(value) <= LARGEST:  # NaN is not, either
             what = "is not finite" if value != value or math.inf in (value, -value) else "is beyond belief"
             raise UpdateError(f"{who}: metric {name} {what}")

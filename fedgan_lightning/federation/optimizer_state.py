@@ -92,7 +92,9 @@ def collect(
                 continue
             for key, value in state.items():
                 if value is not None:
-                    tensor = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
+                    # A count keeps its digits; other numbers come back from an optimizer in its parameter's dtype.
+                    dtype = torch.float64 if key == "step" else parameter.dtype
+                    tensor = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=dtype)
                     chosen[f"{PREFIX}{index}/{name}/{key}"] = tensor.detach().clone()
     device = next(module.parameters()).device
     return {

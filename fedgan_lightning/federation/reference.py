@@ -78,10 +78,13 @@ def _first_moments(context: ClientContext) -> tuple[dict[str, Tensor], Sense]:
     with isolated_rng(0), _default_dtype(torch.float64 if precision == "64-true" else torch.get_default_dtype()):
         client = client_copy(context.model, context.policy)
         optimizers = list(_optimizers(client.configure_optimizers()))
+        if own := [type(one).__name__ for one in optimizers if not type(one).__module__.startswith("torch.optim")]:
+            raise LookupError(f"only {own[0]} knows when it begins to keep what")
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    parameter.grad = torch.zeros_like(parameter)
+                    if parameter.requires_grad:  # what nobody differentiates has no moments
+                        parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
     found = optimizer_state.collect(client, optimizers, context.policy.optimizer_state)["average"]
     ratios = {str(index): ratio for index, own in enumerate(optimizers) if (ratio := _ratio(own)) is not None}

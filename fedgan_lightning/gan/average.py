@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +15,30 @@ from fedgan_lightning.gan.precision import FullPrecision
 IMAGES_SEEN = "images_seen"
 
 
+class Average(FullPrecision):
+    """What averages have beside what their networks have: full precision, and a way into pickles."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _empty, (type(self).__bases__[1],), self.__dict__
+
+
+@functools.cache
+def _averaged_class(own: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Averaged{own.__name__}", (Average, own), {})
+
+
+def _empty(own: type[nn.Module]) -> nn.Module:
+    kind = _averaged_class(own)
+    return kind.__new__(kind)
+
+
 def averaged(network: nn.Module) -> nn.Module:
     """Return a copy of ``network`` to average into: without gradients, with a count of the images that it has seen.
 
     It keeps its precision where ``network`` is turned to a narrower type: a step of a thousandth is none in bfloat16.
     """
     average = copy.deepcopy(network).requires_grad_(False)
-    own = type(average)
-    average.__class__ = type(f"Averaged{own.__name__}", (FullPrecision, own), {})
+    average.__class__ = _averaged_class(type(average))
     average.register_buffer(IMAGES_SEEN, torch.zeros((), dtype=torch.float64))
     return average
 

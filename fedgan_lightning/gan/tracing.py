@@ -14,6 +14,7 @@ from __future__ import annotations
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ DEPTH = 4
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 #: What is not looked into.
 CLOSED = (Tensor, type, types.ModuleType, types.BuiltinFunctionType)
+
+#: What every module keeps of its parameters, buffers, children and hooks.
+BOOKKEEPING = frozenset(vars(nn.Module())) - {"training"}
 
 Key = tuple[Any, ...]
 
@@ -98,7 +102,7 @@ def attributes(owner: Any, *, depth: int = DEPTH) -> Any:
 
 def _own_attributes(module: nn.Module, depth: int) -> Any:
     """Return those of one module, without what modules keep of parameters, buffers, children and hooks."""
-    own = {name: value for name, value in vars(module).items() if name[:1] != "_" and not isinstance(value, nn.Module)}
+    own = {name: value for name, value in vars(module).items() if name not in BOOKKEEPING}
     return attributes(own, depth=depth - 1)
 
 
@@ -106,7 +110,8 @@ def _within(owner: Any) -> Iterator[Any]:
     """Yield what the code of an object can read: its attributes; of a function its object, closure and defaults."""
     yield from (getattr(owner, name, None) for name in ("__self__", "__defaults__", "__kwdefaults__", "func", "args"))
     for cell in getattr(owner, "__closure__", None) or ():
-        yield cell.cell_contents
+        with suppress(ValueError):  # not filled yet
+            yield cell.cell_contents
     yield getattr(owner, "keywords", None)
     yield dict(getattr(owner, "__dict__", {}))
 

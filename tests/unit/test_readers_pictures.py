@@ -385,7 +385,7 @@ def test_names_and_sizes_that_do_not_exist():
         TorchvisionImages("mnist")
     with pytest.raises(ConfigurationError, match="size .* one of 28, 64, 128, 224; received 32"):
         MedMNIST("pneumoniamnist", size=32)
-    with pytest.raises(ConfigurationError, match="max_images .* at least 1; received 0"):
+    with pytest.raises(ConfigurationError, match="max_images .* at least 1 or None; received 0"):
         CelebA(max_images=0)
 
 

@@ -114,6 +114,13 @@ class TestDates:
         zulu = table([f"{when.isoformat()}Z,{10 if when.hour == 18 else 1 + when.hour / 100}" for when in HOURS])
         assert peaks(CSVProfiles(zulu)) == {18}
 
+    @pytest.mark.parametrize("day", [15, 28, 29, 30, 31])
+    def test_months_without_the_day_have_their_last_one(self, table, day):
+        months = [(year, month + 1) for year in range(2000, 2006) for month in range(12)]
+        rows = [f"{y}-{m:02d}-{min(day, calendar.monthrange(y, m)[1]):02d},{m}" for y, m in months]
+        source = CSVProfiles(table(rows), length=12, label=None, test_fraction=0.5)
+        assert len(source.load("train")) + len(source.load("test")) == 6
+
     @pytest.mark.parametrize("last_day", [False, True])
     def test_months_are_one_step(self, table, last_day):
         days = [(year, month + 1) for year in range(2000, 2020) for month in range(12)]
@@ -257,7 +264,7 @@ class TestInteractions:
         ],
     )
     def test_broken_rows(self, rows, options, said, table):
-        with pytest.raises(DataError, match=said):
+        with pytest.raises((DataError, ConfigurationError), match=said):
             self.read(table(rows, RATINGS), **options).load("train")
 
     @pytest.mark.parametrize("before", ["-", "1" * 30])

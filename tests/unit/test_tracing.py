@@ -210,6 +210,32 @@ def test_a_layer_that_counts_its_calls_is_interpreted():
     assert values == sorted(set(values)), "every call sees the next number"
 
 
+def test_a_private_attribute_counts_as_well():
+    class Late(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self._calls = 0
+
+        def forward(self, x):
+            self._calls += 1
+            return x * (2.0 if self._calls > 3 else 1.0)
+
+    mapped, layer, x = MappedFunctions(), Late(), torch.ones(2, 3)
+    values = [scaled(mapped, layer, x)[0, 0].item() for _ in range(6)]
+    assert values[0] == 1.0
+    assert values[-1] == 2.0
+
+
+def test_a_closure_that_is_not_filled_yet_is_no_obstacle():
+    def function(x):
+        return x * 2 if x.dim() else later(x)
+
+    mapped, x = MappedFunctions(), torch.ones(2, 3)
+    assert mapped.call(function, (x,), name=function).unique().tolist() == [2.0]
+    later = torch.neg
+    assert later is torch.neg
+
+
 def test_a_network_with_hooks_is_interpreted():
     mapped, layer, x, seen = MappedFunctions(), nn.Linear(3, 2), torch.ones(2, 5, 3), []
     layer.register_forward_hook(lambda module, inputs, output: seen.append(True))

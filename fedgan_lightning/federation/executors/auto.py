@@ -174,7 +174,7 @@ class AutoExecutor(PlannedExecutor):
             reason = f"{work.describe()}: overhead, which stacking saves"
         return Plan(
             chunk_size=size,
-            num_threads=self._threads(context, work, min(size, len(tasks))),
+            num_threads=self._threads(context, work, min(size, context.data.num_clients)),
             reason=reason or work.describe(),
         )
 
