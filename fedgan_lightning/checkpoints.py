@@ -30,8 +30,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write the checkpoint; a process killed at any instant leaves the old file or the new one."""
         target = Path(path)
-        with replacing(target) as file:
-            torch.save(checkpoint, file)
+        try:
+            with replacing(target) as file:
+                torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch's word for a disk that is full
+            raise CheckpointError(
+                message(
+                    "a checkpoint can be written",
+                    received=f"{target} ({_first_line(error)})",
+                    fix="make room on the disk, then go on with --ckpt_path last",
+                )
+            ) from error
         for stale in target.parent.glob(f".{target.name}.*.partial"):
             stale.unlink(missing_ok=True)  # left by a process that was killed
 
