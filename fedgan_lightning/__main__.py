@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(str(error))
         return 1 if isinstance(error, (ClientError, QuorumError, RankError, UpdateError)) else 2
     except KeyboardInterrupt:
-        _say("stopped by Ctrl-C before the first round; nothing was trained. Fix: start it again")
+        _say("stopped by Ctrl-C; rounds that are complete are in the last checkpoint. Fix: start it again")
         return 128 + signal.SIGINT
     except OSError as error:
         named = f"{error.filename}: " if error.filename else ""

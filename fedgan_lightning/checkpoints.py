@@ -51,8 +51,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         there = {own.name for own in beside.iterdir()} if beside.is_dir() else set()
         for name in names - there:
             link(Path(files["folder"]) / name, beside / name)
-        with replacing(target) as file:
-            torch.save(checkpoint, file)
+        try:
+            with replacing(target) as file:
+                torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch's word for a disk that is full
+            raise CheckpointError(
+                message(
+                    "a checkpoint can be written",
+                    received=f"{target} ({_first_line(error)})",
+                    fix="make room on the disk, then go on with --ckpt_path last",
+                )
+            ) from error
         for name in there - names:  # of the checkpoint before
             (beside / name).unlink(missing_ok=True)
         for stale in target.parent.glob(f".{target.name}.*.partial"):

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from fedgan_lightning import files, provenance
+from fedgan_lightning.checkpoints import AtomicCheckpointIO
 from fedgan_lightning.claim import NAME, check_unclaimed, check_writable, claimed
 from fedgan_lightning.documents import check_settings, check_settings_file
-from fedgan_lightning.errors import ConfigurationError
+from fedgan_lightning.errors import CheckpointError, ConfigurationError
 from fedgan_lightning.evaluation.features import ClassifierFeatures
 from fedgan_lightning.files import NOWHERE, cache_folder, expanded, remembered, replacing, to_json, write_json
 from fedgan_lightning.provenance import code_state, described
@@ -46,12 +47,27 @@ class TestJson:
         }
         assert to_json({"a": [1, 2]}, separators=(",", ":")) == '{"a":[1,2]}'
 
+    def test_a_full_disk_is_said_of_the_file_that_was_to_be_written(self, tmp_path):
+        with pytest.raises(OSError, match="No space left on device") as raised, replacing(tmp_path / "a"):
+            raise OSError(28, "No space left on device")
+        assert raised.value.filename == str(tmp_path / "a")
+        with pytest.raises(CheckpointError, match="a checkpoint can be written; received .*last.ckpt .*unexpected pos"):
+            AtomicCheckpointIO().save_checkpoint({"a": _Unwritable()}, tmp_path / "last.ckpt")
+        assert not list(tmp_path.iterdir())
+
     def test_an_error_leaves_the_old_file_and_nothing_else(self, tmp_path):
         (tmp_path / "a").write_text("old")
         with pytest.raises(ZeroDivisionError), replacing(tmp_path / "a") as file:
             file.write(b"half")
             raise ZeroDivisionError
         assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old"}
+
+
+class _Unwritable:
+    """What torch says where a disk is full."""
+
+    def __reduce__(self):
+        raise RuntimeError("unexpected pos 58816 vs 58768")
 
 
 class TestCache:
