@@ -48,7 +48,7 @@ class Federation:
     def __init__(
         self,
         model: L.LightningModule,
-        data: Any,
+        data: L.LightningDataModule | FederatedData,
         *,
         rounds: int = 50,
         run_dir: str | Path = "runs/run",

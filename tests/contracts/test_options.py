@@ -276,7 +276,12 @@ SLIPS = [
     (lambda: R1(interval=0), "interval of R1 is an integer of at least 1", "0", ""),
     (lambda: FractionOfClients(1.5), "a finite number in (0, 1]", "1.5", ""),
     (lambda: Evaluation(metrics=[FrechetDistance]), "a list, each a Metric or None", "FrechetDistance", ""),
-    (lambda: Federation(gan(), "digits"), "data of Federation is a FederatedDataModule", "'digits'", ""),
+    (
+        lambda: Federation(gan(), "digits"),
+        "data of Federation is a LightningDataModule or a FederatedData",
+        "'digits'",
+        "",
+    ),
     (
         lambda: Federation(SomebodysOld(), data()),
         "model of Federation is a LightningModule",
