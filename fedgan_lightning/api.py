@@ -17,6 +17,7 @@ from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.files import expanded
 from fedgan_lightning.options import checked
+from fedgan_lightning.protocol import FederatedData
 from fedgan_lightning.recorder import RunRecorder, listed
 from fedgan_lightning.run_directory import check_run_directory, to_continue, to_judge
 from fedgan_lightning.visuals.inspection import Inspection

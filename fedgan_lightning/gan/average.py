@@ -27,7 +27,7 @@ def _averaged_class(own: type[nn.Module]) -> type[nn.Module]:
     return type(f"Averaged{own.__name__}", (Average, own), {})
 
 
-def _empty(own: type[nn.Module]) -> nn.Module:
+def _empty(own: Any) -> nn.Module:
     kind = _averaged_class(own)
     return kind.__new__(kind)
 
@@ -38,7 +38,8 @@ def averaged(network: nn.Module) -> nn.Module:
     It keeps its precision where ``network`` is turned to a narrower type: a step of a thousandth is none in bfloat16.
     """
     average = copy.deepcopy(network).requires_grad_(False)
-    average.__class__ = _averaged_class(type(average))
+    own: Any = type(average)  # mypy takes a class for unhashable where it is an argument of a cache
+    average.__class__ = _averaged_class(own)
     average.register_buffer(IMAGES_SEEN, torch.zeros((), dtype=torch.float64))
     return average
 

@@ -278,7 +278,7 @@ SLIPS = [
     (lambda: Evaluation(metrics=[FrechetDistance]), "a list, each a Metric or None", "FrechetDistance", ""),
     (
         lambda: Federation(gan(), "digits"),
-        "data of Federation is a LightningDataModule or a FederatedData",
+        "data of Federation is a LightningDataModule",
         "'digits'",
         "",
     ),
