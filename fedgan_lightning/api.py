@@ -30,7 +30,7 @@ class Federation:
     """A federation ready to run, with evaluation, pictures, checkpoints, TensorBoard and a run directory.
 
     Args:
-        model: A LightningModule that keeps its state in parameters and float buffers; metrics and pictures need a
+        model: A LightningModule that keeps its state in parameters and buffers; metrics and pictures need a
             ``sample`` method on it.
         data: The clients' data.
         rounds: Rounds to complete.

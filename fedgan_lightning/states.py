@@ -2,7 +2,8 @@
 
 Parameters travel as differences. Floating buffers travel as values. BatchNorm variances travel as second moments,
 so that the weighted mean over clients is the variance of the pooled data and not the mean of the variances
-(four clients with means 0, 2, 4, 6 and unit variances: 6.0, not 1.0). Integer counters stay where they are.
+(four clients with means 0, 2, 4, 6 and unit variances: 6.0, not 1.0). Integers travel as
+float64 numbers, and their mean is rounded; BatchNorm's count of minibatches stays where it is.
 Power-iteration vectors of spectral norm are never averaged, since the mean of unit vectors is not a unit vector: the
 server iterates its own after every step, and sends them down with the weights they fit.
 """
@@ -33,7 +34,8 @@ class Kind(str, Enum):
     PARAMETER = "parameter"
     STATISTIC = "statistic"  # floating buffer: mean, or anything else that can be averaged as it is
     VARIANCE = "variance"  # running variance, with a running mean beside it
-    COUNTER = "counter"  # integer or boolean buffer
+    INTEGER = "integer"  # integer or boolean buffer: the mean, rounded, is what clients have where they agree
+    COUNTER = "counter"  # BatchNorm's count of minibatches, which decides nothing where its momentum is set
     SPECTRAL = "spectral"  # power-iteration vector
 
 
@@ -65,7 +67,7 @@ def describe(module: nn.Module) -> dict[str, Entry]:
         elif name in spectral:
             kind = Kind.SPECTRAL
         elif not torch.is_floating_point(value):
-            kind = Kind.COUNTER
+            kind = Kind.COUNTER if name.endswith("num_batches_tracked") else Kind.INTEGER
         elif name.endswith("running_var") and mean_name(name) in state:
             kind = Kind.VARIANCE
         else:
@@ -90,6 +92,8 @@ def encode_statistics(state: State, entries: Mapping[str, Entry]) -> dict[str, T
     for name, value in state.items():
         if entries[name].kind is Kind.VARIANCE:
             value = value.double() + state[mean_name(name)].double().square()
+        elif entries[name].kind is Kind.INTEGER:
+            value = value.double()  # exact up to 2^53
         encoded[name] = value.detach().clone()
     return encoded
 
@@ -100,6 +104,8 @@ def decode_statistics(state: State, entries: Mapping[str, Entry]) -> dict[str, T
     for name, value in state.items():
         if entries[name].kind is Kind.VARIANCE:
             value = (value.double() - state[mean_name(name)].double().square()).clamp_min(0.0)
+        elif entries[name].kind is Kind.INTEGER:
+            value = value.round()
         decoded[name] = value
     return decoded
 

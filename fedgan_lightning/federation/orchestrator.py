@@ -72,7 +72,8 @@ class FederatedOrchestrator(L.Callback):
             clients); default ``average``.
         optimizer_state: What becomes of optimizer moments at a sync: ``average`` like the weights, ``keep`` on each
             client, or ``reset``. One word for all averaged networks, or one per network. Local networks keep theirs.
-        buffers: Float buffers of averaged networks: ``merge`` (BatchNorm with pooled variance), ``local`` (FedBN), or
+        buffers: Buffers of averaged networks: ``merge`` (BatchNorm with pooled variance, integers by their rounded
+            mean), ``local`` (FedBN), or
             ``estimate``: local, and the server's generator gets statistics from its own samples.
         client_state: Where private states of clients (local networks, kept moments) lie between rounds: ``memory``, or
             ``disk`` for large populations, in the folder ``clients`` of the run directory. Checkpoints hold all of it:

@@ -15,6 +15,8 @@ from fedgan_lightning.states import Entry, Kind, describe, networks
 Sync = Literal["average", "local", "server"]
 OptimizerState = Literal["reset", "keep", "average"]
 Buffers = Literal["merge", "local", "estimate"]
+#: Buffers that travel where they are merged.
+BUFFERS = (Kind.STATISTIC, Kind.VARIANCE, Kind.INTEGER)
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Policy:
         entries: Every entry of the module's state dict.
         sync: Every network: ``average`` (shared), ``local`` (private to each client), ``server`` (never on a client).
         optimizer_state: Every network: what becomes of its optimizer's moments at a sync.
-        buffers: Float buffers of averaged networks: ``merge`` (BatchNorm with pooled variance), ``local`` (FedBN), or
+        buffers: Buffers of averaged networks: ``merge`` (BatchNorm with pooled variance, integers by their rounded
+            mean), ``local`` (FedBN), or
             ``estimate`` (local on clients; the server makes its own from noise).
     """
 
@@ -48,7 +51,7 @@ class Policy:
     @property
     def shared_buffers(self) -> list[str]:
         """Buffers that travel."""
-        return self.names(Kind.STATISTIC, Kind.VARIANCE, sync="average") if self.buffers == "merge" else []
+        return self.names(*BUFFERS, sync="average") if self.buffers == "merge" else []
 
     @property
     def spectral_vectors(self) -> list[str]:
@@ -65,7 +68,7 @@ class Policy:
         """Entries that each client keeps for itself from round to round."""
         kept = self.names(*Kind, sync="local")
         if self.buffers != "merge":
-            kept += self.names(Kind.STATISTIC, Kind.VARIANCE, Kind.COUNTER, sync="average")
+            kept += self.names(*BUFFERS, Kind.COUNTER, sync="average")
         return kept
 
     def blind_spots(self) -> list[str]:

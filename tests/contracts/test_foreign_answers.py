@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedgan_lightning import GAN, WeightedMean
+from fedgan_lightning import GAN, Dirichlet, WeightedMean
 from fedgan_lightning.gan.average import IMAGES_SEEN
 from tests.conftest import federate, ring_data, ring_gan
 
@@ -103,3 +103,49 @@ def test_words_and_numbers_of_other_libraries_are_taken(word):
     assert WeightedMean(word).weight(7) == 1.0
     gan = ring_gan()
     assert GAN(gan.generator, gan.discriminator, d_steps=np.int64(2)).d_steps == 2
+
+
+class Warming(Regression):
+    """Counts its steps, and remembers that it has begun."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("by_class", torch.zeros(3, dtype=torch.int32))
+        self.register_buffer("has_begun", torch.zeros((), dtype=torch.bool))
+
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+        self.steps += 1
+        self.by_class[1] += 2
+        self.has_begun.fill_(True)
+
+
+@pytest.mark.parametrize("buffers", ["merge", "local"])
+def test_counters_go_on_from_round_to_round(buffers):
+    """They began anew in every round: a warm-up never ended."""
+    seen = []
+
+    class Watched(Warming):
+        def on_train_end(self):
+            seen.append(int(self.steps))
+
+    server, _, _ = federate(Watched(), ring_data(), rounds=4, local_steps=3, buffers=buffers)
+    assert seen == [3] * 4 + [6] * 4 + [9] * 4 + [12] * 4
+    if buffers == "merge":
+        state = server.model.state_dict()
+        assert state["steps"] == 12
+        assert state["steps"].dtype == torch.int64
+        assert state["by_class"].tolist() == [0, 24, 0]
+        assert state["by_class"].dtype == torch.int32
+        assert bool(state["has_begun"])
+
+
+def test_counters_that_differ_have_their_mean():
+    data = ring_data(partition=Dirichlet(0.5, min_samples=16))
+    server, _, _ = federate(Warming(), data, rounds=1, local_epochs=1)
+    sizes = [data.num_examples(k) for k in range(4)]
+    steps = [data.steps_per_epoch(k) for k in range(4)]
+    mean = sum(n * k for n, k in zip(sizes, steps)) / sum(sizes)
+    assert len(set(steps)) > 1
+    assert int(server.model.steps) == round(mean)
