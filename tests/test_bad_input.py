@@ -123,6 +123,21 @@ def test_a_file_of_settings_that_cannot_be(name, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("role", ["server", "trial", "site"])
+def test_settings_of_a_deployment_are_read_as_strictly(role, tmp_path, capsys):
+    """Before anything is started for them."""
+    (tmp_path / "twice.yaml").write_text("data: {batch_size: 3}\ndata: {num_clients: 2}\n")
+    told = {
+        "server": ["--config", tmp_path / "twice.yaml", "--run_dir", tmp_path / "run", "--keys", tmp_path],
+        "trial": ["--sites=1", "--config", DIGITS, "--site", tmp_path / "twice.yaml", "--run_dir", tmp_path / "run"],
+        "site": ["--superlink=a:1", "--ca=a", "--key=b", "--client-id=0", "--config", tmp_path / "twice.yaml"],
+    }
+    code, _, err = run("federation", role, *told[role], capsys=capsys)
+    assert code == 2
+    assert "twice.yaml with data in line 1 and again in line 2" in one_line(err)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", ["m.yaml", "m"])
 def test_a_file_that_settings_name_is_read_as_strictly(name, tmp_path, capsys):
     (tmp_path / name).write_text("class_path: GAN\ninit_args: {d_steps: 1}\nclass_path: GAN\n")
