@@ -111,8 +111,10 @@ def unforeseen(error: Exception) -> str:
 
 def expanded_config(argument: str) -> str:
     """Return ``--config=~/file`` as a shell would have written it, had there been a space."""
-    name, told, path = argument.partition("=")
-    return f"{name}={Path(path).expanduser()}" if told and name == "--config" and path.startswith("~") else argument
+    name, separator, path = argument.partition("=")
+    return (
+        f"{name}={Path(path).expanduser()}" if separator and name == "--config" and path.startswith("~") else argument
+    )
 
 
 def _say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""One process writes a run directory: whoever fits claims it first, and a second one is told.
+"""One process writes a run directory: whoever fits claims it first, and a second one is refused.
 
 The claim is a lock of the operating system on a file in the directory. It ends with the process, however that ends: a
 run that was killed leaves the file behind, and its continuation takes it over.
@@ -105,8 +105,8 @@ def check_unclaimed(run_dir: str | Path) -> None:
 
 
 def _is_first(environment: Mapping[str, str]) -> bool:
-    told = (environment.get(name, "") for name in NUMBERS)
-    return all(number in ("", "0") for number in told)
+    numbers = (environment.get(name, "") for name in NUMBERS)
+    return all(number in ("", "0") for number in numbers)
 
 
 def _locked(path: Path) -> int:

@@ -28,14 +28,14 @@ def expanded(path: str | Path) -> Path:
     Raises:
         ConfigurationError: If nobody knows the home folder or the working directory, or the name cannot be one.
     """
-    told = os.fspath(path)
-    if not told or "\0" in told:
-        raise ConfigurationError(message("a path has a name", received=repr(told), fix="write one"))
+    text = os.fspath(path)
+    if not text or "\0" in text:
+        raise ConfigurationError(message("a path has a name", received=repr(text), fix="write one"))
     try:
-        return Path(told).expanduser().absolute()
+        return Path(text).expanduser().absolute()
     except (RuntimeError, OSError) as error:
         raise ConfigurationError(
-            message("a path can be found", received=f"{told} ({error})", fix="write it in full, from / on")
+            message("a path can be found", received=f"{text} ({error})", fix="write it in full, from / on")
         ) from error
 
 
@@ -114,9 +114,9 @@ def cache_folder(chosen: str | None) -> Path:
     It never fails: where nobody knows a home folder, it is one that is never there. Whoever reads and writes in it
     goes on without, as :func:`remembered` does.
     """
-    told = chosen or os.environ.get("FEDGAN_CACHE") or "~/.cache/fedgan_lightning"
+    folder = chosen or os.environ.get("FEDGAN_CACHE") or "~/.cache/fedgan_lightning"
     try:
-        return expanded(told)
+        return expanded(folder)
     except ConfigurationError:
         return NOWHERE
 

@@ -85,7 +85,7 @@ def to_continue(
 
 
 def to_judge(ckpt_path: str | Path | None, run_dir: str | Path) -> str:
-    """Return the checkpoint that other commands look at: without one told the best, or else the last.
+    """Return the checkpoint that other commands look at: without one given the best, or else the last.
 
     Raises:
         CheckpointError: If the file is missing, damaged, or of another program.

@@ -101,7 +101,7 @@ class SecureSessions:
             group: Name under which Flower lists the messages.
             complete: Whether to open the sum of all of them or none. What sites answer every time alike would otherwise
                 be told apart: the sum with a site, less the sum without it.
-            size_of: N_k as clients told it when they joined; one that says otherwise is left out.
+            size_of: N_k as clients stated it when they joined; one that says otherwise is left out.
             check: Called with client, layouts and facts of what came, before anything is opened; one for whom it raises
                 an error is left out.
             stop_requested: Whether to give up.
@@ -174,14 +174,14 @@ class _Run:
         return found
 
     def _check_member(self, client_id: int, own: Member, probe: bytes, taken: set[bytes]) -> None:
-        """Refuse keys with which all others would refuse the session, and another size than was told before.
+        """Refuse keys with which all others would refuse the session, and another size than was stated before.
 
         Raises:
             ValueError: If they are none, or somebody else's, or the size differs.
         """
-        told = None if self.size_of is None else self.size_of(client_id)
-        if own.num_examples < 1 or own.num_examples != (told or own.num_examples):
-            raise ValueError(f"{own.num_examples} examples" + (f", and {told} when it joined" if told else ""))
+        stated = None if self.size_of is None else self.size_of(client_id)
+        if own.num_examples < 1 or own.num_examples != (stated or own.num_examples):
+            raise ValueError(f"{own.num_examples} examples" + (f", and {stated} when it joined" if stated else ""))
         if own.mask == own.seal or {own.mask, own.seal} & taken:
             raise ValueError("keys that another has, too")
         for key in (own.mask, own.seal):

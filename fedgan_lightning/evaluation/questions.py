@@ -97,7 +97,7 @@ class Question(ABC):
         Args:
             answer: The sums.
             who: Who answers, in words.
-            sizes: Sizes of the data sets that are in them, as they were told when clients joined.
+            sizes: Sizes of the data sets that are in them, as clients stated them when they joined.
 
         Raises:
             ConfigurationError: If it has other entries, shapes or dtypes, is not finite, sums up nothing or more than

@@ -1,6 +1,6 @@
 """Which answers are let in, and what is believed of them.
 
-What clients say in numbers are claims. Sizes are those that were told when clients joined; positions of schedules,
+What clients say in numbers are claims. Sizes are those that clients stated when they joined; positions of schedules,
 steps and images follow from the task; seconds are bounded by the server's own clock. A claim that cannot be true is
 refused by name, and so is an answer whose tensors are not what the server's own module has, or cannot be right.
 """
@@ -77,7 +77,7 @@ class Terms:
         return {*self.schema.untouched} - {*self.moments}
 
     def size(self, client_id: int) -> int:
-        """Return N_k as it was told when the client joined.
+        """Return N_k as the client stated it when it joined.
 
         Raises:
             UpdateError: If there is no such client.
@@ -239,16 +239,16 @@ class Terms:
         """Return steps and seconds of an answer that is not let in, as far as they can be believed."""
         try:
             steps = float(self.steps(update.client_id)) if is_first and self.size(update.client_id) else 0.0
-            told = {name: update.metrics.get(name) for name in ("seconds", ROUND_TRIP)}
-        except Exception:  # the reason is told where it is refused
+            claims = {name: update.metrics.get(name) for name in ("seconds", ROUND_TRIP)}
+        except Exception:  # the reason is given where it is refused
             return {}
         most = time.perf_counter() - self.admission.began + CLOCKS
-        believed = {n: float(v) for n, v in told.items() if isinstance(v, (int, float)) and 0 <= v <= most}
+        believed = {n: float(v) for n, v in claims.items() if isinstance(v, (int, float)) and 0 <= v <= most}
         return {"steps": steps, **believed}
 
 
 def check_size(who: str, claimed: object, *, size: int) -> None:
-    """Refuse another number of examples than was told when the client joined.
+    """Refuse another number of examples than the client stated when it joined.
 
     Raises:
         UpdateError: If it differs, or is no whole number.

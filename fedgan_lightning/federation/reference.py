@@ -64,8 +64,8 @@ def expected_answer(context: ClientContext, state: State) -> Schema:
             first, sense = _first_moments(context)
             moments = {**first, **{name: value for name, value in moments.items() if name not in first}}
         except Exception as error:
-            told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            logger.warning(f"the first answer says which moments clients have: the server cannot make them ({told})")
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            logger.warning(f"the first answer says which moments clients have: the server cannot make them ({reason})")
             is_open = not moments
     sense = Sense(tuple((name, states.mean_name(name)) for name in variances), sense.ratios, sense.sums)
     delta = {name: state[name] for name in policy.shared_parameters}

@@ -286,12 +286,12 @@ def check_numbers(who: str, part: str, state: Packed) -> None:
     if bool(torch.isfinite(value).all()):
         largest = float(value.abs().max())
         raise UpdateError(f"{who}: {part} {name} reaches {largest:.4g}, beyond what any network learns with")
-    told = message(
+    reason = message(
         "updates are finite numbers",
         received=f"NaN or infinity in {name!r} from {who}",
         fix="lower the client's learning rate, add a penalty such as R1, or clip gradients",
     )
-    raise UpdateError(f"{who}: {part} {name} is not finite: {told}")
+    raise UpdateError(f"{who}: {part} {name} is not finite: {reason}")
 
 
 def _small(value: Tensor) -> Tensor:

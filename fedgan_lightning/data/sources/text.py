@@ -29,7 +29,7 @@ class TextFile(Source):
     """Sentences of a text file, or of the .txt files in a folder; samples are word ids (max_length,), int64.
 
     Lines are cut into lower-case words and marks of punctuation (:func:`~fedgan_lightning.data.vocabulary.tokens`);
-    sentences longer than ``max_length``, whose number is told, and empty lines are left out. Id 0 ends a sentence
+    sentences longer than ``max_length``, whose number is logged, and empty lines are left out. Id 0 ends a sentence
     and fills the rest, id 1 is any word outside the vocabulary. Columns for natural partitions: ``topic``, and ``file``
     (the stem of the file's name).
 
