@@ -133,8 +133,15 @@ KINDS = ("crash", "hang", "slow", "nan", "wrong_shape", "wrong_keys", "stale", "
 FAULTS = [
     *("--federation.executor", "FaultyExecutor"),
     *(option for kind in KINDS for option in (f"--federation.executor.{kind}", "0.0625")),
-    *("--federation.rules", "RoundRules", "--federation.rules.minimum", "0.2", "--federation.screening", "Screening"),
-    *("--federation.screening.max_norm", "100"),
+    *(
+        "--federation.rules",
+        "RoundRules",
+        "--federation.rules.min_report_fraction",
+        "0.2",
+        "--federation.validator",
+        "UpdateValidator",
+    ),
+    *("--federation.validator.max_norm", "100"),
 ]
 SPLITS: dict[str, list[str]] = {"divided": [], "IID": IID}
 
@@ -286,7 +293,7 @@ GRIDS = {
         cells={
             "no faults": [],
             "no faults, half as many rounds": ["--federation.rounds", "50"],
-            "mixed faults, screened": FAULTS,
+            "mixed faults, validated": FAULTS,
         },
         columns=IMAGE_COLUMNS[:6],
     ),

@@ -41,7 +41,7 @@ class Memory(L.Callback):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid", nargs="?", default="digits_faults", choices=list(GRIDS))
-    parser.add_argument("cell", nargs="?", default="mixed faults, screened")
+    parser.add_argument("cell", nargs="?", default="mixed faults, validated")
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

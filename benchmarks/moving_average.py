@@ -20,7 +20,7 @@ import torch
 
 from fedgan_lightning.cli import FederatedCLI, run
 from fedgan_lightning.evaluation.callback import Evaluation
-from fedgan_lightning.gan.average import averaged, follow
+from fedgan_lightning.gan.average import make_ema, update_ema_
 
 RAMPUPS = {None: "constant half-life", 0.05: "at most 5 % of the images seen", 0.02: "at most 2 %"}
 
@@ -46,11 +46,11 @@ def score(cli: FederatedCLI, *, metric: str) -> list[str]:
     found: dict[str, list[float]] = {"raw": []}
     for rampup, name in RAMPUPS.items():
         gan.generator.load_state_dict(torch.load(start, weights_only=True))
-        gan.generator_ema, found[name] = averaged(gan.generator), []
+        gan.generator_ema, found[name] = make_ema(gan.generator), []
         for number, path in enumerate(files, 1):
             gan.generator.load_state_dict(torch.load(path, weights_only=True))
             rule = {"half_life": gan.ema_half_life_images, "rampup": rampup}
-            follow(gan.generator_ema, gan.generator, num_images=per_round, **rule)
+            update_ema_(gan.generator_ema, gan.generator, num_images=per_round, **rule)
             if number in looks:
                 values = evaluation.evaluate(cli.trainer, cli.model)
                 found[name].append(values[metric])

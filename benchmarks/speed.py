@@ -34,7 +34,7 @@ import torch
 from benchmarks.bare import bare_trainer
 from benchmarks.workloads import WORKLOADS, PlainLoop, Workload, data, gan
 from fedgan_lightning import AutoExecutor, FederatedOrchestrator, ServerModule
-from fedgan_lightning.federation.executors.auto import Plan, PlannedExecutor
+from fedgan_lightning.federation.executors.auto import AdaptiveExecutor, ExecutionMode
 from fedgan_lightning.protocol import Executor
 from fedgan_lightning.provenance import described
 
@@ -89,15 +89,17 @@ def best_threads(loop: PlainLoop) -> int:
     return min(seconds, key=lambda threads: min(seconds[threads]))
 
 
-class Fixed(PlannedExecutor):
+class Fixed(AdaptiveExecutor):
     """Runs clients in one way, on so many threads."""
 
     def __init__(self, chunk_size: int, threads: int) -> None:
         super().__init__(num_threads=threads)
         self.chunk_size = chunk_size
 
-    def choose(self, context: object, tasks: object) -> Plan:
-        return Plan(chunk_size=self.chunk_size, num_threads=self.num_threads or 1, reason="set by the benchmark")
+    def choose(self, context: object, tasks: object) -> ExecutionMode:
+        return ExecutionMode(
+            chunk_size=self.chunk_size, num_threads=self.num_threads or 1, reason="set by the benchmark"
+        )
 
 
 def against_loop(

@@ -53,9 +53,10 @@ if TYPE_CHECKING:
         UpdateError,
     )
     from fedgan_lightning.evaluation.audit import MembershipInference
-    from fedgan_lightning.evaluation.breakdown import ClassBreakdown, ClientDistances
     from fedgan_lightning.evaluation.callback import Evaluation
+    from fedgan_lightning.evaluation.class_gap import HeldAbsentGap
     from fedgan_lightning.evaluation.completion import Completion
+    from fedgan_lightning.evaluation.downstream_tasks import ClientAugmentation, Memorisation, SyntheticTraining
     from fedgan_lightning.evaluation.features import (
         ClassifierFeatures,
         FeatureNet,
@@ -69,7 +70,6 @@ if TYPE_CHECKING:
         KernelDistance,
         PrecisionRecall,
     )
-    from fedgan_lightning.evaluation.gap import HeldAbsentGap
     from fedgan_lightning.evaluation.metrics import (
         ClassCoverage,
         FrechetDistance,
@@ -77,10 +77,10 @@ if TYPE_CHECKING:
         ModeCoverage,
         SlicedWasserstein,
     )
+    from fedgan_lightning.evaluation.per_class import ClassBreakdown, ClientDistances
     from fedgan_lightning.evaluation.ranking import RankingQuality
     from fedgan_lightning.evaluation.series import DiscriminativeScore, PredictiveScore, ProfileCentroids
     from fedgan_lightning.evaluation.text import BLEU, HeldOutLikelihood, SelfBLEU
-    from fedgan_lightning.evaluation.utility import ClientAugmentation, Memorisation, SyntheticTraining
     from fedgan_lightning.federation.aggregation import WeightedMean
     from fedgan_lightning.federation.executors import (
         AutoExecutor,
@@ -97,7 +97,7 @@ if TYPE_CHECKING:
         NearestNeighborMixing,
         TrimmedMean,
     )
-    from fedgan_lightning.federation.rules import RoundRules, Screening
+    from fedgan_lightning.federation.rules import RoundRules, UpdateValidator
     from fedgan_lightning.federation.sampling import (
         AllClients,
         AvailableClients,
@@ -110,9 +110,10 @@ if TYPE_CHECKING:
     from fedgan_lightning.federation.temperature import TemperatureSchedule
     from fedgan_lightning.federation.warm_start import StartFrom
     from fedgan_lightning.gan.augment import Augmentation, LeCam
+    from fedgan_lightning.gan.cfgan_condition import CFGANCondition
     from fedgan_lightning.gan.conditions import Codec, Condition
     from fedgan_lightning.gan.editing import Projection, direction, edited, interpolate, project
-    from fedgan_lightning.gan.holes import Holes
+    from fedgan_lightning.gan.inpainting_mask import InpaintingMask
     from fedgan_lightning.gan.module import GAN
     from fedgan_lightning.gan.networks import (
         ACGANDiscriminator,
@@ -144,7 +145,6 @@ if TYPE_CHECKING:
         Wasserstein,
     )
     from fedgan_lightning.gan.penalties import R1, R2, GradientPenalty, Penalty
-    from fedgan_lightning.gan.purchases import Purchases
     from fedgan_lightning.gan.text import LanguageModel, OneHot
     from fedgan_lightning.protocol import (
         Aggregator,
@@ -204,7 +204,7 @@ _HOMES = {
         "UpdateError",
     ],
     "fedgan_lightning.evaluation.audit": ["MembershipInference"],
-    "fedgan_lightning.evaluation.breakdown": ["ClassBreakdown", "ClientDistances"],
+    "fedgan_lightning.evaluation.per_class": ["ClassBreakdown", "ClientDistances"],
     "fedgan_lightning.evaluation.callback": ["Evaluation"],
     "fedgan_lightning.evaluation.completion": ["Completion"],
     "fedgan_lightning.evaluation.features": [
@@ -220,11 +220,11 @@ _HOMES = {
         "KernelDistance",
         "PrecisionRecall",
     ],
-    "fedgan_lightning.evaluation.gap": ["HeldAbsentGap"],
+    "fedgan_lightning.evaluation.class_gap": ["HeldAbsentGap"],
     "fedgan_lightning.evaluation.ranking": ["RankingQuality"],
     "fedgan_lightning.evaluation.series": ["DiscriminativeScore", "PredictiveScore", "ProfileCentroids"],
     "fedgan_lightning.evaluation.text": ["BLEU", "HeldOutLikelihood", "SelfBLEU"],
-    "fedgan_lightning.evaluation.utility": ["ClientAugmentation", "Memorisation", "SyntheticTraining"],
+    "fedgan_lightning.evaluation.downstream_tasks": ["ClientAugmentation", "Memorisation", "SyntheticTraining"],
     "fedgan_lightning.evaluation.metrics": [
         "ClassCoverage",
         "FrechetDistance",
@@ -248,7 +248,7 @@ _HOMES = {
         "NearestNeighborMixing",
         "TrimmedMean",
     ],
-    "fedgan_lightning.federation.rules": ["RoundRules", "Screening"],
+    "fedgan_lightning.federation.rules": ["RoundRules", "UpdateValidator"],
     "fedgan_lightning.federation.secure": ["SecureAggregation"],
     "fedgan_lightning.federation.sampling": [
         "AllClients",
@@ -263,7 +263,7 @@ _HOMES = {
     "fedgan_lightning.gan.augment": ["Augmentation", "LeCam"],
     "fedgan_lightning.gan.conditions": ["Codec", "Condition"],
     "fedgan_lightning.gan.editing": ["Projection", "direction", "edited", "interpolate", "project"],
-    "fedgan_lightning.gan.holes": ["Holes"],
+    "fedgan_lightning.gan.inpainting_mask": ["InpaintingMask"],
     "fedgan_lightning.gan.module": ["GAN"],
     "fedgan_lightning.gan.networks": [
         "ACGANDiscriminator",
@@ -295,7 +295,7 @@ _HOMES = {
         "Wasserstein",
     ],
     "fedgan_lightning.gan.penalties": ["R1", "R2", "GradientPenalty", "Penalty"],
-    "fedgan_lightning.gan.purchases": ["Purchases"],
+    "fedgan_lightning.gan.cfgan_condition": ["CFGANCondition"],
     "fedgan_lightning.gan.text": ["LanguageModel", "OneHot"],
     "fedgan_lightning.protocol": [
         "Aggregator",
@@ -330,16 +330,17 @@ __all__ = [
     "Penalty", "R1", "R2", "GradientPenalty", "Augmentation", "LeCam", "Codec", "Condition",
     "GAN", "MLPGenerator", "MLPDiscriminator", "DCGANGenerator", "DCGANDiscriminator", "ACGANGenerator",
     "ACGANDiscriminator", "ResNetGenerator", "ResNetDiscriminator", "R3GANGenerator", "R3GANDiscriminator",
-    "ProfileGenerator", "ProfileDiscriminator", "CFGANGenerator", "CFGANDiscriminator", "Purchases", "TextGenerator",
+    "ProfileGenerator", "ProfileDiscriminator", "CFGANGenerator", "CFGANDiscriminator", "CFGANCondition",
+    "TextGenerator",
     "TextDiscriminator", "LanguageModel", "OneHot",
-    "Holes", "InpaintingGenerator", "PatchDiscriminator", "Completion", "CompletionPictures",
+    "InpaintingMask", "InpaintingGenerator", "PatchDiscriminator", "Completion", "CompletionPictures",
     "Projection", "project", "interpolate", "direction", "edited",
     "FederatedDataModule", "Samples", "Source", "Digits", "TorchvisionImages", "CelebA", "ImageFolder", "MedMNIST",
     "MedMNISTFile", "Ring", "Grid", "SwissRoll", "Segments", "CSVProfiles", "Interactions", "TextFile", "Vocabulary",
     "Partition", "IID", "Dirichlet", "ClassesPerClient", "ClassLists", "ClassMixes", "QuantitySkew", "Natural",
     "FeatureShift",
     "Federation", "FederatedOrchestrator", "ServerModule", "AutoExecutor", "AutotunedExecutor", "SequentialExecutor",
-    "VectorizedExecutor", "FaultyExecutor", "RoundRules", "Screening", "SecureAggregation", "StartFrom",
+    "VectorizedExecutor", "FaultyExecutor", "RoundRules", "UpdateValidator", "SecureAggregation", "StartFrom",
     "TemperatureSchedule",
     "WeightedMean", "CoordinateMedian", "TrimmedMean", "Krum", "GeometricMedian", "NearestNeighborMixing",
     "AllClients", "AvailableClients", "FractionOfClients", "PoissonSampling", "SelectedClients",

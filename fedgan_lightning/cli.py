@@ -27,7 +27,7 @@ from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.errors import ConfigurationError, FedGANError, message
 from fedgan_lightning.evaluation.callback import Evaluation
 from fedgan_lightning.federation.checks import check_precision
-from fedgan_lightning.federation.executors.auto import PlannedExecutor
+from fedgan_lightning.federation.executors.auto import AdaptiveExecutor
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.files import expanded
@@ -171,7 +171,7 @@ class FederatedCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         run_dir, plain = settings.run_dir, self.plain_settings
         orchestrator = self.orchestrator
-        if isinstance(orchestrator.executor, PlannedExecutor) and orchestrator.executor.num_threads is None:
+        if isinstance(orchestrator.executor, AdaptiveExecutor) and orchestrator.executor.num_threads is None:
             orchestrator.executor.num_threads = settings.num_threads
         orchestrator.settings = {
             group: {name: value for name, value in plain[group].items() if name not in MAY_CHANGE}

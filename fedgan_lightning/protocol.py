@@ -196,14 +196,14 @@ class FederatedData(Protocol):
 
 
 @runtime_checkable
-class CohortData(Protocol):
+class StackedBatches(Protocol):
     """Optional ability of a data module: minibatches of several clients in one tensor.
 
     ``num_steps`` must not increase along ``client_ids``. Step s yields (x, y) with a leading dimension of those clients
     that have more than s steps.
     """
 
-    def cohort_batches(
+    def stacked_batches(
         self, client_ids: Sequence[int], *, first_steps: Sequence[int], num_steps: Sequence[int]
     ) -> ClientBatches: ...
 
@@ -334,7 +334,7 @@ class StackHook(Protocol):
 class StackedModule(Protocol):
     """What the vectorized executor asks of a stacked module, beside being a LightningModule."""
 
-    def on_cohort_round_start(self, infos: Sequence[RoundInfo], generators: Sequence[torch.Generator]) -> None:
+    def on_stack_round_start(self, infos: Sequence[RoundInfo], generators: Sequence[torch.Generator]) -> None:
         """Begin a round of these clients, each with its own source of randomness."""
 
     def keep_clients(self, count: int) -> None:

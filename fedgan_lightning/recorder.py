@@ -14,10 +14,10 @@ import numpy as np
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.evaluation.callback import Evaluation
-from fedgan_lightning.federation.ledger import RollCall
+from fedgan_lightning.federation.costs import RollCall
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
 from fedgan_lightning.files import replacing, to_json, write_json, write_text
-from fedgan_lightning.journal import NAME, Journal
+from fedgan_lightning.jsonl import NAME, Journal
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import Executor
 from fedgan_lightning.provenance import provenance

@@ -9,9 +9,9 @@ from typing import Any
 from fedgan_lightning.checkpoints import check_federation, read_checkpoint
 from fedgan_lightning.documents import read_settings
 from fedgan_lightning.errors import CheckpointError, ConfigurationError, message
-from fedgan_lightning.federation.settings import differences
+from fedgan_lightning.federation.run_fingerprint import differences
 from fedgan_lightning.files import expanded
-from fedgan_lightning.journal import NAME, entries
+from fedgan_lightning.jsonl import NAME, entries
 
 #: What tells a run.
 MARKS = ("config.yaml", "summary.json", "checkpoints")

@@ -15,7 +15,7 @@ from benchmarks import bare_stacks, controls, grids, moving_average, quality, si
 from benchmarks.workloads import WORKLOADS
 from fedgan_lightning.__main__ import main
 from fedgan_lightning.data.sources import ImageFolder, TorchvisionImages
-from fedgan_lightning.visuals.attendance import Attendance
+from fedgan_lightning.visuals.participation import Attendance
 from tests.conftest import ROOT
 
 CHEAP = ["--evaluation.num_samples", "50", "--federation.executor", "SequentialExecutor"]

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from fedgan_lightning.data.partition import IID, Partition
-from fedgan_lightning.data.samples import BatchStream, ClientSamples, CohortStream, Samples, Shift, check_batch_size
+from fedgan_lightning.data.samples import (
+    BatchStream,
+    ClientSamples,
+    Samples,
+    Shift,
+    StackedBatchStream,
+    check_batch_size,
+)
 from fedgan_lightning.data.sources import Source
 from fedgan_lightning.errors import CheckpointError, DataError, message
 from fedgan_lightning.options import checked
@@ -116,7 +123,7 @@ class FederatedDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the clients agreed on; it rides in checkpoints."""
-        return self.source.agreement()
+        return self.source.shared_metadata()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse a checkpoint of clients that agreed on something else.
@@ -124,7 +131,7 @@ class FederatedDataModule(L.LightningDataModule):
         Raises:
             CheckpointError: If they did.
         """
-        check_agreement(self, state_dict, path="a checkpoint")
+        check_shared_metadata(self, state_dict, path="a checkpoint")
 
     # ------------------------------------------------------------------ the federation's view
 
@@ -136,15 +143,15 @@ class FederatedDataModule(L.LightningDataModule):
     @cached_property
     def train_samples(self) -> Samples:
         """The training split of the source, all clients together."""
-        self.agree()
+        self.build_shared_metadata()
         return self._training_split()
 
-    def agree(self) -> Source:
+    def build_shared_metadata(self) -> Source:
         """Return the source as all clients use it; they agree on what samples mean, unless they have."""
-        if not self.source.agreed:
+        if not self.source.has_shared_metadata:
             samples = self._training_split()
             parts = self.partition.split(samples, num_clients=self.num_clients, seed=self.seed)
-            self.source = self.source.agree(samples, parts)
+            self.source = self.source.with_shared_metadata(samples, parts)
         return self.source
 
     def _training_split(self) -> Samples:
@@ -190,7 +197,7 @@ class FederatedDataModule(L.LightningDataModule):
     @cached_property
     def test_samples(self) -> Samples:
         """The test split of the source, which no client holds."""
-        samples = self.agree().load("test")
+        samples = self.build_shared_metadata().load("test")
         self._check(samples)
         if (samples.y is None) != (self.train_samples.y is None):
             without = "test" if samples.y is None else "train"
@@ -237,15 +244,15 @@ class FederatedDataModule(L.LightningDataModule):
             num_steps=num_steps,
         )
 
-    def cohort_batches(
+    def stacked_batches(
         self, client_ids: Sequence[int], *, first_steps: Sequence[int], num_steps: Sequence[int]
-    ) -> CohortStream:
+    ) -> StackedBatchStream:
         """Return the minibatches of several clients in one tensor, the client with most steps first."""
         streams = [
             self.client_batches(client_id, first_step=first, num_steps=count)
             for client_id, first, count in zip(client_ids, first_steps, num_steps)
         ]
-        return CohortStream(streams)
+        return StackedBatchStream(streams)
 
     def label_counts(self) -> np.ndarray:
         """Return (clients, classes) label counts; (clients, 1) sizes without labels."""
@@ -292,18 +299,18 @@ class FederatedDataModule(L.LightningDataModule):
         return PlainDataModule(data, batch_size=self.batch_size, seed=self.seed, stream=client_id, num_steps=num_steps)
 
 
-def check_agreement(data: FederatedDataModule, found: Mapping[str, Any], *, path: str) -> None:
+def check_shared_metadata(data: FederatedDataModule, found: Mapping[str, Any], *, path: str) -> None:
     """Refuse the networks of a run whose clients agreed on something else, such as another vocabulary.
 
     Args:
         data: The data of this run.
-        found: What a checkpoint holds of the other's agreement.
+        found: What a checkpoint holds of the other's shared metadata.
         path: The checkpoint, for the error.
 
     Raises:
         CheckpointError: If the two differ.
     """
-    own = data.agree().agreement()
+    own = data.build_shared_metadata().shared_metadata()
     differing = [name for name in {*own, *found} if own.get(name) != found.get(name)]
     if differing:
         name = min(differing)

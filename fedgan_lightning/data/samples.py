@@ -217,7 +217,7 @@ class BatchStream:
         return torch.cat(parts)
 
 
-class CohortStream:
+class StackedBatchStream:
     """The minibatches of several clients in one tensor: step s holds those of all clients with more than s steps.
 
     Args:

@@ -22,7 +22,7 @@ from fedgan_lightning.deployment.secure import SecureSessions
 from fedgan_lightning.deployment.secure_users import SecureExecutor, SecureSurvey
 from fedgan_lightning.deployment.session import members_of_facts, members_to_facts, sealed_of_facts, sealed_to_facts
 from fedgan_lightning.deployment.sites import Sites, only_plain
-from fedgan_lightning.deployment.supervise import end_with_parent
+from fedgan_lightning.deployment.supernode_supervisor import end_with_parent
 from fedgan_lightning.errors import FedGANError
 
 
@@ -141,7 +141,7 @@ def serve_over(grid: Any, arguments: list[str]) -> None:
         arguments: Options of ``fit``.
     """
     from fedgan_lightning.cli import run
-    from fedgan_lightning.deployment.data import SurveyedDataModule
+    from fedgan_lightning.deployment.data import RemoteDataModule
     from fedgan_lightning.deployment.site import digest_of
 
     def prepare(cli: Any) -> None:
@@ -157,12 +157,12 @@ def serve_over(grid: Any, arguments: list[str]) -> None:
         sites = Sites(grid, num_clients=num_clients, digest=digest, memory=memory, needed=needed)
         if orchestrator.secure is None:
             orchestrator.executor = FlowerExecutor(sites, timeout=timeout)
-            cli.datamodule = SurveyedDataModule(cli.datamodule, sites)
+            cli.datamodule = RemoteDataModule(cli.datamodule, sites)
             return
         weight = orchestrator.aggregator.weight
         sessions = SecureSessions(sites, secure=orchestrator.secure, weight=weight, timeout=timeout)
         orchestrator.executor = SecureExecutor(sessions)
-        cli.datamodule = SurveyedDataModule(cli.datamodule, SecureSurvey(sessions))
+        cli.datamodule = RemoteDataModule(cli.datamodule, SecureSurvey(sessions))
 
     try:
         run(["fit", *arguments, "--ckpt_path", "last"], prepare=prepare)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.samples import ClientSamples
 from fedgan_lightning.errors import ConfigurationError, message
-from fedgan_lightning.evaluation.questions import Question
+from fedgan_lightning.evaluation.federated_queries import FederatedQuery
 from fedgan_lightning.protocol import State
 
 
@@ -45,7 +45,7 @@ def _check_labels(widths: Mapping[int, int], *, num_classes: int) -> None:
         )
 
 
-class SurveyedDataModule(FederatedDataModule):
+class RemoteDataModule(FederatedDataModule):
     """The federation's data as its server sees it: what sites told of sizes and labels, and the server's own samples.
 
     ``train_samples`` and ``test_samples`` are the server's own, from the source of its configuration: rulers are
@@ -90,7 +90,7 @@ class SurveyedDataModule(FederatedDataModule):
         shares = torch.from_numpy(self.label_counts().sum(0)).double()
         return torch.multinomial(shares, num_samples, replacement=True, generator=generator)
 
-    def answers(self, question: Question) -> Iterator[State]:
+    def answers(self, question: FederatedQuery) -> Iterator[State]:
         """Yield what every client answers, or the sum of all their answers, made where the samples are.
 
         Raises:

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from fedgan_lightning.claim import check_unclaimed
 from fedgan_lightning.deployment import programs
-from fedgan_lightning.deployment.supervise import keep_running, kept
+from fedgan_lightning.deployment.supernode_supervisor import keep_running, kept
 from fedgan_lightning.documents import check_settings_file
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.files import expanded

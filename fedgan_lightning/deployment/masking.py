@@ -51,7 +51,7 @@ def public(private: bytes) -> bytes:
     return public_key_to_bytes(bytes_to_private_key(private).public_key())
 
 
-def agree(private: bytes, others_public: bytes) -> bytes:
+def shared_secret(private: bytes, others_public: bytes) -> bytes:
     """Return the secret that two clients share, as a key for sealing (32 bytes in base64; ECDH, then HKDF-SHA256)."""
     from flwr.common.secure_aggregation.crypto.symmetric_encryption import generate_shared_key
     from flwr.supercore.primitives.asymmetric import bytes_to_private_key, bytes_to_public_key
@@ -140,5 +140,5 @@ def mask(seed: bytes, *, narrow: int, wide: int) -> tuple[np.ndarray, np.ndarray
 
 
 def pair_seed(secret: bytes) -> bytes:
-    """Return the seed of the mask that two clients share from their secret; :func:`agree` gives it in base64."""
+    """Return the seed of the mask of two clients from their secret; :func:`shared_secret` gives it in base64."""
     return base64.urlsafe_b64decode(secret)

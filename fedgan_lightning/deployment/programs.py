@@ -20,8 +20,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedgan_lightning.deployment import warm
-from fedgan_lightning.deployment.supervise import end_with_parent
+from fedgan_lightning.deployment import forkserver
+from fedgan_lightning.deployment.supernode_supervisor import end_with_parent
 from fedgan_lightning.errors import ConfigurationError, message
 
 logger = logging.getLogger("fedgan_lightning")
@@ -268,8 +268,8 @@ def start(command: Sequence[str], home: Path, *, log: str, first: Path | None = 
 
 
 def quick_clientapp(home: Path) -> contextlib.AbstractContextManager[Path | None]:
-    """Give the folder with a ``flwr-clientapp`` that need not import anything; see ``warm.py``."""
-    return warm.opened(str(program(warm.PROGRAM)), environment=environment(home))
+    """Give the folder with a ``flwr-clientapp`` that need not import anything; see ``forkserver.py``."""
+    return forkserver.opened(str(program(forkserver.PROGRAM)), environment=environment(home))
 
 
 def environment(home: Path, *, first: Path | None = None) -> dict[str, str]:

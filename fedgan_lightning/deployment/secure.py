@@ -29,7 +29,7 @@ from fedgan_lightning.deployment.session import (
 )
 from fedgan_lightning.deployment.sites import ANSWER_SECONDS, Sites
 from fedgan_lightning.errors import UpdateError
-from fedgan_lightning.federation.ledger import network_in_ledger
+from fedgan_lightning.federation.costs import network_in_ledger
 from fedgan_lightning.federation.local import never
 from fedgan_lightning.federation.schema import printable
 from fedgan_lightning.federation.secure import NARROW, SecureAggregation, Summand, words_of
@@ -185,7 +185,7 @@ class _Run:
         if own.mask == own.seal or {own.mask, own.seal} & taken:
             raise ValueError("keys that another has, too")
         for key in (own.mask, own.seal):
-            masking.agree(probe, key)
+            masking.shared_secret(probe, key)
 
     def _sealed(self, members: Mapping[int, Member]) -> dict[int, dict[int, bytes]]:
         """Return the sealed shares, by source and destination."""
@@ -278,7 +278,9 @@ class _Run:
             if masking.public(key) != members[k].mask:
                 raise ValueError(f"the shares of client {k}'s key give another key")
             for other in vectors:
-                vectors_of_pair = masking.mask(masking.pair_seed(masking.agree(key, members[other].mask)), **sizes)
+                vectors_of_pair = masking.mask(
+                    masking.pair_seed(masking.shared_secret(key, members[other].mask)), **sizes
+                )
                 total = total.minus(*vectors_of_pair) if other < k else total.plus(*vectors_of_pair)
         return total
 

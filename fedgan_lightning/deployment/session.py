@@ -117,7 +117,7 @@ class Session:
         told = masking.transcript(session, members)
         sealed = {
             k: shares[k].sealed(
-                masking.agree(known.keys.seal, own.seal), source=self.client_id, destination=k, under=told
+                masking.shared_secret(known.keys.seal, own.seal), source=self.client_id, destination=k, under=told
             )
             for k, own in members.items()
             if k != self.client_id
@@ -141,7 +141,7 @@ class Session:
         assert known.own is not None
         held = {self.client_id: known.own}
         for k, text in sealed.items():
-            secret = masking.agree(known.keys.seal, known.members[k].seal)
+            secret = masking.shared_secret(known.keys.seal, known.members[k].seal)
             try:
                 held[k] = Shares.opened(text, secret, source=k, destination=self.client_id, under=told)
             except ValueError as error:
@@ -171,7 +171,7 @@ class Session:
         for k in sorted(known.held):
             if k == self.client_id:
                 continue
-            seed = masking.pair_seed(masking.agree(known.keys.mask, known.members[k].mask))
+            seed = masking.pair_seed(masking.shared_secret(known.keys.mask, known.members[k].mask))
             vectors = masking.mask(seed, narrow=narrow, wide=wide)
             found = found.plus(*vectors) if self.client_id < k else found.minus(*vectors)
         return found

@@ -22,12 +22,12 @@ from fedgan_lightning.deployment import wire
 from fedgan_lightning.deployment.secure_users import CLEAR
 from fedgan_lightning.deployment.session import Session, summand_to_content
 from fedgan_lightning.errors import ConfigurationError, UpdateError, message
+from fedgan_lightning.evaluation.federated_queries import COUNT, FeatureMoments, QueryContext
 from fedgan_lightning.evaluation.fidelity import ThirdPowers
-from fedgan_lightning.evaluation.questions import COUNT, FeatureMoments, Respondent
 from fedgan_lightning.evaluation.ranking import ItemCounts, Rankings
 from fedgan_lightning.federation.aggregation import checked_states
 from fedgan_lightning.federation.checks import same_precision
-from fedgan_lightning.federation.ledger import bytes_by_network
+from fedgan_lightning.federation.costs import bytes_by_network
 from fedgan_lightning.federation.local import ClientContext, LocalTrainer
 from fedgan_lightning.federation.optimizer_state import only_moments
 from fedgan_lightning.federation.policy import resolve
@@ -39,7 +39,7 @@ from fedgan_lightning.version import __version__
 
 #: Private states that a site keeps, for a server that goes back to an older checkpoint.
 STATES_KEPT = 20
-#: What a site answers about its samples, and nothing else; see :mod:`fedgan_lightning.evaluation.questions`.
+#: What a site answers about its samples, and nothing else; see :mod:`fedgan_lightning.evaluation.federated_queries`.
 QUESTIONS = {question.kind: question for question in (FeatureMoments, ThirdPowers, ItemCounts, Rankings)}
 #: Sums over fewer samples say nearly what the samples are.
 FEWEST_SAMPLES = 10
@@ -109,7 +109,7 @@ class Site:
         self.trainer = cli.trainer
         data: FederatedDataModule = cli.datamodule
         data.prepare_data()
-        if part is None and not data.source.agreed:
+        if part is None and not data.source.has_shared_metadata:
             raise ConfigurationError(
                 message(
                     "sites agree on what samples mean before they train",
@@ -187,7 +187,7 @@ class Site:
             UpdateError: If the update is not finite.
         """
         context = self._context(ClientStore())
-        state, sent = self.module.state_dict(), context.policy.sent
+        state, sent = self.module.state_dict(), context.policy.downlink_entries
         task = ClientTask(
             client_id=self.client_id,
             round=0,
@@ -238,7 +238,7 @@ class Site:
             raise ConfigurationError(
                 message(f"a site answers {known}", received=asked, fix="install the same version everywhere")
             )
-        respondent = Respondent(self.data.view, self.whole, self.module)
+        respondent = QueryContext(self.data.view, self.whole, self.module)
         found = QUESTIONS[asked].read(facts, state, respondent).answer(respondent)
         if not is_masked and int(found[COUNT]) < FEWEST_SAMPLES:
             raise ConfigurationError(
@@ -345,8 +345,8 @@ def digest_of(settings: Mapping[str, Any], data: FederatedDataModule) -> str:
     federation = {name: settings["federation"][name] for name in SHARED}
     if (secure := settings["federation"]["secure"]) is not None:  # then a client weights its own update
         federation |= {"secure": secure, "aggregator": settings["federation"]["aggregator"]}
-    source = data.agree()
-    meaning = [list(source.sample_shape), list(source.class_names), source.agreement()]
+    source = data.build_shared_metadata()
+    meaning = [list(source.sample_shape), list(source.class_names), source.shared_metadata()]
     work = [settings["model"], federation, settings["data"]["batch_size"], settings["seed_everything"]]
     work.append(same_precision(settings["trainer"]["precision"]))
     shared = [__version__, *work, meaning]

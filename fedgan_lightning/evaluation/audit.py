@@ -35,7 +35,7 @@ class MembershipInference(Metric):
         seed: Seed of their choice.
     """
 
-    full = True
+    test_only = True
     needs_client_samples = True
     networks = ("discriminator",)
 

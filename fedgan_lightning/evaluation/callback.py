@@ -97,7 +97,7 @@ class Evaluation(L.Callback):
         assert self.metrics is not None
         data: FederatedDataModule = trainer.datamodule  # type: ignore[attr-defined]
         for metric in list(self.metrics):
-            if metric in self._ready or (metric.full and trainer.state.fn != "test"):
+            if metric in self._ready or (metric.test_only and trainer.state.fn != "test"):
                 continue
             try:
                 self.facts |= metric.prepare(data, device=trainer.strategy.root_device)
@@ -153,7 +153,7 @@ class Evaluation(L.Callback):
             QuorumError: If a site does not answer, and that is not accepted.
         """
         assert isinstance(pl_module, ServerModule)
-        metrics = [metric for metric in self._ready if trainer.state.fn == "test" or not metric.full]
+        metrics = [metric for metric in self._ready if trainer.state.fn == "test" or not metric.test_only]
         values: dict[str, float] = {}
         for metric in metrics:
             if any(pl_module.policy.sync.get(name) == "local" for name in metric.networks):
@@ -168,8 +168,8 @@ class Evaluation(L.Callback):
         if pl_module.can_sample:
             data: FederatedDataModule = trainer.datamodule  # type: ignore[attr-defined]
             values |= self._score_samples(metrics, data, pl_module)
-        agreed: dict[str, float] = trainer.strategy.broadcast(values)  # hosts may round differently
-        return agreed
+        same_everywhere: dict[str, float] = trainer.strategy.broadcast(values)  # hosts may round differently
+        return same_everywhere
 
     def _score_samples(
         self, metrics: Sequence[Metric], data: FederatedDataModule, pl_module: ServerModule

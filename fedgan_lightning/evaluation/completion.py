@@ -11,11 +11,11 @@ from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.samples import quantise
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.features import FeatureNet, FrozenNet
+from fedgan_lightning.evaluation.federated_queries import CHUNK
 from fedgan_lightning.evaluation.fid import FeatureSums, feature_sums, frechet_distance
-from fedgan_lightning.evaluation.fills import FILLS
+from fedgan_lightning.evaluation.inpainting_baselines import FILLS
 from fedgan_lightning.evaluation.metrics import Metric, client_sums, suitable
-from fedgan_lightning.evaluation.questions import CHUNK
-from fedgan_lightning.gan.holes import Holes
+from fedgan_lightning.gan.inpainting_mask import InpaintingMask
 from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import make_generator
 
@@ -35,7 +35,7 @@ class Completion(Metric):
     PSNR is that of the mean squared error of all pictures together.
 
     Args:
-        holes: The test's holes; default those of :class:`~fedgan_lightning.gan.holes.Holes`.
+        holes: The test's holes; default those of :class:`~fedgan_lightning.gan.inpainting_mask.InpaintingMask`.
         num_images: Pictures of the test split, drawn with the seed; at most all.
         seed: Seed of pictures, holes and noise.
         features: Feature network; default the small classifier for labelled data, else pixels.
@@ -46,13 +46,13 @@ class Completion(Metric):
     @checked(num_images="[2, inf)", seed="[0, inf)")
     def __init__(
         self,
-        holes: Holes | None = None,
+        holes: InpaintingMask | None = None,
         *,
         num_images: int = 2000,
         seed: int = 0,
         features: FeatureNet | None = None,
     ) -> None:
-        self.holes = holes if holes is not None else Holes()
+        self.holes = holes if holes is not None else InpaintingMask()
         self.num_images, self.seed, self.features = num_images, seed, features
         self.pictures = self.masked = torch.empty(0)
         self.net: FrozenNet | None = None
@@ -105,7 +105,9 @@ class Completion(Metric):
         return frechet_distance(self.real, feature_sums(self.net, pictures.split(CHUNK)))
 
 
-def pictures_with_holes(data: FederatedDataModule, holes: Holes, *, count: int, seed: int) -> tuple[Tensor, Tensor]:
+def pictures_with_holes(
+    data: FederatedDataModule, holes: InpaintingMask, *, count: int, seed: int
+) -> tuple[Tensor, Tensor]:
     """Return pictures (n, c, h, w) of the test split and the same with holes (n, c + 1, h, w), fixed by the seed.
 
     Raises:
@@ -140,12 +142,12 @@ def check_completes(model: nn.Module) -> None:
         ConfigurationError: If it was not.
     """
     condition = getattr(model, "condition", None)
-    if not isinstance(condition, Holes):
+    if not isinstance(condition, InpaintingMask):
         raise ConfigurationError(
             message(
-                "pictures are completed by a GAN whose condition is Holes",
+                "pictures are completed by a GAN whose condition is InpaintingMask",
                 received=f"{type(model).__name__} with condition {type(condition).__name__}",
-                fix="set model.condition: Holes, and InpaintingGenerator; or leave Completion out",
+                fix="set model.condition: InpaintingMask, and InpaintingGenerator; or leave Completion out",
             )
         )
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.sources import Interactions
 from fedgan_lightning.evaluation.audit import MembershipInference
-from fedgan_lightning.evaluation.breakdown import ClassBreakdown, ClientDistances
 from fedgan_lightning.evaluation.completion import Completion
+from fedgan_lightning.evaluation.downstream_tasks import Memorisation, SyntheticTraining
 from fedgan_lightning.evaluation.fidelity import ClassifierScore, IntraClassDistance, KernelDistance, PrecisionRecall
 from fedgan_lightning.evaluation.metrics import (
     ClassCoverage,
@@ -15,11 +15,11 @@ from fedgan_lightning.evaluation.metrics import (
     ModeCoverage,
     SlicedWasserstein,
 )
+from fedgan_lightning.evaluation.per_class import ClassBreakdown, ClientDistances
 from fedgan_lightning.evaluation.ranking import RankingQuality
 from fedgan_lightning.evaluation.series import DiscriminativeScore, PredictiveScore, ProfileCentroids
 from fedgan_lightning.evaluation.text import BLEU, HeldOutLikelihood, SelfBLEU, vocabulary_of
-from fedgan_lightning.evaluation.utility import Memorisation, SyntheticTraining
-from fedgan_lightning.gan.holes import Holes
+from fedgan_lightning.gan.inpainting_mask import InpaintingMask
 
 
 def default_metrics(data: FederatedDataModule, *, condition: object | None = None) -> list[Metric]:
@@ -30,7 +30,7 @@ def default_metrics(data: FederatedDataModule, *, condition: object | None = Non
         data: The clients'.
         condition: What the generator is told beside noise, if anything.
     """
-    if isinstance(condition, Holes):
+    if isinstance(condition, InpaintingMask):
         return [Completion(condition)]
     if hasattr(data.source, "centres"):
         return [ModeCoverage()]

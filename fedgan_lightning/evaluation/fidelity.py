@@ -13,11 +13,19 @@ from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.errors import ConfigurationError, SampleSizeError, message
 from fedgan_lightning.evaluation import neighbours
 from fedgan_lightning.evaluation.features import ClassifierFeatures, FeatureNet, FrozenNet, PixelFeatures
+from fedgan_lightning.evaluation.federated_queries import (
+    CHUNK,
+    ROUNDING,
+    FederatedQuery,
+    QueryContext,
+    chunks,
+    net_of,
+    summed,
+)
 from fedgan_lightning.evaluation.fid import FeatureSums, feature_sums, frechet_distance
 from fedgan_lightning.evaluation.kernel import MOST_FEATURES, KernelSums, kernel_distance, kernel_sums, num_distinct
 from fedgan_lightning.evaluation.metrics import Metric, check_reals, clients_of, everything, is_enough, suitable
 from fedgan_lightning.evaluation.portable import to_facts
-from fedgan_lightning.evaluation.questions import CHUNK, ROUNDING, Question, Respondent, chunks, net_of, summed
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import State
 
@@ -30,7 +38,7 @@ def extracted(net: FrozenNet, batches: Iterable[Tensor]) -> Iterator[Tensor]:
             yield net(batch.to(device, torch.float32)).cpu()
 
 
-class ThirdPowers(Question):
+class ThirdPowers(FederatedQuery):
     """Sums of third powers of features: what a cubic kernel distance is made of.
 
     Args:
@@ -49,10 +57,10 @@ class ThirdPowers(Question):
         return to_facts(self.net)[1]
 
     @classmethod
-    def read(cls, facts: Mapping[str, Any], state: State, respondent: Respondent) -> ThirdPowers:
+    def read(cls, facts: Mapping[str, Any], state: State, respondent: QueryContext) -> ThirdPowers:
         return cls(net_of(facts, state, respondent))
 
-    def answer(self, respondent: Respondent) -> dict[str, Tensor]:
+    def answer(self, respondent: QueryContext) -> dict[str, Tensor]:
         features = extracted(self.net, chunks(respondent.view))
         return kernel_sums(features, num_features=self.net.num_features).to_state()
 
@@ -125,7 +133,7 @@ class PrecisionRecall(Metric):
         k: Neighbours; 5 as Naeem et al. 2020, 3 as Kynkaanniemi et al. 2019.
     """
 
-    full = True
+    test_only = True
     needs_client_samples = True
 
     @checked(k="[1, inf)")
@@ -214,7 +222,7 @@ class IntraClassDistance(Metric):
         features: Feature network; default the small classifier.
     """
 
-    full = True
+    test_only = True
     needs_client_samples = True  # a class of which a client holds one sample would tell that sample's features
 
     @checked()

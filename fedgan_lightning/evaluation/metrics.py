@@ -16,9 +16,9 @@ from fedgan_lightning.data.samples import ClientSamples, Samples
 from fedgan_lightning.errors import ConfigurationError, SampleSizeError, message
 from fedgan_lightning.evaluation import modes
 from fedgan_lightning.evaluation.features import ClassifierFeatures, FeatureNet, FrozenNet, PixelFeatures
+from fedgan_lightning.evaluation.federated_queries import CHUNK, FeatureMoments, answers, chunks
 from fedgan_lightning.evaluation.fid import FeatureSums, feature_sums, frechet_distance
 from fedgan_lightning.evaluation.portable import sums_of_state
-from fedgan_lightning.evaluation.questions import CHUNK, FeatureMoments, answers, chunks
 from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import make_generator
 
@@ -29,14 +29,14 @@ class Metric(ABC):
     """A measure of generated samples against the clients' data.
 
     Attributes:
-        full: Whether it takes so long that it belongs to the full evaluation, which ``test`` makes.
+        test_only: Whether it takes so long that it belongs to the full evaluation, which ``test`` makes.
         needs_client_samples: Whether it looks at clients' samples one by one, and does with no sums over them (see
-            :mod:`fedgan_lightning.evaluation.questions`); it is left out where they are elsewhere.
+            :mod:`fedgan_lightning.evaluation.federated_queries`); it is left out where they are elsewhere.
         larger_is_better: Which of its values are; of all others smaller ones are better.
         networks: Networks that ``inspect`` reads, of which the server must have the clients' weights.
     """
 
-    full: ClassVar[bool] = False
+    test_only: ClassVar[bool] = False
     needs_client_samples: ClassVar[bool] = False
     larger_is_better: ClassVar[tuple[str, ...]] = ()
     networks: ClassVar[tuple[str, ...]] = ()

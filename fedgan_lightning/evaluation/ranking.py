@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.samples import ClientSamples
 from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.evaluation.federated_queries import COUNT, ROUNDING, FederatedQuery, QueryContext, summed
 from fedgan_lightning.evaluation.metrics import Metric
-from fedgan_lightning.evaluation.questions import COUNT, ROUNDING, Question, Respondent, summed
 from fedgan_lightning.protocol import State
 from fedgan_lightning.seeding import make_generator
 
@@ -71,7 +71,7 @@ def _means(sums: State) -> dict[str, float]:
     return {name: float(sums[name]) / int(sums[COUNT]) for name in MEASURES}
 
 
-class ItemCounts(Question):
+class ItemCounts(FederatedQuery):
     """How many of a client's users have each item, among those that can be asked about held-out ones.
 
     Args:
@@ -90,10 +90,10 @@ class ItemCounts(Question):
         return {}
 
     @classmethod
-    def read(cls, facts: Mapping[str, Any], state: State, respondent: Respondent) -> ItemCounts:
+    def read(cls, facts: Mapping[str, Any], state: State, respondent: QueryContext) -> ItemCounts:
         return cls(int(facts["items"]))
 
-    def answer(self, respondent: Respondent) -> dict[str, Tensor]:
+    def answer(self, respondent: QueryContext) -> dict[str, Tensor]:
         seen, wanted = histories_in(respondent.view, respondent.data)
         return {"items": seen.double().sum(0), "wanted": wanted.double().sum(), COUNT: torch.tensor(len(seen))}
 
@@ -106,7 +106,7 @@ class ItemCounts(Question):
         return _beyond(answer, most)
 
 
-class Rankings(Question):
+class Rankings(FederatedQuery):
     """Sums over a client's users of the ranking measures, by a generator or by one list of scores for everybody.
 
     Args:
@@ -131,7 +131,7 @@ class Rankings(Question):
         return {name: value for name, value in entries if not name.startswith("discriminator.")}
 
     @classmethod
-    def read(cls, facts: Mapping[str, Any], state: State, respondent: Respondent) -> Rankings:
+    def read(cls, facts: Mapping[str, Any], state: State, respondent: QueryContext) -> Rankings:
         if SCORES in state:
             return cls(int(facts["items"]), scores=state[SCORES])
         assert respondent.module is not None
@@ -139,7 +139,7 @@ class Rankings(Question):
         model.load_state_dict({**model.state_dict(), **state})
         return cls(int(facts["items"]), model=model)
 
-    def answer(self, respondent: Respondent) -> dict[str, Tensor]:
+    def answer(self, respondent: QueryContext) -> dict[str, Tensor]:
         seen, wanted = histories_in(respondent.view, respondent.data)
         if not len(seen):
             return {**dict.fromkeys(MEASURES, torch.zeros((), dtype=torch.float64)), COUNT: torch.tensor(0)}
@@ -210,7 +210,7 @@ def preferences(model: nn.Module, purchases: Tensor) -> Tensor:
             message(
                 "rankings need a GAN whose condition are the user's purchases",
                 received=f"{type(model).__name__} without a condition",
-                fix="set model.condition: Purchases, or leave RankingQuality out of evaluation.metrics",
+                fix="set model.condition: CFGANCondition, or leave RankingQuality out of evaluation.metrics",
             )
         )
     noise, found = make_generator(0, "ranking latents"), []

@@ -72,7 +72,7 @@ class DiscriminativeScore(Metric):
         seed: Seed of the classifier.
     """
 
-    full = True
+    test_only = True
 
     @checked(steps="[1, inf)", seed="[0, inf)")
     def __init__(self, *, steps: int = 500, seed: int = 0) -> None:
@@ -116,7 +116,7 @@ class PredictiveScore(Metric):
         seed: Seed of the net.
     """
 
-    full = True
+    test_only = True
 
     @checked(steps="[1, inf)", seed="[0, inf)")
     def __init__(self, *, steps: int = 500, seed: int = 0) -> None:

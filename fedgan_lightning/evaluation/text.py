@@ -230,7 +230,7 @@ def _vocabulary(data: FederatedDataModule, metric: Metric) -> Vocabulary:
     Raises:
         ConfigurationError: If the data is no text.
     """
-    data.agree()
+    data.build_shared_metadata()
     found = vocabulary_of(data)
     if found is None:
         raise ConfigurationError(

@@ -15,13 +15,13 @@ from numbers import Real
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.errors import UpdateError
-from fedgan_lightning.federation.ledger import bytes_by_network, network_in_ledger
+from fedgan_lightning.federation.costs import bytes_by_network, network_in_ledger
 from fedgan_lightning.federation.local import ClientContext
 from fedgan_lightning.federation.optimizer_state import SCHEDULE, is_optimizer_entry, only_moments
-from fedgan_lightning.federation.reference import Reference
 from fedgan_lightning.federation.rounds import UPDATE_NORM, bytes_up, is_position
-from fedgan_lightning.federation.rules import Screening
+from fedgan_lightning.federation.rules import UpdateValidator
 from fedgan_lightning.federation.schema import LARGEST, MOST_UPDATES, is_whole, printable
+from fedgan_lightning.federation.update_schema import Reference
 from fedgan_lightning.gan.module import GAN
 from fedgan_lightning.packing import Layout
 from fedgan_lightning.protocol import ROUND_TRIP, ClientUpdate, LocalWork, Participant, State, UpdateSum
@@ -43,11 +43,11 @@ class Admission:
 
     Args:
         context: Module, data and policy.
-        screening: Tighter bounds; ``None`` for none.
+        validator: Tighter bounds; ``None`` for none.
     """
 
-    def __init__(self, context: ClientContext, *, screening: Screening | None = None) -> None:
-        self.context, self.screening, self.reference = context, screening, Reference(context)
+    def __init__(self, context: ClientContext, *, validator: UpdateValidator | None = None) -> None:
+        self.context, self.validator, self.reference = context, validator, Reference(context)
         self.began = time.perf_counter()
 
     def terms(self, *, round: int, state: State, work: LocalWork) -> Terms:
@@ -117,8 +117,8 @@ class Terms:
             cause = printable(f"{type(error).__name__}: {error}")
             raise UpdateError(f"{who}: an answer that cannot be read ({cause})") from error
         found = dataclasses.replace(update, num_examples=size, metrics=metrics, delta=delta, extras=extras)
-        if self.admission.screening is not None:
-            self.admission.screening.check(found)
+        if self.admission.validator is not None:
+            self.admission.validator.check(found)
         return found
 
     def metrics(

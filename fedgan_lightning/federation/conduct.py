@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 from fedgan_lightning.errors import QuorumError, RoundInterrupted, message
 from fedgan_lightning.federation.admission import Admission, without_unsent
+from fedgan_lightning.federation.costs import Contact, Incident, Ledger, RollCall, bytes_by_network
 from fedgan_lightning.federation.invitation import Invitations
-from fedgan_lightning.federation.ledger import Contact, Incident, Ledger, RollCall, bytes_by_network
 from fedgan_lightning.federation.local import ClientContext
 from fedgan_lightning.federation.ranks import flattened
 from fedgan_lightning.federation.reception import Order, Reception, Reports
 from fedgan_lightning.federation.rounds import ClientRecord, RoundSummary
-from fedgan_lightning.federation.rules import RoundRules, Screening
+from fedgan_lightning.federation.rules import RoundRules, UpdateValidator
 from fedgan_lightning.protocol import (
     Aggregate,
     Aggregator,
@@ -53,7 +53,7 @@ class Conductor:
         aggregator: How updates become one.
         sampler: Whom to ask.
         rules: When a round counts.
-        screening: Which updates are let in; ``None`` lets an update that cannot be right end the run.
+        validator: Which updates are let in; ``None`` lets an update that cannot be right end the run.
         seed: Root seed of cohorts and clients.
         strikes: Refused updates by client; counted on in place.
     """
@@ -66,20 +66,20 @@ class Conductor:
         aggregator: Aggregator,
         sampler: ClientSampler,
         rules: RoundRules,
-        screening: Screening | None,
+        validator: UpdateValidator | None,
         seed: int,
         strikes: dict[int, int] | None = None,
     ) -> None:
         self.context, self.executor, self.aggregator = context, executor, aggregator
         self._networks = [network for network, sync in context.policy.sync.items() if sync == "average"]
         self.rules, self.seed = rules, seed
-        self.admission = Admission(context, screening=screening)
-        self.reception = Reception(aggregator, rules=rules, networks=self._networks, is_screened=screening is not None)
+        self.admission = Admission(context, validator=validator)
+        self.reception = Reception(aggregator, rules=rules, networks=self._networks, is_validated=validator is not None)
         self.invitations = Invitations(
             sampler,
             num_clients=context.data.num_clients,
             rules=rules,
-            screening=screening,
+            validator=validator,
             seed=seed,
             needed=aggregator.needed,
             strikes=strikes if strikes is not None else {},
@@ -112,7 +112,7 @@ class Conductor:
         terms = self.admission.terms(round=round, state=state, work=work)
         order = Order(round, state, work, bytes_by_network(state), on_update, terms)
         ledger = Ledger()
-        tries = itertools.count() if self.rules.attempts is None else range(self.rules.attempts)
+        tries = itertools.count() if self.rules.max_attempts is None else range(self.rules.max_attempts)
         for attempt in tries:
             if attempt:
                 self._pause()
@@ -139,11 +139,11 @@ class Conductor:
 
     def _too_few(self, round: int) -> str:
         name, needed = type(self.aggregator).__name__, self.aggregator.needed
-        rule = f"a round needs {self.rules.minimum:.0%} of its cohort"
+        rule = f"a round needs {self.rules.min_report_fraction:.0%} of its cohort"
         return message(
             f"{rule}, and {name} {needed} updates" if needed > 1 else rule,
-            received=f"fewer in each of {self.rules.attempts} tries of round {round}",
-            fix="find out why clients fail, lower rules.minimum, or raise rules.over_selection",
+            received=f"fewer in each of {self.rules.max_attempts} tries of round {round}",
+            fix="find out why clients fail, lower rules.min_report_fraction, or raise rules.over_selection",
         )
 
     def _pause(self) -> None:
@@ -152,7 +152,7 @@ class Conductor:
         Raises:
             RoundInterrupted: If the user asks to stop.
         """
-        end = time.monotonic() + self.rules.pause
+        end = time.monotonic() + self.rules.retry_delay_seconds
         while time.monotonic() < end:
             if self.context.stop_requested():
                 raise RoundInterrupted("the user asked to stop")
@@ -179,7 +179,7 @@ class Conductor:
                         break
             except Exception as error:
                 failure = error
-            ranks.agree(failure)
+            ranks.raise_if_any_rank_failed(failure)
             missing = goal - sum(ranks.exchange(reports.num_accepted)) if reserves else 0
             wave, reserves = reserves[:missing], reserves[missing:]
 

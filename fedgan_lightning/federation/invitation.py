@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fedgan_lightning.errors import QuorumError, message
-from fedgan_lightning.federation.rules import RoundRules, Screening
+from fedgan_lightning.federation.rules import RoundRules, UpdateValidator
 from fedgan_lightning.protocol import ClientSampler
 from fedgan_lightning.seeding import derive_seed, make_numpy_generator
 
@@ -29,7 +29,7 @@ class Invitations:
         sampler: The cohort, before anybody is benched.
         num_clients: Clients of the federation.
         rules: How many stand by.
-        screening: After how many refused updates a client is no longer asked; ``None`` benches nobody.
+        validator: After how many refused updates a client is no longer asked; ``None`` benches nobody.
         seed: Root seed of cohorts.
         needed: Updates that the aggregator needs.
         strikes: Refused updates by client; counted on in place.
@@ -41,13 +41,13 @@ class Invitations:
         *,
         num_clients: int,
         rules: RoundRules,
-        screening: Screening | None,
+        validator: UpdateValidator | None,
         seed: int,
         needed: int = 1,
         strikes: dict[int, int],
     ) -> None:
         self.sampler, self.num_clients, self.rules, self.seed = sampler, num_clients, rules, seed
-        self.limit = None if screening is None else screening.strikes
+        self.limit = None if validator is None else validator.strikes
         self.needed, self.strikes = max(1, needed), strikes
 
     def ask(self, round: int, attempt: int) -> Invitation:
@@ -88,7 +88,7 @@ class Invitations:
     def _too_few(self, population: Sequence[int], free: Sequence[int]) -> str:
         benched = sorted({*population} - {*free})
         why = f": {self.limit} updates or more of clients {benched} were refused" if benched else ""
-        fix = "look at the reasons in the log, raise screening.strikes, or loosen the screening" if benched else ""
+        fix = "look at the reasons in the log, raise validator.strikes, or loosen its bounds" if benched else ""
         return message(
             f"at least {self.needed} clients are left to be asked",
             received=f"{len(free)}{why}",

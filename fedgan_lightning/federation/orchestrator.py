@@ -28,16 +28,16 @@ from fedgan_lightning.federation.checks import (
     checked_work,
 )
 from fedgan_lightning.federation.conduct import Conductor, Outcome
+from fedgan_lightning.federation.costs import EVENTS, Ledger
 from fedgan_lightning.federation.executors import AutoExecutor, AutotunedExecutor
-from fedgan_lightning.federation.ledger import EVENTS, Ledger
 from fedgan_lightning.federation.local import ClientContext
 from fedgan_lightning.federation.policy import Buffers, OptimizerState, Sync, resolve
 from fedgan_lightning.federation.ranks import Ranks, leave_at_exit
-from fedgan_lightning.federation.rules import RoundRules, Screening
+from fedgan_lightning.federation.rules import RoundRules, UpdateValidator
+from fedgan_lightning.federation.run_fingerprint import check_same_data, check_unchanged, given_to, made_of
 from fedgan_lightning.federation.sampling import AllClients
 from fedgan_lightning.federation.secure import SecureAggregation
 from fedgan_lightning.federation.server import ServerModule
-from fedgan_lightning.federation.settings import check_same_data, check_unchanged, given_to, made_of
 from fedgan_lightning.federation.store import ClientStore, StateFiles
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import (
@@ -63,7 +63,7 @@ class FederatedOrchestrator(L.Callback):
         clients: Which clients take part in a round; default all.
         aggregator: How updates become one; default the mean weighted by N_k.
         rules: When a round counts; default when every client asked has answered.
-        screening: Which updates are let in; by default one that cannot be right ends the run.
+        validator: Which updates are let in; by default one that cannot be right ends the run.
         secure: Secure aggregation between the sites of a deployment; default none, the server sees every update.
         executor: Who runs the clients. ``auto`` decides by a fixed rule whether one after the other or stacked, and on
             how many threads; ``autotune`` measures what is fastest, so that rounding depends on what else the machine
@@ -94,7 +94,7 @@ class FederatedOrchestrator(L.Callback):
         clients: ClientSampler | None = None,
         aggregator: Aggregator | None = None,
         rules: RoundRules | None = None,
-        screening: Screening | None = None,
+        validator: UpdateValidator | None = None,
         secure: SecureAggregation | None = None,
         executor: Executor | Literal["auto", "autotune"] = "auto",
         sync: dict[str, Sync] | None = None,
@@ -107,11 +107,11 @@ class FederatedOrchestrator(L.Callback):
         self.rounds, self.local_steps, self.local_epochs = rounds, local_steps, local_epochs
         self.clients = clients if clients is not None else AllClients()
         self.aggregator = aggregator if aggregator is not None else WeightedMean()
-        self.rules, self.screening = rules if rules is not None else RoundRules(), screening
+        self.rules, self.validator = rules if rules is not None else RoundRules(), validator
         self.rules.check(self.aggregator)
         self.secure = secure
         if secure is not None:
-            secure.check(aggregator=self.aggregator, rules=self.rules, screening=screening)
+            secure.check(aggregator=self.aggregator, rules=self.rules, validator=validator)
         named = {"auto": AutoExecutor, "autotune": AutotunedExecutor}
         self.executor: Executor = named[executor]() if isinstance(executor, str) else executor
         self.sync, self.optimizer_state, self.buffers, self.seed = sync, optimizer_state, buffers, seed
@@ -193,7 +193,7 @@ class FederatedOrchestrator(L.Callback):
             aggregator=self.aggregator,
             sampler=self.clients,
             rules=self.rules,
-            screening=self.screening,
+            validator=self.validator,
             seed=self.seed,
             strikes=self._strikes,
         )
@@ -352,7 +352,7 @@ class FederatedOrchestrator(L.Callback):
             "local_epochs": self.local_epochs,
             "seed": self.seed,
         }
-        own = ("clients", "aggregator", "rules", "screening", "secure")
+        own = ("clients", "aggregator", "rules", "validator", "secure")
         held = ("num_clients", "partition", "batch_size", "max_samples")
         self._made_of = self.settings or {
             "model": {"type": type(server.model).__qualname__, **made_of(given_to(server.model))},

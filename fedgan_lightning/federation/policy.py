@@ -59,7 +59,7 @@ class Policy:
         return self.names(Kind.SPECTRAL, sync="average")
 
     @property
-    def sent(self) -> list[str]:
+    def downlink_entries(self) -> list[str]:
         """Entries that clients receive, optimizer moments aside."""
         return [*self.shared_parameters, *self.shared_buffers, *self.spectral_vectors]
 

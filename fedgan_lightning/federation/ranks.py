@@ -112,7 +112,7 @@ class Ranks:
         self._try(lambda: dist.all_reduce(travelling))
         return travelling.to(vector.device)
 
-    def agree(self, failure: Exception | None) -> None:
+    def raise_if_any_rank_failed(self, failure: Exception | None) -> None:
         """Raise on every rank what failed on any of them, so that none waits for another.
 
         Raises:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from fedgan_lightning.errors import UpdateError, message
 from fedgan_lightning.federation.admission import Terms, sent_moments
+from fedgan_lightning.federation.costs import Contact, Incident
 from fedgan_lightning.federation.drift import Drift
-from fedgan_lightning.federation.ledger import Contact, Incident
 from fedgan_lightning.federation.rounds import ClientRecord
 from fedgan_lightning.federation.rules import RoundRules
 from fedgan_lightning.federation.schema import is_whole, printable
@@ -91,19 +91,19 @@ class Reception:
         aggregator: How updates become one.
         rules: What becomes of late updates.
         networks: Those that travel.
-        is_screened: Whether an update that cannot be right is left out; else it ends the run.
+        is_validated: Whether an update that cannot be right is left out; else it ends the run.
     """
 
     def __init__(
-        self, aggregator: Aggregator, *, rules: RoundRules, networks: Sequence[str], is_screened: bool
+        self, aggregator: Aggregator, *, rules: RoundRules, networks: Sequence[str], is_validated: bool
     ) -> None:
-        self.aggregator, self.rules, self.networks, self.is_screened = aggregator, rules, networks, is_screened
+        self.aggregator, self.rules, self.networks, self.is_validated = aggregator, rules, networks, is_validated
 
     def take(self, answer: ClientUpdate | UpdateSum | ClientFailure, order: Order, reports: Reports) -> None:
         """Take one answer: into the aggregate, or among the incidents.
 
         Raises:
-            UpdateError: If an update cannot be right, and there is no screening.
+            UpdateError: If an update cannot be right, and there is no validator.
         """
         if isinstance(answer, UpdateSum):
             self._receive_sum(answer, order, reports)
@@ -122,7 +122,7 @@ class Reception:
         client_id = answer.client_id
         is_late = is_whole(answer.round) and answer.round == order.round - 1
         is_first = client_id not in reports.late if is_late else client_id in reports.open
-        is_dropped = is_late and self.rules.late == "drop"
+        is_dropped = is_late and self.rules.stale_updates == "drop"
         account = _Account(answer, order.terms.bytes_up(answer), was_sent=not is_late)
         try:
             _check_round(answer, order, is_first=is_first, is_late=is_late)
@@ -162,11 +162,11 @@ class Reception:
         """Leave an answer out, by name.
 
         Raises:
-            UpdateError: Without screening.
+            UpdateError: Without a validator.
         """
-        if not self.is_screened:
-            fix = "mend this client, or have such updates left out by federation.screening"
-            rule = "without screening an update that cannot be right ends the run"
+        if not self.is_validated:
+            fix = "mend this client, or have such updates left out by federation.validator"
+            rule = "without a validator an update that cannot be right ends the run"
             raise UpdateError(reason if "Fix:" in reason else message(rule, received=reason, fix=fix))
         if not is_late:
             reports.open.discard(contact.client_id)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fedgan_lightning.federation.ledger import Contact, bytes_by_network
+from fedgan_lightning.federation.costs import Contact, bytes_by_network
 from fedgan_lightning.federation.optimizer_state import SCHEDULE
 from fedgan_lightning.packing import Packed, plain
 from fedgan_lightning.protocol import Aggregate, ClientUpdate, Participant, State

@@ -23,18 +23,20 @@ GRADIENTS = {"exp_avg": 1, "exp_inf": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "
 class RoundRules:
     """What a round needs to count.
 
-    The sampler's cohort is the goal. A round ends when as many updates are in; if in the end fewer than ``minimum`` of
-    them came, it is abandoned: the server's state does not change, and the round is tried again with a new cohort.
+    The sampler's cohort is the goal. A round ends when as many updates are in; if in the end fewer than
+    ``min_report_fraction`` of them came, it is abandoned: the server's state does not change, and the round is tried
+    again with a new cohort.
 
     Args:
         over_selection: Clients asked, over the goal: 1.3 asks 13 for 10. Where clients work at the same time the first
             to answer count; in simulation, which has no time, the surplus stands by for those that fail.
-        minimum: Share of the goal that must report, in (0, 1].
+        min_report_fraction: Share of the goal that must report, in (0, 1].
         timeout: Seconds that clients have for a round, where they work on machines of their own; ``None`` waits.
-        late: What becomes of an update that comes in the round after its own: ``drop``, or ``discount`` its weight.
+        stale_updates: What becomes of an update that comes in the round after its own: ``drop``, or ``discount`` its
+            weight.
         discount: Factor in (0, 1] on the weight of a late update.
-        attempts: Tries of a round before the run ends; ``None`` tries for ever.
-        pause: Seconds between two tries: sites that are away need time to come back.
+        max_attempts: Tries of a round before the run ends; ``None`` tries for ever.
+        retry_delay_seconds: Seconds between two tries: sites that are away need time to come back.
 
     Raises:
         ConfigurationError: If a value is out of range.
@@ -43,25 +45,26 @@ class RoundRules:
     @checked(
         "federation.rules",
         over_selection="[1, inf)",
-        minimum="(0, 1]",
+        min_report_fraction="(0, 1]",
         timeout="(0, inf)",
         discount="(0, 1]",
-        attempts="[1, inf)",
-        pause="[0, inf)",
+        max_attempts="[1, inf)",
+        retry_delay_seconds="[0, inf)",
     )
     def __init__(
         self,
         *,
         over_selection: float = 1.0,
-        minimum: float = 1.0,
+        min_report_fraction: float = 1.0,
         timeout: float | None = None,
-        late: Literal["drop", "discount"] = "drop",
+        stale_updates: Literal["drop", "discount"] = "drop",
         discount: float = 0.5,
-        attempts: int | None = 10,
-        pause: float = 0.0,
+        max_attempts: int | None = 10,
+        retry_delay_seconds: float = 0.0,
     ) -> None:
-        self.over_selection, self.minimum, self.timeout = over_selection, minimum, timeout
-        self.late, self.discount, self.attempts, self.pause = late, discount, attempts, pause
+        self.over_selection, self.min_report_fraction, self.timeout = over_selection, min_report_fraction, timeout
+        self.stale_updates, self.discount = stale_updates, discount
+        self.max_attempts, self.retry_delay_seconds = max_attempts, retry_delay_seconds
 
     def check(self, aggregator: Aggregator) -> None:
         """Refuse a discount for an aggregator that does not weigh updates.
@@ -69,12 +72,12 @@ class RoundRules:
         Raises:
             ConfigurationError: If it has one.
         """
-        if self.late == "discount" and not aggregator.additive:
+        if self.stale_updates == "discount" and not aggregator.additive:
             raise ConfigurationError(
                 message(
                     "late updates count less where updates are weighed",
-                    received=f"rules.late=discount with {type(aggregator).__name__}, which treats all alike",
-                    fix="set rules.late to drop",
+                    received=f"rules.stale_updates=discount with {type(aggregator).__name__}, which treats all alike",
+                    fix="set rules.stale_updates to drop",
                 )
             )
 
@@ -84,13 +87,13 @@ class RoundRules:
 
     def needed(self, goal: int) -> int:
         """Return how many updates a round needs to count."""
-        return math.ceil(goal * self.minimum - 1e-9)
+        return math.ceil(goal * self.min_report_fraction - 1e-9)
 
 
-class Screening:
+class UpdateValidator:
     """Which updates are let in. One that is not is left out, named with the reason, and counted.
 
-    Without screening an update that cannot be right ends the run, which is what one wants to know while developing.
+    Without a validator an update that cannot be right ends the run, which is what one wants to know while developing.
     What cannot be right is the same in both cases: other entries, shapes or dtypes than the server's module has,
     numbers that are not finite or beyond belief, claims that do not follow from the task. Bounds that depend on the
     networks are set here.
@@ -108,7 +111,7 @@ class Screening:
     """
 
     @checked(
-        "federation.screening",
+        "federation.validator",
         max_norm="(0, inf)",
         max_examples="[1, inf)",
         max_gradient="(0, inf)",
@@ -144,4 +147,4 @@ class Screening:
         for name, value in update.extras.items():
             power = GRADIENTS.get(name.rsplit("/", 1)[-1]) if is_optimizer_entry(name) else None
             if power is not None and value.numel() and float(value.abs().max()) > self.max_gradient**power:
-                raise UpdateError(f"{who}: {name} reaches {float(value.abs().max()):.4g}, above screening.max_gradient")
+                raise UpdateError(f"{who}: {name} reaches {float(value.abs().max()):.4g}, above validator.max_gradient")

@@ -123,8 +123,8 @@ class Schema:
         """Refuse numbers that cannot be right; both states are as :meth:`fitted` gives them.
 
         What remains possible is an answer of believable numbers: a parameter update, moments or statistics that no
-        honest client would have found, within these bounds. ``Screening`` has tighter ones, and robust aggregators
-        withstand a minority of such answers.
+        honest client would have found, within these bounds. ``UpdateValidator`` has tighter ones, and robust
+        aggregators withstand a minority of such answers.
 
         Args:
             who: The sender, in words.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedgan_lightning.errors import ConfigurationError, OutOfRangeError, UpdateError, message
 from fedgan_lightning.federation.optimizer_state import is_optimizer_entry
-from fedgan_lightning.federation.rules import RoundRules, Screening
+from fedgan_lightning.federation.rules import RoundRules, UpdateValidator
 from fedgan_lightning.options import checked
 from fedgan_lightning.packing import Layout
 from fedgan_lightning.protocol import Aggregator, State
@@ -99,22 +99,22 @@ class SecureAggregation:
         """Return how many of so many clients must stay: more than half of them, and never fewer than three."""
         return max(math.ceil(self.threshold * num_clients - 1e-9), num_clients // 2 + 1, FEWEST)
 
-    def check(self, *, aggregator: Aggregator, rules: RoundRules, screening: Screening | None) -> None:
+    def check(self, *, aggregator: Aggregator, rules: RoundRules, validator: UpdateValidator | None) -> None:
         """Refuse what needs single updates.
 
         Raises:
-            ConfigurationError: If the aggregator is not additive, updates are screened, late ones count, or the first
+            ConfigurationError: If the aggregator is not additive, updates are validated, late ones count, or the first
                 to answer do.
         """
         name, rule = type(aggregator).__name__, "under secure aggregation the server sees sums only"
         found: list[tuple[bool, object, str]] = [
             (not aggregator.additive, f"{name}, which needs single updates", "use WeightedMean"),
-            (screening is not None, "a screening of updates", "take it out: clients check their own before masking"),
-            (rules.late == "discount", "rules.late=discount", "set rules.late to drop"),
+            (validator is not None, "a validator of updates", "take it out: clients check their own before masking"),
+            (rules.stale_updates == "discount", "rules.stale_updates=discount", "set rules.stale_updates to drop"),
             (
                 rules.over_selection > 1,
                 f"rules.over_selection={rules.over_selection}",
-                "ask the whole cohort, and lower rules.minimum",
+                "ask the whole cohort, and lower rules.min_report_fraction",
             ),
         ]
         for is_wrong, received, fix in found:

@@ -78,7 +78,7 @@ class ServerModule(L.LightningModule):
     def shared_state(self) -> dict[str, Tensor]:
         """Return a copy of what clients receive: shared parameters, buffers, moments, and vectors of spectral norm."""
         state = self.model.state_dict()
-        return {name: state[name].detach().clone() for name in self.policy.sent} | dict(self.moments)
+        return {name: state[name].detach().clone() for name in self.policy.downlink_entries} | dict(self.moments)
 
     def receive(self, aggregate: Aggregate) -> None:
         """Take the aggregate of a round, for the coming training step."""

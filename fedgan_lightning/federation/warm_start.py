@@ -9,7 +9,7 @@ import lightning as L
 from torch import Tensor, nn
 
 from fedgan_lightning.checkpoints import read_checkpoint
-from fedgan_lightning.data.datamodule import FederatedDataModule, check_agreement
+from fedgan_lightning.data.datamodule import FederatedDataModule, check_shared_metadata
 from fedgan_lightning.errors import CheckpointError, message
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.gan.average import IMAGES_SEEN
@@ -45,7 +45,7 @@ class StartFrom(L.Callback):
             raise self._unfit("no networks", "use checkpoints/last.ckpt or best.ckpt of a run")
         data: Any = getattr(trainer, "datamodule", None)
         if isinstance(data, FederatedDataModule):
-            check_agreement(data, _agreement_in(found, type(data).__qualname__), path=self.ckpt_path)
+            check_shared_metadata(data, _shared_metadata_in(found, type(data).__qualname__), path=self.ckpt_path)
         model = pl_module.model if isinstance(pl_module, ServerModule) else pl_module
         for name in self.networks:
             self._load(model, found["state_dict"], name)
@@ -80,7 +80,7 @@ class StartFrom(L.Callback):
         )
 
 
-def _agreement_in(checkpoint: dict[str, Any], name: str) -> dict[str, Any]:
+def _shared_metadata_in(checkpoint: dict[str, Any], name: str) -> dict[str, Any]:
     """Return what clients had agreed on; a deployment's data module, and a simulation's, have names of their own."""
     others = (key for key in checkpoint if key.endswith("DataModule"))
     found: dict[str, Any] = checkpoint.get(name) or next((checkpoint[key] for key in others if checkpoint[key]), {})

@@ -162,7 +162,7 @@ class LeCam(FullPrecision):
         return self.weight * (above.square().mean() + below.square().mean())
 
     @torch.no_grad()
-    def follow(self, real_logits: Tensor, fake_logits: Tensor) -> None:
+    def update_(self, real_logits: Tensor, fake_logits: Tensor) -> None:
         """Move the anchors; logits have a leading dimension of clients where the anchors have."""
         for anchor, logits in ((self.real, real_logits), (self.fake, fake_logits)):
             mean = logits.float().flatten(1).mean(1) if anchor.dim() else logits.float().mean()

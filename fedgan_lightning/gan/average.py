@@ -23,29 +23,29 @@ class Average(FullPrecision):
 
 
 @functools.cache
-def _averaged_class(own: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Averaged{own.__name__}", (Average, own), {})
+def _ema_class(network_class: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Averaged{network_class.__name__}", (Average, network_class), {})
 
 
-def _empty(own: Any) -> nn.Module:
-    kind = _averaged_class(own)
+def _empty(network_class: Any) -> nn.Module:
+    kind = _ema_class(network_class)
     return kind.__new__(kind)
 
 
-def averaged(network: nn.Module) -> nn.Module:
+def make_ema(network: nn.Module) -> nn.Module:
     """Return a copy of ``network`` to average into: without gradients, with a count of the images that it has seen.
 
     It keeps its precision where ``network`` is turned to a narrower type: a step of a thousandth is none in bfloat16.
     """
     average = copy.deepcopy(network).requires_grad_(False)
-    own: Any = type(average)  # mypy takes a class for unhashable where it is an argument of a cache
-    average.__class__ = _averaged_class(own)
+    network_class: Any = type(average)  # mypy takes a class for unhashable where it is an argument of a cache
+    average.__class__ = _ema_class(network_class)
     average.register_buffer(IMAGES_SEEN, torch.zeros((), dtype=torch.float64))
     return average
 
 
 @torch.no_grad()
-def follow(
+def update_ema_(
     average: nn.Module, network: nn.Module, *, num_images: float, half_life: float, rampup: float | None = None
 ) -> None:
     """Move ``average`` towards ``network``: w_average <- b w_average + (1 - b) w with b = 2^(-num_images / h).
@@ -54,7 +54,7 @@ def follow(
     copied. Sources: Karras et al. 2018, section 4; the ramp-up: Karras et al. 2020, training settings.
 
     Args:
-        average: What :func:`averaged` returned; perhaps with a leading dimension of clients in all tensors.
+        average: What :func:`make_ema` returned; perhaps with a leading dimension of clients in all tensors.
         network: The network that it follows.
         num_images: Images that ``network`` has seen since the last call.
         half_life: Half-life in images.
@@ -68,8 +68,8 @@ def follow(
     weight = 1 - 0.5 ** (num_images / lives)  # stays on the device: nobody waits for it
     averages: list[Tensor] = list(average.parameters())
     if averages:
-        shaped = [weight.to(own.dtype).reshape(weight.shape + (1,) * (own.dim() - weight.dim())) for own in averages]
-        torch._foreach_lerp_(averages, [new.to(own.dtype) for own, new in zip(averages, network.parameters())], shaped)
-    own = dict(average.named_buffers())
+        shaped = [weight.to(p.dtype).reshape(weight.shape + (1,) * (p.dim() - weight.dim())) for p in averages]
+        torch._foreach_lerp_(averages, [new.to(old.dtype) for old, new in zip(averages, network.parameters())], shaped)
+    buffers = dict(average.named_buffers())
     for name, value in network.named_buffers():
-        own[name].copy_(value)
+        buffers[name].copy_(value)

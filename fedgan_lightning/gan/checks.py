@@ -42,7 +42,7 @@ def check_settings(gan: Any) -> None:
                 fix="set image_size and channels, or sample_shape, to the same values in both",
             )
         )
-    shape = next((own for own in shapes if own is not None), None)
+    shape = next((shape for shape in shapes if shape is not None), None)
     if gan.augment is not None and shape is not None and len(shape) != 3:
         raise ConfigurationError(
             message("augmentation is for images", received=f"samples of shape {list(shape)}", fix="set augment: null")
@@ -72,7 +72,7 @@ def check_settings(gan: Any) -> None:
     if gan.condition is not None and any(aids.values()):
         raise ConfigurationError(
             message(
-                "with a condition, samples are not augmented, and networks are not told labels",
+                "with a condition, samples are not augmented, and networks see no labels",
                 received=", ".join(name for name, value in aids.items() if value),
                 fix="leave these out",
             )
@@ -143,8 +143,8 @@ def check_networks(gan: Any, *, sample_shape: tuple[int, ...], num_classes: int)
             )
         )
     wanted = list(sample_shape)
-    real, told = _zeros(gan, sample_shape)
-    conditions = None if gan.condition is None else told
+    real, labels = _zeros(gan, sample_shape)
+    conditions = None if gan.condition is None else labels
     with _accepting(f"the generator accepts latents ({gan.latent_dim},) and conditions", fix="set its sizes to theirs"):
         made = list(gan.sample(2, latents=torch.zeros(2, gan.latent_dim), conditions=conditions, raw=True).shape[1:])
     if made != wanted:
@@ -159,20 +159,20 @@ def check_networks(gan: Any, *, sample_shape: tuple[int, ...], num_classes: int)
     fix = "set its image_size and channels (or sample_shape) to the data's"
     try:
         with _accepting(f"the discriminator accepts samples of shape {wanted}", fix=fix), torch.no_grad():
-            gan.discriminator.eval()(real, told)
+            gan.discriminator.eval()(real, labels)
     finally:
         gan.discriminator.train(mode)
 
 
 def _zeros(gan: Any, sample_shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return two samples as the networks see them, and what these are told of them."""
-    own = next(gan.discriminator.parameters())
-    labels, real = torch.zeros(2, dtype=torch.int64, device=own.device), own.new_zeros(2, *sample_shape)
+    """Return two samples as the networks see them, and the labels or conditions that go with them."""
+    like = next(gan.discriminator.parameters())
+    labels, real = torch.zeros(2, dtype=torch.int64, device=like.device), like.new_zeros(2, *sample_shape)
     if gan.codec is not None:
-        real = gan.codec.encode(real.long()).to(own.dtype)
+        real = gan.codec.encode(real.long()).to(like.dtype)
     if gan.condition is None:
         return real, labels
-    return real, gan.condition.make(real, labels, own.new_full((2, gan.condition.num_random), 0.5))
+    return real, gan.condition.make(real, labels, like.new_full((2, gan.condition.num_random), 0.5))
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What a GAN is told beside noise, and how its samples are written: the seams for uses beyond classes of images.
+"""What a GAN gets beside noise, and how its samples are written: the seams for uses beyond classes of images.
 
 Both are pure functions of tensors: stacked clients map them over clients by ``torch.vmap``.
 """
@@ -30,7 +30,7 @@ class Condition(ABC):
         """
 
     @abstractmethod
-    def terms(self, fake: Tensor, x: Tensor, condition: Tensor) -> dict[str, Tensor]:
+    def extra_losses(self, fake: Tensor, x: Tensor, condition: Tensor) -> dict[str, Tensor]:
         """Return what the generator minimises beside the adversarial loss: weighted scalars by name.
 
         Args:

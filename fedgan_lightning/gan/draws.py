@@ -37,7 +37,7 @@ class Draws:
         return real, fake
 
 
-def drawn(
+def draw_step_noise(
     y: Tensor,
     *,
     latents: Callable[..., Tensor],
@@ -71,8 +71,8 @@ def drawn(
         y = _labels(y, among=num_classes, held_only=fake_labels == "balanced", generator=generator)
     where: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
     u = None if num_augment is None else torch.rand(2, count, num_augment, **where)
-    told = None if num_condition is None else torch.rand(count, num_condition, **where)
-    return Draws(z=z, y=y, mix=weights, augment=u, condition=told)
+    condition = None if num_condition is None else torch.rand(count, num_condition, **where)
+    return Draws(z=z, y=y, mix=weights, augment=u, condition=condition)
 
 
 def _labels(y: Tensor, *, among: int, held_only: bool, generator: torch.Generator | None) -> Tensor:

@@ -86,8 +86,8 @@ def project(
     with _still(generator):
         with torch.no_grad():
             where = {"device": x.device, "dtype": x.dtype, "generator": noise}
-            drawn = draws.sample(starts * len(x), size, **where).reshape(starts, len(x), size)  # type: ignore[arg-type]
-            samples = [_generate(generator, z, labels) for z in drawn]
+            latents = draws.sample(starts * len(x), size, **where).reshape(starts, len(x), size)  # type: ignore[arg-type]
+            samples = [_generate(generator, z, labels) for z in latents]
             if samples[0].shape != x.shape:
                 raise DataError(
                     message(
@@ -99,7 +99,7 @@ def project(
             found = torch.stack([errors(made) for made in samples])
             best = found.argmin(0)
         start = found.gather(0, best[None])[0]
-        latents = drawn[best, torch.arange(len(x), device=best.device)].clone().requires_grad_()
+        latents = latents[best, torch.arange(len(x), device=best.device)].clone().requires_grad_()
         optimizer = torch.optim.Adam([latents], lr=lr)
         for _ in range(steps):
             made = _generate(generator, latents, labels)
@@ -174,7 +174,7 @@ def edited(
     generator: nn.Module, latents: Tensor, along: Tensor, *, amounts: Tensor, labels: Tensor | None = None
 ) -> Tensor:
     """Return G(z + a d) (N, A, ...) for latents z (N, latent_dim), a direction d (latent_dim,) and amounts a (A,)."""
-    latents, along, amounts = (own.to(_where(generator)) for own in (latents, along, amounts))
+    latents, along, amounts = (value.to(_where(generator)) for value in (latents, along, amounts))
     with _still(generator):
         return torch.stack([_generate(generator, latents + amount * along, labels) for amount in amounts], dim=1)
 

@@ -13,5 +13,7 @@ def lay_out(network: nn.Module) -> None:
     shapes and not on strides: ``reshape`` and ``flatten``, but no ``view`` of a convolution's maps. It says so by a
     true attribute ``channels_last`` of its class.
     """
-    if vars(type(network)).get("channels_last", False):  # said of this very class, whose forward may be its own
+    if vars(type(network)).get(
+        "channels_last", False
+    ):  # declared by this very class: a subclass may have another forward
         network.to(memory_format=channels_last)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedgan_lightning.gan.augment import Augmentation, LeCam
-from fedgan_lightning.gan.average import averaged, follow
+from fedgan_lightning.gan.average import make_ema, update_ema_
 from fedgan_lightning.gan.checks import (
     INTERVALS,
     check_conditions,
@@ -26,13 +26,13 @@ from fedgan_lightning.gan.checks import (
     check_settings,
 )
 from fedgan_lightning.gan.conditions import Codec, Condition
-from fedgan_lightning.gan.draws import Draws, drawn
+from fedgan_lightning.gan.draws import Draws, draw_step_noise
 from fedgan_lightning.gan.layout import lay_out
 from fedgan_lightning.gan.objectives import AdversarialLoss, NonSaturating
 from fedgan_lightning.gan.optimizers import OptimizerCallable, SchedulerCallable, dcgan_adam
 from fedgan_lightning.gan.penalties import Penalty
 from fedgan_lightning.gan.priors import Normal, Prior
-from fedgan_lightning.gan.sampling import generated, inputs, recalibrate, settled
+from fedgan_lightning.gan.sampling import ema_for_sampling, generated, inputs, recalibrate
 from fedgan_lightning.gan.statistics import StepMeans
 from fedgan_lightning.gan.steps import DuePenalty, Stats, discriminator_step, generator_step, shares_passes
 from fedgan_lightning.options import checked
@@ -75,7 +75,7 @@ class GAN(L.LightningModule):
         clip_gradient_norm: Largest norm of each network's gradient; ``None`` does not clip.
         augment: Augmentation of the images that the discriminator sees.
         anchor: Anchors for the discriminator's logits.
-        condition: Makes what the networks are told from the real samples, instead of their labels.
+        condition: Makes what the networks see beside samples from the real ones, instead of their labels.
         codec: Translates between the data's samples and what the networks see.
 
     Raises:
@@ -126,7 +126,7 @@ class GAN(L.LightningModule):
         self.latent_dim = int(generator.latent_dim)  # type: ignore[arg-type]
         self.num_classes = int(getattr(generator, "num_classes", 0))
         check_settings(self)
-        self.generator_ema: nn.Module | None = averaged(generator) if ema_half_life_images is not None else None
+        self.generator_ema: nn.Module | None = make_ema(generator) if ema_half_life_images is not None else None
         #: Local steps since the start of training; schedules and lazy penalties count in these.
         self.local_step = 0
         self._means = StepMeans()
@@ -188,7 +188,7 @@ class GAN(L.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         x, y = batch
         if self.codec is not None:
-            x = self.lift(self.codec.encode)(x)
+            x = self.vmap_over_clients(self.codec.encode)(x)
         x = x.to(next(self.discriminator.parameters()).dtype)
         num_images = y.shape[-1]
         check_minibatch(num_images, d_steps=self.d_steps)
@@ -218,7 +218,7 @@ class GAN(L.LightningModule):
     def _backward_discriminator(self, optimizer: Any, x: Tensor, y: Tensor) -> None:
         due = self.due_penalties()
         draws = self.draw(y, dtype=x.dtype, mix=any(penalty.needs_mix for penalty, _ in due))
-        told, draws = self.conditioned(x, y, draws)
+        labels, draws = self.conditioned(x, y, draws)
         step = discriminator_step(
             self.generate,
             self.discriminate,
@@ -226,10 +226,10 @@ class GAN(L.LightningModule):
             penalties=due,
             auxiliary_weight=self.auxiliary_weight,
             x=x,
-            y=told,
+            y=labels,
             draws=draws,
             anchor=self.anchored if self.anchor is not None else None,
-            lift=self.lift,
+            vmap_over_clients=self.vmap_over_clients,
             together=y.dim() - 1 if self._shares_passes else None,
         )
         self._backward(optimizer, step.loss)
@@ -237,20 +237,20 @@ class GAN(L.LightningModule):
         if self.augment is not None:
             self.augment.adapt(step.real_logits, num_images=y.shape[-1])
         if self.anchor is not None:
-            self.anchor.follow(step.real_logits, step.fake_logits)
+            self.anchor.update_(step.real_logits, step.fake_logits)
 
     def _backward_generator(self, optimizer: Any, x: Tensor, y: Tensor) -> None:
-        told, draws = self.conditioned(x, y, self.draw(y, dtype=x.dtype))
+        labels, draws = self.conditioned(x, y, self.draw(y, dtype=x.dtype))
         loss, stats = generator_step(
             self.generate,
             self.discriminate,
             loss=self.loss,
             auxiliary_weight=self.auxiliary_weight,
             x=x,
-            y=told,
+            y=labels,
             draws=draws,
-            terms=None if self.condition is None else self.lift(self.condition.terms),
-            lift=self.lift,
+            extra_losses=None if self.condition is None else self.vmap_over_clients(self.condition.extra_losses),
+            vmap_over_clients=self.vmap_over_clients,
         )
         self._backward(optimizer, loss)
         self._means.add(stats, scale=1.0 / self.g_steps)
@@ -261,7 +261,7 @@ class GAN(L.LightningModule):
         It does what toggling does, in less time: nothing of the other network is differentiated.
         """
         optimizer.zero_grad()  # also of parameters that have been frozen since, whose old gradients would go on acting
-        inputs = [own for group in optimizer.param_groups for own in group["params"] if own.requires_grad]
+        inputs = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         self.manual_backward(loss.sum() if loss.dim() else loss, inputs=inputs)
 
     # ------------------------------------------------------------------ what differs when several clients are stacked
@@ -281,30 +281,30 @@ class GAN(L.LightningModule):
         if self.augment is None or u is None:
             return x
         chance = () if self.augment.probability is None else (self.augment.probability,)
-        seen: Tensor = self.lift(self.augment.transform)(x, u, *chance)
+        seen: Tensor = self.vmap_over_clients(self.augment.transform)(x, u, *chance)
         return seen
 
     def anchored(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         """Return the anchor's term; zero before it starts."""
         assert self.anchor is not None
         anchors = (self.anchor.real, self.anchor.fake)
-        term: Tensor = self.lift(self.anchor.value)(real_logits, fake_logits, *anchors)
+        term: Tensor = self.vmap_over_clients(self.anchor.value)(real_logits, fake_logits, *anchors)
         return term * self.since(self.anchor.start_step)
 
     def since(self, step: int) -> Tensor | float:
         """Return 1 from local step ``step`` on, 0 before."""
         return float(self.local_step >= step)
 
-    def lift(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def vmap_over_clients(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``function`` for the clients that this module trains: here one, so the function itself."""
         return function
 
     def conditioned(self, x: Tensor, y: Tensor, draws: Draws) -> tuple[Tensor, Draws]:
-        """Return what the networks are told of real samples, and the draws with that of generated ones."""
+        """Return the labels or conditions of real samples, and the draws with those of generated ones."""
         if self.condition is None or draws.condition is None:
             return y, draws
-        told = self.lift(self.condition.make)(x, y, draws.condition)
-        return told, replace(draws, y=told)
+        condition = self.vmap_over_clients(self.condition.make)(x, y, draws.condition)
+        return condition, replace(draws, y=condition)
 
     def due_penalties(self) -> list[DuePenalty]:
         """Return the penalties of the coming step."""
@@ -313,8 +313,8 @@ class GAN(L.LightningModule):
     def draw(
         self, y: Tensor, *, dtype: torch.dtype, mix: bool = False, generator: torch.Generator | None = None
     ) -> Draws:
-        """Return what one step needs; arguments are those of :func:`~fedgan_lightning.gan.draws.drawn`."""
-        return drawn(
+        """Return what one step needs; arguments are those of :func:`~fedgan_lightning.gan.draws.draw_step_noise`."""
+        return draw_step_noise(
             y,
             latents=self.prior.draw,
             latent_dim=self.latent_dim,
@@ -339,7 +339,7 @@ class GAN(L.LightningModule):
 
     def round_statistics(self) -> Stats:
         """Return the means over the epoch so far: ``loss_d``, ``loss_g``, ``d_real`` = E D(x), ``d_fake`` = E
-        D(G(z)), ``penalty``, and the condition's terms.
+        D(G(z)), ``penalty``, and the condition's extra losses.
         """
         return self._means.values()
 
@@ -351,11 +351,11 @@ class GAN(L.LightningModule):
     # ------------------------------------------------------------------ moving average
 
     def update_ema(self, *, num_images: float) -> None:
-        """Move the average by ``num_images``; the formula is that of :func:`~fedgan_lightning.gan.average.follow`."""
+        """Move the average by ``num_images``; see :func:`~fedgan_lightning.gan.average.update_ema_`."""
         if self.generator_ema is None or self.ema_half_life_images is None:
             return
         half_life, rampup = self.ema_half_life_images, self.ema_rampup
-        follow(self.generator_ema, self.generator, num_images=num_images, half_life=half_life, rampup=rampup)
+        update_ema_(self.generator_ema, self.generator, num_images=num_images, half_life=half_life, rampup=rampup)
 
     def on_server_round_end(self, *, num_images: float) -> None:
         """Average over rounds on the server."""
@@ -374,7 +374,7 @@ class GAN(L.LightningModule):
 
     def sampling_generator(self, *, raw: bool = False) -> nn.Module:
         """Return the generator that samples come from: the average, or the raw one if there is none, or ``raw``."""
-        return self.generator if raw or self.generator_ema is None else settled(self)
+        return self.generator if raw or self.generator_ema is None else ema_for_sampling(self)
 
     @torch.no_grad()
     def sample(
@@ -395,7 +395,7 @@ class GAN(L.LightningModule):
             labels: Classes to generate (num_samples,); default all classes in turn.
             generator: Source of the latents; a seeded CPU generator gives the same latents on every device.
             latents: Latents (num_samples, latent_dim) to use instead.
-            conditions: What the generator is told (num_samples, ...), instead of labels, where it has a ``condition``.
+            conditions: Conditions (num_samples, ...), instead of labels, where it has a ``condition``.
             raw: Use the raw weights, those that are federated.
             chunk_size: Samples per forward pass.
 
@@ -405,15 +405,15 @@ class GAN(L.LightningModule):
         check_conditions(self, conditions)
         network = self.sampling_generator(raw=raw)
         given = {"labels": labels, "latents": latents, "conditions": conditions}
-        z, told = inputs(self, network, num_samples, generator=generator, **given)
+        z, labels_or_conditions = inputs(self, network, num_samples, generator=generator, **given)
         decode = None if self.codec is None else self.codec.decode
-        return generated(network, z, told, chunk_size=chunk_size, decode=decode)
+        return generated(network, z, labels_or_conditions, chunk_size=chunk_size, decode=decode)
 
     # ------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["local_step"] = self.local_step
-        checkpoint["state_dict"] = {name: own.contiguous() for name, own in checkpoint["state_dict"].items()}
+        checkpoint["state_dict"] = {name: value.contiguous() for name, value in checkpoint["state_dict"].items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.local_step = int(checkpoint.get("local_step", 0))

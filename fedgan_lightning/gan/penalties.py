@@ -17,11 +17,11 @@ from fedgan_lightning.options import checked
 
 Critic = Callable[[Tensor], Tensor]
 #: Turns a function for one client into one for those that are trained together: the identity, or ``torch.vmap``.
-Lift = Callable[[Callable[..., Any]], Callable[..., Any]]
+VmapOverClients = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function as it is: the lift of a client on its own."""
+    """Return the function as it is: a client on its own needs no mapping."""
     return function
 
 
@@ -87,14 +87,20 @@ class Penalty(ABC):
     def value(self, norms: Tensor) -> Tensor:
         """Return the penalty, a scalar, from squared gradient norms (N,), without the interval's factor."""
 
-    def __call__(self, critic: Critic, real: Tensor, fake: Tensor, mix: Tensor | None, *, lift: Lift = once) -> Tensor:
-        """Return the penalty already multiplied by the interval: a scalar, or one per client where ``lift`` maps over
-        clients.
-        """
+    def __call__(
+        self,
+        critic: Critic,
+        real: Tensor,
+        fake: Tensor,
+        mix: Tensor | None,
+        *,
+        vmap_over_clients: VmapOverClients = once,
+    ) -> Tensor:
+        """Return the penalty times the interval: a scalar, or one per client where ``vmap_over_clients`` maps."""
         inputs = (real, fake) if mix is None else (real, fake, mix)
-        points = lift(self.points)(*inputs)
-        norms = lift(squared_norms)(input_gradient(critic, points))
-        value: Tensor = self.interval * lift(self.value)(norms)
+        points = vmap_over_clients(self.points)(*inputs)
+        norms = vmap_over_clients(squared_norms)(input_gradient(critic, points))
+        value: Tensor = self.interval * vmap_over_clients(self.value)(norms)
         return value
 
 

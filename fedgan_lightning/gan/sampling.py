@@ -37,8 +37,8 @@ def inputs(
         conditions: Conditions to use instead of labels.
         generator: Source of the latents.
     """
-    own = next(network.parameters())
-    where: dict[str, Any] = {"device": own.device, "dtype": own.dtype}
+    like = next(network.parameters())
+    where: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
     if latents is None:
         latents = gan.prior.sample(num_samples, gan.latent_dim, generator=generator, **where)
     if conditions is not None:
@@ -49,15 +49,17 @@ def inputs(
                 "every sample has a label", received=f"{len(labels)} for {len(latents)} samples", fix="give as many"
             )
         )
-    told = torch.arange(len(latents)) % max(gan.num_classes, 1) if labels is None else labels[: len(latents)]
-    return latents.to(**where), told.to(own.device)
+    labels_or_conditions = (
+        torch.arange(len(latents)) % max(gan.num_classes, 1) if labels is None else labels[: len(latents)]
+    )
+    return latents.to(**where), labels_or_conditions.to(like.device)
 
 
-def settled(gan: Any) -> nn.Module:
+def ema_for_sampling(gan: Any) -> nn.Module:
     """Return the moving average of a GAN's generator, with BatchNorm statistics of its own activations.
 
     Those that it has copied are of other weights. They are estimated once for the weights that there are. A generator
-    that is told conditions keeps the copied ones: there are no conditions without data.
+    with conditions keeps the copied ones: there are no conditions without data.
 
     Args:
         gan: The GAN, with a moving average.

@@ -64,12 +64,12 @@ class StackedGAN(GAN):
     """
 
     def __init__(self, gan: GAN) -> None:
-        own = [name for name in TRAINING if getattr(type(gan), name) is not getattr(GAN, name)]
-        if own:
+        overridden = [name for name in TRAINING if getattr(type(gan), name) is not getattr(GAN, name)]
+        if overridden:
             raise ConfigurationError(
                 message(
                     "stacked clients train as GAN does",
-                    received=f"{type(gan).__name__} with {', '.join(own)} of its own",
+                    received=f"{type(gan).__name__} with {', '.join(overridden)} of its own",
                     fix="give it a method stacked() as well, or use the sequential executor",
                 )
             )
@@ -92,7 +92,7 @@ class StackedGAN(GAN):
 
     # ------------------------------------------------------------------ the cohort
 
-    def on_cohort_round_start(self, infos: Sequence[RoundInfo], generators: Sequence[torch.Generator]) -> None:
+    def on_stack_round_start(self, infos: Sequence[RoundInfo], generators: Sequence[torch.Generator]) -> None:
         """Begin a round of these clients, in the order of the stacked tensors."""
         self.local_step = 0
         self._first_steps, self._generators = [info.first_step for info in infos], list(generators)
@@ -133,12 +133,12 @@ class StackedGAN(GAN):
         if network not in self._values:
             self._values[network] = {**dict(network.named_parameters()), **dict(network.named_buffers())}
 
-        def call(values: dict[str, Tensor], *own: Tensor) -> Any:
-            return functional_call(network, values, own)
+        def call(values: dict[str, Tensor], *arguments: Tensor) -> Any:
+            return functional_call(network, values, arguments)
 
         return self._mapped.call(call, (self._values[network], *inputs), name=network)
 
-    def lift(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def vmap_over_clients(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *arguments: self._mapped.call(function, arguments, name=function)
 
     def due_penalties(self) -> list[DuePenalty]:
@@ -156,17 +156,17 @@ class StackedGAN(GAN):
         if not self._draws_more_than_latents:
             return Draws(z=self._next_latents(y.shape[1], device=y.device, dtype=dtype), y=y)
         one, mixers = super().draw, [penalty for penalty in self.penalties if penalty.needs_mix]
-        drawn = []
-        for labels, own, first in zip(y.unbind(0), self._generators, self._first_steps):
+        draws = []
+        for labels, generator, first in zip(y.unbind(0), self._generators, self._first_steps):
             wanted = mix and any(penalty.is_due(first + self.local_step) for penalty in mixers)
-            drawn.append(one(labels, dtype=dtype, mix=wanted, generator=own))
+            draws.append(one(labels, dtype=dtype, mix=wanted, generator=generator))
         unused = torch.zeros(y.shape[1], device=y.device, dtype=dtype)  # of clients whose penalty is not due
-        weights = [unused if own.mix is None else own.mix for own in drawn]
-        numbers = [own.augment for own in drawn if own.augment is not None]
-        conditions = [own.condition for own in drawn if own.condition is not None]
+        weights = [unused if draw.mix is None else draw.mix for draw in draws]
+        numbers = [draw.augment for draw in draws if draw.augment is not None]
+        conditions = [draw.condition for draw in draws if draw.condition is not None]
         return Draws(
-            z=torch.stack([own.z for own in drawn]),
-            y=torch.stack([own.y for own in drawn]) if self.fake_labels != "held" else y,
+            z=torch.stack([draw.z for draw in draws]),
+            y=torch.stack([draw.y for draw in draws]) if self.fake_labels != "held" else y,
             mix=torch.stack(weights) if mix else None,
             augment=torch.stack(numbers) if numbers else None,
             condition=torch.stack(conditions) if conditions else None,
@@ -187,10 +187,11 @@ class StackedGAN(GAN):
             times = max(1, min(self._draws_left, NUMBERS_AHEAD // size))
             self._draws_left -= times
             where = {"device": device, "dtype": dtype}
-            drawn = [
-                self.prior.draw_ahead(times, count, self.latent_dim, generator=own, **where) for own in self._generators
+            latents = [
+                self.prior.draw_ahead(times, count, self.latent_dim, generator=generator, **where)
+                for generator in self._generators
             ]
-            self._latents = list(torch.stack(drawn, dim=1).unbind(0))
+            self._latents = list(torch.stack(latents, dim=1).unbind(0))
         return self._latents.pop(0)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

@@ -1,7 +1,7 @@
 """One discriminator step and one generator step as pure functions of networks, data and noise.
 
-All randomness comes in as arguments, and nothing is written. With ``lift=torch.vmap`` and networks that accept a
-leading dimension of clients, the same functions compute the losses of several clients at once, one per client.
+All randomness comes in as arguments, and nothing is written. With ``vmap_over_clients=torch.vmap`` and networks
+that accept a leading dimension of clients, the same functions compute the losses of several clients at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from fedgan_lightning.gan.augment import Augmentation
 from fedgan_lightning.gan.draws import Draws
 from fedgan_lightning.gan.objectives import AdversarialLoss, auxiliary_classifier
-from fedgan_lightning.gan.penalties import Lift, Penalty, once
+from fedgan_lightning.gan.penalties import Penalty, VmapOverClients, once
 
 Generate = Callable[[Tensor, Tensor], Tensor]
 #: (x, y, u) -> logits, or (logits, class logits); u are the numbers of an augmentation, or None.
@@ -59,10 +59,10 @@ def shares_passes(discriminator: nn.Module, augment: Augmentation | None = None)
 
 def _says_so_of_its_pass(discriminator: nn.Module) -> bool:
     """Whether ``per_sample`` was said of this very ``forward``, and not of one that a subclass has replaced."""
-    for own in (discriminator, *type(discriminator).__mro__):
-        if "per_sample" in vars(own):
+    for level in (discriminator, *type(discriminator).__mro__):
+        if "per_sample" in vars(level):
             return True
-        if "forward" in vars(own):
+        if "forward" in vars(level):
             return False
     return False
 
@@ -70,7 +70,7 @@ def _says_so_of_its_pass(discriminator: nn.Module) -> bool:
 def _looks_at_minibatches(layer: nn.Module) -> bool:
     hooks = layer._forward_pre_hooks.values()
     attention = isinstance(layer, nn.MultiheadAttention) and layer.dropout > 0
-    return attention or isinstance(layer, MINIBATCH_LAYERS) or any(isinstance(own, SpectralNorm) for own in hooks)
+    return attention or isinstance(layer, MINIBATCH_LAYERS) or any(isinstance(hook, SpectralNorm) for hook in hooks)
 
 
 def discriminator_step(
@@ -84,7 +84,7 @@ def discriminator_step(
     y: Tensor,
     draws: Draws,
     anchor: Callable[[Tensor, Tensor], Tensor] | None = None,
-    lift: Lift = once,
+    vmap_over_clients: VmapOverClients = once,
     together: int | None = None,
 ) -> DiscriminatorStep:
     """Return the discriminator's loss on one minibatch, detached statistics and logits.
@@ -102,7 +102,7 @@ def discriminator_step(
         y: Their labels (N,), or conditions (N, ...).
         draws: All randomness of the step.
         anchor: (real logits, fake logits) -> a term that holds them.
-        lift: Maps a function of one client's tensors over clients.
+        vmap_over_clients: Maps a function of one client's tensors over clients.
         together: Dimension of samples, where real and generated ones may pass the discriminator together: where it
             treats every sample by itself. ``None`` takes one after the other.
     """
@@ -111,13 +111,13 @@ def discriminator_step(
         fake = generate(draws.z, y_fake)
     both = _on_both(discriminate, (x, y, on_real), (fake, y_fake, on_fake), together=together)
     (real_logits, real_classes), (fake_logits, fake_classes) = both
-    total = lift(loss.discriminator)(real_logits, fake_logits)
+    total = vmap_over_clients(loss.discriminator)(real_logits, fake_logits)
     if real_classes is not None and fake_classes is not None:
-        classify = lift(auxiliary_classifier)
+        classify = vmap_over_clients(auxiliary_classifier)
         total = total + auxiliary_weight * (classify(real_classes, y) + classify(fake_classes, y_fake))
     if anchor is not None:
         total = total + anchor(real_logits, fake_logits)
-    probability = lift(mean_probability)
+    probability = vmap_over_clients(mean_probability)
     stats = {"d_real": probability(real_logits.detach()), "d_fake": probability(fake_logits.detach())}
     if penalties:
         # The gradient of a gradient loses 1 % of its value in bfloat16 (measured), so penalties run in full precision.
@@ -126,7 +126,7 @@ def discriminator_step(
             value = torch.zeros((), device=x.device, dtype=x.dtype)
             for penalty, factor in penalties:
                 critic = _critic(discriminate, *((y_fake, on_fake) if penalty.on_fake else (y, on_real)))
-                term = penalty(critic, x, full, draws.mix, lift=lift)
+                term = penalty(critic, x, full, draws.mix, vmap_over_clients=vmap_over_clients)
                 value = value + (term if factor is None else factor * term)
         total = total + value
         stats["penalty"] = value.detach()
@@ -143,23 +143,23 @@ def generator_step(
     x: Tensor,
     y: Tensor,
     draws: Draws,
-    terms: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]] | None = None,
-    lift: Lift = once,
+    extra_losses: Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]] | None = None,
+    vmap_over_clients: VmapOverClients = once,
 ) -> tuple[Tensor, Stats]:
     """Return the generator's loss on one minibatch, and detached statistics; arguments as in
-    :func:`discriminator_step`, and ``terms``, (generated, real, conditions) -> weighted terms by name to add.
+    :func:`discriminator_step`, and ``extra_losses``, (generated, real, conditions) -> weighted terms by name to add.
 
-    Real samples enter only where the loss pairs them with generated ones, and in ``terms``.
+    Real samples enter only where the loss pairs them with generated ones, and in ``extra_losses``.
     """
     y_fake, (on_real, on_fake) = draws.y, draws.sides
     fake = generate(draws.z, y_fake)
     fake_logits, fake_classes = split_heads(discriminate(fake, y_fake, on_fake))
     logits = (fake_logits, split_heads(discriminate(x, y, on_real))[0]) if loss.pairs_real else (fake_logits,)
-    total = lift(loss.generator)(*logits)
+    total = vmap_over_clients(loss.generator)(*logits)
     if fake_classes is not None:
-        total = total + auxiliary_weight * lift(auxiliary_classifier)(fake_classes, y_fake)
+        total = total + auxiliary_weight * vmap_over_clients(auxiliary_classifier)(fake_classes, y_fake)
     stats: Stats = {}
-    for name, term in (terms(fake, x, y_fake) if terms is not None else {}).items():
+    for name, term in (extra_losses(fake, x, y_fake) if extra_losses is not None else {}).items():
         total, stats[name] = total + term, term.detach()
     return total, {"loss_g": total.detach(), **stats}
 
@@ -182,12 +182,12 @@ def _on_both(
     time of stacked MNIST MLPs (measured).
     """
     if together is None or real[0].shape[together + 1 :] != fake[0].shape[together + 1 :]:
-        return [split_heads(discriminate(*own)) for own in (real, fake)]
+        return [split_heads(discriminate(*inputs)) for inputs in (real, fake)]
     x, y = (torch.cat(pair, dim=together) for pair in zip(real[:2], fake[:2]))
     u = None if real[2] is None or fake[2] is None else torch.cat([real[2], fake[2]], dim=together)
     logits, classes = split_heads(discriminate(x, y, u))
     sizes = [real[0].shape[together], fake[0].shape[together]]  # a prior may have a number of nodes of its own
-    parts = [(None, None) if own is None else _parted(own, sizes, dim=together) for own in (logits, classes)]
+    parts = [(None, None) if heads is None else _parted(heads, sizes, dim=together) for heads in (logits, classes)]
     return list(zip(*parts))
 
 

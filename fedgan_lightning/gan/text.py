@@ -125,5 +125,5 @@ class LanguageModel(L.LightningModule):
             latents: Noise (num_samples, T * V) to use instead.
             chunk_size: Sentences per forward pass.
         """
-        z, told = inputs(self, self.generator, num_samples, latents=latents, generator=generator)
-        return generated(self.generator, z, told, chunk_size=chunk_size, decode=words)
+        z, labels = inputs(self, self.generator, num_samples, latents=latents, generator=generator)
+        return generated(self.generator, z, labels, chunk_size=chunk_size, decode=words)

@@ -71,8 +71,10 @@ class MappedFunctions:
         """
         flat, structure = pytree.tree_flatten(arguments)
         # Casts are recorded, too: a penalty in full precision must not meet the record of a step in half.
-        casts = {own: torch.is_autocast_enabled(own) and torch.get_autocast_dtype(own) for own in _devices(flat)}
-        key = (name, tuple((own.shape, own.stride(), own.dtype, own.device) for own in flat), *casts.items())
+        casts = {
+            device: torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) for device in _devices(flat)
+        }
+        key = (name, tuple((value.shape, value.stride(), value.dtype, value.device) for value in flat), *casts.items())
         record = self._records.get(key)
         if record is None:
             owner = name if isinstance(name, nn.Module) else function
@@ -92,18 +94,18 @@ def attributes(owner: Any, *, depth: int = DEPTH) -> Any:
     if isinstance(owner, CLOSED) or depth == 0:
         return type(owner)
     if isinstance(owner, (list, tuple, set, frozenset)):
-        return type(owner), tuple(attributes(own, depth=depth - 1) for own in owner)
+        return type(owner), tuple(attributes(item, depth=depth - 1) for item in owner)
     if isinstance(owner, dict):
-        return tuple((str(name), attributes(own, depth=depth - 1)) for name, own in owner.items())
+        return tuple((str(name), attributes(item, depth=depth - 1)) for name, item in owner.items())
     if isinstance(owner, nn.Module):
         return tuple((name, _own_attributes(child, depth)) for name, child in owner.named_modules())
-    return tuple(attributes(own, depth=depth - 1) for own in _within(owner))
+    return tuple(attributes(item, depth=depth - 1) for item in _within(owner))
 
 
 def _own_attributes(module: nn.Module, depth: int) -> Any:
     """Return those of one module, without what modules keep of parameters, buffers, children and hooks."""
-    own = {name: value for name, value in vars(module).items() if name not in BOOKKEEPING}
-    return attributes(own, depth=depth - 1)
+    found = {name: value for name, value in vars(module).items() if name not in BOOKKEEPING}
+    return attributes(found, depth=depth - 1)
 
 
 def _within(owner: Any) -> Iterator[Any]:
@@ -157,7 +159,7 @@ def _record(function: Callable[..., Any], flat: list[Tensor], structure: Any, *,
 def _has_hooks(owner: Any) -> bool:
     """Whether a network has hooks, which a record would call once and never again."""
     modules = owner.modules() if isinstance(owner, nn.Module) else ()
-    return any(own._forward_hooks or own._forward_pre_hooks or own._backward_hooks for own in modules)
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules)
 
 
 def _bakes_too_much(node: fx.Node) -> bool:

@@ -16,7 +16,7 @@ from fedgan_lightning.data.samples import of_bytes, to_bytes
 from fedgan_lightning.errors import DataError, message
 from fedgan_lightning.evaluation.completion import check_completes, completed, pictures_with_holes
 from fedgan_lightning.federation.server import ServerModule
-from fedgan_lightning.gan.holes import Holes, masked
+from fedgan_lightning.gan.inpainting_mask import InpaintingMask, masked
 from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import make_generator
 from fedgan_lightning.visuals import pictures
@@ -40,7 +40,7 @@ class CompletionPictures(L.Callback):
         columns: Pictures in a row.
         rows: Rows of three.
         folder: Pictures and masks that ``predict`` completes.
-        holes: The holes; default those of :class:`~fedgan_lightning.gan.holes.Holes`.
+        holes: The holes; default those of :class:`~fedgan_lightning.gan.inpainting_mask.InpaintingMask`.
         seed: Seed of pictures, holes and noise.
 
     Raises:
@@ -55,11 +55,11 @@ class CompletionPictures(L.Callback):
         columns: int = 12,
         rows: int = 2,
         folder: str | None = None,
-        holes: Holes | None = None,
+        holes: InpaintingMask | None = None,
         seed: int = 0,
     ) -> None:
         self.every_n_rounds, self.columns, self.rows, self.seed = every_n_rounds, columns, rows, seed
-        self.folder, self.holes = folder, holes if holes is not None else Holes()
+        self.folder, self.holes = folder, holes if holes is not None else InpaintingMask()
         self._last_round = -1
         self._own: tuple[list[str], Tensor, Tensor] | None = None
 

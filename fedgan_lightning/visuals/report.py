@@ -12,8 +12,8 @@ from typing import Any
 
 from fedgan_lightning.files import expanded, write_text
 from fedgan_lightning.visuals.charts import bars, chart, colour, text
-from fedgan_lightning.visuals.operations import STYLE as MATRIX_STYLE
-from fedgan_lightning.visuals.operations import operations
+from fedgan_lightning.visuals.participation_charts import STYLE as MATRIX_STYLE
+from fedgan_lightning.visuals.participation_charts import operations
 from fedgan_lightning.visuals.runs import Curve, Run, damaged, differing, read_run
 
 #: Metrics that come first, and what they are called.

@@ -13,8 +13,8 @@ import numpy as np
 
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.files import expanded
-from fedgan_lightning.journal import NAME
-from fedgan_lightning.visuals.attendance import Attendance
+from fedgan_lightning.jsonl import NAME
+from fedgan_lightning.visuals.participation import Attendance
 
 #: (steps, values) of a curve.
 Curve = tuple[list[float], list[float]]

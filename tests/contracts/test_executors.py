@@ -381,7 +381,7 @@ def test_a_data_module_without_cohort_batches_is_stacked_by_zipping():
             self.data.setup()
 
         def __getattr__(self, name):
-            if name in ("cohort_batches", "data"):
+            if name in ("stacked_batches", "data"):
                 raise AttributeError(name)
             return getattr(self.data, name)
 

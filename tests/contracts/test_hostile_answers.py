@@ -1,4 +1,4 @@
-"""Answers of a client that means harm, before every aggregator, with and without screening.
+"""Answers of a client that means harm, before every aggregator, with and without a validator.
 
 Nothing but three things may come of one: the others' result is to the bit that of a round without it; the run ends with
 its name; or, where the answer is an honest one in another form, the result is that of the honest one.
@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedgan_lightning import AllClients, RoundRules, Screening, SelectedClients, WeightedMean
+from fedgan_lightning import AllClients, RoundRules, SelectedClients, UpdateValidator, WeightedMean
 from fedgan_lightning.errors import QuorumError, UpdateError
 from fedgan_lightning.federation.aggregation import WeightedSums
 from fedgan_lightning.federation.conduct import Conductor
@@ -100,17 +100,17 @@ class World:
         seeds = {k: derive_seed(0, "client", self.round, k) for k in range(CLIENTS)}
         self.answers = [trainer.run(ClientTask(k, self.round, seed, state, self.work)) for k, seed in seeds.items()]
 
-    def conduct(self, answers, *, aggregator, screened, clients=None, late="drop"):
+    def conduct(self, answers, *, aggregator, validated, clients=None, late="drop"):
         """Return what comes of a round with these answers."""
-        key = (type(aggregator), str(sorted(map(str, vars(aggregator).items()))), screened, tuple(clients or ()), late)
+        key = (type(aggregator), str(sorted(map(str, vars(aggregator).items()))), validated, tuple(clients or ()), late)
         if key not in self.conductors:  # each makes the schema of answers once
             self.conductors[key] = Conductor(
                 dataclasses.replace(self.context, store=ClientStore()),
                 executor=Answering(),
                 aggregator=aggregator,
                 sampler=AllClients() if clients is None else SelectedClients(clients),
-                rules=RoundRules(minimum=0.5, attempts=1, late=late),
-                screening=Screening() if screened else None,
+                rules=RoundRules(min_report_fraction=0.5, max_attempts=1, stale_updates=late),
+                validator=UpdateValidator() if validated else None,
                 seed=0,
             )
         conductor, calls = self.conductors[key], []
@@ -365,114 +365,114 @@ def test_there_are_at_least_forty_kinds():
 
 
 @pytest.mark.parametrize("place", ["first", "last"])
-@pytest.mark.parametrize("screened", [False, True], ids=["unscreened", "screened"])
+@pytest.mark.parametrize("validated", [False, True], ids=["plain", "validated"])
 @pytest.mark.parametrize("aggregator", AGGREGATORS)
 class TestEveryAggregator:
     def order(self, world, changed, place):
         others = [own for own in world.answers if own.client_id != LIAR]
         return [changed, *others] if place == "first" else [*others, changed]
 
-    def test_a_hostile_answer_is_left_out_to_the_bit_or_named(self, worlds, aggregator, screened, place):
+    def test_a_hostile_answer_is_left_out_to_the_bit_or_named(self, worlds, aggregator, validated, place):
         world, make = worlds["later" if place == "first" else "first"], AGGREGATORS[aggregator]
         honest = [own for own in world.answers if own.client_id != LIAR]
         members = [own.client_id for own in honest]
-        expected, _ = world.conduct(honest, aggregator=make(), screened=screened, clients=members)
+        expected, _ = world.conduct(honest, aggregator=make(), validated=validated, clients=members)
         for kind, change in HOSTILE.items():
             answers = self.order(world, change(world.answers[LIAR]), place)
-            if not screened:
+            if not validated:
                 with pytest.raises(UpdateError, match=rf"client {LIAR}\b") as caught:
-                    world.conduct(answers, aggregator=make(), screened=False)
+                    world.conduct(answers, aggregator=make(), validated=False)
                 assert "Fix:" in str(caught.value), kind
                 assert str(caught.value).isprintable(), kind
                 continue
-            outcome, calls = world.conduct(answers, aggregator=make(), screened=True)
+            outcome, calls = world.conduct(answers, aggregator=make(), validated=True)
             assert_same(outcome, expected)
             assert_sane(outcome, calls)
             (incident,) = outcome.ledger.incidents
             assert (incident["client_id"], incident["kind"]) == (LIAR, "rejected"), kind
             assert incident["reason"].isprintable(), kind
 
-    def test_an_honest_answer_in_another_form_is_that_answer(self, worlds, aggregator, screened, place):
+    def test_an_honest_answer_in_another_form_is_that_answer(self, worlds, aggregator, validated, place):
         world, make = worlds["later"], AGGREGATORS[aggregator]
         plain = self.order(world, world.answers[LIAR], place)
-        expected, _ = world.conduct(plain, aggregator=make(), screened=screened)
+        expected, _ = world.conduct(plain, aggregator=make(), validated=validated)
         for change in HARMLESS.values():
             answers = self.order(world, change(world.answers[LIAR]), place)
-            outcome, calls = world.conduct(answers, aggregator=make(), screened=screened)
+            outcome, calls = world.conduct(answers, aggregator=make(), validated=validated)
             assert_same(outcome, expected)
             assert_sane(outcome, calls)
 
-    def test_a_believable_answer_counts_like_any_other(self, worlds, aggregator, screened, place):
+    def test_a_believable_answer_counts_like_any_other(self, worlds, aggregator, validated, place):
         world = worlds["later"]
         for change in PLAUSIBLE.values():
             answers = self.order(world, change(world.answers[LIAR]), place)
-            outcome, calls = world.conduct(answers, aggregator=AGGREGATORS[aggregator](), screened=screened)
+            outcome, calls = world.conduct(answers, aggregator=AGGREGATORS[aggregator](), validated=validated)
             assert outcome.aggregate.num_clients == CLIENTS
             assert_sane(outcome, calls)
 
-    def test_a_second_answer_changes_nothing_or_is_named(self, worlds, aggregator, screened, place):
+    def test_a_second_answer_changes_nothing_or_is_named(self, worlds, aggregator, validated, place):
         world, make = worlds["later"], AGGREGATORS[aggregator]
         answers = self.order(world, world.answers[LIAR], place)
-        expected, _ = world.conduct(answers, aggregator=make(), screened=screened)
-        if not screened:
+        expected, _ = world.conduct(answers, aggregator=make(), validated=validated)
+        if not validated:
             with pytest.raises(UpdateError, match=f"client {LIAR}: was not asked, or has answered already"):
-                world.conduct([*answers, world.answers[LIAR]], aggregator=make(), screened=False)
+                world.conduct([*answers, world.answers[LIAR]], aggregator=make(), validated=False)
             return
         again = [world.answers[LIAR]] * 2
         twice = [*again, *answers] if place == "first" else [*answers, *again]
-        outcome, calls = world.conduct(twice, aggregator=make(), screened=True)
+        outcome, calls = world.conduct(twice, aggregator=make(), validated=True)
         assert_same(outcome, expected)
         assert_sane(outcome, calls)
 
     @pytest.mark.parametrize("number", [99, -1, 2**70])
-    def test_an_answer_of_nobody_is_left_out_or_named(self, worlds, aggregator, screened, place, number):
+    def test_an_answer_of_nobody_is_left_out_or_named(self, worlds, aggregator, validated, place, number):
         world, make = worlds["later"], AGGREGATORS[aggregator]
         honest = [own for own in world.answers if own.client_id != LIAR]
         stranger = dataclasses.replace(world.answers[LIAR], client_id=number)
         answers = [stranger, *honest] if place == "first" else [*honest, stranger]
-        if not screened:
+        if not validated:
             with pytest.raises(UpdateError, match=f"client {number}: was not asked"):
-                world.conduct(answers, aggregator=make(), screened=False)
+                world.conduct(answers, aggregator=make(), validated=False)
             return
         members = [own.client_id for own in honest]
-        expected, _ = world.conduct(honest, aggregator=make(), screened=True, clients=members)
-        outcome, calls = world.conduct(answers, aggregator=make(), screened=True)
+        expected, _ = world.conduct(honest, aggregator=make(), validated=True, clients=members)
+        outcome, calls = world.conduct(answers, aggregator=make(), validated=True)
         assert_same(outcome, expected)
         assert_sane(outcome, calls)
 
 
 @pytest.mark.parametrize("answer", [None, "an update", 7, {"client_id": LIAR}])
 def test_what_is_no_update_at_all_ends_the_run(worlds, answer):
-    for screened in (False, True):
+    for validated in (False, True):
         with pytest.raises(UpdateError, match="an executor yields updates of clients, and not"):
-            worlds["first"].conduct([answer], aggregator=WeightedMean(), screened=screened)
+            worlds["first"].conduct([answer], aggregator=WeightedMean(), validated=validated)
 
 
 @pytest.mark.parametrize("number", ["2", None, 2.0, [2]])
 def test_an_update_without_a_number_of_a_client_ends_the_run(worlds, number):
     changed = dataclasses.replace(worlds["first"].answers[LIAR], client_id=number)
     with pytest.raises(UpdateError, match="an executor yields updates of clients, and not"):
-        worlds["first"].conduct([changed], aggregator=WeightedMean(), screened=True)
+        worlds["first"].conduct([changed], aggregator=WeightedMean(), validated=True)
 
 
 # ---------------------------------------------------------------------- late ones
 
 
-@pytest.mark.parametrize("screened", [False, True], ids=["unscreened", "screened"])
+@pytest.mark.parametrize("validated", [False, True], ids=["plain", "validated"])
 @pytest.mark.parametrize("weighting", ["examples", "uniform"])
-def test_a_hostile_late_answer_is_left_out_to_the_bit_or_named(worlds, weighting, screened):
+def test_a_hostile_late_answer_is_left_out_to_the_bit_or_named(worlds, weighting, validated):
     world = worlds["later"]
-    expected, _ = world.conduct(world.answers, aggregator=WeightedMean(weighting), screened=screened, late="discount")
+    expected, _ = world.conduct(world.answers, aggregator=WeightedMean(weighting), validated=validated, late="discount")
     for kind, change in HOSTILE.items():
         late = change(dataclasses.replace(world.answers[LIAR], round=world.round - 1))
         if late.round != world.round - 1 or ("schedule" in kind and "NaN" not in kind):
             continue  # of another round, or about schedules of one that is over: nobody goes on from these
         answers = [late, *world.answers]
-        if not screened:
+        if not validated:
             with pytest.raises(UpdateError, match=rf"client {LIAR}\b"):
-                world.conduct(answers, aggregator=WeightedMean(weighting), screened=False, late="discount")
+                world.conduct(answers, aggregator=WeightedMean(weighting), validated=False, late="discount")
             continue
-        outcome, calls = world.conduct(answers, aggregator=WeightedMean(weighting), screened=True, late="discount")
+        outcome, calls = world.conduct(answers, aggregator=WeightedMean(weighting), validated=True, late="discount")
         states, numbers = facts_of(outcome)
         others, wanted = facts_of(expected)
         assert numbers == wanted, kind
@@ -485,11 +485,11 @@ def test_a_client_is_late_once_a_round(worlds):
     world = worlds["later"]
     late = dataclasses.replace(world.answers[LIAR], round=world.round - 1)
     options = {"aggregator": WeightedMean(), "late": "discount"}
-    expected, _ = world.conduct([late, *world.answers], screened=True, **options)
-    outcome, _ = world.conduct([late, late, late, *world.answers], screened=True, **options)
+    expected, _ = world.conduct([late, *world.answers], validated=True, **options)
+    outcome, _ = world.conduct([late, late, late, *world.answers], validated=True, **options)
     assert_same(outcome, expected)
     with pytest.raises(UpdateError, match=f"client {LIAR}: was not asked, or has answered already"):
-        world.conduct([late, late], screened=False, **options)
+        world.conduct([late, late], validated=False, **options)
 
 
 # ---------------------------------------------------------------------- aggregators by themselves
@@ -547,10 +547,10 @@ def test_a_parameter_that_nobody_has_touched_has_no_moments_and_one_that_somebod
         return dataclasses.replace(own, delta=still, extras=kept)
 
     lacking = [untouched(own) for own in world.answers]
-    outcome, _ = world.conduct(lacking, aggregator=WeightedMean(), screened=False)
+    outcome, _ = world.conduct(lacking, aggregator=WeightedMean(), validated=False)
     assert not [n for n in outcome.aggregate.extras if f"/{name}/" in n]
     some = [*lacking[:3], *world.answers[3:]]
-    outcome, _ = world.conduct(some, aggregator=WeightedMean("uniform"), screened=True)
+    outcome, _ = world.conduct(some, aggregator=WeightedMean("uniform"), validated=True)
     moment = f"optimizer/1/{name}/exp_avg_sq"
     mean = sum(own.extras[moment].double() for own in world.answers[3:]) / CLIENTS
     torch.testing.assert_close(outcome.aggregate.extras[moment].double(), mean, rtol=1e-6, atol=1e-12)
@@ -579,8 +579,8 @@ SPOILED_SUMS = {
 
 def test_a_sum_that_is_right_is_taken(worlds):
     world = worlds["later"]
-    expected, _ = world.conduct(world.answers, aggregator=WeightedMean(), screened=False)
-    outcome, _ = world.conduct([summed(world)], aggregator=WeightedMean(), screened=False)
+    expected, _ = world.conduct(world.answers, aggregator=WeightedMean(), validated=False)
+    outcome, _ = world.conduct([summed(world)], aggregator=WeightedMean(), validated=False)
     assert_same_means(outcome, expected)
 
 
@@ -597,7 +597,7 @@ def test_a_sum_that_cannot_be_right_is_a_round_that_does_not_count_and_names_nob
     world = worlds["later"]
     spoil = SPOILED_SUMS.get(kind, field(metrics={"loss_d": NAN}))
     with pytest.raises(QuorumError, match="fewer in each of 1 tries"), caplog.at_level("WARNING"):
-        world.conduct([summed(world, spoil=spoil)], aggregator=WeightedMean(), screened=False)
+        world.conduct([summed(world, spoil=spoil)], aggregator=WeightedMean(), validated=False)
     assert caplog.text.count("of whom nobody can be named") == CLIENTS
 
 
@@ -616,7 +616,7 @@ def test_a_claim_about_one_client_of_a_sum_ends_the_run_with_its_name(worlds, cl
         return claim(own) if own.client_id == LIAR else own
 
     with pytest.raises(UpdateError, match=f"client {LIAR}: "):
-        worlds["later"].conduct([summed(worlds["later"], member=member)], aggregator=WeightedMean(), screened=False)
+        worlds["later"].conduct([summed(worlds["later"], member=member)], aggregator=WeightedMean(), validated=False)
 
 
 # ---------------------------------------------------------------------- numbers in place of claims
@@ -642,13 +642,13 @@ def test_moments_of_gradients_that_nobody_has_are_refused_by_an_option(worlds):
     world = worlds["later"]
     frozen = every("extras", V, 1e10)(world.answers[LIAR])
     honest = [own for own in world.answers if own.client_id != LIAR]
-    outcome, _ = world.conduct([frozen, *honest], aggregator=WeightedMean(), screened=True)
+    outcome, _ = world.conduct([frozen, *honest], aggregator=WeightedMean(), validated=True)
     assert outcome.aggregate.num_clients == CLIENTS
-    screening = Screening(max_gradient=100.0)
-    with pytest.raises(UpdateError, match=f"client {LIAR}: .*exp_avg_sq reaches 1e.10, above screening.max_gradient"):
-        screening.check(frozen)
+    validator = UpdateValidator(max_gradient=100.0)
+    with pytest.raises(UpdateError, match=f"client {LIAR}: .*exp_avg_sq reaches 1e.10, above validator.max_gradient"):
+        validator.check(frozen)
     for own in honest:
-        screening.check(own)
+        validator.check(own)
 
 
 def test_second_moments_that_travel_are_those_of_the_server():

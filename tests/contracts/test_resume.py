@@ -75,7 +75,10 @@ def run(case, folder, *, start=None, **options):
     executor, family, condition = case
     data = {"ACGAN": big_digits, "profile": digit_series}.get(family, lambda: digits_data(num_clients=4))()
     orchestrator = FederatedOrchestrator(
-        rounds=ROUNDS, executor=EXECUTORS[executor](), rules=RoundRules(minimum=0.25, late="discount"), **options
+        rounds=ROUNDS,
+        executor=EXECUTORS[executor](),
+        rules=RoundRules(min_report_fraction=0.25, stale_updates="discount"),
+        **options,
     )
     trainer = quiet_trainer(orchestrator, Keep(folder))
     server = ServerModule(made(family, condition))

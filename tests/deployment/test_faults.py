@@ -48,9 +48,9 @@ def story(tmp_path_factory):
     """Let it happen; return what is left."""
     folder = tmp_path_factory.mktemp("faults")
     seconds = seconds_for_a_round()
-    rules = {"class_path": "RoundRules", "init_args": {"minimum": 0.25, "timeout": seconds}}
-    screening = {"class_path": "Screening", "init_args": {"max_norm": 100.0}}
-    config = settings(rounds=ROUNDS, optimizer_state="keep", rules=rules, screening=screening)
+    rules = {"class_path": "RoundRules", "init_args": {"min_report_fraction": 0.25, "timeout": seconds}}
+    validator = {"class_path": "UpdateValidator", "init_args": {"max_norm": 100.0}}
+    config = settings(rounds=ROUNDS, optimizer_state="keep", rules=rules, validator=validator)
     config["data"]["num_clients"] = 4
     with contextlib.ExitStack() as stack:
         deployment = Deployment(folder / "home", config, sites=4)

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from fedgan_lightning.__main__ import main
-from fedgan_lightning.deployment import programs, supervise
+from fedgan_lightning.deployment import programs, supernode_supervisor
 from fedgan_lightning.errors import ConfigurationError
 from tests.conftest import ROOT
 from tests.processes import eventually
@@ -141,15 +141,15 @@ def lived(tmp_path, monkeypatch):
     path = tmp_path / "lived"
     path.touch()
     clock = SimpleNamespace(monotonic=lambda: sum(map(float, path.read_text().split())), sleep=time.sleep)
-    monkeypatch.setattr(supervise, "time", clock)
-    monkeypatch.setattr(supervise, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(supernode_supervisor, "time", clock)
+    monkeypatch.setattr(supernode_supervisor, "PAUSE_SECONDS", 0.0)
     return path
 
 
 def test_a_site_starts_its_supernode_again_and_gives_up_when_it_is_always_refused(lived, caplog):
     """A SuperLink takes a killed SuperNode for connected for a minute, and refuses its successor as it does others."""
     with pytest.raises(ConfigurationError, match="a SuperNode that ended with 1 again and again"):
-        supervise.keep_running(["sh", "-c", f"echo 20 >> {lived}; exit 1"], environment=os.environ)
+        supernode_supervisor.keep_running(["sh", "-c", f"echo 20 >> {lived}; exit 1"], environment=os.environ)
     assert lived.read_text() == "20\n" * 6, "refused since second 20, it has run out of patience, 90 s, at second 120"
     assert "the SuperNode ended (1); it is started again" in caplog.text
 
@@ -157,7 +157,7 @@ def test_a_site_starts_its_supernode_again_and_gives_up_when_it_is_always_refuse
 def test_a_site_whose_supernode_crashes_by_itself_gives_up(lived):
     """A broken library is nobody's signal from outside."""
     with pytest.raises(ConfigurationError, match="a SuperNode that ended with -11 again and again"):
-        supervise.keep_running(["sh", "-c", f"echo 20 >> {lived}; kill -SEGV $$"], environment=os.environ)
+        supernode_supervisor.keep_running(["sh", "-c", f"echo 20 >> {lived}; kill -SEGV $$"], environment=os.environ)
 
 
 def test_a_site_that_is_killed_early_has_all_the_time_to_come_back(lived, caplog):
@@ -175,7 +175,7 @@ if len(open({str(lived)!r}).read().split()) == 7:
     time.sleep(600)
 raise SystemExit(1)
 """
-    assert supervise.keep_running([sys.executable, "-ISc", code], environment=os.environ) == 0
+    assert supernode_supervisor.keep_running([sys.executable, "-ISc", code], environment=os.environ) == 0
     assert len(lived.read_text().split()) == 7
     assert caplog.text.count("the SuperNode ended (-9)") == 2
 
@@ -183,8 +183,8 @@ raise SystemExit(1)
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of other processes' children")
 def test_a_supernode_whose_starter_of_tasks_has_ended_is_started_again(tmp_path, monkeypatch, caplog):
     """Flower's SuperNode would take messages for ever, and nobody would do what they ask."""
-    monkeypatch.setattr(supervise, "PAUSE_SECONDS", 0.05)
-    starter, starts = tmp_path / supervise.STARTER, tmp_path / "starts"
+    monkeypatch.setattr(supernode_supervisor, "PAUSE_SECONDS", 0.05)
+    starter, starts = tmp_path / supernode_supervisor.STARTER, tmp_path / "starts"
     starter.write_text(f"#!{sys.executable} -IS\nimport time\ntime.sleep(0.5)\n")
     starter.chmod(0o700)
     # Its first one starts a starter that ends; its second one asks the whole to stop.
@@ -200,22 +200,22 @@ else:
     thread.start()
 time.sleep(600)
 """
-    assert supervise.keep_running([sys.executable, "-ISc", code], environment=os.environ) == 0
+    assert supernode_supervisor.keep_running([sys.executable, "-ISc", code], environment=os.environ) == 0
     assert starts.read_text() == "start start "
-    assert f"{supervise.STARTER} ended, and the SuperNode does not start another" in caplog.text
+    assert f"{supernode_supervisor.STARTER} ended, and the SuperNode does not start another" in caplog.text
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of other processes' children")
 def test_a_site_that_never_has_a_starter_says_so(tmp_path, monkeypatch):
     """And blames no key."""
-    monkeypatch.setattr(supervise, "PAUSE_SECONDS", 0.05)
-    monkeypatch.setattr(supervise, "PATIENCE_SECONDS", 1.0)
-    starter = tmp_path / supervise.STARTER
+    monkeypatch.setattr(supernode_supervisor, "PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(supernode_supervisor, "PATIENCE_SECONDS", 1.0)
+    starter = tmp_path / supernode_supervisor.STARTER
     starter.write_text("#!/bin/sh\nexit 1\n")
     starter.chmod(0o700)
     code = f"import subprocess, time; child = subprocess.Popen([{str(starter)!r}]); time.sleep(600)"
     with pytest.raises(ConfigurationError, match="a flower-superexec, .* received one that ended again and again"):
-        supervise.keep_running([sys.executable, "-ISc", code], environment=os.environ)
+        supernode_supervisor.keep_running([sys.executable, "-ISc", code], environment=os.environ)
 
 
 def test_the_sites_of_a_trial_are_looked_after_by_a_process_of_their_own(tmp_path):
@@ -225,7 +225,7 @@ def test_the_sites_of_a_trial_are_looked_after_by_a_process_of_their_own(tmp_pat
         f"trap 'echo asked > {asked}; exit 0' TERM; echo x >> {up}; [ $(wc -l < {up}) = 1 ] && exit 3; sleep 600 & wait"
     )
     with programs.processes() as started:
-        started.append(programs.start(supervise.kept(["sh", "-c", polite]), tmp_path, log="log"))
+        started.append(programs.start(supernode_supervisor.kept(["sh", "-c", polite]), tmp_path, log="log"))
         assert eventually(lambda: up.exists() and up.read_text() == "x\nx\n"), (tmp_path / "log").read_text()
     assert eventually(asked.exists)
     assert "the SuperNode ended (3); it is started again" in (tmp_path / "log").read_text()
@@ -242,13 +242,13 @@ def test_a_site_of_a_trial_that_gives_up_is_named_while_the_run_goes_on(tmp_path
 
 
 def test_a_site_that_is_asked_to_stop_asks_its_supernode(tmp_path, monkeypatch):
-    monkeypatch.setattr(supervise, "PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(supernode_supervisor, "PAUSE_SECONDS", 0.05)
     before = signal.getsignal(signal.SIGTERM)
     polite = f"trap 'echo asked > {tmp_path / 'asked'}; exit 0' TERM; echo x > {tmp_path / 'up'}; sleep 600 & wait"
     threading.Thread(
         target=lambda: eventually((tmp_path / "up").exists) and os.kill(os.getpid(), signal.SIGTERM)
     ).start()
-    assert supervise.keep_running(["sh", "-c", polite], environment=os.environ) == 0
+    assert supernode_supervisor.keep_running(["sh", "-c", polite], environment=os.environ) == 0
     assert (tmp_path / "asked").exists()
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -260,12 +260,12 @@ def deaf_program(folder) -> str:
 
 
 def test_a_supernode_that_does_not_end_when_it_is_asked_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(supervise, "STOP_SECONDS", 0.5)
+    monkeypatch.setattr(supernode_supervisor, "STOP_SECONDS", 0.5)
     deaf = deaf_program(tmp_path)
     threading.Thread(
         target=lambda: eventually((tmp_path / "up").exists) and os.kill(os.getpid(), signal.SIGTERM)
     ).start()
-    assert supervise.keep_running(["sh", "-c", deaf], environment=os.environ) == 0
+    assert supernode_supervisor.keep_running(["sh", "-c", deaf], environment=os.environ) == 0
     assert eventually(lambda: not _running(group=int((tmp_path / "up").read_text())))
 
 
@@ -277,7 +277,7 @@ def test_a_second_request_to_stop_does_not_wait_though_it_comes_with_the_first(t
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(supervise, "STOP_SECONDS", 3600.0)
+    monkeypatch.setattr(supernode_supervisor, "STOP_SECONDS", 3600.0)
     threading.Thread(target=ask_twice).start()
-    assert supervise.keep_running(["sh", "-c", deaf], environment=os.environ) == 0
+    assert supernode_supervisor.keep_running(["sh", "-c", deaf], environment=os.environ) == 0
     assert eventually(lambda: not _running(group=int((tmp_path / "up").read_text())))

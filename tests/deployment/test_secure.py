@@ -376,7 +376,7 @@ SHORT = [
     *("--trainer.enable_progress_bar", "false", "--trainer.log_every_n_steps", "1"),
 ]
 SECURE = ["--federation.secure", "SecureAggregation"]
-LENIENT = ["--federation.rules", "RoundRules", "--federation.rules.minimum", "0.5"]
+LENIENT = ["--federation.rules", "RoundRules", "--federation.rules.min_report_fraction", "0.5"]
 
 
 @pytest.fixture(autouse=True)
@@ -510,7 +510,7 @@ def test_a_sum_that_cannot_be_right_counts_for_nobody_and_names_nobody(tmp_path,
     """One site's moments are -1, under its masks: nobody can say whose."""
     grid = grid_of(state, told={2: hostile(tmp_path, "wrong_moments", source="Ring")})
     with pytest.raises(QuorumError, match="fewer in each of 2 tries of round 0"):
-        deploy(tmp_path, grid, *LENIENT, "--federation.rules.attempts", "2")
+        deploy(tmp_path, grid, *LENIENT, "--federation.rules.max_attempts", "2")
     assert caplog.text.count("in a sum that cannot be right, of whom nobody can be named") == 2 * 4
     assert "is negative, and no mean of squares or count is" in caplog.text
 

@@ -279,8 +279,8 @@ def test_a_site_that_cannot_answer_is_waited_for_and_named_once(monkeypatch, cap
 
 
 SAFE = [
-    *("--federation.rules", "RoundRules", "--federation.rules.minimum", "0.5"),
-    *("--federation.screening", "Screening", "--federation.screening.max_norm", "100"),
+    *("--federation.rules", "RoundRules", "--federation.rules.min_report_fraction", "0.5"),
+    *("--federation.validator", "UpdateValidator", "--federation.validator.max_norm", "100"),
 ]
 
 
@@ -416,7 +416,7 @@ def test_a_site_that_is_silent_or_away_is_named_and_left_out(tmp_path):
 
 def test_an_operator_sees_who_is_connected_and_how_long_answers_take(tmp_path, caplog):
     """On the dashboard after every round, in the journal, and in the log once for every change."""
-    from fedgan_lightning.journal import entries
+    from fedgan_lightning.jsonl import entries
     from fedgan_lightning.visuals.runs import read_run
 
     class Blinking(LoopbackGrid):

@@ -29,11 +29,11 @@ from fedgan_lightning import (
     NearestNeighborMixing,
     PrecisionRecall,
     RoundRules,
-    Screening,
     SequentialExecutor,
     SlicedWasserstein,
     SyntheticTraining,
     TrimmedMean,
+    UpdateValidator,
     edited,
     interpolate,
     project,
@@ -46,7 +46,7 @@ from tests.device.test_clients import dcgan, few
 from tests.unit import test_inpainting, test_recommendation, test_text
 
 pytestmark = [pytest.mark.second_device, pytest.mark.timeout(900)]  # XLA compiles for a while beside busy processes
-RULES = RoundRules(minimum=0.25, late="discount")
+RULES = RoundRules(min_report_fraction=0.25, stale_updates="discount")
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_the_server_s_own_optimizer_and_schedule(device):
 def test_faults(device, faults):
     """A late update lies where it was made, one that a checkpoint held on the CPU: both are added on the device."""
     executor = FaultyExecutor(SequentialExecutor(), **faults)
-    options = {"screening": Screening(max_norm=10.0), "rules": RULES, "executor": executor, "rtol": 1e-5}
+    options = {"validator": UpdateValidator(max_norm=10.0), "rules": RULES, "executor": executor, "rtol": 1e-5}
     on_both(device, ring_gan(optimizer=sgd), ring_data(num_clients=4), **options)
 
 

@@ -21,9 +21,9 @@ from fedgan_lightning import (
     Hinge,
     LeastSquares,
     PoissonSampling,
-    Screening,
     SequentialExecutor,
     ServerModule,
+    UpdateValidator,
     VectorizedExecutor,
 )
 from fedgan_lightning.errors import CheckpointError, ClientError, ConfigurationError, UpdateError
@@ -499,7 +499,7 @@ class TestResume:
             ({"seed": 3}, "seed was 0, is 3"),
             ({"optimizer_state": "keep"}, "optimizer_state.discriminator was average, is keep"),
             ({"aggregator": CoordinateMedian()}, "federation.aggregator.*was.*WeightedMean.*is.*CoordinateMedian"),
-            ({"screening": Screening(max_norm=7.0)}, "federation.screening was None, is .*7.0"),
+            ({"validator": UpdateValidator(max_norm=7.0)}, "federation.validator was None, is .*7.0"),
             ({"model": {**first, "loss": LeastSquares()}}, "model.loss.type was Hinge, is LeastSquares"),
             ({"model": {**first, "optimizer": fast}}, "model.discriminator_optimizer.lr was 0.001, is 0.003"),
             (

@@ -24,7 +24,7 @@ from fedgan_lightning import (
 )
 from fedgan_lightning.errors import ConfigurationError
 from fedgan_lightning.evaluation.audit import membership_auc
-from fedgan_lightning.evaluation.utility import auroc
+from fedgan_lightning.evaluation.downstream_tasks import auroc
 from tests.conftest import digits_data
 
 CPU = torch.device("cpu")

@@ -119,7 +119,7 @@ class TestLeCam:
     def test_value_and_anchors_follow_the_formulas(self):
         anchor = LeCam(0.3, decay=0.9, start_step=0)
         real, fake = torch.tensor([2.0, -1.0]), torch.tensor([-3.0, 0.5])
-        anchor.follow(real, fake)
+        anchor.update_(real, fake)
         assert float(anchor.real) == pytest.approx(0.1 * 0.5)
         assert float(anchor.fake) == pytest.approx(0.1 * -1.25)
         value = anchor.value(real, fake, torch.tensor(0.5), torch.tensor(-0.5))

@@ -19,14 +19,14 @@ from fedgan_lightning import (
 )
 from fedgan_lightning.errors import ClientError, ConfigurationError, RankError, UpdateError
 from fedgan_lightning.federation import workload
-from fedgan_lightning.federation.cohort import CohortTrainer
 from fedgan_lightning.federation.executors import auto, vectorized
-from fedgan_lightning.federation.executors.auto import Plan
-from fedgan_lightning.federation.executors.trials import Trials
+from fedgan_lightning.federation.executors.auto import ExecutionMode
+from fedgan_lightning.federation.executors.autotuner import Autotuner
 from fedgan_lightning.federation.executors.vectorized import StackingError
 from fedgan_lightning.federation.memory import out_of_memory
 from fedgan_lightning.federation.ranks import Ranks
 from fedgan_lightning.federation.threads import available_threads, each_with_threads
+from fedgan_lightning.federation.vectorized_trainer import VectorizedLocalTrainer
 from fedgan_lightning.protocol import LocalWork
 from tests.conftest import adam, digits_data, federate, ring_data, ring_gan
 from tests.contracts.test_executors import assert_same, updates
@@ -89,7 +89,7 @@ def test_neither_clock_nor_cache_has_a_say(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDGAN_CACHE", str(tmp_path / "cache"))
     results = []
     for _ in range(2):
-        monkeypatch.setattr(Trials, "__init__", lambda *own, **options: pytest.fail("something was timed"))
+        monkeypatch.setattr(Autotuner, "__init__", lambda *own, **options: pytest.fail("something was timed"))
         monkeypatch.setattr("time.perf_counter", iter(range(0, 10**9, 7)).__next__)
         results.append(planned(AutoExecutor(), rounds=2))
     (plan, found), (again, others) = results
@@ -221,7 +221,7 @@ def test_auto_is_the_default_and_its_choice_rides_in_the_checkpoint():
     _, orchestrator, _ = federate(ring_gan(), ring_data(), rounds=1, local_steps=2, executor="auto")
     assert isinstance(orchestrator.executor, AutoExecutor)
     state = orchestrator.state_dict()["executor"]
-    assert Plan(**state["plan"]) == orchestrator.executor.plan
+    assert ExecutionMode(**state["plan"]) == orchestrator.executor.plan
     assert state["executor"] == {"checked": True, "largest": 64}
     _, orchestrator, _ = federate(ring_gan(), ring_data(), rounds=1, local_steps=2, executor="autotune")
     assert isinstance(orchestrator.executor, AutotunedExecutor)
@@ -244,8 +244,8 @@ def test_an_error_while_choosing_reaches_every_rank():
     class Two:
         rank, world_size, local_world_size = 1, 2, 2
 
-        def agree(self, failure):
-            calls.append("agree")
+        def raise_if_any_rank_failed(self, failure):
+            calls.append("raise_if_any_rank_failed")
             raise failure if failure is not None else RankError("rank 0: no memory")
 
         def exchange(self, value):
@@ -260,10 +260,10 @@ def test_an_error_while_choosing_reaches_every_rank():
     executor.context = dataclasses.make_dataclass("Context", ["ranks"])(Two())
     with pytest.raises(ConfigurationError, match="no"):
         next(executor.run([object()]))
-    assert calls == ["agree"]
+    assert calls == ["raise_if_any_rank_failed"]
 
 
-class SmallMemory(CohortTrainer):
+class SmallMemory(VectorizedLocalTrainer):
     """There is memory for two clients."""
 
     sizes = []
@@ -279,7 +279,7 @@ class SmallMemory(CohortTrainer):
 
 
 def test_a_stack_without_memory_is_divided_and_the_run_goes_on(monkeypatch, caplog):
-    monkeypatch.setattr(vectorized, "CohortTrainer", SmallMemory)
+    monkeypatch.setattr(vectorized, "VectorizedLocalTrainer", SmallMemory)
     SmallMemory.sizes = []
     executor = VectorizedExecutor(chunk_size=8)
     data = lambda: ring_data(num_clients=7, num_samples=1120)  # noqa: E731

@@ -11,10 +11,10 @@ import torch
 
 from fedgan_lightning import R1, AutotunedExecutor, Hinge, SequentialExecutor, VectorizedExecutor
 from fedgan_lightning.errors import UpdateError
-from fedgan_lightning.federation.agreement import NOTHING_TO_COMPARE
 from fedgan_lightning.federation.executors import trials
-from fedgan_lightning.federation.executors.auto import Plan
-from fedgan_lightning.federation.executors.trials import Cost, Trials, Way
+from fedgan_lightning.federation.executors.auto import ExecutionMode
+from fedgan_lightning.federation.executors.autotuner import Autotuner, Cost, MeasuredMode
+from fedgan_lightning.federation.parity_check import NOTHING_TO_COMPARE
 from fedgan_lightning.federation.ranks import Ranks
 from fedgan_lightning.federation.threads import available_threads
 from tests.conftest import adam, ring_data, ring_gan
@@ -167,10 +167,10 @@ def test_a_trial_leaves_no_trace_in_the_clients_state(tmp_path):
 def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(tmp_path):
     (tmp_path / "file").write_text("")
     plan, _ = planned(AutotunedExecutor(cache=str(tmp_path / "file")))
-    assert isinstance(plan, Plan)
+    assert isinstance(plan, ExecutionMode)
 
 
-class Slow(Trials):
+class Slow(Autotuner):
     """A client step takes a fixed time in each way, on a clock that nothing else moves."""
 
     def __init__(self, per_client_step, monkeypatch):
@@ -181,11 +181,11 @@ class Slow(Trials):
 
     def _run(self, size, stacks, steps):
         self.ran.append(size)
-        self.now += self.per_client_step[Way(size, torch.get_num_threads())] * size * stacks * steps
+        self.now += self.per_client_step[MeasuredMode(size, torch.get_num_threads())] * size * stacks * steps
 
 
 def test_ways_that_short_trials_leave_close_are_tried_again_by_turns(monkeypatch):
-    alone, stacked, far = Way(1, 1), Way(16, 1), Way(4, 1)
+    alone, stacked, far = MeasuredMode(1, 1), MeasuredMode(16, 1), MeasuredMode(4, 1)
     slow = Slow({alone: 0.003, stacked: 0.001, far: 0.0001}, monkeypatch)
     slow.costs[alone] = Cost(fixed=0.0, step=0.0036)
     slow.costs[far] = Cost(fixed=0.0, step=4 * 0.0048)
@@ -198,7 +198,7 @@ def test_ways_that_short_trials_leave_close_are_tried_again_by_turns(monkeypatch
 
 
 def test_a_clear_winner_is_not_tried_again(monkeypatch):
-    slow = Slow({Way(1, 1): 0.003, Way(16, 1): 0.003}, monkeypatch)
-    slow.costs[Way(1, 1)] = Cost(fixed=0.0, step=0.001)
+    slow = Slow({MeasuredMode(1, 1): 0.003, MeasuredMode(16, 1): 0.003}, monkeypatch)
+    slow.costs[MeasuredMode(1, 1)] = Cost(fixed=0.0, step=0.001)
     slow.run_off()
     assert not slow.ran

@@ -36,8 +36,8 @@ from fedgan_lightning.errors import ConfigurationError, DataError
 from fedgan_lightning.evaluation import modes
 from fedgan_lightning.evaluation.defaults import default_metrics
 from fedgan_lightning.evaluation.features import FrozenNet
+from fedgan_lightning.evaluation.federated_queries import chunks
 from fedgan_lightning.evaluation.fid import feature_sums, frechet_distance
-from fedgan_lightning.evaluation.questions import chunks
 from fedgan_lightning.visuals.pictures import grid
 from tests.conftest import digits_data, quiet_trainer, ring_data
 from tests.fakes import RandomImages

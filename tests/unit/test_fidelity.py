@@ -276,7 +276,7 @@ class TestMemorisation:
 def test_defaults_for_images_have_everything_and_training_only_what_is_quick():
     module = digits_data()
     module.setup("fit")
-    full = {type(metric).__name__ for metric in default_metrics(module) if metric.full}
+    full = {type(metric).__name__ for metric in default_metrics(module) if metric.test_only}
     named = {"PrecisionRecall", "Memorisation", "IntraClassDistance", "SyntheticTraining", "MembershipInference"}
     assert full == named | {"ClassBreakdown", "ClientDistances"}
 

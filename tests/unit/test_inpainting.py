@@ -19,8 +19,8 @@ from fedgan_lightning import (
     Evaluation,
     FrechetDistance,
     Hinge,
-    Holes,
     InpaintingGenerator,
+    InpaintingMask,
     PatchDiscriminator,
     PixelFeatures,
     SequentialExecutor,
@@ -28,9 +28,9 @@ from fedgan_lightning import (
     VectorizedExecutor,
 )
 from fedgan_lightning.errors import ConfigurationError, DataError
-from fedgan_lightning.evaluation import fills
+from fedgan_lightning.evaluation import inpainting_baselines
 from fedgan_lightning.evaluation.completion import pictures_with_holes, similarity
-from fedgan_lightning.gan.holes import masked
+from fedgan_lightning.gan.inpainting_mask import masked
 from fedgan_lightning.protocol import LocalWork
 from fedgan_lightning.visuals.completion import before_after, read_folder
 from tests.conftest import adam, digits_data, federate, quiet_trainer, ring_data, ring_gan, sgd
@@ -39,15 +39,15 @@ from tests.contracts.test_executors import assert_same, updates
 CPU = torch.device("cpu")
 
 
-def uniform(holes: Holes, count: int, seed: int = 0) -> torch.Tensor:
+def uniform(holes: InpaintingMask, count: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(count, holes.num_random, generator=torch.Generator().manual_seed(seed))
 
 
-def digits_gan(seed: int = 0, *, holes: Holes | None = None, **options) -> GAN:
+def digits_gan(seed: int = 0, *, holes: InpaintingMask | None = None, **options) -> GAN:
     torch.manual_seed(seed)
     networks = InpaintingGenerator(8, 1, latent_dim=2, width=4), PatchDiscriminator(8, 1, width=4)
     settings = {"generator_optimizer": adam, "discriminator_optimizer": adam, "loss": Hinge(), **options}
-    return GAN(*networks, condition=holes if holes is not None else Holes(), **settings)
+    return GAN(*networks, condition=holes if holes is not None else InpaintingMask(), **settings)
 
 
 def few_digits(**options):
@@ -71,7 +71,7 @@ class TestHoles:
     @example(low=0.5, extent=0.25, boxes=1.0, strokes=2, vertices=1, size=(28, 28))  # was wider than the picture
     @example(low=0.5, extent=0.3, boxes=1.0, strokes=1, vertices=1, size=(8, 8))
     def test_holes_are_binary_and_as_large_as_asked(self, low, extent, boxes, strokes, vertices, size):
-        holes = Holes(area=(low, low + extent), boxes=boxes, strokes=strokes, vertices=vertices)
+        holes = InpaintingMask(area=(low, low + extent), boxes=boxes, strokes=strokes, vertices=vertices)
         u = uniform(holes, 16)
         mask = holes.masks(u, size=size)
         assert mask.shape == (16, 1, *size)
@@ -82,12 +82,12 @@ class TestHoles:
         assert (mask.mean((1, 2, 3)) - wanted).abs().max() <= rounding + ties
 
     def test_a_box_is_one_rectangle_and_strokes_are_none(self):
-        boxes, strokes = (Holes(boxes=share) for share in (1.0, 0.0))
+        boxes, strokes = (InpaintingMask(boxes=share) for share in (1.0, 0.0))
         for holes, rectangular in ((boxes, 1.0), (strokes, 0.0)):
             mask = holes.masks(uniform(holes, 60), size=(28, 28))[:, 0]
             spanned = mask.amax(1).sum(1) * mask.amax(2).sum(1)
             assert float((spanned == mask.sum((1, 2))).float().mean()) == pytest.approx(rectangular, abs=0.05)
-        mixed = Holes(boxes=0.3)
+        mixed = InpaintingMask(boxes=0.3)
         u = uniform(mixed, 2000)
         mask = mixed.masks(u, size=(16, 16))[:, 0]
         box = mask.amax(1).sum(1) * mask.amax(2).sum(1) == mask.sum((1, 2))
@@ -95,13 +95,13 @@ class TestHoles:
         assert float(box.float().mean()) == pytest.approx(0.3, abs=0.06)
 
     def test_boxes_reach_every_pixel(self):
-        holes = Holes(boxes=1.0, area=(0.1, 0.1))
+        holes = InpaintingMask(boxes=1.0, area=(0.1, 0.1))
         share = holes.masks(uniform(holes, 4000), size=(8, 8)).mean(0)[0]
         assert float(share.min()) > 0.01
         torch.testing.assert_close(share, share.flip(0, 1), atol=0.05, rtol=0)
 
     def test_one_straight_stroke_covers_the_pixels_nearest_to_it(self):
-        holes = Holes(boxes=0, strokes=1, vertices=1, area=(0.2, 0.2))
+        holes = InpaintingMask(boxes=0, strokes=1, vertices=1, area=(0.2, 0.2))
         u = torch.tensor([[0, 0.9, 0, 0, 0, 0.5, 0.3, 0.0, 0.0, 1.0]])  # from (1/2, .3) to the right, length .4
         mask = holes.masks(u, size=(20, 20))[0, 0]
         y, x = torch.meshgrid(torch.arange(20) + 0.5, torch.arange(20) + 0.5, indexing="ij")
@@ -113,36 +113,36 @@ class TestHoles:
     def test_numbers_of_strokes_and_vertices_change_the_hole(self):
         perimeters = []
         for strokes, vertices in ((1, 1), (1, 8), (4, 1)):
-            holes = Holes(boxes=0, strokes=strokes, vertices=vertices, area=(0.2, 0.2))
+            holes = InpaintingMask(boxes=0, strokes=strokes, vertices=vertices, area=(0.2, 0.2))
             mask = holes.masks(uniform(holes, 200), size=(28, 28))
             perimeters.append(float(mask.diff(dim=2).abs().sum() + mask.diff(dim=3).abs().sum()))
         assert min(perimeters[1:]) > 1.2 * perimeters[0]
 
     def test_holes_of_stacked_clients_are_those_of_each(self):
-        holes = Holes()
+        holes = InpaintingMask()
         x, u = torch.rand(3, 5, 2, 8, 8), uniform(holes, 15).view(3, 5, -1)
         stacked = torch.vmap(holes.make)(x, torch.zeros(3, 5), u)
         torch.testing.assert_close(stacked, torch.stack([holes.make(*own) for own in zip(x, torch.zeros(3, 5), u)]))
 
     def test_the_condition_hides_the_hole_and_nothing_else(self):
-        holes = Holes()
+        holes = InpaintingMask()
         x = torch.rand(6, 3, 8, 8) + 1
         condition = holes.make(x, torch.zeros(6), uniform(holes, 6))
         mask = condition[:, 3:]
         torch.testing.assert_close(condition[:, :3], x * (1 - mask))
 
     def test_the_term_is_the_weighted_mean_difference_in_the_hole(self):
-        holes, x = Holes(weight=3.0), torch.zeros(2, 2, 4, 4)
+        holes, x = InpaintingMask(weight=3.0), torch.zeros(2, 2, 4, 4)
         mask = torch.zeros(2, 1, 4, 4)
         mask[0, 0, :2] = 1
         fake = torch.full_like(x, 0.5)
         fake[0, 1] = -1.0
         fake.requires_grad_()
-        (term,) = holes.terms(fake, x, masked(x, mask)).values()
+        (term,) = holes.extra_losses(fake, x, masked(x, mask)).values()
         assert term.item() == pytest.approx(3 * (0.5 + 1) / 2)
         (gradient,) = torch.autograd.grad(term, [fake])
         assert torch.equal((gradient != 0).float(), mask.expand(-1, 2, -1, -1))
-        assert Holes(weight=0).terms(fake, x, masked(x, mask)) == {}
+        assert InpaintingMask(weight=0).extra_losses(fake, x, masked(x, mask)) == {}
 
     @pytest.mark.parametrize(
         ("options", "words"),
@@ -156,7 +156,7 @@ class TestHoles:
     )
     def test_settings_out_of_range_are_refused(self, options, words):
         with pytest.raises(ConfigurationError, match=words):
-            Holes(**options)
+            InpaintingMask(**options)
 
 
 class TestNetworks:
@@ -167,7 +167,7 @@ class TestNetworks:
         torch.manual_seed(0)
         generator = InpaintingGenerator(side, channels, latent_dim=2, width=4, halvings=halvings, cell=cell)
         discriminator = PatchDiscriminator(side, channels, width=4, halvings=halvings)
-        holes, x = Holes(weight=0), torch.rand(4, channels, side, side) * 2 - 1
+        holes, x = InpaintingMask(weight=0), torch.rand(4, channels, side, side) * 2 - 1
         condition = holes.make(x, torch.zeros(4), uniform(holes, 4))
         made = generator(torch.randn(4, 2), condition)
         assert made.shape == x.shape
@@ -183,7 +183,7 @@ class TestNetworks:
 
     def test_known_pixels_stay_and_noise_and_mask_matter(self):
         torch.manual_seed(0)
-        generator, holes = InpaintingGenerator(8, 1, latent_dim=2, width=4).eval(), Holes()
+        generator, holes = InpaintingGenerator(8, 1, latent_dim=2, width=4).eval(), InpaintingMask()
         discriminator = PatchDiscriminator(8, 1, width=4).eval()
         x = torch.rand(4, 1, 8, 8) * 2 - 1
         condition = holes.make(x, torch.zeros(4), uniform(holes, 4))
@@ -234,7 +234,7 @@ class TestNetworks:
 
 class TestFederation:
     def test_both_executors_give_the_same_weights(self):
-        options = {"generator_optimizer": sgd, "discriminator_optimizer": sgd, "holes": Holes(weight=5)}
+        options = {"generator_optimizer": sgd, "discriminator_optimizer": sgd, "holes": InpaintingMask(weight=5)}
         one, other = (
             updates(executor, digits_gan(**options), few_digits(batch_size=4), work=LocalWork(steps=3))
             for executor in (VectorizedExecutor(), SequentialExecutor())
@@ -245,7 +245,7 @@ class TestFederation:
     def test_a_short_federation_completes_better_than_the_untrained_generator(self):
         data, metric = few_digits(batch_size=16), Completion(features=PixelFeatures(), num_images=100)
         facts = metric.prepare(data, device=CPU)
-        gan = digits_gan(holes=Holes(weight=10), generator_optimizer=fast)
+        gan = digits_gan(holes=InpaintingMask(weight=10), generator_optimizer=fast)
         before = metric.inspect(gan)
         shown = CompletionPictures(every_n_rounds=1, columns=4, rows=2)
         federate(gan, data, shown, rounds=2, local_steps=10, optimizer_state="average")
@@ -274,7 +274,7 @@ class TestMetrics:
         assert perfect["fid"] == pytest.approx(facts["completion_fid_floor"])
         assert facts["completion_fid_floor"] < facts["completion_fid_mean_fill"]
         assert facts["completion_l1_mean_fill"] == pytest.approx(
-            metric.scores(fills.mean_fill(holed[:, :1], mask))["l1"]
+            metric.scores(inpainting_baselines.mean_fill(holed[:, :1], mask))["l1"]
         )
 
     def test_similarity_of_large_pictures_is_torchmetrics_with_the_published_window(self):
@@ -291,9 +291,9 @@ class TestMetrics:
         picture = torch.arange(16.0).view(1, 1, 4, 4)
         mask = torch.zeros(1, 1, 4, 4)
         mask[..., 0] = 1
-        assert fills.mean_fill(picture, mask)[0, 0, :, 0].tolist() == [8.0] * 4
-        assert fills.nearest_fill(picture, mask)[0, 0, :, 0].tolist() == [1.0, 5.0, 9.0, 13.0]
-        for fill in (fills.mean_fill, fills.nearest_fill):
+        assert inpainting_baselines.mean_fill(picture, mask)[0, 0, :, 0].tolist() == [8.0] * 4
+        assert inpainting_baselines.nearest_fill(picture, mask)[0, 0, :, 0].tolist() == [1.0, 5.0, 9.0, 13.0]
+        for fill in (inpainting_baselines.mean_fill, inpainting_baselines.nearest_fill):
             assert torch.equal(fill(picture, mask)[..., 1:], picture[..., 1:])
             assert torch.equal(fill(picture * (1 - mask), mask), fill(picture, mask)), "what is hidden is not read"
 
@@ -313,7 +313,7 @@ class TestMetrics:
         for channels in (1, 3):
             picture, mask = torch.full((2, channels, 8, 8), 0.5), torch.zeros(2, 1, 8, 8)
             mask[..., 2:5, 2:5] = 1
-            filled = fills.telea_fill(picture * (1 - mask), mask)
+            filled = inpainting_baselines.telea_fill(picture * (1 - mask), mask)
             known = (mask == 0).expand_as(picture)
             torch.testing.assert_close(filled[known], picture[known], atol=0.5 / 127.5, rtol=0)
             # Of 255 levels OpenCV 4 is off by one, OpenCV 5 by two: they weigh neighbours in other precisions.
@@ -321,7 +321,9 @@ class TestMetrics:
             assert (picture * (1 - mask))[~known].eq(0).all(), "what it was given"
 
     def test_other_models_data_and_numbers_are_refused(self):
-        with pytest.raises(ConfigurationError, match="whose condition is Holes; received GAN with condition NoneType"):
+        with pytest.raises(
+            ConfigurationError, match="whose condition is InpaintingMask; received GAN with condition NoneType"
+        ):
             Completion().inspect(ring_gan())
         with pytest.raises(ConfigurationError, match=r"pictures are completed; received samples of shape \[2\]"):
             Completion().prepare(ring_data(), device=CPU)
@@ -336,7 +338,7 @@ def write(folder, name: str, side: int = 8, *, value: int = 255) -> None:
 
 class TestDefaults:
     def test_completed_pictures_are_measured_unless_somebody_says_otherwise(self, tmp_path):
-        holes = Holes(area=(0.2, 0.3))
+        holes = InpaintingMask(area=(0.2, 0.3))
         evaluation = Evaluation(num_samples=20)
         federate(digits_gan(holes=holes), few_digits(batch_size=16), evaluation, rounds=1, local_steps=1)
         assert [type(metric) for metric in evaluation.metrics] == [Completion]

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedgan_lightning.federation.ledger import bytes_by_network
+from fedgan_lightning.federation.costs import bytes_by_network
 from fedgan_lightning.federation.rounds import norms
 from fedgan_lightning.packing import Layout, Packed, is_finite, unstack
 

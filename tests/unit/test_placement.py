@@ -26,7 +26,7 @@ from fedgan_lightning import (
     interpolate,
     project,
 )
-from fedgan_lightning.federation import cohort, local, optimizer_state
+from fedgan_lightning.federation import local, optimizer_state, vectorized_trainer
 from fedgan_lightning.federation.aggregation import Sums
 from fedgan_lightning.federation.drift import Drift
 from fedgan_lightning.federation.round_trainer import ResidentStrategy
@@ -160,7 +160,7 @@ class TestDraws:
             seen.append(device)
             return isolated_rng(seed, device=device)
 
-        for module in (local, cohort):
+        for module in (local, vectorized_trainer):
             monkeypatch.setattr(module, "isolated_rng", noting)
         federate(ring_gan(), ring_data(), rounds=1, local_steps=1, executor=executor())
         assert set(seen) == {CPU}
@@ -267,7 +267,7 @@ class TestNothingIsRoundedAway:
         logits = torch.full((16, 1), 1.125, dtype=dtype)
         for _ in range(500):
             augment.adapt(logits, num_images=16)
-            anchor.follow(logits, logits)
+            anchor.update_(logits, logits)
         assert float(augment.probability) == pytest.approx(0.58, abs=1e-4)
         assert float(anchor.real) == pytest.approx(1.125, abs=1e-3)
 

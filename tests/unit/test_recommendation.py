@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from fedgan_lightning import (
     GAN,
     R1,
+    CFGANCondition,
     CFGANDiscriminator,
     CFGANGenerator,
     FederatedDataModule,
     Interactions,
     Natural,
     NonSaturating,
-    Purchases,
     RankingQuality,
     Recommendations,
     SequentialExecutor,
@@ -56,7 +56,7 @@ def gan(items: int = ITEMS, **options) -> GAN:
     torch.manual_seed(0)
     options = {"generator_optimizer": adam, "discriminator_optimizer": adam, **options}
     pair = CFGANGenerator(items, hidden=(16,)), CFGANDiscriminator(items, hidden=(8,))
-    return GAN(*pair, condition=Purchases(items), **options)
+    return GAN(*pair, condition=CFGANCondition(items), **options)
 
 
 def write(path, rows, header="userId,movieId,rating,timestamp"):
@@ -116,7 +116,7 @@ class TestSource:
         assert len(names) == ITEMS
         (tmp_path / "items.json").write_text(json.dumps(names))
         given = source(items=str(tmp_path / "items.json"))
-        assert given.agreed
+        assert given.has_shared_metadata
         assert given.items == names
         assert torch.equal(given.load("train").x, found), "the same users, and the same held out"
         (tmp_path / "items.json").write_text(json.dumps(names[::-1]))
@@ -258,7 +258,7 @@ class TestSource:
         assert len(set(train.columns["genre"])) >= 15
 
 
-def drawn(condition: Purchases, x: torch.Tensor, seed: int = 0) -> torch.Tensor:
+def drawn(condition: CFGANCondition, x: torch.Tensor, seed: int = 0) -> torch.Tensor:
     u = torch.rand(len(x), condition.num_random, generator=torch.Generator().manual_seed(seed))
     return condition.make(x, torch.zeros(len(x), dtype=torch.int64), u)
 
@@ -269,7 +269,7 @@ X = (torch.rand(64, ITEMS, generator=torch.Generator().manual_seed(1)) < 0.2).fl
 class TestCondition:
     def test_masks_hold_items_that_were_not_bought_with_the_ratios_chance(self):
         x = X.repeat(40, 1)
-        c = drawn(Purchases(ITEMS, partial_masking=0.3, zero_reconstruction=0.8), x)
+        c = drawn(CFGANCondition(ITEMS, partial_masking=0.3, zero_reconstruction=0.8), x)
         assert c.shape == (len(x), 3, ITEMS)
         assert torch.equal(c[:, 0], x)
         assert not bool((c[:, 1:] * x[:, None]).any())
@@ -280,25 +280,25 @@ class TestCondition:
         assert float(both) == pytest.approx(0.24, abs=0.01), "drawn independently"
 
     def test_ratio_0_switches_a_part_off_and_u_1_draws_nothing(self):
-        off = drawn(Purchases(ITEMS, partial_masking=0, zero_reconstruction=0), X)
+        off = drawn(CFGANCondition(ITEMS, partial_masking=0, zero_reconstruction=0), X)
         assert not bool(off[:, 1:].any())
-        assert Purchases(ITEMS, zero_reconstruction=0).terms(X, X, off) == {}
-        full = Purchases(ITEMS, partial_masking=1, zero_reconstruction=1)
+        assert CFGANCondition(ITEMS, zero_reconstruction=0).extra_losses(X, X, off) == {}
+        full = CFGANCondition(ITEMS, partial_masking=1, zero_reconstruction=1)
         nothing = full.make(X, torch.zeros(64), torch.ones(64, 2 * ITEMS))
         assert not bool(nothing[:, 1:].any())
         assert torch.equal(drawn(full, X)[:, 1], 1 - X)
 
     def test_zero_reconstruction_in_closed_form(self):
-        condition = Purchases(4, alpha=0.5)
+        condition = CFGANCondition(4, alpha=0.5)
         x = torch.tensor([[1.0, 0, 0, 0], [0, 0, 1.0, 0]])
         c = torch.stack([x, torch.zeros(2, 4), torch.tensor([[0, 1.0, 1, 0], [1.0, 0, 0, 0]])], dim=1)
         fake = torch.tensor([[0.9, 0.5, 0.25, 0.7], [0.1, 0.3, 0.2, 0.6]])
-        found = condition.terms(fake, x, c)
+        found = condition.extra_losses(fake, x, c)
         expected = 0.5 * ((0.25 + 0.0625) + 0.01) / 2
         assert float(found["zero_reconstruction"]) == pytest.approx(expected)
 
     def test_it_maps_over_stacked_clients(self):
-        condition = Purchases(ITEMS)
+        condition = CFGANCondition(ITEMS)
         x, u = X.view(4, 16, ITEMS), torch.rand(4, 16, 2 * ITEMS)
         y = torch.zeros(4, 16)
         mapped = torch.vmap(condition.make)(x, y, u)
@@ -307,7 +307,7 @@ class TestCondition:
         fake = torch.rand(4, 16, ITEMS)
         terms = torch.vmap(condition.terms)(fake, x, mapped)["zero_reconstruction"]
         for own, *arguments in zip(terms, fake, x, mapped):
-            torch.testing.assert_close(own, condition.terms(*arguments)["zero_reconstruction"])
+            torch.testing.assert_close(own, condition.extra_losses(*arguments)["zero_reconstruction"])
 
     @pytest.mark.parametrize(
         ("options", "words"),
@@ -319,16 +319,16 @@ class TestCondition:
     )
     def test_bad_numbers(self, options, words):
         with pytest.raises(ConfigurationError, match=words):
-            Purchases(ITEMS, **options)
+            CFGANCondition(ITEMS, **options)
 
     def test_another_number_of_items_is_refused_before_training(self):
-        for own in (Purchases(29), Purchases(31)):
+        for own in (CFGANCondition(29), CFGANCondition(31)):
             model = gan()
             model.condition = own
             with pytest.raises(ConfigurationError, match="number of items of the data; received samples of 30 items"):
                 model.check_data((ITEMS,), 0)
         model = gan(12)
-        model.condition = Purchases(ITEMS)
+        model.condition = CFGANCondition(ITEMS)
         with pytest.raises(ConfigurationError, match="the generator accepts latents .* and conditions"):
             model.check_data((ITEMS,), 0)
 
@@ -340,7 +340,7 @@ def gradients(network) -> dict[str, float]:
 class TestNetworks:
     def test_shapes_and_range(self):
         generator, discriminator = CFGANGenerator(ITEMS, hidden=(9, 7)), CFGANDiscriminator(ITEMS, hidden=(5,))
-        c = drawn(Purchases(ITEMS), X)
+        c = drawn(CFGANCondition(ITEMS), X)
         wanted = generator(torch.zeros(64, 0), c)
         assert wanted.shape == (64, ITEMS)
         assert bool(((wanted > 0) & (wanted < 1)).all())
@@ -350,12 +350,12 @@ class TestNetworks:
 
     def test_noise_changes_the_answer_where_there_is_some(self):
         generator = CFGANGenerator(ITEMS, latent_dim=3)
-        c = drawn(Purchases(ITEMS), X)
+        c = drawn(CFGANCondition(ITEMS), X)
         assert not torch.equal(generator(torch.zeros(64, 3), c), generator(torch.ones(64, 3), c))
 
     def test_the_discriminator_sees_bought_and_masked_items_only(self):
         discriminator = CFGANDiscriminator(ITEMS)
-        c = drawn(Purchases(ITEMS, partial_masking=0.5), X)
+        c = drawn(CFGANCondition(ITEMS, partial_masking=0.5), X)
         x = torch.rand(64, ITEMS, requires_grad=True)
         (seen,) = torch.autograd.grad(discriminator(x, c).sum(), x)
         visible = c[:, 0] + c[:, 1]
@@ -366,10 +366,10 @@ class TestNetworks:
     def test_the_adversarial_term_reaches_every_parameter_of_the_generator(self, alpha):
         torch.manual_seed(0)
         generator, discriminator = CFGANGenerator(ITEMS, hidden=(16,)), CFGANDiscriminator(ITEMS, hidden=(8,))
-        condition = Purchases(ITEMS, alpha=alpha)
+        condition = CFGANCondition(ITEMS, alpha=alpha)
         c = drawn(condition, X)
         fake = generator(torch.zeros(64, 0), c)
-        terms = condition.terms(fake, X, c)
+        terms = condition.extra_losses(fake, X, c)
         assert bool(terms) == (alpha > 0)
         adversarial = NonSaturating().generator(discriminator(fake, c))
         adversarial.backward()
@@ -379,10 +379,10 @@ class TestNetworks:
     def test_each_loss_term_reaches_every_parameter(self):
         torch.manual_seed(0)
         generator, discriminator = CFGANGenerator(ITEMS, hidden=(16,)), CFGANDiscriminator(ITEMS, hidden=(8,))
-        condition = Purchases(ITEMS)
+        condition = CFGANCondition(ITEMS)
         c = drawn(condition, X)
         fake = generator(torch.zeros(64, 0), c)
-        condition.terms(fake, X, c)["zero_reconstruction"].backward()
+        condition.extra_losses(fake, X, c)["zero_reconstruction"].backward()
         assert min(gradients(generator).values()) > 0
         NonSaturating().discriminator(discriminator(X, c), discriminator(fake.detach(), c)).backward()
         assert min(gradients(discriminator).values()) > 0

@@ -1,4 +1,4 @@
-"""Round rules and screening: who is asked, who is let in, when a round counts, and what a failing client changes."""
+"""Round rules and validation: who is asked, who is let in, when a round counts, and what a failing client changes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from fedgan_lightning import (
     Krum,
     PoissonSampling,
     RoundRules,
-    Screening,
     SelectedClients,
     SequentialExecutor,
+    UpdateValidator,
     VectorizedExecutor,
 )
 from fedgan_lightning.errors import ConfigurationError, QuorumError, UpdateError
@@ -50,7 +50,7 @@ def weights(result):
     return result[0].model.state_dict()
 
 
-# ---------------------------------------------------------------------- screening
+# ---------------------------------------------------------------------- validation
 
 
 def update(**changes) -> ClientUpdate:
@@ -64,7 +64,7 @@ def checked(own: ClientUpdate) -> None:
     check_size(who, own.num_examples, size=max(10, own.num_examples))
     delta, extras = schema.fitted(who, own.delta, own.extras, known={})
     schema.check(who, delta, extras, known={}, steps=(0, 100))
-    Screening(max_norm=10.0, max_examples=100).check(own)
+    UpdateValidator(max_norm=10.0, max_examples=100).check(own)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_what_cannot_be_right_is_refused_with_client_and_reason(changes, reason)
 
 def test_what_clients_send_is_what_the_server_expects():
     for optimizer in (sgd, adam):
-        result = run(optimizer=optimizer, screening=Screening())
+        result = run(optimizer=optimizer, validator=UpdateValidator())
         assert_states_equal(weights(result), weights(run(optimizer=optimizer)))
         assert result[1].ledger.events == {}
 
@@ -99,7 +99,11 @@ def test_what_clients_send_is_what_the_server_expects():
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_failing_client_changes_nothing_for_the_others(fault):
     """The result is that of a run without it."""
-    broken = run(executor=faulty(always={1: fault}), rules=RoundRules(minimum=0.5), screening=Screening(max_norm=100.0))
+    broken = run(
+        executor=faulty(always={1: fault}),
+        rules=RoundRules(min_report_fraction=0.5),
+        validator=UpdateValidator(max_norm=100.0),
+    )
     without = run(clients=SelectedClients([0, 2, 3]))
     assert_states_equal(weights(broken), weights(without))
     events, kind = broken[1].ledger.events, "failed" if fault in ("crash", "hang", "slow") else "rejected"
@@ -113,7 +117,7 @@ def test_a_failing_client_changes_nothing_for_the_others(fault):
 
 def test_a_client_that_answers_twice_counts_once_in_every_executor():
     for make in (SequentialExecutor, VectorizedExecutor):
-        result = run(executor=faulty(make(), always={1: "twice"}), screening=Screening())
+        result = run(executor=faulty(make(), always={1: "twice"}), validator=UpdateValidator())
         assert_states_equal(weights(result), weights(run(executor=make())))
         assert result[1].ledger.events == {"rejected": 3}
         assert result[1].ledger.client_steps == 3 * 4 * 2
@@ -124,9 +128,9 @@ def test_a_client_that_answers_twice_counts_once_in_every_executor():
 @pytest.mark.parametrize("optimizer", [adam, sgd], ids=["moments", "no moments"])
 @pytest.mark.parametrize("fault", ["wrong_size", "wrong_counts", "wrong_moments"])
 def test_claims_are_not_believed_in_any_executor(fault, optimizer):
-    """The others' result is that of a run without the liar; without screening the run ends with its name."""
+    """The others' result is that of a run without the liar; without a validator the run ends with its name."""
     for make in (SequentialExecutor, VectorizedExecutor):
-        options = {"optimizer": optimizer, "rules": RoundRules(minimum=0.5), "screening": Screening()}
+        options = {"optimizer": optimizer, "rules": RoundRules(min_report_fraction=0.5), "validator": UpdateValidator()}
         broken = run(executor=faulty(make(), always={1: fault}), **options)
         without = run(executor=make(), clients=SelectedClients([0, 2, 3]), optimizer=optimizer)
         assert_states_equal(weights(broken), weights(without), atol=0 if make is SequentialExecutor else 1e-6)
@@ -161,11 +165,11 @@ def test_without_screening_an_update_that_cannot_be_right_ends_the_run():
 
 
 def test_late_updates_count_at_a_discount():
-    rules = {"minimum": 0.5, "late": "discount"}
+    rules = {"min_report_fraction": 0.5, "stale_updates": "discount"}
     half, tenth = (
         run(rounds=2, executor=faulty(always={1: "slow"}), rules=RoundRules(discount=d, **rules)) for d in (0.5, 0.1)
     )
-    dropped = run(rounds=2, executor=faulty(always={1: "slow"}), rules=RoundRules(minimum=0.5))
+    dropped = run(rounds=2, executor=faulty(always={1: "slow"}), rules=RoundRules(min_report_fraction=0.5))
 
     def distance(result):
         return math.sqrt(sum(float((weights(result)[n] - v).square().sum()) for n, v in weights(dropped).items()))
@@ -184,7 +188,10 @@ def test_the_discount_is_a_factor_on_the_weight():
 
 def test_clients_with_enough_strikes_are_not_asked_any_more():
     _, orchestrator, _ = run(
-        rounds=5, executor=faulty(always={2: "nan"}), rules=RoundRules(minimum=0.5), screening=Screening(strikes=2)
+        rounds=5,
+        executor=faulty(always={2: "nan"}),
+        rules=RoundRules(min_report_fraction=0.5),
+        validator=UpdateValidator(strikes=2),
     )
     assert orchestrator.ledger.events == {"rejected": 2}
     assert orchestrator.ledger.client_runs == 4 + 4 + 3 + 3 + 3
@@ -208,7 +215,7 @@ def test_a_round_without_enough_answers_is_abandoned_and_tried_with_a_new_cohort
         num_clients=8,
         executor=executor,
         clients=FractionOfClients(0.5),
-        rules=RoundRules(minimum=0.75, attempts=None),
+        rules=RoundRules(min_report_fraction=0.75, max_attempts=None),
     )
     abandoned = result[1].ledger.events["abandoned"]
     assert abandoned >= 1
@@ -224,9 +231,9 @@ def test_an_abandoned_round_leaves_no_trace_in_client_state():
     options = {"sync": {"discriminator": "local"}, "rounds": 3}
     shaky = faulty(always={3: "crash"})
     with pytest.raises(QuorumError):
-        run(executor=shaky, rules=RoundRules(minimum=1.0, attempts=2), **options)
+        run(executor=shaky, rules=RoundRules(min_report_fraction=1.0, max_attempts=2), **options)
     rates = {"crash": 0.4}
-    result = run(executor=faulty(**rates), rules=RoundRules(minimum=1.0, attempts=None), **options)
+    result = run(executor=faulty(**rates), rules=RoundRules(min_report_fraction=1.0, max_attempts=None), **options)
     assert result[1].ledger.events["abandoned"] >= 1
     # Every client trained three times for good: its private optimizer says so, whatever was tried in between.
     for client_id in range(4):
@@ -237,8 +244,8 @@ def test_an_abandoned_round_leaves_no_trace_in_client_state():
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_client_that_is_not_let_in_keeps_its_private_state(fault):
     """Its round did not happen: neither in the average nor in its discriminator and moments."""
-    rules, screening = RoundRules(minimum=0.5), Screening(max_norm=100.0)
-    options = {"sync": {"discriminator": "local"}, "optimizer": adam, "rules": rules, "screening": screening}
+    rules, validator = RoundRules(min_report_fraction=0.5), UpdateValidator(max_norm=100.0)
+    options = {"sync": {"discriminator": "local"}, "optimizer": adam, "rules": rules, "validator": validator}
     result = run(executor=faulty(always={1: fault}), **options)
     assert result[1].store.read(1) == {}
     assert all(result[1].store.read(client_id) for client_id in (0, 2, 3))
@@ -255,14 +262,14 @@ def test_a_late_update_that_is_refused_does_not_close_the_door_to_this_rounds():
                     yield dataclasses.replace(own, round=own.round - 1, delta=nans)
                 yield own
 
-    late = RoundRules(late="discount")
-    result = run(executor=LateAndBad(), rules=late, screening=Screening())
+    late = RoundRules(stale_updates="discount")
+    result = run(executor=LateAndBad(), rules=late, validator=UpdateValidator())
     assert result[1].ledger.events == {"rejected": 2}
     assert_states_equal(weights(result), weights(run(rules=late)))
 
 
-@pytest.mark.parametrize("screening", [None, Screening()], ids=["unscreened", "screened"])
-def test_a_late_failure_does_not_close_the_door_to_this_rounds_answer(screening):
+@pytest.mark.parametrize("validator", [None, UpdateValidator()], ids=["plain", "validated"])
+def test_a_late_failure_does_not_close_the_door_to_this_rounds_answer(validator):
     class LateFailure(SequentialExecutor):
         """Client 1 answers every round, after news that it failed the round before."""
 
@@ -272,7 +279,7 @@ def test_a_late_failure_does_not_close_the_door_to_this_rounds_answer(screening)
                     yield ClientFailure(1, own.round - 1, stage="reply", cause="an error, at last")
                 yield own
 
-    options = {"sync": {"discriminator": "local"}, "screening": screening}
+    options = {"sync": {"discriminator": "local"}, "validator": validator}
     result = run(executor=LateFailure(), **options)
     assert result[1].ledger.events == {"failed": 2}
     assert_states_equal(weights(result), weights(run(**options)))
@@ -286,8 +293,8 @@ def test_an_answer_that_claims_the_round_before_keeps_no_private_state(late):
             for own in super().run(tasks):
                 yield dataclasses.replace(own, round=own.round - 1) if own.client_id == 1 else own
 
-    rules = RoundRules(minimum=0.5, late=late)
-    result = run(executor=Claiming(), rules=rules, sync={"discriminator": "local"}, screening=Screening())
+    rules = RoundRules(min_report_fraction=0.5, stale_updates=late)
+    result = run(executor=Claiming(), rules=rules, sync={"discriminator": "local"}, validator=UpdateValidator())
     assert result[1].ledger.events == {"late": 3}
     assert result[1].store.read(1) == {}
     assert result[1].store.read(0)
@@ -295,13 +302,17 @@ def test_an_answer_that_claims_the_round_before_keeps_no_private_state(late):
 
 def test_a_lost_quorum_ends_the_run_with_a_named_error():
     with pytest.raises(QuorumError, match=r"needs 100% of its cohort; received fewer in each of 3 tries of round 0"):
-        run(executor=faulty(always={0: "hang"}), rules=RoundRules(attempts=3))
+        run(executor=faulty(always={0: "hang"}), rules=RoundRules(max_attempts=3))
 
 
 def test_a_run_of_which_all_clients_are_benched_ends_with_a_named_error():
     """It would otherwise come to its end with untrained weights."""
     with pytest.raises(QuorumError, match=r"left to be asked; received 0: 2 updates or more of clients \[0, 1, 2, 3\]"):
-        run(rounds=9, screening=Screening(max_norm=1e-9, strikes=2), rules=RoundRules(minimum=0.25, attempts=20))
+        run(
+            rounds=9,
+            validator=UpdateValidator(max_norm=1e-9, strikes=2),
+            rules=RoundRules(min_report_fraction=0.25, max_attempts=20),
+        )
 
 
 def test_a_cohort_of_fewer_than_a_robust_rule_needs_is_filled_up():
@@ -314,7 +325,7 @@ def test_a_cohort_of_fewer_than_a_robust_rule_needs_is_filled_up():
             sizes.append(len({task.client_id for task in listed}))
             yield from super().run(listed)
 
-    options = {"clients": PoissonSampling(0.7), "aggregator": Krum(num_bad=1), "rules": RoundRules(attempts=1)}
+    options = {"clients": PoissonSampling(0.7), "aggregator": Krum(num_bad=1), "rules": RoundRules(max_attempts=1)}
     result = run(num_clients=8, rounds=9, executor=Counting(), **options)
     assert result[2].global_step == 9
     drawn = [len(PoissonSampling(0.7).sample(num_clients=8, round=r, seed=0)) for r in range(9)]
@@ -323,7 +334,7 @@ def test_a_cohort_of_fewer_than_a_robust_rule_needs_is_filled_up():
 
 
 def invitations(sampler, *, strikes, **options) -> Invitations:
-    how = {"num_clients": 3, "rules": RoundRules(), "screening": Screening(strikes=1), "seed": 0, **options}
+    how = {"num_clients": 3, "rules": RoundRules(), "validator": UpdateValidator(strikes=1), "seed": 0, **options}
     return Invitations(sampler, strikes=strikes, **how)
 
 
@@ -362,13 +373,13 @@ def test_a_sampler_that_names_one_client_alone_asks_another_when_that_one_is_ben
 
 
 def test_a_robust_rule_that_benching_left_with_too_few_says_whom_it_benched():
-    options = {"executor": faulty(always={0: "nan"}), "screening": Screening(strikes=1)}
+    options = {"executor": faulty(always={0: "nan"}), "validator": UpdateValidator(strikes=1)}
     with pytest.raises(QuorumError, match=r"at least 5 clients .* received 4: 1 updates or more of clients \[0\]"):
-        run(num_clients=5, rounds=4, aggregator=Krum(num_bad=1), rules=RoundRules(minimum=0.8), **options)
+        run(num_clients=5, rounds=4, aggregator=Krum(num_bad=1), rules=RoundRules(min_report_fraction=0.8), **options)
 
 
 def test_a_quorum_that_a_robust_rule_asks_for_is_named():
-    options = {"executor": faulty(always={0: "hang"}), "rules": RoundRules(minimum=0.5, attempts=2)}
+    options = {"executor": faulty(always={0: "hang"}), "rules": RoundRules(min_report_fraction=0.5, max_attempts=2)}
     with pytest.raises(QuorumError, match="50% of its cohort, and Krum 5 updates; received fewer"):
         run(num_clients=5, aggregator=Krum(num_bad=1), **options)
 
@@ -390,7 +401,7 @@ def test_tries_of_a_round_are_apart(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(conduct, "time", clock)
     with pytest.raises(QuorumError):
-        run(executor=faulty(always={0: "hang"}), rules=RoundRules(attempts=3, pause=60.0))
+        run(executor=faulty(always={0: "hang"}), rules=RoundRules(max_attempts=3, retry_delay_seconds=60.0))
     assert clock.now == pytest.approx(120.0), "between tries, and not after the last"
 
 
@@ -402,13 +413,15 @@ def test_a_value_that_some_clients_reported_is_their_mean():
 
 @pytest.mark.parametrize("rule", [Krum(), CoordinateMedian()], ids=lambda own: type(own).__name__)
 def test_a_discount_is_refused_where_all_updates_are_alike(rule):
-    with pytest.raises(ConfigurationError, match="late=discount with .*, which treats all alike. Fix: set rules.late"):
-        FederatedOrchestrator(rounds=1, local_steps=1, aggregator=rule, rules=RoundRules(late="discount"))
+    with pytest.raises(
+        ConfigurationError, match="stale_updates=discount with .*, which treats all alike. Fix: set rules.stale_updates"
+    ):
+        FederatedOrchestrator(rounds=1, local_steps=1, aggregator=rule, rules=RoundRules(stale_updates="discount"))
 
 
 def test_a_late_update_at_full_weight_is_still_late():
     """It counts in the average, and not toward the goal."""
-    rules = RoundRules(minimum=0.5, late="discount", discount=1.0)
+    rules = RoundRules(min_report_fraction=0.5, stale_updates="discount", discount=1.0)
     _, orchestrator, _ = run(rounds=3, executor=faulty(always={1: "slow"}), rules=rules)
     assert orchestrator.ledger.events == {"failed": 3, "late": 2}
     assert orchestrator.ledger.client_runs == 3 * 3 + 2
@@ -421,7 +434,7 @@ def test_metrics_that_are_no_numbers_are_refused_and_end_nothing():
                 odd = {"schedule/0": math.nan, "steps": math.inf} if own.client_id == 2 else {}
                 yield dataclasses.replace(own, metrics={**own.metrics, **odd})
 
-    _, orchestrator, _ = run(executor=Odd(), rules=RoundRules(minimum=0.5), screening=Screening())
+    _, orchestrator, _ = run(executor=Odd(), rules=RoundRules(min_report_fraction=0.5), validator=UpdateValidator())
     assert orchestrator.ledger.events == {"rejected": 3}
     assert "metric steps is not finite" in orchestrator.ledger.incidents[0]["reason"]
 
@@ -471,7 +484,7 @@ def test_faults_are_a_function_of_the_seed_and_the_same_in_both_executors():
     rates = dict.fromkeys(FAULTS, 0.05)
     options = {
         "rounds": 6, "num_clients": 8, "optimizer": sgd,
-        "rules": RoundRules(minimum=0.25, attempts=None), "screening": Screening(max_norm=100.0),
+        "rules": RoundRules(min_report_fraction=0.25, max_attempts=None), "validator": UpdateValidator(max_norm=100.0),
     }  # fmt: skip
     first, again, stacked, other = (
         run(executor=faulty(executor, **rates), seed=seed, **options)
@@ -492,8 +505,8 @@ def test_faults_are_a_function_of_the_seed_and_the_same_in_both_executors():
 def test_a_resumed_run_meets_the_same_faults(tmp_path):
     """Late updates and strikes ride in the checkpoint."""
     options = {
-        "rules": RoundRules(minimum=0.25, late="discount", attempts=None),
-        "screening": Screening(strikes=3, max_norm=100.0), "local_steps": 2,
+        "rules": RoundRules(min_report_fraction=0.25, stale_updates="discount", max_attempts=None),
+        "validator": UpdateValidator(strikes=3, max_norm=100.0), "local_steps": 2,
     }  # fmt: skip
     rates = {"slow": 0.4, "nan": 0.2}
 
@@ -533,7 +546,7 @@ def test_events_are_in_the_metrics_and_the_summary():
     executor = faulty(always={1: "nan", 2: "crash"})
     _, orchestrator, _ = federate(
         ring_gan(optimizer=sgd), data, Callback(), rounds=2, local_steps=1, executor=executor,
-        rules=RoundRules(minimum=0.5), screening=Screening(),
+        rules=RoundRules(min_report_fraction=0.5), validator=UpdateValidator(),
     )  # fmt: skip
     assert [(own["round/rejected"], own["round/failed"]) for own in seen] == [(1, 1), (1, 1)]
     assert [own["round/clients"] for own in seen] == [2, 2], "those whose updates were let in"
@@ -549,15 +562,15 @@ def test_faults_and_rules_that_cannot_be_are_refused():
         lambda: faulty(nan=-0.1),
         lambda: faulty(always={1: "sneeze"}),
         lambda: RoundRules(over_selection=0.9),
-        lambda: RoundRules(minimum=0.0),
+        lambda: RoundRules(min_report_fraction=0.0),
         lambda: RoundRules(timeout=0.0),
-        lambda: RoundRules(late="keep"),
+        lambda: RoundRules(stale_updates="keep"),
         lambda: RoundRules(discount=0.0),
-        lambda: RoundRules(attempts=0),
-        lambda: RoundRules(pause=-1.0),
-        lambda: Screening(max_norm=0.0),
-        lambda: Screening(max_examples=0),
-        lambda: Screening(strikes=0),
+        lambda: RoundRules(max_attempts=0),
+        lambda: RoundRules(retry_delay_seconds=-1.0),
+        lambda: UpdateValidator(max_norm=0.0),
+        lambda: UpdateValidator(max_examples=0),
+        lambda: UpdateValidator(strikes=0),
     ):
         with pytest.raises(ConfigurationError, match="Fix:"):
             make()

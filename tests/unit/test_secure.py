@@ -18,15 +18,15 @@ from fedgan_lightning import (
     Krum,
     Participant,
     RoundRules,
-    Screening,
     SecureAggregation,
     SequentialExecutor,
     TrimmedMean,
     UpdateSum,
+    UpdateValidator,
     WeightedMean,
 )
 from fedgan_lightning.errors import ConfigurationError, UpdateError
-from fedgan_lightning.evaluation.breakdown import ClientDistances
+from fedgan_lightning.evaluation.per_class import ClientDistances
 from fedgan_lightning.federation.secure import Ring, Summand, sizes_of
 from fedgan_lightning.protocol import ClientFailure, ClientUpdate
 from tests.conftest import assert_states_equal, digits_data, federate, finish, ring_data, ring_gan
@@ -162,8 +162,11 @@ def test_the_threshold_is_always_more_than_half_and_three():
         ({"aggregator": CoordinateMedian()}, "received CoordinateMedian"),
         ({"aggregator": TrimmedMean(0.2)}, "received TrimmedMean"),
         ({"aggregator": GeometricMedian()}, "received GeometricMedian"),
-        ({"screening": Screening(max_norm=1.0)}, "received a screening of updates. Fix: take it out"),
-        ({"rules": RoundRules(late="discount")}, "received rules.late=discount. Fix: set rules.late to drop"),
+        ({"validator": UpdateValidator(max_norm=1.0)}, "received a validator of updates. Fix: take it out"),
+        (
+            {"rules": RoundRules(stale_updates="discount")},
+            "received rules.stale_updates=discount. Fix: set rules.stale_updates to drop",
+        ),
         ({"rules": RoundRules(over_selection=1.5)}, "received rules.over_selection=1.5"),
     ],
 )
@@ -259,7 +262,7 @@ def test_a_federation_of_sums_is_the_federation(weighting):
 
 
 def test_clients_that_are_not_in_the_sum_are_named_and_their_round_may_count():
-    rules = RoundRules(minimum=0.75)
+    rules = RoundRules(min_report_fraction=0.75)
     _, orchestrator, _ = federate(
         ring_gan(), ring_data(), rounds=1, executor=Summing(loses_first=True), rules=rules, secure=SecureAggregation()
     )

@@ -182,7 +182,7 @@ class TestSource:
     def test_a_vocabulary_file_is_taken_as_it_is(self, tmp_path):
         (tmp_path / "v.json").write_text(json.dumps([END, UNKNOWN, "jet", "the"]))
         data = module(source=source(vocabulary=str(tmp_path / "v.json")))
-        assert data.source.agreed
+        assert data.source.has_shared_metadata
         assert data.train_samples.x.max() == 3
 
     def test_a_site_of_a_deployment_needs_the_common_file(self, tmp_path):
@@ -250,7 +250,7 @@ class TestSource:
             with pytest.raises(DataError, match=words):
                 source.load("train")
         else:
-            source = source.agree(source.load("train"), [np.arange(8)])
+            source = source.with_shared_metadata(source.load("train"), [np.arange(8)])
             assert set(source.vocabulary.words[2:]) == {"le", "caf\u00e9"}
 
     def test_folders_without_texts_and_topics_in_other_forms(self, tmp_path):
@@ -481,7 +481,7 @@ class TestStartFrom:
 
     def test_what_was_agreed_between_sites_counts_in_a_simulation_and_the_other_way_round(self, checkpoint, tmp_path):
         state = torch.load(checkpoint, weights_only=True)
-        state["SurveyedDataModule"] = state.pop("FederatedDataModule")
+        state["RemoteDataModule"] = state.pop("FederatedDataModule")
         torch.save(state, tmp_path / "deployed.ckpt")
         self.start(str(tmp_path / "deployed.ckpt"))
         with pytest.raises(CheckpointError, match="another vocabulary"):

@@ -27,13 +27,13 @@ class Source(ABC):
     Attributes:
         sample_shape: Shape of one sample, known before anything is read.
         class_names: Names of the classes; empty without labels.
-        agreed: Whether samples mean the same to all clients. Where they depend on something that the clients make
-            together, such as a vocabulary, they do after :meth:`agree`.
+        has_shared_metadata: Whether samples mean the same to all clients. Where they depend on something that the
+            clients make together, such as a vocabulary, they do after :meth:`with_shared_metadata`.
     """
 
     sample_shape: tuple[int, ...]
     class_names: tuple[str, ...] = ()
-    agreed: bool = True
+    has_shared_metadata: bool = True
 
     @property
     def num_classes(self) -> int:
@@ -51,7 +51,7 @@ class Source(ABC):
             DataError: If files are missing or do not hold what they should.
         """
 
-    def agree(self, samples: Samples, parts: Sequence[NDArray[np.int64]]) -> Source:
+    def with_shared_metadata(self, samples: Samples, parts: Sequence[NDArray[np.int64]]) -> Source:
         """Return the source as all clients use it, now that it is known who holds what.
 
         Args:
@@ -60,7 +60,7 @@ class Source(ABC):
         """
         return self
 
-    def agreement(self) -> dict[str, Any]:
+    def shared_metadata(self) -> dict[str, Any]:
         """Return, as plain values for checkpoints, what the clients agreed on; nothing for most sources."""
         return {}
 

@@ -124,17 +124,17 @@ class Interactions(Source):
         self._items = None if items is None else _read_items(Path(items), num_items)
 
     @property
-    def agreed(self) -> bool:  # type: ignore[override]
+    def has_shared_metadata(self) -> bool:  # type: ignore[override]
         """Whether the items are given, and not those of this file."""
         return self._items is not None
 
-    def agree(self, samples: Samples, parts: Sequence[Integers]) -> Source:
+    def with_shared_metadata(self, samples: Samples, parts: Sequence[Integers]) -> Source:
         """Return the source with the items of the file: clients of a simulation share it."""
-        agreed = copy.copy(self)
-        agreed._items = self.items
-        return agreed
+        completed = copy.copy(self)
+        completed._items = self.items
+        return completed
 
-    def agreement(self) -> dict[str, Any]:
+    def shared_metadata(self) -> dict[str, Any]:
         return {} if self._items is None else {"items": list(self._items)}
 
     def popularity(self) -> dict[str, int]:

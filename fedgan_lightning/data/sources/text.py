@@ -79,7 +79,7 @@ class TextFile(Source):
         self.vocabulary = None if vocabulary is None else _vocabulary_in(vocabulary)
 
     @property
-    def agreed(self) -> bool:  # type: ignore[override]
+    def has_shared_metadata(self) -> bool:  # type: ignore[override]
         """Whether there is a vocabulary."""
         return self.vocabulary is not None
 
@@ -89,7 +89,7 @@ class TextFile(Source):
         columns = {"topic": np.array([self._topic(sentence) for sentence in sentences]), "file": np.array(files)}
         return Samples(x=vocabulary.encode(sentences, length=self.max_length), columns=columns)
 
-    def agree(self, samples: Samples, parts: Sequence[NDArray[np.int64]]) -> Source:
+    def with_shared_metadata(self, samples: Samples, parts: Sequence[NDArray[np.int64]]) -> Source:
         """Return the source with the vocabulary that the clients' counts add up to."""
         spelled = _every_word(self._split("train")[0])  # the spelling of ``samples``, which only the simulation knows
         counts = summed(
@@ -108,11 +108,11 @@ class TextFile(Source):
                     fix="lower data.source.min_support",
                 )
             )
-        agreed = copy.copy(self)
-        agreed.vocabulary = Vocabulary.of(counts, max_words=self.max_words)
-        return agreed
+        completed = copy.copy(self)
+        completed.vocabulary = Vocabulary.of(counts, max_words=self.max_words)
+        return completed
 
-    def agreement(self) -> dict[str, Any]:
+    def shared_metadata(self) -> dict[str, Any]:
         return {} if self.vocabulary is None else {"vocabulary": list(self.vocabulary.words)}
 
     def _topic(self, sentence: Sentence) -> str:

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from fedgan_lightning.errors import ConfigurationError
-from fedgan_lightning.federation.agreement import disagreement, trial_context
-from fedgan_lightning.federation.cohort import CohortTrainer
 from fedgan_lightning.federation.executors.sequential import SequentialExecutor
 from fedgan_lightning.federation.executors.vectorized import StackingError, VectorizedExecutor
 from fedgan_lightning.federation.local import ClientContext
+from fedgan_lightning.federation.parity_check import disagreement, trial_context
 from fedgan_lightning.federation.ranks import first_known
 from fedgan_lightning.federation.threads import available_threads, each_with_threads
+from fedgan_lightning.federation.vectorized_trainer import VectorizedLocalTrainer
 from fedgan_lightning.federation.workload import Workload, measured_workload, stack_size
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import ClientFailure, ClientTask, ClientUpdate, Executor
@@ -30,7 +30,7 @@ PARALLEL_FLOPS = 1e9
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ExecutionMode:
     """How clients are run.
 
     Attributes:
@@ -50,7 +50,7 @@ class Plan:
         return f"executor: {way}, {threads} ({self.reason})"
 
 
-class PlannedExecutor(Executor):
+class AdaptiveExecutor(Executor):
     """Chooses between the sequential and the vectorized executor, stack size and threads, when the first round starts.
 
     The choice is said in one line and kept in checkpoints: a run that is resumed goes on with it, hence with the same
@@ -63,23 +63,23 @@ class PlannedExecutor(Executor):
     @checked(num_threads="[1, inf)")
     def __init__(self, *, num_threads: int | None = None) -> None:
         self.num_threads = num_threads
-        self.plan: Plan | None = None
+        self.plan: ExecutionMode | None = None
         self.context: ClientContext | None = None
         self._executor: VectorizedExecutor | SequentialExecutor | None = None
         self._inner_state: dict[str, Any] = {}
         self._restored: Mapping[str, Any] = {}
 
     @abstractmethod
-    def choose(self, context: ClientContext, tasks: list[ClientTask]) -> Plan:
+    def choose(self, context: ClientContext, tasks: list[ClientTask]) -> ExecutionMode:
         """Return how to run rounds like that of these tasks, of which there is at least one."""
 
-    def keep(self, plan: Plan, tasks: list[ClientTask]) -> None:
+    def keep(self, plan: ExecutionMode, tasks: list[ClientTask]) -> None:
         """Keep a plan beyond this run; nothing unless overridden."""
 
     def setup(self, context: ClientContext) -> None:
         known, self._restored = self._restored, {}
         self.context, self._executor = context, None
-        self.plan = Plan(**known["plan"]) if known else None  # an object that has run before begins anew
+        self.plan = ExecutionMode(**known["plan"]) if known else None  # an object that has run before begins anew
         self._inner_state = dict(known.get("executor", {}))
 
     def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
@@ -108,28 +108,28 @@ class PlannedExecutor(Executor):
             left = [task for task in listed if task.client_id not in answered]
             yield from each_with_threads(self.plan.num_threads, self._executor.run(left))
 
-    def _chosen(self, context: ClientContext, tasks: list[ClientTask]) -> Plan | None:
+    def _chosen(self, context: ClientContext, tasks: list[ClientTask]) -> ExecutionMode | None:
         """Return one plan for all ranks: that of the first that has clients; ``None`` where none has."""
         own, failure = None, None
         try:
             own = self.choose(context, tasks) if tasks else None
         except Exception as error:  # the others wait for this rank, and learn here that it failed
             failure = error
-        context.ranks.agree(failure)
+        context.ranks.raise_if_any_rank_failed(failure)
         known = first_known(context.ranks.exchange(None if own is None else dataclasses.asdict(own)))
-        return None if known is None else Plan(**known)
+        return None if known is None else ExecutionMode(**known)
 
     def stacking_obstacle(self, context: ClientContext, tasks: list[ClientTask]) -> str | None:
         """Return why these clients cannot be stacked, in one line, or ``None``."""
         try:
-            CohortTrainer(context)
+            VectorizedLocalTrainer(context)
         except ConfigurationError as error:
             return str(error).split(" Fix:")[0]
         reason = disagreement(context, tasks)
         self._inner_state["checked"] = reason is None and len(tasks) > 1  # once in a run is enough
         return reason
 
-    def _made(self, plan: Plan, context: ClientContext) -> VectorizedExecutor | SequentialExecutor:
+    def _made(self, plan: ExecutionMode, context: ClientContext) -> VectorizedExecutor | SequentialExecutor:
         stacked = plan.chunk_size > 1
         executor = VectorizedExecutor(chunk_size=plan.chunk_size) if stacked else SequentialExecutor()
         executor.load_state_dict(self._inner_state)
@@ -155,7 +155,7 @@ class PlannedExecutor(Executor):
         self._restored = dict(state)
 
 
-class AutoExecutor(PlannedExecutor):
+class AutoExecutor(AdaptiveExecutor):
     """Stacks clients where a step is too short for its arithmetic to take most of its time, by a fixed rule.
 
     The rule counts the floating-point operations of one local step of the first client and the memory that a stack
@@ -166,13 +166,13 @@ class AutoExecutor(PlannedExecutor):
         num_threads: Threads to use; default 1 for short steps and all cores for long ones.
     """
 
-    def choose(self, context: ClientContext, tasks: list[ClientTask]) -> Plan:
+    def choose(self, context: ClientContext, tasks: list[ClientTask]) -> ExecutionMode:
         work = measured_workload(trial_context(context), tasks[0])
         reason = self._obstacle(context, tasks, work)
         size = 1 if reason else stack_size(context, work)
         if size > 1:
             reason = f"{work.describe()}: overhead, which stacking saves"
-        return Plan(
+        return ExecutionMode(
             chunk_size=size,
             num_threads=self._threads(context, work, min(size, context.data.num_clients)),
             reason=reason or work.describe(),

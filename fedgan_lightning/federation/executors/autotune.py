@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from fedgan_lightning.federation.agreement import NOTHING_TO_COMPARE, trial_context
-from fedgan_lightning.federation.executors.auto import Plan, PlannedExecutor
-from fedgan_lightning.federation.executors.trials import Trials, Way
+from fedgan_lightning.federation.executors.auto import AdaptiveExecutor, ExecutionMode
+from fedgan_lightning.federation.executors.autotuner import Autotuner, MeasuredMode
 from fedgan_lightning.federation.local import ClientContext
+from fedgan_lightning.federation.parity_check import NOTHING_TO_COMPARE, trial_context
 from fedgan_lightning.federation.threads import available_threads
 from fedgan_lightning.files import cache_folder, write_text
 from fedgan_lightning.options import checked
@@ -34,7 +34,7 @@ WORTH_IT = 1.02
 BUSY_SECONDS = 0.1
 
 
-class AutotunedExecutor(PlannedExecutor):
+class AutotunedExecutor(AdaptiveExecutor):
     """Trains the first clients for a few steps in each way, without effect on the federation, and takes the fastest.
 
     The choice depends on what else the machine does in that second, and with it the rounding of results. It is kept,
@@ -50,21 +50,21 @@ class AutotunedExecutor(PlannedExecutor):
         super().__init__(num_threads=num_threads)
         self.cache = cache
 
-    def choose(self, context: ClientContext, tasks: list[ClientTask]) -> Plan:
+    def choose(self, context: ClientContext, tasks: list[ClientTask]) -> ExecutionMode:
         path = self._path(context, tasks)
         try:
-            return Plan(**json.loads(path.read_text()))
+            return ExecutionMode(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError):
             plan = self._measured(context, tasks)
         if plan.reason != NOTHING_TO_COMPARE:
             self._write(plan, path)
         return plan
 
-    def keep(self, plan: Plan, tasks: list[ClientTask]) -> None:
+    def keep(self, plan: ExecutionMode, tasks: list[ClientTask]) -> None:
         if self.context is not None:
             self._write(plan, self._path(self.context, tasks))
 
-    def _write(self, plan: Plan, path: Path) -> None:
+    def _write(self, plan: ExecutionMode, path: Path) -> None:
         try:
             write_text(path, json.dumps(dataclasses.asdict(plan)))
         except OSError:  # a cache that cannot be written is no reason to stop
@@ -87,11 +87,11 @@ class AutotunedExecutor(PlannedExecutor):
         facts += [tasks[0].local.steps, tasks[0].local.epochs, data.fingerprint()]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
-    def _measured(self, context: ClientContext, tasks: list[ClientTask]) -> Plan:
+    def _measured(self, context: ClientContext, tasks: list[ClientTask]) -> ExecutionMode:
         trial = trial_context(context)
         _, steps = tasks[0].local.span(round=0, steps_per_epoch=context.data.steps_per_epoch(tasks[0].client_id))
         counts = [self.num_threads] if self.num_threads else sorted({1, available_threads(context.ranks)})
-        trials = Trials(trial, tasks, steps=steps, counts=counts)
+        trials = Autotuner(trial, tasks, steps=steps, counts=counts)
         trials.alone()
         obstacle = self._obstacle(trial, tasks, seconds_per_step=min(cost.step for cost in trials.costs.values()))
         if obstacle is None:
@@ -100,7 +100,7 @@ class AutotunedExecutor(PlannedExecutor):
         seconds = trials.seconds()
         best = min(seconds, key=lambda way: seconds[way] * WORTH_IT ** ((way.chunk_size > 1) + (way.num_threads > 1)))
         reason = obstacle or _comparison(seconds, best, client_steps=len(tasks) * steps)
-        return Plan(chunk_size=best.chunk_size, num_threads=best.num_threads, reason=reason)
+        return ExecutionMode(chunk_size=best.chunk_size, num_threads=best.num_threads, reason=reason)
 
     def _obstacle(self, context: ClientContext, tasks: list[ClientTask], *, seconds_per_step: float) -> str | None:
         """Return why clients are not to be stacked, in one line, or ``None``."""
@@ -133,7 +133,7 @@ def described(value: Any, *, depth: int = 4) -> Any:
     return [name, described({**slots, **getattr(value, "__dict__", {})}, depth=depth - 1)]
 
 
-def _comparison(seconds: Mapping[Way, float], best: Way, *, client_steps: int) -> str:
+def _comparison(seconds: Mapping[MeasuredMode, float], best: MeasuredMode, *, client_steps: int) -> str:
     """Return what the best way costs, and the best of the other kind."""
     other = min(value for way, value in seconds.items() if (way.chunk_size == 1) != (best.chunk_size == 1))
     name = "one by one" if best.chunk_size > 1 else "stacked"

@@ -29,7 +29,7 @@ class FaultyExecutor(Executor):
 
     Rates are probabilities per client and round; their sum is at most 1. Which client fails how is a pure function of
     the run's seed, so that a resumed run meets the same faults. ``crash`` and ``hang`` do not answer; ``slow`` answers
-    one round late; the others answer wrongly, and only screening or a robust aggregator stands in their way.
+    one round late; the others answer wrongly, and only a validator or a robust aggregator stands in their way.
 
     Args:
         executor: Who runs the clients; default as in a run without faults.

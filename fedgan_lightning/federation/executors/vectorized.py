@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from fedgan_lightning.errors import ClientError, ConfigurationError, message
-from fedgan_lightning.federation.agreement import NOTHING_TO_COMPARE, disagreement, stack_key
-from fedgan_lightning.federation.cohort import CohortTrainer
 from fedgan_lightning.federation.local import ClientContext, LocalTrainer
 from fedgan_lightning.federation.memory import out_of_memory, release
+from fedgan_lightning.federation.parity_check import NOTHING_TO_COMPARE, disagreement, stack_key
+from fedgan_lightning.federation.vectorized_trainer import VectorizedLocalTrainer
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import ClientTask, ClientUpdate, Executor
 
@@ -41,14 +41,14 @@ class VectorizedExecutor(Executor):
     def __init__(self, *, chunk_size: int = 64) -> None:
         self.chunk_size = chunk_size
         self._context: ClientContext | None = None
-        self._cohort: CohortTrainer | None = None
+        self._cohort: VectorizedLocalTrainer | None = None
         self._alone: LocalTrainer | None = None
         self._restored: Mapping[str, Any] = {}
         self._checked, self._largest = False, chunk_size
 
     def setup(self, context: ClientContext) -> None:
         known, self._restored = self._restored, {}
-        self._context, self._cohort, self._alone = context, CohortTrainer(context), None
+        self._context, self._cohort, self._alone = context, VectorizedLocalTrainer(context), None
         self._checked = bool(known.get("checked", False))
         self._largest = min(self.chunk_size, int(known.get("largest", self.chunk_size)))
 
@@ -84,7 +84,7 @@ class VectorizedExecutor(Executor):
 
     def _stacked(self, context: ClientContext, tasks: list[ClientTask]) -> list[ClientUpdate]:
         if self._cohort is None:
-            self._cohort = CohortTrainer(context)
+            self._cohort = VectorizedLocalTrainer(context)
         return self._cohort.run(tasks)
 
     def _one(self, context: ClientContext, task: ClientTask) -> ClientUpdate:

@@ -70,9 +70,9 @@ class TextGenerator(nn.Module):
         word, state = self._begin(len(noise))
         going, end = noise.new_ones(len(noise), 1), torch.eye(1, self.num_words, dtype=z.dtype, device=z.device)
         sentence = []
-        for own in noise.unbind(1):
+        for gumbel in noise.unbind(1):
             state = self._step(word, state)
-            scores = self._logits(state) + own
+            scores = self._logits(state) + gumbel
             chosen = scores.argmax(-1)
             sentence.append(going * (scores / self.temperature).softmax(-1) + (1 - going) * end)
             word = self.embedding(chosen)
@@ -90,10 +90,10 @@ class TextGenerator(nn.Module):
         return self._logits(torch.stack(states, dim=1)).log_softmax(-1)
 
     def log_likelihood(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the log-likelihood (N,) of sentences (N, T) in nats, the end included, and their numbers of terms."""
-        terms = self.log_probabilities(ids).gather(2, ids.unsqueeze(2)).squeeze(2)
+        """Return the log-likelihood (N,) of sentences (N, T) in nats, the end included, and their numbers of words."""
+        log_likelihoods = self.log_probabilities(ids).gather(2, ids.unsqueeze(2)).squeeze(2)
         counted = counts(ids)
-        return (terms * counted.to(terms.dtype)).sum(1), counted.sum(1)
+        return (log_likelihoods * counted.to(log_likelihoods.dtype)).sum(1), counted.sum(1)
 
     def _begin(self, count: int) -> tuple[Tensor, Tensor]:
         hidden = self.kept.in_features

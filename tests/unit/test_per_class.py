@@ -19,7 +19,7 @@ from fedgan_lightning import (
     ServerModule,
 )
 from fedgan_lightning.errors import ConfigurationError
-from fedgan_lightning.evaluation import breakdown
+from fedgan_lightning.evaluation import per_class
 from fedgan_lightning.gan.priors import Normal, Uniform
 from tests.conftest import digits_data, federate, quiet_trainer, ring_data, ring_gan
 
@@ -69,7 +69,7 @@ def test_a_client_s_own_samples_are_nearest_to_it():
 
 
 def test_many_clients_are_summed_up(monkeypatch):
-    monkeypatch.setattr(breakdown, "MOST_CLIENTS", 4)
+    monkeypatch.setattr(per_class, "MOST_CLIENTS", 4)
     data, metric = digits_data(), ClientDistances()
     metric.prepare(data, device=CPU)
     values = metric.compute(data.test_samples.take(torch.arange(200))[0], None)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fedgan_lightning.errors import ClientError, RoundInterrupted
 from fedgan_lightning.federation import optimizer_state
-from fedgan_lightning.federation.cohort import CohortTrainer
 from fedgan_lightning.federation.local import ClientContext, LocalTrainer, client_copy
 from fedgan_lightning.federation.rounds import norms
 from fedgan_lightning.federation.store import ReadOnlyStore
+from fedgan_lightning.federation.vectorized_trainer import VectorizedLocalTrainer
 from fedgan_lightning.packing import is_finite
 from fedgan_lightning.protocol import ClientTask, LocalWork, State
 from fedgan_lightning.states import network_of
@@ -104,7 +104,7 @@ def _compared(
     if not all(is_finite(value) for own in references for value in own.values()):
         return NOTHING_TO_COMPARE
     try:
-        stacked = CohortTrainer(context).run(tasks)
+        stacked = VectorizedLocalTrainer(context).run(tasks)
     except RoundInterrupted:
         raise
     except Exception as error:

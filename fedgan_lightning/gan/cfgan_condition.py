@@ -13,7 +13,7 @@ from fedgan_lightning.gan.conditions import Condition
 from fedgan_lightning.options import checked
 
 
-class Purchases(Condition):
+class CFGANCondition(Condition):
     """c = (r, k_PM, k_ZR): the purchases r in {0, 1}^I of a user and two masks of items that she did not buy.
 
     Without masks the generator could answer 1 everywhere: the discriminator sees only what was bought. So the
@@ -61,7 +61,7 @@ class Purchases(Condition):
         )
         return torch.stack([x, *masks], dim=-2)
 
-    def terms(self, fake: Tensor, x: Tensor, condition: Tensor) -> dict[str, Tensor]:
+    def extra_losses(self, fake: Tensor, x: Tensor, condition: Tensor) -> dict[str, Tensor]:
         if not self.zero_reconstruction or not self.alpha:
             return {}
         errors = condition.select(-2, 2) * (fake - x).square()

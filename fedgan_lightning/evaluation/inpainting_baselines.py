@@ -1,4 +1,4 @@
-"""Holes filled without a network: what a completed picture must be better than."""
+"""InpaintingMask filled without a network: what a completed picture must be better than."""
 
 from __future__ import annotations
 

@@ -16,9 +16,9 @@ from fedgan_lightning.data.samples import ClientSamples, Samples, to_bytes
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation import neighbours
 from fedgan_lightning.evaluation.features import Classifier, FeatureNet, FrozenNet, PixelFeatures, train_classifier
+from fedgan_lightning.evaluation.federated_queries import CHUNK, chunks
 from fedgan_lightning.evaluation.fidelity import extracted
 from fedgan_lightning.evaluation.metrics import Metric, clients_of, everything, seen_by_clients
-from fedgan_lightning.evaluation.questions import CHUNK, chunks
 from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import isolated_rng, make_generator
 
@@ -35,7 +35,7 @@ class SyntheticTraining(Metric):
         seed: Seed of the classifier's initial weights and minibatches.
     """
 
-    full = True
+    test_only = True
 
     @checked(epochs="[1, inf)", seed="[0, inf)")
     def __init__(self, *, epochs: int = 8, seed: int = 0) -> None:
@@ -82,7 +82,7 @@ class ClientAugmentation(Metric):
         seed: Seed of the first.
     """
 
-    full = True
+    test_only = True
     needs_client_samples = True
 
     @checked(clients="[0, inf)", steps="[1, inf)", repeats="[1, inf)", ratio="(0, inf)", seed="[0, inf)")
@@ -195,7 +195,7 @@ class Memorisation(Metric):
         features: Feature network; default pixels.
     """
 
-    full = True
+    test_only = True
     needs_client_samples = True
 
     @checked()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
-from fedgan_lightning.visuals.attendance import OUTCOMES, Attendance
 from fedgan_lightning.visuals.charts import bars, chart, text
+from fedgan_lightning.visuals.participation import OUTCOMES, Attendance
 from fedgan_lightning.visuals.runs import Curve, Run
 
 #: Told apart by people who do not see all colours (Okabe and Ito 2008), and from dark to light in print.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedgan_lightning.journal import entries
+from fedgan_lightning.jsonl import entries
 
 #: What can become of a client in a round; where several rounds share a column, the last of these counts.
 OUTCOMES = ("not asked", "answered", "unneeded", "late", "rejected", "failed")

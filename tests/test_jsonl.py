@@ -8,23 +8,26 @@ import re
 import lightning as L
 import pytest
 
-from fedgan_lightning import FaultyExecutor, FractionOfClients, RoundRules, Screening, SequentialExecutor
+from fedgan_lightning import FaultyExecutor, FractionOfClients, RoundRules, SequentialExecutor, UpdateValidator
 from fedgan_lightning.checkpoints import AtomicCheckpointIO, LastCheckpoint
 from fedgan_lightning.errors import QuorumError
-from fedgan_lightning.federation.ledger import Contact, RollCall
+from fedgan_lightning.federation.costs import Contact, RollCall
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
 from fedgan_lightning.federation.server import ServerModule
-from fedgan_lightning.journal import Journal, entries
+from fedgan_lightning.jsonl import Journal, entries
 from fedgan_lightning.recorder import RunRecorder
-from fedgan_lightning.visuals.attendance import MOST_COLUMNS, MOST_ROWS, OUTCOMES, Attendance
-from fedgan_lightning.visuals.operations import operations
+from fedgan_lightning.visuals.participation import MOST_COLUMNS, MOST_ROWS, OUTCOMES, Attendance
+from fedgan_lightning.visuals.participation_charts import operations
 from fedgan_lightning.visuals.report import write_report
 from fedgan_lightning.visuals.runs import read_run
 from fedgan_lightning.visuals.tensorboard import LAYOUT
 from tests.conftest import quiet_trainer, ring_data, ring_gan, sgd
 from tests.test_report import Page
 
-SLOW, BAD = {1: "slow", 2: "nan", 3: "crash"}, {"screening": Screening(), "rules": RoundRules(minimum=0.25)}
+SLOW, BAD = (
+    {1: "slow", 2: "nan", 3: "crash"},
+    {"validator": UpdateValidator(), "rules": RoundRules(min_report_fraction=0.25)},
+)
 
 
 class Metrics(L.Callback):
@@ -115,7 +118,7 @@ def test_a_population_too_large_for_curves_has_quantiles(tmp_path):
 
 def test_tries_that_do_not_count_are_written_when_they_end(tmp_path):
     """An operator looks for them while nothing goes on, and after the run has ended for it."""
-    rules = RoundRules(minimum=1.0, attempts=2)
+    rules = RoundRules(min_report_fraction=1.0, max_attempts=2)
     with pytest.raises(QuorumError):
         run(tmp_path, always={0: "crash"}, rules=rules)
     assert [(own["round"], own["attempt"], own["counted"]) for own in journal(tmp_path)] == [

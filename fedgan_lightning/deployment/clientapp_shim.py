@@ -1,4 +1,4 @@
-"""What a site's SuperNode starts as ``flwr-clientapp``: hands its arguments to the process of ``warm.py``, and waits.
+"""Acts as ``flwr-clientapp`` for a site's SuperNode: hands its arguments to the process of ``forkserver.py``, waits.
 
 Run by path, with the standard library alone: it is there to start in no time.
 """

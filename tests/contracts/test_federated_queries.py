@@ -18,14 +18,14 @@ from fedgan_lightning import (
     RankingQuality,
 )
 from fedgan_lightning.data.samples import ClientSamples
-from fedgan_lightning.deployment.data import SurveyedDataModule
+from fedgan_lightning.deployment.data import RemoteDataModule
 from fedgan_lightning.deployment.site import QUESTIONS
 from fedgan_lightning.errors import ConfigurationError, QuorumError
 from fedgan_lightning.evaluation.defaults import default_metrics
+from fedgan_lightning.evaluation.federated_queries import FeatureMoments, QueryContext, answers, summed
 from fedgan_lightning.evaluation.fidelity import ThirdPowers
 from fedgan_lightning.evaluation.kernel import KernelSums, kernel_sums
 from fedgan_lightning.evaluation.metrics import Metric
-from fedgan_lightning.evaluation.questions import FeatureMoments, Respondent, answers, summed
 from fedgan_lightning.evaluation.ranking import ItemCounts, Rankings, histories, preferences, ranking_values
 from tests.conftest import digits_data, federate, ring_data, ring_gan
 from tests.unit.test_recommendation import gan
@@ -53,16 +53,16 @@ class Survey:
     def sums(self, facts, state):
         self.asked.append(facts["question"])
         kind = QUESTIONS[facts["question"]]
-        who = [Respondent(self.data.client_samples(k), self.data, self.module) for k in range(self.data.num_clients)]
+        who = [QueryContext(self.data.client_samples(k), self.data, self.module) for k in range(self.data.num_clients)]
         found = [kind.read(facts, state, own).answer(own) for own in who]
         if not self.sums_only:
             return found
         return [{name: sum(own[name] for own in found) for name in found[0]}]
 
 
-def surveyed(data, **options) -> tuple[SurveyedDataModule, Survey]:
+def surveyed(data, **options) -> tuple[RemoteDataModule, Survey]:
     survey = Survey(data, **options)
-    module = SurveyedDataModule(data, survey)
+    module = RemoteDataModule(data, survey)
     module.setup("fit")
     return module, survey
 
@@ -90,7 +90,7 @@ def test_the_sum_of_all_answers_is_the_answer_of_the_pooled_samples(name):
     question = make(data)
     found = summed(data, question)
     everybody = torch.cat([data.client_samples(k).indices for k in range(data.num_clients)]).sort().values
-    pooled = question.answer(Respondent(ClientSamples(samples=data.train_samples, indices=everybody), data))
+    pooled = question.answer(QueryContext(ClientSamples(samples=data.train_samples, indices=everybody), data))
     assert found.keys() == pooled.keys() == {*question.shapes(), "count"}
     for entry, value in pooled.items():
         torch.testing.assert_close(found[entry], value, rtol=1e-12, atol=1e-12)
@@ -105,7 +105,7 @@ def test_the_sum_of_all_answers_is_the_answer_of_the_pooled_samples(name):
 def test_an_answer_from_a_site_is_the_same_and_a_wrong_one_is_refused(name):
     data, make = QUESTIONS_BY_NAME[name]()
     question, other = make(data), gan()
-    own = Respondent(data.client_samples(1), data, other)
+    own = QueryContext(data.client_samples(1), data, other)
     answer = question.read(question.facts(), question.state(), own).answer(own)
     for entry, value in question.answer(own).items():
         torch.testing.assert_close(answer[entry], value, rtol=0, atol=0)
@@ -138,7 +138,7 @@ def test_an_answer_from_a_site_is_the_same_and_a_wrong_one_is_refused(name):
 def test_products_that_no_samples_have_are_refused():
     data = digits_data()
     question = FeatureMoments(pixels(data))
-    answer = question.answer(Respondent(data.client_samples(1), data))
+    answer = question.answer(QueryContext(data.client_samples(1), data))
     crooked, large = answer["outer"].clone(), answer["outer"].clone()
     crooked[0, 1] += 5.0
     large[20, 21] = large[21, 20] = 1e6

@@ -22,7 +22,7 @@ TURN = 0.8 * math.pi
 SEGMENT = (0.1, 0.4)
 
 
-class Holes(Condition):
+class InpaintingMask(Condition):
     """c = [x (1 - m), m]: the picture with its hole set to 0, and the mask m, 1 in the hole, as a last channel.
 
     A hole is a box or free-form strokes of a brush. Its share of the picture is uniform in ``area``: a brush is as wide
@@ -73,14 +73,14 @@ class Holes(Condition):
         low, high = self.area
         area, kind, box = low + (high - low) * u[:, 0], u[:, 1], u[:, 2:5]
         walks = u[:, 5:].reshape(-1, self.strokes, self._per_stroke)
-        drawn = torch.where(
+        mask = torch.where(
             (kind < self.boxes)[:, None, None],
             box_masks(box, area, size=size),
             brush_masks(walks, area, size=size),
         )
-        return drawn.unsqueeze(1)
+        return mask.unsqueeze(1)
 
-    def terms(self, fake: Tensor, x: Tensor, condition: Tensor) -> dict[str, Tensor]:
+    def extra_losses(self, fake: Tensor, x: Tensor, condition: Tensor) -> dict[str, Tensor]:
         if self.weight == 0:
             return {}
         mask = condition[:, -1:]

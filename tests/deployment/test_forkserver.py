@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("flwr", reason="needs the extra 'flower' (Python 3.11 or later)")
 
 from benchmarks.kill_server import descendants, send_kill
-from fedgan_lightning.deployment import launch, programs, warm
+from fedgan_lightning.deployment import forkserver, launch, programs
 from fedgan_lightning.deployment.keys import make_authority
 from tests.processes import eventually
 
@@ -34,8 +34,8 @@ def quick(tmp_path, monkeypatch):
     cold = tmp_path / "cold"
     cold.write_text('#!/bin/sh\necho cold "$@"\nexit 3\n')
     cold.chmod(0o700)
-    with warm.opened(str(cold), environment=programs.environment(tmp_path)) as folder:
-        yield folder / warm.PROGRAM
+    with forkserver.opened(str(cold), environment=programs.environment(tmp_path)) as folder:
+        yield folder / forkserver.PROGRAM
 
 
 def run(program, *arguments):
@@ -44,7 +44,7 @@ def run(program, *arguments):
 
 def forking() -> int:
     """The process that ``opened`` started."""
-    (own,) = [pid for pid in descendants(os.getpid()) if b"deployment.warm" in _command(pid)]
+    (own,) = [pid for pid in descendants(os.getpid()) if b"deployment.forkserver" in _command(pid)]
     return own
 
 
@@ -84,7 +84,7 @@ def test_a_killed_asker_takes_the_work_with_it_and_so_does_the_forking_process(q
 
 def test_without_the_forking_process_it_becomes_flower_s_own_program(quick):
     send_kill([forking()])
-    assert eventually(lambda: not any(b"deployment.warm" in _command(p) for p in descendants(os.getpid())))
+    assert eventually(lambda: not any(b"deployment.forkserver" in _command(p) for p in descendants(os.getpid())))
     told = run(quick, "--token", "a b")
     assert (told.returncode, told.stdout) == (3, "cold --token a b\n")
     assert "starting anew takes longer" in told.stderr
@@ -94,7 +94,7 @@ def test_what_a_site_s_supernode_finds_is_the_quick_one(tmp_path, monkeypatch):
     found = []
 
     def keep_running(command, *, environment):
-        found.append(Path(shutil.which(warm.PROGRAM, path=environment["PATH"])).read_text())
+        found.append(Path(shutil.which(forkserver.PROGRAM, path=environment["PATH"])).read_text())
         return 0
 
     monkeypatch.setattr(launch, "keep_running", keep_running)
@@ -104,5 +104,5 @@ def test_what_a_site_s_supernode_finds_is_the_quick_one(tmp_path, monkeypatch):
         Path(name).write_text("model: {}" if name == "config.yaml" else "")
     site = ["--superlink", "h:1", "--ca", "ca.crt", "--key", "site0", "--client-id", "0", "--config", "config.yaml"]
     assert launch.main(["site", *site]) == 0
-    assert "door.py" in found[0]
-    assert str(programs.program(warm.PROGRAM)) in found[0], "Flower's own, for when nobody is behind the door"
+    assert "clientapp_shim.py" in found[0]
+    assert str(programs.program(forkserver.PROGRAM)) in found[0], "Flower's own, for when nobody is behind the door"

@@ -26,9 +26,9 @@ from fedgan_lightning.protocol import (
     ClientBatches,
     ClientTask,
     ClientUpdate,
-    CohortData,
     FederatedData,
     RoundInfo,
+    StackedBatches,
     StackedModule,
     StackHook,
     State,
@@ -36,7 +36,7 @@ from fedgan_lightning.protocol import (
 from fedgan_lightning.seeding import isolated_rng
 
 
-class CohortTrainer:
+class VectorizedLocalTrainer:
     """Trains several clients at a time on one resident stacked module.
 
     Args:
@@ -66,13 +66,13 @@ class CohortTrainer:
             visits.sort(key=lambda visit: -visit.info.num_steps)  # stable: those that finish early lie at the end
             infos = [visit.info for visit in visits]
             self._load(visits)
-            batches = cohort_batches(self.context.data, infos)
+            batches = stacked_batches(self.context.data, infos)
             callback = _InTrainer(self, visits, attempt)
             attempt.stage = "train"
             device = self.context.device
             generators = [torch.Generator(device).manual_seed(visit.task.seed) for visit in visits]
             with isolated_rng(tasks[0].seed, device=device):
-                cast(StackedModule, self.module).on_cohort_round_start(infos, generators)
+                cast(StackedModule, self.module).on_stack_round_start(infos, generators)
                 self.trainer.fit(self.module, batches, callback=callback)
             attempt.go_on()
             attempt.stage = "update"
@@ -133,7 +133,7 @@ def stacked_module(client: L.LightningModule) -> Any:
 class _InTrainer(L.Callback):
     """A stack's round inside its Trainer: restore moments, let clients go when they are done, form their updates."""
 
-    def __init__(self, owner: CohortTrainer, visits: Sequence[Visit], attempt: Attempt) -> None:
+    def __init__(self, owner: VectorizedLocalTrainer, visits: Sequence[Visit], attempt: Attempt) -> None:
         self.owner, self.visits, self.attempt = owner, list(visits), attempt
         self.steps = 0
         self.num_images = 0
@@ -212,12 +212,12 @@ def stack(values: Sequence[State]) -> dict[str, Tensor]:
     return stacked
 
 
-def cohort_batches(data: FederatedData, infos: Sequence[RoundInfo]) -> ClientBatches:
+def stacked_batches(data: FederatedData, infos: Sequence[RoundInfo]) -> ClientBatches:
     """Return the stacked minibatches of the clients of these rounds, whatever the data module offers."""
     ids = [client_id for info in infos for client_id in info.cohort]
     first_steps, num_steps = [info.first_step for info in infos], [info.num_steps for info in infos]
-    if isinstance(data, CohortData):
-        return data.cohort_batches(ids, first_steps=first_steps, num_steps=num_steps)
+    if isinstance(data, StackedBatches):
+        return data.stacked_batches(ids, first_steps=first_steps, num_steps=num_steps)
     return _Zipped(
         [
             data.client_batches(client_id, first_step=first, num_steps=count)

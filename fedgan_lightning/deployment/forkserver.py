@@ -1,7 +1,7 @@
 """A process that has imported everything and forks for every message, because Flower starts a new one for each.
 
-Flower looks for ``flwr-clientapp`` on PATH. A site's SuperNode finds one there (``door.py``) that asks this process to
-fork. The child is what Flower would have started, a process for one message; only its imports are done already.
+Flower looks for ``flwr-clientapp`` on PATH. A site's SuperNode finds one there (``clientapp_shim.py``) that asks this
+process to fork. The child is what Flower would have started, a process for one message; its imports are done already.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fedgan_lightning.deployment import door
-from fedgan_lightning.deployment.supervise import end_with_parent
+from fedgan_lightning.deployment import clientapp_shim
+from fedgan_lightning.deployment.supernode_supervisor import end_with_parent
 
 logger = logging.getLogger("fedgan_lightning")
 
@@ -50,10 +50,10 @@ def opened(cold: str, *, environment: Mapping[str, str]) -> Iterator[Path | None
         return
     with tempfile.TemporaryDirectory(prefix="fedgan-") as name:  # readable by its owner alone, and a short path
         folder = Path(name)
-        asked = [sys.executable, "-I", "-S", str(Path(door.__file__)), str(folder / "socket"), cold]
+        asked = [sys.executable, "-I", "-S", str(Path(clientapp_shim.__file__)), str(folder / "socket"), cold]
         (folder / PROGRAM).write_text(f'#!/bin/sh\nexec {shlex.join(asked)} "$@"\n')
         (folder / PROGRAM).chmod(0o700)
-        command = [sys.executable, "-m", "fedgan_lightning.deployment.warm", str(folder / "socket")]
+        command = [sys.executable, "-m", "fedgan_lightning.deployment.forkserver", str(folder / "socket")]
         ending = end_with_parent(signal.SIGKILL)
         process = subprocess.Popen(command, env=dict(environment), start_new_session=True, preexec_fn=ending)
         try:

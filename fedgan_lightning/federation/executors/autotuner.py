@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from fedgan_lightning.errors import ClientError
-from fedgan_lightning.federation.agreement import shortened
-from fedgan_lightning.federation.cohort import CohortTrainer
 from fedgan_lightning.federation.local import ClientContext, LocalTrainer
 from fedgan_lightning.federation.memory import out_of_memory, release
+from fedgan_lightning.federation.parity_check import shortened
 from fedgan_lightning.federation.threads import threads
+from fedgan_lightning.federation.vectorized_trainer import VectorizedLocalTrainer
 from fedgan_lightning.protocol import ClientTask
 
 #: Largest stacks tried, and the memory that the weights, gradients and moments of one may take.
@@ -26,7 +26,7 @@ TURN_SECONDS, RUN_OFF_SECONDS = 0.5, 6.0
 TURNS = 5
 
 
-class Way(NamedTuple):
+class MeasuredMode(NamedTuple):
     """Clients per stack (1: one after the other), and threads of torch."""
 
     chunk_size: int
@@ -44,7 +44,7 @@ class Cost(NamedTuple):
         return self.fixed + steps * self.step
 
 
-class Trials:
+class Autotuner:
     """Measures ways to run a round of ``tasks``.
 
     Args:
@@ -58,14 +58,14 @@ class Trials:
         self, context: ClientContext, tasks: Sequence[ClientTask], *, steps: int, counts: Sequence[int]
     ) -> None:
         self.context, self.tasks, self.steps, self.counts = context, tasks, steps, counts
-        self.costs: dict[Way, Cost] = {}
+        self.costs: dict[MeasuredMode, Cost] = {}
         self._alone = LocalTrainer(context)
-        self._cohort: CohortTrainer | None = None  # made only where clients can be stacked
+        self._cohort: VectorizedLocalTrainer | None = None  # made only where clients can be stacked
 
     def alone(self) -> None:
         """Measure one client after the other."""
         for n in self.counts:
-            self.costs[Way(1, n)] = _cost(lambda steps: self._run(1, 1, steps), n)
+            self.costs[MeasuredMode(1, n)] = _cost(lambda steps: self._run(1, 1, steps), n)
 
     def stacked(self) -> None:
         """Measure stacks of several sizes, up to the first that does not fit into memory."""
@@ -73,7 +73,7 @@ class Trials:
             if not self._fits(size):
                 return
             for n in self.counts:
-                self.costs[Way(size, n)] = _cost(lambda steps, size=size: self._run(size, 1, steps), n)  # type: ignore[misc]
+                self.costs[MeasuredMode(size, n)] = _cost(lambda steps, size=size: self._run(size, 1, steps), n)  # type: ignore[misc]
 
     def _fits(self, size: int) -> bool:
         """Train a stack for a step; return whether there is memory for it."""
@@ -113,7 +113,7 @@ class Trials:
             fixed = min(self.costs[way].fixed, value)
             self.costs[way] = Cost(fixed=fixed, step=max((value - fixed) / steps, 1e-9))
 
-    def seconds(self) -> dict[Way, float]:
+    def seconds(self) -> dict[MeasuredMode, float]:
         """Return the seconds of a round in every way measured."""
         return {
             way: math.ceil(len(self.tasks) / way.chunk_size) * cost.of(self.steps) for way, cost in self.costs.items()
@@ -127,7 +127,7 @@ class Trials:
                 self._alone.run(task)
             return
         if self._cohort is None:
-            self._cohort = CohortTrainer(self.context)
+            self._cohort = VectorizedLocalTrainer(self.context)
         for first in range(0, len(tasks), size):
             self._cohort.run(tasks[first : first + size])
 

@@ -35,7 +35,7 @@ COUNT = "count"
 
 
 @dataclass(frozen=True)
-class Respondent:
+class QueryContext:
     """Who answers: one client, with what it has.
 
     Attributes:
@@ -49,7 +49,7 @@ class Respondent:
     module: nn.Module | None = None
 
 
-class Question(ABC):
+class FederatedQuery(ABC):
     """What a client is asked of all its samples together.
 
     Attributes:
@@ -68,11 +68,11 @@ class Question(ABC):
 
     @classmethod
     @abstractmethod
-    def read(cls, facts: Mapping[str, Any], state: State, respondent: Respondent) -> Question:
+    def read(cls, facts: Mapping[str, Any], state: State, respondent: QueryContext) -> FederatedQuery:
         """Return the question that was sent."""
 
     @abstractmethod
-    def answer(self, respondent: Respondent) -> dict[str, Tensor]:
+    def answer(self, respondent: QueryContext) -> dict[str, Tensor]:
         """Return sums over the client's samples by name, and under ``count`` how many these are."""
 
     @abstractmethod
@@ -130,19 +130,19 @@ class Question(ABC):
 class SurveyedData(Protocol):
     """A data module whose clients' samples are elsewhere: it passes questions on."""
 
-    def answers(self, question: Question) -> Iterator[State]: ...
+    def answers(self, question: FederatedQuery) -> Iterator[State]: ...
 
 
-def answers(data: FederatedDataModule, question: Question) -> Iterator[State]:
+def answers(data: FederatedDataModule, question: FederatedQuery) -> Iterator[State]:
     """Yield the answer of every client; where single ones are hidden, one that is the sum of all."""
     if isinstance(data, SurveyedData):
         yield from data.answers(question)
         return
     for client_id in range(data.num_clients):
-        yield question.answer(Respondent(data.client_samples(client_id), data))
+        yield question.answer(QueryContext(data.client_samples(client_id), data))
 
 
-def summed(data: FederatedDataModule, question: Question) -> dict[str, Tensor]:
+def summed(data: FederatedDataModule, question: FederatedQuery) -> dict[str, Tensor]:
     """Return the sum of all clients' answers."""
     total: dict[str, Tensor] = {}
     for answer in answers(data, question):
@@ -150,7 +150,7 @@ def summed(data: FederatedDataModule, question: Question) -> dict[str, Tensor]:
     return total
 
 
-class FeatureMoments(Question):
+class FeatureMoments(FederatedQuery):
     """Sums of features and of their products: what a Fréchet distance is made of.
 
     Args:
@@ -170,10 +170,10 @@ class FeatureMoments(Question):
         return to_facts(self.net)[1]
 
     @classmethod
-    def read(cls, facts: Mapping[str, Any], state: State, respondent: Respondent) -> FeatureMoments:
+    def read(cls, facts: Mapping[str, Any], state: State, respondent: QueryContext) -> FeatureMoments:
         return cls(net_of(facts, state, respondent), limit=None if facts["limit"] < 0 else int(facts["limit"]))
 
-    def answer(self, respondent: Respondent) -> dict[str, Tensor]:
+    def answer(self, respondent: QueryContext) -> dict[str, Tensor]:
         return sums_to_state(feature_sums(self.net, chunks(respondent.view, self.limit)))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -200,7 +200,7 @@ class FeatureMoments(Question):
         )
 
 
-def net_of(facts: Mapping[str, Any], state: State, respondent: Respondent) -> FrozenNet:
+def net_of(facts: Mapping[str, Any], state: State, respondent: QueryContext) -> FrozenNet:
     """Return the feature network of a question, for the respondent's samples."""
     data = respondent.data
     return from_facts(facts, state, sample_shape=data.sample_shape, is_image=respondent.view.samples.is_image)

@@ -96,7 +96,7 @@ def kept(command: Sequence[str]) -> list[str]:
     Args:
         command: The SuperNode's; it gets the environment of that process.
     """
-    return [sys.executable, "-m", "fedgan_lightning.deployment.supervise", *command]
+    return [sys.executable, "-m", "fedgan_lightning.deployment.supernode_supervisor", *command]
 
 
 def _hopeless(code: int, *, has_lost_starter: bool) -> ConfigurationError:

@@ -10,9 +10,9 @@ from torch import Tensor
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.features import ClassifierFeatures, FeatureNet, FrozenNet
+from fedgan_lightning.evaluation.federated_queries import CHUNK
 from fedgan_lightning.evaluation.fid import FeatureSums, feature_sums, frechet_distance
 from fedgan_lightning.evaluation.metrics import Metric, client_sums, suitable
-from fedgan_lightning.evaluation.questions import CHUNK
 from fedgan_lightning.options import checked
 
 #: Above this number of clients only the extremes are reported.
@@ -29,7 +29,7 @@ class ClassBreakdown(Metric):
         features: The classifier.
     """
 
-    full = True
+    test_only = True
 
     @checked()
     def __init__(self, features: ClassifierFeatures | None = None) -> None:
@@ -66,7 +66,7 @@ class ClientDistances(Metric):
         features: Feature network; default the small classifier for labelled data, else pixels.
     """
 
-    full = True
+    test_only = True
 
     @checked()
     def __init__(self, features: FeatureNet | None = None) -> None:
