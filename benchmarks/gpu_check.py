@@ -34,31 +34,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedgan_lightning import (
-    GAN,
-    R1,
-    Augmentation,
-    ClassesPerClient,
-    DCGANDiscriminator,
-    DCGANGenerator,
-    Digits,
-    Evaluation,
-    FederatedDataModule,
-    Federation,
-    FrechetDistance,
-    LeCam,
-    MLPDiscriminator,
-    MLPGenerator,
-    SequentialExecutor,
-    VectorizedExecutor,
-    edited,
-    interpolate,
-    project,
-)
+from fedgan_lightning import GAN, Evaluation, FederatedDataModule, Federation, SequentialExecutor, VectorizedExecutor
 from fedgan_lightning.checkpoints import read_checkpoint
 from fedgan_lightning.data.samples import Samples
 from fedgan_lightning.data.sources.base import Split
+from fedgan_lightning.editing import edited, interpolate, project
 from fedgan_lightning.gan.priors import MidpointNodes
+from fedgan_lightning.losses import R1, Augmentation, LeCam
+from fedgan_lightning.metrics import FrechetDistance
+from fedgan_lightning.networks import DCGANDiscriminator, DCGANGenerator, MLPDiscriminator, MLPGenerator
+from fedgan_lightning.partitions import ClassesPerClient
+from fedgan_lightning.sources import Digits
 
 EXECUTORS = {"sequential": SequentialExecutor, "vectorized": VectorizedExecutor}
 #: Pixels of a side of the coloured digits.

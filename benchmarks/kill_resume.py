@@ -32,7 +32,13 @@ CONFIGS: dict[str, tuple[int, list[str]]] = {
     "ring8": (24, []),
     "grid25": (24, []),
     "swiss_roll": (24, []),
-    "recommendation": (12, ["--data.source.path", "{shared}/movielens/ml-latest-small/ratings.csv"]),
+    "recommendation": (
+        12,
+        [
+            *("--data.source.path", "{shared}/movielens/ml-latest-small/ratings.csv"),
+            *("--data.source.catalogue", "{shared}/movielens/ml-latest-small/movies.csv"),
+        ],
+    ),
     "medical": (8, ["--data.source.root", "{shared}/medmnist", "--federation.local_steps", "4"]),
     "timeseries": (12, ["--data.source.path", "{shared}/energy/ETTh1.csv"]),
     "mnist": (8, ["--data.source.root", "{shared}", "--federation.local_steps", "4"]),

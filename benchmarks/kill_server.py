@@ -2,7 +2,7 @@
 
     python -m benchmarks.kill_server [--kills 5] [--seed 0]
 
-Two sites over TLS on loopback; they stay up all the time. Killed is everything that ``federation server`` started: the
+Two sites over TLS on loopback; they stay up all the time. Killed is everything that ``deploy server`` started: the
 SuperLink, the process that runs the rounds, and those between. The same command is then started again. Discriminators
 are local and moments are kept, so that private state at the sites has to follow the server.
 """
@@ -55,7 +55,7 @@ class Deployment:
     def run(self, *arguments: str, log: str = "keys.log") -> subprocess.Popen:
         """Start ``federation ...``."""
         own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "FEDGAN_CACHE": str(self.home / "cache")}
-        command = [sys.executable, "-W", "ignore", "-m", "fedgan_lightning", "federation", *arguments]
+        command = [sys.executable, "-W", "ignore", "-m", "fedgan_lightning", "deploy", *arguments]
         with (self.home / log).open("ab") as file:
             process = subprocess.Popen(
                 command, env={**os.environ, **own}, cwd=self.home, stdout=file, stderr=file, start_new_session=True

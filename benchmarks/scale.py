@@ -22,17 +22,11 @@ import torch
 from benchmarks.bare import bare_trainer
 from benchmarks.speed import TakeTurns, fixed, quiet
 from benchmarks.workloads import adam
-from fedgan_lightning import (
-    GAN,
-    FederatedDataModule,
-    FederatedOrchestrator,
-    FractionOfClients,
-    MLPDiscriminator,
-    MLPGenerator,
-    Ring,
-    ServerModule,
-)
+from fedgan_lightning import GAN, FederatedDataModule, FederatedOrchestrator, ServerModule
+from fedgan_lightning.networks import MLPDiscriminator, MLPGenerator
 from fedgan_lightning.provenance import described
+from fedgan_lightning.samplers import FractionOfClients
+from fedgan_lightning.sources import Ring
 
 COHORT, BATCH, SAMPLES = 100, 32, 400_000
 

@@ -1,7 +1,7 @@
 """Folders of pictures for a federation of real processes: each site has digits of its own, and a file of settings.
 
     python -m benchmarks.site_folders sites --root data         # MNIST is downloaded to data, unless it is there
-    python -m fedgan_lightning federation trial --sites 3 --site sites/site0.yaml sites/site1.yaml sites/site2.yaml \
+    python -m fedgan_lightning deploy trial --sites 3 --site sites/site0.yaml sites/site1.yaml sites/site2.yaml \
         --home federation --config configs/mnist.yaml --run_dir runs/between
 
 Site k of n holds the k-th part of the ten digits, as PNGs, one subfolder per digit.

@@ -15,16 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from fedgan_lightning import (
-    GAN,
-    DCGANDiscriminator,
-    DCGANGenerator,
-    FederatedDataModule,
-    MLPDiscriminator,
-    MLPGenerator,
-)
+from fedgan_lightning import GAN, FederatedDataModule
 from fedgan_lightning.data.samples import Samples
 from fedgan_lightning.data.sources import Source
+from fedgan_lightning.networks import DCGANDiscriminator, DCGANGenerator, MLPDiscriminator, MLPGenerator
 
 #: Minibatches that a client holds.
 BATCHES_HELD = 4

@@ -31,7 +31,7 @@ COMMANDS = {
     "test": "full evaluation of a checkpoint on held-out data",
     "predict": "write samples of a checkpoint",
     "partition": "who holds what, before any training",
-    "federation": "between machines, on Flower: federation keys | server | site | trial",
+    "deploy": "between machines, on Flower: deploy keys | server | site | trial",
     "report": "one HTML page about a run, or comparing several: report RUN [RUN ...] [--out FILE]",
 }
 USAGE = "\n".join(
@@ -90,10 +90,10 @@ def dispatched(arguments: Sequence[str]) -> int:
     """Run a command; return the exit code."""
     if arguments[0] == "report":
         return report(arguments[1:])
-    if arguments[0] == "federation":
-        from fedgan_lightning.deployment.launch import main as federation
+    if arguments[0] == "deploy":
+        from fedgan_lightning.deployment.launch import main as deploy
 
-        return federation(arguments[1:])
+        return deploy(arguments[1:])
     arguments = [expanded_config(own) for own in arguments]
     check(arguments)
     return federate(arguments)

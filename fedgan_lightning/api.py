@@ -6,24 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
 
-from fedgan_lightning.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint
-from fedgan_lightning.claim import claimed
+from fedgan_lightning.assembly import TRAINER_DEFAULTS, RunSettings, begun, trainer_parts
+from fedgan_lightning.checkpoints import BestCheckpoint, LastCheckpoint
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.callback import Evaluation
 from fedgan_lightning.federation.checks import check_precision
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
 from fedgan_lightning.federation.server import ServerModule
+from fedgan_lightning.federation.threads import threads
 from fedgan_lightning.files import expanded
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import FederatedData
-from fedgan_lightning.recorder import RunRecorder, listed
-from fedgan_lightning.run_directory import check_run_directory, to_continue, to_judge
+from fedgan_lightning.run_directory import to_judge
 from fedgan_lightning.visuals.inspection import Inspection
-from fedgan_lightning.visuals.progress import RoundProgressBar
 from fedgan_lightning.visuals.samples import SamplePictures
-from fedgan_lightning.visuals.tensorboard import TensorBoardLayout
 
 
 class Federation:
@@ -38,14 +35,18 @@ class Federation:
         server_optimizer: Makes the server's optimizer; default federated averaging.
         evaluation: What to measure; default what suits the data.
         pictures: What to draw; default a picture every 10 rounds.
-        best: Which checkpoint is the best; default none.
+        inspection: What the full evaluation shows; default latent walks and nearest neighbours.
+        checkpoint: How often the last checkpoint is kept; default after every round.
+        best: Which checkpoint is the best; default by ``fid`` where it is measured.
+        num_threads: CPU threads; ``None`` lets the executor choose for the clients, and takes one for everything else
+            while the run lasts.
         trainer: Further arguments of the server's ``L.Trainer``: accelerator, callbacks, ...
         **federation: Further arguments of :class:`FederatedOrchestrator`: local_steps, sync, optimizer_state, seed, ...
             The seed decides what clients draw; the weights of ``model`` were drawn when it was built, by torch's own
             generator: call ``L.seed_everything`` before.
     """
 
-    @checked(rounds="[1, inf)")
+    @checked(rounds="[1, inf)", num_threads="[1, inf)")
     def __init__(
         self,
         model: L.LightningModule,
@@ -56,7 +57,10 @@ class Federation:
         server_optimizer: Any = None,
         evaluation: Evaluation | None = None,
         pictures: SamplePictures | None = None,
+        inspection: Inspection | None = None,
+        checkpoint: LastCheckpoint | None = None,
         best: BestCheckpoint | None = None,
+        num_threads: int | None = None,
         trainer: dict[str, Any] | None = None,
         **federation: Any,
     ) -> None:
@@ -68,8 +72,10 @@ class Federation:
         self.orchestrator = FederatedOrchestrator(rounds=rounds, **federation)
         self.evaluation = evaluation if evaluation is not None else Evaluation()
         self.pictures = pictures if pictures is not None else SamplePictures()
-        self.recorder = RunRecorder(seed=self.orchestrator.seed)
-        self._checkpoints = [LastCheckpoint(), *([best] if best is not None else [])]
+        self.inspection = inspection if inspection is not None else Inspection()
+        self.checkpoint = checkpoint if checkpoint is not None else LastCheckpoint()
+        self.best = best if best is not None else BestCheckpoint()
+        self.num_threads = num_threads
         self._options = dict(trainer or {})
         check_precision(self._options.get("precision"))
         if "default_root_dir" in self._options:
@@ -97,13 +103,9 @@ class Federation:
             ckpt_path: Checkpoint of this run to continue from: a file, ``last`` or ``best``. Without, a new run begins,
                 from the weights that ``model`` has now.
         """
-        self.recorder.resuming = ckpt_path is not None
-        with claimed(self.run_dir):
-            check_run_directory(self.run_dir, resuming=self.recorder.resuming)
-            found = None if ckpt_path is None else to_continue(ckpt_path, self.run_dir)
-            trainer = self._make_trainer(
-                logger=TensorBoardLogger(self.run_dir, name="", version="", default_hp_metric=False)
-            )
+        first_save = self.checkpoint.every_n_rounds
+        with begun(self.run_dir, ckpt_path, first_save=first_save) as found, threads(self.num_threads or 1):
+            trainer = self._make_trainer(resuming=ckpt_path is not None, ckpt_path=found, is_fit=True)
             trainer.fit(self.server, datamodule=self.data, ckpt_path=found)
         return dict(self.evaluation.history[-1]) if self.evaluation.history else {}
 
@@ -114,7 +116,8 @@ class Federation:
             ckpt_path: A file, or the run's own ``last`` or ``best``.
         """
         found = None if ckpt_path is None else to_judge(ckpt_path, self.run_dir)
-        self._make_trainer(logger=False).test(self.server, self.data, ckpt_path=found, verbose=False)
+        with threads(self.num_threads or 1):
+            self._make_trainer(is_fit=False).test(self.server, self.data, ckpt_path=found, verbose=False)
         return dict(self.evaluation.latest)
 
     @property
@@ -122,24 +125,15 @@ class Federation:
         """Where ``fit`` writes its summary."""
         return Path(self.run_dir) / "summary.json"
 
-    def _make_trainer(self, *, logger: Any) -> L.Trainer:
-        options = dict(self._options)
-        plugins = listed(options.pop("plugins", None))
-        callbacks = [
-            *listed(options.pop("callbacks", None)),
-            self.orchestrator,
-            self.evaluation,
-            self.pictures,
-            Inspection(),
-            self.recorder,
-            TensorBoardLayout(),
-            *self._checkpoints,
-        ]
-        if options.get("enable_progress_bar", True):
-            callbacks.append(RoundProgressBar())
-        defaults = {"max_epochs": -1, "num_sanity_val_steps": 0, "log_every_n_steps": 1, "enable_model_summary": False}
-        return L.Trainer(
-            **{**defaults, "logger": logger, "default_root_dir": self.run_dir, **options},
-            callbacks=callbacks,
-            plugins=[*plugins, AtomicCheckpointIO()],
+    def _make_trainer(self, *, is_fit: bool, resuming: bool = False, ckpt_path: str | None = None) -> L.Trainer:
+        run = RunSettings(
+            run_dir=self.run_dir,
+            seed=self.orchestrator.seed,
+            resuming=resuming,
+            ckpt_path=ckpt_path,
+            num_threads=self.num_threads,
         )
+        parts = trainer_parts(run, orchestrator=self.orchestrator, options=self._options, is_fit=is_fit)
+        own = [self.orchestrator, self.evaluation, self.pictures, self.inspection]
+        parts["callbacks"] = [*own, *parts["callbacks"], self.checkpoint, self.best]
+        return L.Trainer(**{**TRAINER_DEFAULTS, "default_root_dir": self.run_dir, **self._options, **parts})

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import stat
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from fedgan_lightning.errors import CheckpointError, ClientError, ConfigurationError, UpdateError, message
 from fedgan_lightning.files import expanded, link, replacing
+from fedgan_lightning.hooks import completed_rounds
 from fedgan_lightning.options import checked
 
 logger = logging.getLogger("fedgan_lightning")
@@ -213,6 +215,7 @@ class LastCheckpoint(_InRunDirectory):
 
     @checked("checkpoint", every_n_rounds="[1, inf)")
     def __init__(self, *, every_n_rounds: int = 1) -> None:
+        self.every_n_rounds = every_n_rounds
         super().__init__(
             filename="last",
             save_top_k=1,
@@ -232,7 +235,7 @@ class LastCheckpoint(_InRunDirectory):
         self._save_last_round(trainer)
 
     def _save_last_round(self, trainer: L.Trainer) -> None:
-        if self._last_global_step_saved != trainer.global_step and trainer.global_step > 0:
+        if self._last_global_step_saved != completed_rounds(trainer) and completed_rounds(trainer) > 0:
             trainer.save_checkpoint(Path(self.dirpath or ".") / "last.ckpt")
 
 
@@ -243,14 +246,16 @@ class BestCheckpoint(_InRunDirectory):
     would not be the best. Values that are not finite are never the best.
 
     Args:
-        monitor: Metric to watch; ``None`` keeps no best checkpoint.
+        monitor: Metric to watch; ``auto`` watches ``fid`` where it is measured, and nothing where it is not; ``None``
+            keeps no best checkpoint.
         mode: Whether lower (``min``) or higher (``max``) is better.
     """
 
     @checked("best")
-    def __init__(self, *, monitor: str | None = "fid", mode: Literal["min", "max"] = "min") -> None:
+    def __init__(self, *, monitor: str | None = "auto", mode: Literal["min", "max"] = "min") -> None:
+        self.is_automatic = monitor == "auto"
         super().__init__(
-            monitor=monitor,
+            monitor="fid" if self.is_automatic else monitor,
             mode=mode,
             filename="best",
             save_top_k=1 if monitor else 0,
@@ -274,7 +279,7 @@ class BestCheckpoint(_InRunDirectory):
         if state is None:
             return
         before, now = (state["monitor"], state["mode"]), (self.monitor, self.mode)
-        if before != now:
+        if before != now and not self.is_automatic:
             raise CheckpointError(
                 message(
                     "a continued run keeps its best checkpoint by the same best.monitor and best.mode",
@@ -298,6 +303,8 @@ class BestCheckpoint(_InRunDirectory):
         if self.monitor is not None and self.monitor not in known and (left_out or not known):
             why = f"left out: {', '.join(left_out)}" if left_out else "nothing is measured"
             logger.warning(f"no best checkpoint: {self.monitor} is not measured here ({why})")
+        elif self.monitor not in known and self.is_automatic:
+            logger.info(f"no best checkpoint: {self.monitor} is not measured here")
         elif self.monitor is not None and self.monitor not in known:
             raise ConfigurationError(
                 message(
@@ -310,9 +317,16 @@ class BestCheckpoint(_InRunDirectory):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         latest = [history[-1] for history in histories_of(trainer)]
-        scored = [own[self.monitor] for own in latest if own["rounds"] == trainer.global_step and self.monitor in own]
+        scored = [
+            own[self.monitor] for own in latest if own["rounds"] == completed_rounds(trainer) and self.monitor in own
+        ]
         if scored and math.isfinite(scored[0]) and self.monitor in trainer.callback_metrics:
             super().on_train_epoch_end(trainer, pl_module)
+
+
+def rounds_in(checkpoint: Mapping[str, Any]) -> int:
+    """Return the rounds that the federation in a checkpoint has completed."""
+    return int(checkpoint.get("rounds_completed", checkpoint["global_step"]))
 
 
 def histories_of(trainer: L.Trainer) -> list[list[dict[str, float]]]:

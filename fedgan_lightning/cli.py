@@ -19,26 +19,23 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 
-from fedgan_lightning.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, read_checkpoint
-from fedgan_lightning.claim import check_writable, claimed
+from fedgan_lightning.assembly import TRAINER_DEFAULTS, RunSettings, begun, trainer_parts
+from fedgan_lightning.checkpoints import BestCheckpoint, LastCheckpoint
+from fedgan_lightning.claim import check_writable
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.errors import ConfigurationError, FedGANError, message
 from fedgan_lightning.evaluation.callback import Evaluation
 from fedgan_lightning.federation.checks import check_precision
-from fedgan_lightning.federation.executors.auto import AdaptiveExecutor
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.files import expanded
+from fedgan_lightning.hooks import completed_rounds
 from fedgan_lightning.parser import OneLineParser
-from fedgan_lightning.recorder import RunRecorder, listed
-from fedgan_lightning.run_directory import MAY_CHANGE, check_run_directory, to_continue, to_judge
+from fedgan_lightning.run_directory import MAY_CHANGE, to_judge
 from fedgan_lightning.visuals import pictures
 from fedgan_lightning.visuals.inspection import Inspection
-from fedgan_lightning.visuals.progress import RoundProgressBar
 from fedgan_lightning.visuals.samples import SamplePictures
-from fedgan_lightning.visuals.tensorboard import TensorBoardLayout
 
 
 class FederatedTrainer(L.Trainer):
@@ -102,7 +99,6 @@ class FederatedCLI(LightningCLI):
         parser.link_arguments("run_dir", "trainer.default_root_dir")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "federation.seed", compute_fn=int)
-        parser.link_arguments("federation.rounds", "trainer.max_steps")
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: the settings of a run are in its config.yaml, and no checkpoint overrides them."""
@@ -121,23 +117,17 @@ class FederatedCLI(LightningCLI):
         torch.set_num_threads(settings.num_threads or 1)
         if self.subcommand == "fit":
             self.resuming = settings.ckpt_path is not None
-            if settings.trainer.max_epochs not in (-1, None):
-                raise ConfigurationError(
-                    message(
-                        "an epoch is a round, and federation.rounds counts them",
-                        received=f"trainer.max_epochs={settings.trainer.max_epochs}",
-                        fix="set federation.rounds",
+            for name in ("max_epochs", "max_steps"):
+                if settings.trainer[name] not in (-1, None):
+                    raise ConfigurationError(
+                        message(
+                            "an epoch is a round, and federation.rounds counts them",
+                            received=f"trainer.{name}={settings.trainer[name]}",
+                            fix="set federation.rounds",
+                        )
                     )
-                )
-            self._held.enter_context(claimed(settings.run_dir))
-            check_run_directory(settings.run_dir, resuming=self.resuming)
-            if self.resuming:
-                settings.ckpt_path = to_continue(
-                    settings.ckpt_path,
-                    settings.run_dir,
-                    first_save=settings.checkpoint.every_n_rounds,
-                    config=self.config_text,
-                )
+            options = {"first_save": settings.checkpoint.every_n_rounds, "config": self.config_text}
+            settings.ckpt_path = self._held.enter_context(begun(settings.run_dir, settings.ckpt_path, **options))
         if self.subcommand in ("test", "predict", "partition"):
             check_writable(settings.run_dir)
         if (
@@ -169,31 +159,24 @@ class FederatedCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         settings = self.config[self.subcommand]
         config = self._get(self.config_init, "trainer")
-        run_dir, plain = settings.run_dir, self.plain_settings
-        orchestrator = self.orchestrator
-        if isinstance(orchestrator.executor, AdaptiveExecutor) and orchestrator.executor.num_threads is None:
-            orchestrator.executor.num_threads = settings.num_threads
+        plain, orchestrator = self.plain_settings, self.orchestrator
         orchestrator.settings = {
             group: {name: value for name, value in plain[group].items() if name not in MAY_CHANGE}
-            for group in ("model", "data", "federation", "server")
+            for group in ("model", "data", "deploy", "server")
         }
-        layout = TensorBoardLayout()
-        layout.hyperparameters = dict(
-            flatten({name: plain[name] for name in ("model", "data", "federation", "server")})
+        is_fit = self.subcommand == "fit"
+        run = RunSettings(
+            run_dir=settings.run_dir,
+            seed=int(settings.seed_everything),
+            resuming=self.resuming,
+            ckpt_path=settings.ckpt_path if is_fit else None,
+            num_threads=settings.num_threads,
+            config=self.config_text,
+            hyperparameters=flatten({name: plain[name] for name in ("model", "data", "deploy", "server")}),
         )
-        recorder = RunRecorder(config=self.config_text, seed=int(settings.seed_everything), resuming=self.resuming)
-        callbacks = [*listed(config.get("callbacks")), layout, recorder]
-        if config.get("enable_progress_bar") is not False:
-            callbacks.append(RoundProgressBar())
-        plugins = [*listed(config.get("plugins")), AtomicCheckpointIO()]
-        logger = config.get("logger")
-        if logger in (None, True):
-            found = self.subcommand == "fit" and settings.ckpt_path is not None
-            purge = read_checkpoint(settings.ckpt_path)["global_step"] + 1 if found else None
-            logger = TensorBoardLogger(run_dir, name="", version="", default_hp_metric=False, purge_step=purge)
-        logger = logger if self.subcommand == "fit" else False
+        parts = trainer_parts(run, orchestrator=orchestrator, options=dict(config), is_fit=is_fit)
         try:
-            return super().instantiate_trainer(**kwargs, callbacks=callbacks, plugins=plugins, logger=logger)
+            return super().instantiate_trainer(**kwargs, **parts)
         except (ValueError, TypeError, ImportError, RuntimeError) as error:  # Lightning's own words
             if isinstance(error, FedGANError):
                 raise
@@ -226,7 +209,7 @@ class FederatedCLI(LightningCLI):
         values = ", ".join(f"{name} {value:.4g}" for name, value in (history[-1] if history else {}).items())
         if self.trainer.is_global_zero:
             print(f"{self.trainer.default_root_dir}: {values}")
-        number, rounds = self.orchestrator.stop_signal, self.trainer.global_step
+        number, rounds = self.orchestrator.signals.number, completed_rounds(self.trainer)
         if rounds < self.orchestrator.rounds and self.trainer.is_global_zero:
             by = f" by {signal.Signals(number).name}" if number is not None else ""
             print(
@@ -305,12 +288,7 @@ def run(arguments: list[str] | None = None, *, prepare: Callable[[FederatedCLI],
         datamodule_class=FederatedDataModule,
         subclass_mode_model=True,
         trainer_class=FederatedTrainer,
-        trainer_defaults={
-            "max_epochs": -1,
-            "num_sanity_val_steps": 0,
-            "log_every_n_steps": 1,
-            "enable_model_summary": False,
-        },
+        trainer_defaults=dict(TRAINER_DEFAULTS),
         save_config_callback=None,
         seed_everything_default=0,
         parser_class=OneLineParser,

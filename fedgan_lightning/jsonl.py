@@ -18,7 +18,7 @@ from fedgan_lightning.files import replacing, to_json
 NAME = "rounds.jsonl"
 
 
-class Journal:
+class RoundLog:
     """Appends to a file of JSON lines.
 
     Args:
@@ -50,7 +50,7 @@ class Journal:
 
 
 def entries(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the entries of a journal, one at a time, up to the first line that is not whole; none without a file."""
+    """Yield the entries of a round log, one at a time, up to the first line that is not whole; none without a file."""
     if not Path(path).exists():
         return
     with Path(path).open("rb") as file:

@@ -21,7 +21,11 @@ from fedgan_lightning.files import expanded
 from fedgan_lightning.gan import networks, priors
 
 #: What is in memory can be written without its module path in a configuration: every public name, and these.
-SHORT_NAMES = (networks, priors, *(getattr(fedgan_lightning, name) for name in fedgan_lightning.__all__))
+SHORT_NAMES = (
+    networks,
+    priors,
+    *(getattr(fedgan_lightning, name) for name in (*fedgan_lightning.__all__, *fedgan_lightning.SUBMODULES)),
+)
 HELP = "Fix: see --help, or --print_config for all settings."
 #: Lines in which jsonargparse recounts every alternative it tried.
 RECOUNTED = re.compile(

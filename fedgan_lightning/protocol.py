@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,23 +21,32 @@ ROUND_TRIP = "round_trip"
 
 
 @dataclass(frozen=True)
-class LocalWork:
-    """How much a client trains in one round.
+class UpdateEntry:
+    """What the server expects under one name of an update, and what it does with it.
 
     Attributes:
-        steps: Local steps K, minibatches per round; ``None`` where epochs are counted.
-        epochs: Local epochs per round; ``None`` where steps are counted.
-        schedule_positions: Steps already taken by each learning-rate schedule of the client module, by index.
+        shape: Shape of the tensor.
+        dtype: Its dtype.
+        group: ``delta`` for parameter updates, ``extras`` for everything else.
+        rule: ``aggregator`` combines the entry by the federation's aggregator, ``sum`` adds it with ``weight`` over
+            ``denominator``, ``collect`` hands all clients' tensors to the algorithm.
+        weight: Weight of a client under ``sum``: ``one``, or ``population`` for pi_k, the aggregator's weight of client
+            k over that of all clients of the federation, whether they were asked or not.
+        denominator: What a ``sum`` is divided by: ``None`` for nothing, ``arrived`` for the sum of the weights of all
+            clients that answered, or a number.
+        kind: ``vector`` for what is long or short like a parameter update (transforms clip and encode it), ``value``
+            for what is not.
+        bound: Largest absolute value that is believed; ``None`` for the general bound.
     """
 
-    steps: int | None = None
-    epochs: int | None = None
-    schedule_positions: tuple[int, ...] = ()
-
-    def span(self, *, round: int, steps_per_epoch: int) -> tuple[int, int]:
-        """Return (first step, number of steps) of this round on the client's endless stream of minibatches."""
-        count = self.steps if self.steps is not None else (self.epochs or 0) * steps_per_epoch
-        return round * count, count
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    group: Literal["delta", "extras"] = "extras"
+    rule: Literal["aggregator", "sum", "collect"] = "aggregator"
+    weight: Literal["one", "population"] = "one"
+    denominator: Literal["arrived"] | float | None = None
+    kind: Literal["vector", "value"] = "value"
+    bound: float | None = None
 
 
 @dataclass(frozen=True)
@@ -48,15 +57,32 @@ class ClientTask:
         client_id: The client, in [0, number of clients).
         round: Rounds completed before this one.
         seed: Seed of all randomness of this client in this round.
-        state: Shared parameters and buffers by name; shared optimizer moments under ``optimizer/``.
-        local: The work to do.
+        state: Entries that all clients of the round receive: parameters and buffers by name, optimizer moments under
+            ``optimizer/``, the algorithm's own under ``algorithm/``, transforms' under ``transform/``.
+        steps: Local steps K, minibatches of this round; ``None`` where epochs are counted.
+        epochs: Local epochs of this round; ``None`` where steps are counted.
+        before: Steps, or epochs, of the rounds before; ``None`` if all rounds have as many as this one.
+        schedule_positions: Steps already taken by each learning-rate schedule of the client module, by index.
+        own: Entries that only this client receives.
+        hyperparameters: Values of this round by name, such as ``learning_rate``.
     """
 
     client_id: int
     round: int
     seed: int
     state: State
-    local: LocalWork
+    steps: int | None = None
+    epochs: int | None = None
+    before: int | None = None
+    schedule_positions: tuple[int, ...] = ()
+    own: State = field(default_factory=dict)
+    hyperparameters: Mapping[str, float] = field(default_factory=dict)
+
+    def span(self, *, steps_per_epoch: int) -> tuple[int, int]:
+        """Return (first step, number of steps) of this round on the client's endless stream of minibatches."""
+        unit, count = (1, self.steps) if self.steps is not None else (steps_per_epoch, self.epochs or 0)
+        before = self.round * count if self.before is None else self.before
+        return before * unit, count * unit
 
 
 @dataclass(frozen=True)
@@ -102,20 +128,29 @@ class ClientFailure:
 
 
 @dataclass(frozen=True)
-class Participant:
-    """What is known of a client whose update went into a sum.
+class ClientReport:
+    """What came of one client in one attempt of a round; plain values, so that ranks can exchange it.
 
     Attributes:
         client_id: The client.
-        num_examples: Size N_k of its data set.
-        metrics: What follows from sizes and clocks: ``steps``, ``images``, ``seconds``, positions of schedules.
-        bytes_up: What it sent, in bytes by network.
+        outcome: ``answered`` (its update counts), ``failed``, ``rejected``, ``late`` (what came answers the round
+            before), or ``unneeded`` (enough others had answered).
+        num_examples: Size N_k of its data set; 0 where nothing of it counts.
+        metrics: What it says of its training, as far as the server believes it, and the norm of its update by network.
+        schedule_positions: Where its learning-rate schedules stand.
+        bytes_down: What was sent to it, in bytes by network.
+        bytes_up: What it sent, in the same way.
+        reason: Why it did not answer, or was not let in.
     """
 
     client_id: int
-    num_examples: int
-    metrics: Mapping[str, float]
+    outcome: str
+    num_examples: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    schedule_positions: Sequence[int] = ()
+    bytes_down: Mapping[str, int] = field(default_factory=dict)
     bytes_up: Mapping[str, int] = field(default_factory=dict)
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,14 +159,14 @@ class UpdateSum:
 
     Attributes:
         round: The round whose tasks it answers.
-        participants: Those whose updates are in it, and no others.
+        clients: Those whose updates are in it, and no others.
         delta: Mean of their parameter updates, with the aggregator's weights.
         extras: Mean of their extras, with the same weights.
         metrics: Means of their other scalars, weighted by N_k.
     """
 
     round: int
-    participants: tuple[Participant, ...]
+    clients: tuple[ClientReport, ...]
     delta: State
     extras: State
     metrics: Mapping[str, float]
@@ -139,19 +174,21 @@ class UpdateSum:
 
 @dataclass(frozen=True)
 class Aggregate:
-    """The server's view of a round: what all accepted updates amount to.
+    """The server's view of a round: what all updates that count amount to.
 
     Attributes:
         delta: Aggregated parameter update.
-        extras: Aggregated extras.
+        extras: Aggregated extras; entries with the rule ``sum`` as their sums.
         num_clients: Updates that went in.
         num_examples: Sum of their N_k.
+        collected: Entries with the rule ``collect`` by client.
     """
 
     delta: State
     extras: State
     num_clients: int
     num_examples: int
+    collected: Mapping[int, State] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -225,8 +262,8 @@ class Executor(ABC):
 
     @abstractmethod
     def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientUpdate | UpdateSum | ClientFailure]:
-        """Yield one update per task, in any order, as soon as each is ready, or one for several; a failure for a client
-        that is out of reach.
+        """Yield one result per task in completion order: a :class:`ClientUpdate`, a :class:`ClientFailure` if the
+        client cannot be reached, or one :class:`UpdateSum` for several tasks.
 
         Raises:
             ClientError: If a client's code fails in this process; it names client, round and stage.
@@ -298,6 +335,55 @@ class Aggregator(ABC):
         """Return the aggregate; with no updates in it, one without entries."""
 
 
+class UpdateTransform(ABC):
+    """Rewrites updates between client and aggregator: clips, encodes, adds noise. Transforms form a chain.
+
+    Clients apply the chain in its order, the server undoes it in reverse: :meth:`decode` for every answer before it is
+    aggregated, :meth:`total` once for what they amount to. Names are those of the entries; parameter updates bear the
+    names of parameters.
+    """
+
+    def check(  # noqa: B027 - most transforms go with everything
+        self, *, aggregator: Aggregator, is_secure: bool, others: Sequence[UpdateTransform]
+    ) -> None:
+        """Refuse what this transform cannot go with.
+
+        Args:
+            aggregator: The federation's.
+            is_secure: Whether the server sees sums only.
+            others: The other transforms of the chain.
+
+        Raises:
+            ConfigurationError: If there is something.
+        """
+
+    def schema(self, entries: Mapping[str, UpdateEntry]) -> dict[str, UpdateEntry]:
+        """Return the entries that leave this transform, given those that enter it."""
+        return dict(entries)
+
+    def client_state(self, entries: Mapping[str, UpdateEntry]) -> State:
+        """Return the private state of a client that has none yet."""
+        return {}
+
+    @abstractmethod
+    def client(self, update: State, *, entries: Mapping[str, UpdateEntry], private: State) -> tuple[State, State]:
+        """Return what leaves this transform on one client, and its private state after that.
+
+        Args:
+            update: What enters.
+            entries: What is known of its entries.
+            private: The client's private state of this transform.
+        """
+
+    def decode(self, update: State, *, entries: Mapping[str, UpdateEntry]) -> State:
+        """Return an update as the aggregator wants it; ``entries`` are those that entered :meth:`client`."""
+        return update
+
+    def total(self, total: Aggregate) -> Aggregate:
+        """Return the total of a round as the server steps on it."""
+        return total
+
+
 class ClientSampler(ABC):
     """Chooses the cohort of a round as a pure function of (seed, round)."""
 
@@ -308,91 +394,3 @@ class ClientSampler(ABC):
     def population(self, *, num_clients: int, round: int) -> Sequence[int]:
         """Return the clients that could be asked in this round, in ascending order; all unless overridden."""
         return range(num_clients)
-
-
-@runtime_checkable
-class ClientHook(Protocol):
-    """Optional hook of a client module, called before its per-round ``fit``."""
-
-    def on_client_round_start(self, info: RoundInfo) -> None: ...
-
-
-@runtime_checkable
-class StackHook(Protocol):
-    """Optional hook of a client module: itself for several clients at once, as the vectorized executor trains them.
-
-    The result is a LightningModule with manual optimization whose ``state_dict`` has the names of the client's; the
-    executor gives every tensor a leading dimension of clients, and passes batches with the same.
-
-    Raises:
-        ConfigurationError: If the module cannot be stacked; the message says why.
-    """
-
-    def stacked(self) -> Any: ...
-
-
-class StackedModule(Protocol):
-    """What the vectorized executor asks of a stacked module, beside being a LightningModule."""
-
-    def on_stack_round_start(self, infos: Sequence[RoundInfo], generators: Sequence[torch.Generator]) -> None:
-        """Begin a round of these clients, each with its own source of randomness."""
-
-    def keep_clients(self, count: int) -> None:
-        """Go on with the first ``count`` clients; the others have done their steps."""
-
-    def round_statistics(self) -> Mapping[str, Tensor]:
-        """Return scalars of the round, (clients,) each."""
-
-
-@runtime_checkable
-class StatisticsHook(Protocol):
-    """Optional hook of a client module: its scalars of the round, beside those it logs.
-
-    One call of ``self.log`` takes about a millisecond at the end of an epoch, which a client's round is; this takes
-    none.
-    """
-
-    def round_statistics(self) -> Mapping[str, Tensor]: ...
-
-
-@runtime_checkable
-class ServerHook(Protocol):
-    """Optional hook of the global module, called after every server step.
-
-    ``num_images`` is the weighted mean over clients of images seen in the round: the length of one local path.
-    """
-
-    def on_server_round_end(self, *, num_images: float) -> None: ...
-
-
-@runtime_checkable
-class RecalibrationHook(Protocol):
-    """Optional hook of the global module: make buffers anew from the weights alone, after a server step."""
-
-    def recalibrate(self) -> None: ...
-
-
-class RoundListener(Protocol):
-    """Optional hooks of any callback on the server's Trainer; the orchestrator calls those that exist."""
-
-    def on_round_start(self, trainer: Any, server: Any, info: RoundInfo) -> None: ...
-
-    def on_client_end(self, trainer: Any, server: Any, update: ClientUpdate) -> None: ...
-
-    def on_try_end(self, trainer: Any, server: Any, roll_call: Any) -> None: ...
-
-    def on_round_end(self, trainer: Any, server: Any, info: RoundInfo, metrics: Mapping[str, float]) -> None: ...
-
-
-@runtime_checkable
-class SampleSource(Protocol):
-    """A global module that can be sampled, as pictures and metrics need it."""
-
-    def sample(
-        self, num_samples: int, *, labels: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> Tensor: ...
-
-
-def listeners(callbacks: Sequence[Any], hook: str) -> list[Any]:
-    """Return the bound ``hook`` of every callback that has one."""
-    return [getattr(callback, hook) for callback in callbacks if hasattr(callback, hook)]

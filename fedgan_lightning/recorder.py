@@ -14,10 +14,11 @@ import numpy as np
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.evaluation.callback import Evaluation
-from fedgan_lightning.federation.costs import RollCall
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
+from fedgan_lightning.federation.report import RoundReport
 from fedgan_lightning.files import replacing, to_json, write_json, write_text
-from fedgan_lightning.jsonl import NAME, Journal
+from fedgan_lightning.hooks import completed_rounds
+from fedgan_lightning.jsonl import NAME, RoundLog
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import Executor
 from fedgan_lightning.provenance import provenance
@@ -48,22 +49,22 @@ class RunRecorder(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started = time.perf_counter()
         if trainer.is_global_zero:
-            _journal(trainer).cut(trainer.global_step)
+            _round_log(trainer).cut(completed_rounds(trainer))
 
-    def on_try_end(self, trainer: L.Trainer, server: L.LightningModule, roll_call: RollCall) -> None:
+    def on_attempt_end(self, trainer: L.Trainer, server: L.LightningModule, report: RoundReport) -> None:
         """Write down who was asked, and what came of it."""
         if trainer.is_global_zero:
-            _journal(trainer).append(roll_call.plain())
+            _round_log(trainer).append(report.plain())
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.is_global_zero:
-            _journal(trainer).sync()
+            _round_log(trainer).sync()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Every callback has checked what it checks: from the first round on the directory belongs to this run."""
         self._has_begun = True
         root = Path(trainer.default_root_dir)
-        is_new = trainer.global_step == 0  # perhaps after a first attempt that was killed
+        is_new = completed_rounds(trainer) == 0  # perhaps after a first attempt that was killed
         if not trainer.is_global_zero or ((root / "partition.npz").exists() and not is_new):
             return
         root.mkdir(parents=True, exist_ok=True)
@@ -80,12 +81,16 @@ class RunRecorder(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         evaluation = _find(trainer, Evaluation)
-        if evaluation is not None and evaluation.history and evaluation.history[-1]["rounds"] == trainer.global_step:
+        if (
+            evaluation is not None
+            and evaluation.history
+            and evaluation.history[-1]["rounds"] == completed_rounds(trainer)
+        ):
             self.write(trainer, status="running")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         orchestrator = _find(trainer, FederatedOrchestrator)
-        stopped = orchestrator is not None and trainer.global_step < orchestrator.rounds
+        stopped = orchestrator is not None and completed_rounds(trainer) < orchestrator.rounds
         self.write(trainer, status="stopped" if stopped else "finished")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -112,7 +117,7 @@ class RunRecorder(L.Callback):
         larger = {name for metric in metrics for name in metric.larger_is_better}
         summary: dict[str, Any] = {
             "status": status,
-            "rounds": trainer.global_step,
+            "rounds": completed_rounds(trainer),
             "seed": self.seed,
             "wall_seconds": round(self._elapsed(), 3),
             "final": history[-1] if history else {},
@@ -160,8 +165,8 @@ def _is_of(ckpt_path: Any, root: Path) -> bool:
     return not ckpt_path or Path(ckpt_path).resolve().is_relative_to(root.resolve())
 
 
-def _journal(trainer: L.Trainer) -> Journal:
-    return Journal(Path(trainer.default_root_dir) / NAME)
+def _round_log(trainer: L.Trainer) -> RoundLog:
+    return RoundLog(Path(trainer.default_root_dir) / NAME)
 
 
 def _find(trainer: L.Trainer, kind: type) -> Any:

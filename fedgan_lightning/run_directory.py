@@ -16,7 +16,7 @@ from fedgan_lightning.jsonl import NAME, entries
 #: What tells a run.
 MARKS = ("config.yaml", "summary.json", "checkpoints")
 #: Groups of settings that make a run this one, and which of theirs a continuation may change.
-GROUPS = ("model", "data", "federation", "server")
+GROUPS = ("model", "data", "deploy", "server")
 MAY_CHANGE = ("rounds",)
 #: Characters of a setting that has changed.
 LONGEST = 160

@@ -13,19 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from fedgan_lightning import (
-    GAN,
-    R1,
-    ClassesPerClient,
-    Digits,
-    FederatedDataModule,
-    FederatedOrchestrator,
-    MLPDiscriminator,
-    MLPGenerator,
-    Ring,
-    SequentialExecutor,
-    ServerModule,
-)
+from fedgan_lightning import GAN, FederatedDataModule, FederatedOrchestrator, SequentialExecutor, ServerModule
+from fedgan_lightning.losses import R1
+from fedgan_lightning.networks import MLPDiscriminator, MLPGenerator
+from fedgan_lightning.partitions import ClassesPerClient
+from fedgan_lightning.sources import Digits, Ring
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"

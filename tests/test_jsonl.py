@@ -8,16 +8,18 @@ import re
 import lightning as L
 import pytest
 
-from fedgan_lightning import FaultyExecutor, FractionOfClients, RoundRules, SequentialExecutor, UpdateValidator
+from fedgan_lightning import RoundRules, SequentialExecutor, UpdateValidator
 from fedgan_lightning.checkpoints import AtomicCheckpointIO, LastCheckpoint
 from fedgan_lightning.errors import QuorumError
-from fedgan_lightning.federation.costs import Contact, RollCall
+from fedgan_lightning.executors import FaultyExecutor
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
+from fedgan_lightning.federation.report import RoundReport
 from fedgan_lightning.federation.server import ServerModule
-from fedgan_lightning.jsonl import Journal, entries
+from fedgan_lightning.jsonl import RoundLog, entries
+from fedgan_lightning.protocol import ClientReport
 from fedgan_lightning.recorder import RunRecorder
-from fedgan_lightning.visuals.participation import MOST_COLUMNS, MOST_ROWS, OUTCOMES, Attendance
-from fedgan_lightning.visuals.participation_charts import operations
+from fedgan_lightning.samplers import FractionOfClients
+from fedgan_lightning.visuals.participation import MOST_COLUMNS, MOST_ROWS, OUTCOMES, Participation
 from fedgan_lightning.visuals.report import write_report
 from fedgan_lightning.visuals.runs import read_run
 from fedgan_lightning.visuals.tensorboard import LAYOUT
@@ -125,7 +127,7 @@ def test_tries_that_do_not_count_are_written_when_they_end(tmp_path):
         (0, 0, False),
         (0, 1, False),
     ]
-    assert Attendance.read(tmp_path / "rounds.jsonl").abandoned == 2
+    assert Participation.read(tmp_path / "rounds.jsonl").abandoned == 2
 
 
 # ---------------------------------------------------------------------- a process that is killed
@@ -151,14 +153,16 @@ def test_a_resumed_run_has_the_journal_of_one_that_was_not_interrupted(tmp_path)
 
 def test_a_run_that_begins_anew_keeps_nothing_of_the_one_before(tmp_path):
     """Killed before its first checkpoint."""
-    Journal(tmp_path / "rounds.jsonl").append({"round": 0, "attempt": 0, "counted": False, "seconds": 1, "clients": []})
+    RoundLog(tmp_path / "rounds.jsonl").append(
+        {"round": 0, "attempt": 0, "counted": False, "seconds": 1, "clients": []}
+    )
     run(tmp_path, rounds=1, always={})
     assert [entry["counted"] for entry in journal(tmp_path)] == [True]
 
 
 @pytest.mark.parametrize("damage", [b'{"round":1', b"null\n", b'{"no":"round"}\n', b"\xff\xfe\n"])
 def test_a_journal_is_read_up_to_what_is_whole(tmp_path, damage):
-    book = Journal(tmp_path / "rounds.jsonl")
+    book = RoundLog(tmp_path / "rounds.jsonl")
     assert list(entries(book.path)) == []
     book.cut(3)
     book.sync()
@@ -176,11 +180,14 @@ def test_a_journal_is_read_up_to_what_is_whole(tmp_path, damage):
 
 
 def written(path, tries):
-    book = Journal(path)
+    book = RoundLog(path)
     for round, counted, contacts in tries:
-        told = tuple(Contact(k, outcome, 100, 50, seconds=float(k)) for k, outcome in contacts)
-        book.append(RollCall(round, 0, counted, 2.0, told).plain())
-    return Attendance.read(path)
+        clients = tuple(
+            ClientReport(k, outcome, metrics={"seconds": float(k)}, bytes_down={"g": 100}, bytes_up={"g": 50})
+            for k, outcome in contacts
+        )
+        book.append(RoundReport(round, 0, counted, len(clients), 2.0, clients).plain())
+    return Participation.read(path)
 
 
 def test_columns_show_the_worst_of_their_rounds_and_late_answers_stand_where_they_were_due(tmp_path):
@@ -214,7 +221,7 @@ def test_the_page_shows_who_took_part(tmp_path):
     assert "3 rounds, 5 clients asked 15 times: 6 answered, 2 late, 3 rejected, 6 failed." in page.texts
     assert page.texts.count("client 3") == 1
     (tmp_path / "rounds.jsonl").unlink()
-    assert operations(read_run(tmp_path), "x") == "", "of a run from before there was a journal"
+    assert participation_panel(read_run(tmp_path), "x") == "", "of a run from before there was a journal"
 
 
 def test_the_dashboard_s_groups_have_something_to_show(tmp_path):

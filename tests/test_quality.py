@@ -15,7 +15,7 @@ from benchmarks import bare_stacks, controls, grids, moving_average, quality, si
 from benchmarks.workloads import WORKLOADS
 from fedgan_lightning.__main__ import main
 from fedgan_lightning.data.sources import ImageFolder, TorchvisionImages
-from fedgan_lightning.visuals.participation import Attendance
+from fedgan_lightning.visuals.participation import Participation
 from tests.conftest import ROOT
 
 CHEAP = ["--evaluation.num_samples", "50", "--federation.executor", "SequentialExecutor"]
@@ -112,7 +112,7 @@ def test_cells_are_command_lines_that_parse(grid, tmp_path, capsys, shared):
 def test_curves_of_a_run_end_in_the_table(tmp_path):
     run = quality.Run(
         name="r", path=tmp_path, summary={"test": {"fid": 1.0}}, config={}, config_text="", metrics={}, sizes=[],
-        attendance=Attendance(),
+        attendance=Participation(),
         scalars={"train/loss_g": ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0], [float(n) for n in range(10)])},
     )  # fmt: skip
     assert quality.ends(run) == {"fid": 1.0, "train/loss_g, first": 0.5, "train/loss_g, last": 8.5}

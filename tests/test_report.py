@@ -10,17 +10,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from fedgan_lightning import (
-    GAN,
-    Evaluation,
-    Federation,
-    MLPDiscriminator,
-    MLPGenerator,
-    SamplePictures,
-    SequentialExecutor,
-)
+from fedgan_lightning import GAN, Evaluation, Federation, SamplePictures, SequentialExecutor
 from fedgan_lightning.__main__ import main
 from fedgan_lightning.errors import ConfigurationError
+from fedgan_lightning.networks import MLPDiscriminator, MLPGenerator
 from fedgan_lightning.visuals import charts, pictures
 from fedgan_lightning.visuals.report import write_report
 from fedgan_lightning.visuals.runs import differing, read_run

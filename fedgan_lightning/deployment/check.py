@@ -1,4 +1,4 @@
-"""``federation site --check``: data, settings, keys and the way to the server, tried before a site joins.
+"""``deploy site --check``: data, settings, keys and the way to the server, tried before a site joins.
 
 Nothing is sent but an empty request that nobody signed, and nothing is kept but what the source itself downloads.
 """
@@ -96,7 +96,7 @@ def _reach(superlink: str, ca: Path) -> None:
     except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             rule = f"the SuperLink, or a site's own proxy, has a certificate of {ca} for its name"
-            fix = "ask the consortium for its ca.crt, or for a certificate with this name (federation keys --host)"
+            fix = "ask the consortium for its ca.crt, or for a certificate with this name (deploy keys --host)"
         else:
             rule = "a site reaches the SuperLink, or a proxy in front of it, over TLS"
             fix = "see whether the server runs, then address, firewall and proxy"
@@ -154,7 +154,7 @@ def _check_pair(certificate: Path, private: Path, *, authority: Path) -> None:
             message(
                 "a certificate and its key belong together",
                 received=f"{certificate} and {private}",
-                fix="take both from the same federation keys",
+                fix="take both from the same deploy keys",
             )
         )
     try:

@@ -14,8 +14,8 @@ import torch
 
 from fedgan_lightning.deployment import wire
 from fedgan_lightning.deployment.sites import Sites, trouble_in
-from fedgan_lightning.errors import RoundInterrupted
-from fedgan_lightning.federation.local import ClientContext
+from fedgan_lightning.errors import ConfigurationError, RoundInterrupted, message
+from fedgan_lightning.federation.client_update import ClientContext
 from fedgan_lightning.federation.schema import printable
 from fedgan_lightning.protocol import ROUND_TRIP, ClientFailure, ClientTask, ClientUpdate, Executor
 
@@ -30,6 +30,22 @@ class Sent(NamedTuple):
 
     task: ClientTask
     since: float
+
+
+def refuse_exchange(context: ClientContext) -> None:
+    """Refuse networks that clients hand on to each other: between machines they would pass the server.
+
+    Raises:
+        ConfigurationError: If there are any.
+    """
+    if found := sorted({name for name, sync in context.policy.sync.items() if sync == "exchange"}):
+        raise ConfigurationError(
+            message(
+                "sites of a deployment keep their own networks",
+                received=f"federation.sync.{found[0]}: exchange",
+                fix="set it to average or local, or run the federation in simulation",
+            )
+        )
 
 
 class FlowerExecutor(Executor):
@@ -49,6 +65,7 @@ class FlowerExecutor(Executor):
 
     def setup(self, context: ClientContext) -> None:
         context.ranks.refuse_several("the server of a deployment is one process")
+        refuse_exchange(context)
         self._context = context
 
     def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:

@@ -173,9 +173,9 @@ def check_valid(path: Path) -> None:
 
     found = read_pem(path, x509.load_pem_x509_certificate)
     end, is_authority = found.not_valid_after_utc, found.issuer == found.subject
-    fix = "the consortium renews it with federation keys, where the authority's key is"
+    fix = "the consortium renews it with deploy keys, where the authority's key is"
     if is_authority:
-        fix = "the consortium makes another authority with federation keys, in an empty folder, and gives it to all"
+        fix = "the consortium makes another authority with deploy keys, in an empty folder, and gives it to all"
     if end < _now():
         raise ConfigurationError(
             message("certificates are valid", received=f"{path}, which ended on {end:%Y-%m-%d}", fix=fix)

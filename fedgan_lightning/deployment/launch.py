@@ -1,4 +1,4 @@
-"""``python -m fedgan_lightning federation ROLE``: keys, the server, a site, or all of it on one machine for a trial.
+"""``python -m fedgan_lightning deploy ROLE``: keys, the server, a site, or all of it on one machine for a trial.
 
 Every role starts Flower's own programs; nothing here listens or encrypts.
 """
@@ -21,12 +21,12 @@ from fedgan_lightning.files import expanded
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigurationError(f"{message}. See: python -m fedgan_lightning federation --help")
+        raise ConfigurationError(f"{message}. See: python -m fedgan_lightning deploy --help")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run a role; return the exit code."""
-    parser = _Parser(prog="python -m fedgan_lightning federation", description=__doc__)
+    parser = _Parser(prog="python -m fedgan_lightning deploy", description=__doc__)
     roles = parser.add_subparsers(dest="role", required=True, parser_class=_Parser)
     keys = roles.add_parser(
         "keys", help="make a certificate authority, a server certificate and node keys, or renew certificates"

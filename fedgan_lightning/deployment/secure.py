@@ -29,8 +29,8 @@ from fedgan_lightning.deployment.session import (
 )
 from fedgan_lightning.deployment.sites import ANSWER_SECONDS, Sites
 from fedgan_lightning.errors import UpdateError
+from fedgan_lightning.federation.client_update import never
 from fedgan_lightning.federation.costs import network_in_ledger
-from fedgan_lightning.federation.local import never
 from fedgan_lightning.federation.schema import printable
 from fedgan_lightning.federation.secure import NARROW, SecureAggregation, Summand, words_of
 from fedgan_lightning.packing import Layout

@@ -8,15 +8,15 @@ from typing import Any, ClassVar
 import torch
 
 from fedgan_lightning.deployment import wire
-from fedgan_lightning.deployment.flower import ACCEPTED, CONNECTED
+from fedgan_lightning.deployment.flower import ACCEPTED, CONNECTED, refuse_exchange
 from fedgan_lightning.deployment.secure import SecureSessions
 from fedgan_lightning.errors import OutOfRangeError, QuorumError, UpdateError, message
-from fedgan_lightning.federation.admission import Admission
-from fedgan_lightning.federation.local import ClientContext
-from fedgan_lightning.federation.rounds import is_position
+from fedgan_lightning.federation.client_update import ClientContext
+from fedgan_lightning.federation.report import is_position
 from fedgan_lightning.federation.schema import printable
+from fedgan_lightning.federation.update_checks import UpdateChecks
 from fedgan_lightning.packing import Layout
-from fedgan_lightning.protocol import ROUND_TRIP, ClientFailure, ClientTask, Executor, Participant, State, UpdateSum
+from fedgan_lightning.protocol import ROUND_TRIP, ClientFailure, ClientReport, ClientTask, Executor, State, UpdateSum
 
 #: Scalars that sites say in the clear: they follow from sizes and clocks, not from data.
 CLEAR = ("images", "steps", "seconds")
@@ -37,11 +37,12 @@ class SecureExecutor(Executor):
     def __init__(self, sessions: SecureSessions) -> None:
         self.sessions = sessions
         self._context: ClientContext | None = None
-        self._admission: Admission | None = None
+        self._checks: UpdateChecks | None = None
 
     def setup(self, context: ClientContext) -> None:
         context.ranks.refuse_several("the server of a deployment is one process")
-        self._context, self._admission = context, Admission(context)
+        refuse_exchange(context)
+        self._context, self._checks = context, UpdateChecks(context)
 
     def run(self, tasks: Iterable[ClientTask]) -> Iterator[UpdateSum | ClientFailure]:
         assert self._context is not None
@@ -68,32 +69,32 @@ class SecureExecutor(Executor):
             yield ClientFailure(client_id, round, stage=stage, cause=cause, reached=stage not in BEFORE_THE_TASK)
         if not found.means:
             return
-        participants = []
+        members = []
         for client_id in sorted({*listed} - {*found.lost}):
             store.write(client_id, {ACCEPTED: torch.tensor(listed[client_id].seed)})
             metrics = wire.metrics_of(found.facts[client_id]) | {ROUND_TRIP: found.seconds[client_id]}
             size, sent = found.members[client_id].num_examples, dict(found.bytes_up[client_id])
-            participants.append(Participant(client_id, size, metrics, bytes_up=sent))
+            members.append(ClientReport(client_id, "answered", num_examples=size, metrics=metrics, bytes_up=sent))
         means = {name: float(value) for name, value in found.means["metrics"].items()}
-        yield UpdateSum(round, tuple(participants), found.means["delta"], found.means["extras"], means)
+        yield UpdateSum(round, tuple(members), found.means["delta"], found.means["extras"], means)
 
     def _check(self, tasks: Mapping[int, ClientTask]) -> Callable[[int, Mapping[str, Layout], Mapping[str, Any]], None]:
         """Return what looks at every answer while its vector is masked: later nobody could be left out."""
-        assert self._admission is not None
+        assert self._checks is not None
         one = next(iter(tasks.values()))
-        terms = self._admission.terms(round=one.round, state=one.state, work=one.local)
+        checks = self._checks.of_round(one)
 
         def check(client_id: int, layouts: Mapping[str, Layout], facts: Mapping[str, Any]) -> None:
-            terms.check_layouts(client_id, layouts)
+            checks.check_layouts(client_id, layouts)
             clear = wire.metrics_of(facts)
             if others := [name for name in clear if name not in CLEAR and not is_position(name)]:
                 raise UpdateError(f"client {client_id}: says {printable(others[0])} in the clear")
-            terms.metrics(f"client {client_id}", client_id, clear)
+            checks.metrics(f"client {client_id}", client_id, clear)
 
         return check
 
     def teardown(self) -> None:
-        self._context = self._admission = None
+        self._context = self._checks = None
 
     def facts(self) -> dict[str, Any]:
         sites, timeout = self.sessions.sites, self.sessions.timeout

@@ -27,13 +27,15 @@ from fedgan_lightning.evaluation.fidelity import ThirdPowers
 from fedgan_lightning.evaluation.ranking import ItemCounts, Rankings
 from fedgan_lightning.federation.aggregation import checked_states
 from fedgan_lightning.federation.checks import same_precision
+from fedgan_lightning.federation.client_update import ClientContext
 from fedgan_lightning.federation.costs import bytes_by_network
-from fedgan_lightning.federation.local import ClientContext, LocalTrainer
+from fedgan_lightning.federation.local import LocalTrainer
 from fedgan_lightning.federation.optimizer_state import only_moments
 from fedgan_lightning.federation.policy import resolve
-from fedgan_lightning.federation.rounds import is_position, lengths
+from fedgan_lightning.federation.report import is_position, lengths
 from fedgan_lightning.federation.store import ClientStore
-from fedgan_lightning.protocol import ClientTask, ClientUpdate, LocalWork, State
+from fedgan_lightning.federation.transform_chain import TransformChain
+from fedgan_lightning.protocol import ClientTask, ClientUpdate, State
 from fedgan_lightning.states import network_of
 from fedgan_lightning.version import __version__
 
@@ -44,7 +46,7 @@ QUESTIONS = {question.kind: question for question in (FeatureMoments, ThirdPower
 #: Sums over fewer samples say nearly what the samples are.
 FEWEST_SAMPLES = 10
 #: Settings of ``federation`` that both sides must share.
-SHARED = ("local_steps", "local_epochs", "sync", "optimizer_state", "buffers")
+SHARED = ("local_steps", "local_epochs", "algorithm", "transforms", "sync", "optimizer_state", "buffers")
 
 
 class SiteData:
@@ -193,7 +195,7 @@ class Site:
             round=0,
             seed=self.data.seed,
             state={name: state[name].detach().clone() for name in sent},
-            local=LocalWork(steps=1),
+            steps=1,
         )
         update = self._run(task, context)
         return Rehearsal(
@@ -212,7 +214,13 @@ class Site:
         trainer_options: dict[str, Any] = {"accelerator": root.type, "precision": self.trainer.precision}
         trainer_options["devices"] = [root.index] if root.type == "cuda" else 1
         return ClientContext(
-            model=self.module, data=self.data, policy=policy, store=store, trainer_options=trainer_options
+            model=self.module,
+            data=self.data,
+            policy=policy,
+            store=store,
+            algorithm=options.algorithm,
+            transforms=TransformChain(options.transforms),
+            trainer_options=trainer_options,
         )
 
     @staticmethod

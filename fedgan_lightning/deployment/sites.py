@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from fedgan_lightning.deployment import wire
 from fedgan_lightning.errors import QuorumError, RoundInterrupted, message
 from fedgan_lightning.federation.aggregation import MOST_EXAMPLES
-from fedgan_lightning.federation.local import never
+from fedgan_lightning.federation.client_update import never
 from fedgan_lightning.federation.schema import is_whole, printable
 from fedgan_lightning.files import write_text
 from fedgan_lightning.protocol import State

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedgan_lightning.packing import Layout, Packed
-from fedgan_lightning.protocol import ClientTask, ClientUpdate, LocalWork, State
+from fedgan_lightning.protocol import ClientTask, ClientUpdate, State
 
 #: Message types, as Flower routes them to a function of the ClientApp.
 TRAIN, QUERY = "train", "query"
@@ -77,31 +77,37 @@ def from_task(task: ClientTask, *, accepted: int, digest: str) -> Any:
         "client_id": task.client_id,
         "round": task.round,
         "seed": task.seed,
-        "steps": task.local.steps if task.local.steps is not None else -1,
-        "epochs": task.local.epochs if task.local.epochs is not None else -1,
-        "schedule_positions": list(task.local.schedule_positions),
+        "steps": task.steps if task.steps is not None else -1,
+        "epochs": task.epochs if task.epochs is not None else -1,
+        "before": task.before if task.before is not None else -1,
+        "schedule_positions": list(task.schedule_positions),
+        "hyperparameters": json.dumps(dict(task.hyperparameters)),
         "accepted": accepted,
         "digest": digest,
     }
-    return content(facts, state=task.state)
+    return content(facts, state=task.state, own=task.own)
 
 
 def to_task(records: Any) -> tuple[ClientTask, int]:
     """Return the task, and the seed of the last task whose update was let in."""
     facts = facts_of(records)
-    work = LocalWork(
-        steps=None if facts["steps"] < 0 else int(facts["steps"]),
-        epochs=None if facts["epochs"] < 0 else int(facts["epochs"]),
-        schedule_positions=tuple(int(position) for position in facts["schedule_positions"]),
-    )
     task = ClientTask(
         client_id=int(facts["client_id"]),
         round=int(facts["round"]),
         seed=int(facts["seed"]),
         state=state_of(records, "state"),
-        local=work,
+        steps=_known(facts["steps"]),
+        epochs=_known(facts["epochs"]),
+        before=_known(facts["before"]),
+        schedule_positions=tuple(int(position) for position in facts["schedule_positions"]),
+        own=state_of(records, "own"),
+        hyperparameters={str(n): float(v) for n, v in json.loads(str(facts["hyperparameters"])).items()},
     )
     return task, int(facts["accepted"])
+
+
+def _known(number: Any) -> int | None:
+    return None if int(number) < 0 else int(number)
 
 
 def from_update(update: ClientUpdate) -> Any:

@@ -16,12 +16,12 @@ import lightning as L
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.samples import quantise
 from fedgan_lightning.errors import ConfigurationError, OutOfRangeError, QuorumError, SampleSizeError, message
-from fedgan_lightning.evaluation.defaults import default_metrics
 from fedgan_lightning.evaluation.metrics import Metric
+from fedgan_lightning.evaluation.modalities import default_metrics
 from fedgan_lightning.evaluation.watchers import check_watchers
 from fedgan_lightning.federation.server import ServerModule
+from fedgan_lightning.hooks import SampleSource, completed_rounds, planned_rounds
 from fedgan_lightning.options import checked
-from fedgan_lightning.protocol import SampleSource
 from fedgan_lightning.seeding import make_generator
 
 logger = logging.getLogger("fedgan_lightning")
@@ -121,7 +121,7 @@ class Evaluation(L.Callback):
             QuorumError: If a site does not answer: a run that is continued can wait for it, and a new one needs all.
             ConfigurationError: If a callback watches a metric in rounds in which it is not measured.
         """
-        if trainer.global_step == 0:
+        if completed_rounds(trainer) == 0:
             self._prepare(trainer, patient=False)
             self._log(trainer, pl_module, self.evaluate(trainer, pl_module), monitor=False)
         measured = {name for entry in self.history for name in entry} - {"rounds"}
@@ -130,8 +130,8 @@ class Evaluation(L.Callback):
 
     def on_round_end(self, trainer: L.Trainer, server: ServerModule, info: Any, metrics: Any) -> None:
         """Score the generator every ``every_n_rounds``, and at the end."""
-        rounds = trainer.global_step
-        if rounds % self.every_n_rounds == 0 or rounds == trainer.max_steps:
+        rounds = completed_rounds(trainer)
+        if rounds % self.every_n_rounds == 0 or rounds == planned_rounds(trainer):
             self._prepare(trainer, patient=True)
             self._log(trainer, server, self.evaluate(trainer, server, patient=True), monitor=True)
 
@@ -164,7 +164,7 @@ class Evaluation(L.Callback):
                 if not patient:
                     raise
                 name = type(metric).__name__
-                logger.warning(f"{name} is not measured after round {trainer.global_step}: {error}")
+                logger.warning(f"{name} is not measured after round {completed_rounds(trainer)}: {error}")
         if pl_module.can_sample:
             data: FederatedDataModule = trainer.datamodule  # type: ignore[attr-defined]
             values |= self._score_samples(metrics, data, pl_module)
@@ -191,7 +191,7 @@ class Evaluation(L.Callback):
     def _log(
         self, trainer: L.Trainer, pl_module: L.LightningModule, values: dict[str, float], *, monitor: bool
     ) -> None:
-        rounds = trainer.global_step
+        rounds = completed_rounds(trainer)
         if trainer.state.fn == "fit":
             self.history = [entry for entry in self.history if entry["rounds"] < rounds]
             self.history.append({"rounds": float(rounds), **values})

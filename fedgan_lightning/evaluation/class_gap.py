@@ -14,6 +14,7 @@ from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.gan.steps import split_heads
+from fedgan_lightning.hooks import completed_rounds
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import ClientUpdate, RoundInfo, State
 from fedgan_lightning.seeding import make_generator
@@ -101,7 +102,7 @@ class HeldAbsentGap(L.Callback):
                 logger.log_metrics({"gap/held_minus_absent": self.latest}, step=info.round + 1)
 
     def _is_due(self, trainer: L.Trainer) -> bool:
-        return trainer.global_step % self.every_n_rounds == self.every_n_rounds - 1
+        return completed_rounds(trainer) % self.every_n_rounds == self.every_n_rounds - 1
 
     @torch.no_grad()
     def _look(self, server: ServerModule, client_id: int, entries: State) -> None:

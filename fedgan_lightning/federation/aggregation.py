@@ -110,8 +110,8 @@ class WeightedMean(Aggregator):
         return first
 
     def accumulate_sum(self, accumulator: WeightedSums, total: UpdateSum) -> WeightedSums:
-        sizes = [own.num_examples for own in total.participants]
-        for own in total.participants:
+        sizes = [own.num_examples for own in total.clients]
+        for own in total.clients:
             check_claims(own.client_id, num_examples=own.num_examples)
         delta, extras = Packed.of(total.delta), Packed.of(total.extras)
         check_finite("a sum of clients", delta, extras)

@@ -8,8 +8,12 @@ from typing import Any
 import lightning as L
 import torch
 
-from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.errors import ConfigurationError, FedGANError, message
+from fedgan_lightning.federation.optimizer_state import optimizers_in
+from fedgan_lightning.federation.policy import Policy
+from fedgan_lightning.federation.round_schedules import check_names
 from fedgan_lightning.federation.server import ServerModule
+from fedgan_lightning.federation.transform_chain import TransformChain
 from fedgan_lightning.gan.module import GAN
 from fedgan_lightning.protocol import Aggregator, FederatedData
 from fedgan_lightning.seeding import isolated_rng
@@ -79,6 +83,20 @@ def checked_trainer(
     return module, data
 
 
+def check_parts(federation: Any, module: L.LightningModule, policy: Policy) -> None:
+    """Refuse an algorithm, transforms and schedules that do not go with each other and with the rest.
+
+    Raises:
+        ConfigurationError: If they do not.
+    """
+    aggregator, secure, chain = federation.aggregator, federation.secure, TransformChain(federation.transforms)
+    federation.algorithm.check(
+        policy=policy, aggregator=aggregator, rules=federation.rules, secure=secure, transforms=tuple(chain)
+    )
+    chain.check(aggregator=aggregator, is_secure=secure is not None)
+    check_names(federation.schedules, module=module, algorithm=federation.algorithm)
+
+
 def check_optimizers(server: ServerModule) -> None:
     """Refuse settings of optimizers and schedules that they refuse themselves, before a client trains with them.
 
@@ -89,7 +107,11 @@ def check_optimizers(server: ServerModule) -> None:
     for owner, module in (("the model", server.model if ours else copy.deepcopy(server.model)), ("the server", server)):
         try:
             with isolated_rng(0):
-                module.configure_optimizers()
+                made = optimizers_in(module.configure_optimizers())
+            if module is not server:
+                server.algorithm.check_optimizers(made)
+        except FedGANError:
+            raise
         except (ValueError, TypeError) as error:
             if not (ours or module is server or str(error).startswith("Invalid ")):
                 continue  # somebody else's module may learn in its ``setup`` what its schedules need

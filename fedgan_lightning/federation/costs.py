@@ -1,34 +1,41 @@
-"""What a federation costs: bytes by direction and network, client steps, seconds; and what came of each client."""
+"""What a federation costs: bytes by direction and network, client steps, seconds; and the incidents of its rounds."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
-from fedgan_lightning.federation.optimizer_state import is_optimizer_entry
+from fedgan_lightning.federation.namespaces import ALGORITHM, MOMENTS
 from fedgan_lightning.packing import Layout, Packed
-from fedgan_lightning.protocol import State
+from fedgan_lightning.protocol import ClientReport, State
 from fedgan_lightning.states import network_of
 
 OPTIMIZER = "optimizer"
-#: What is counted: three things that become of clients, and one of rounds.
+#: What is counted: three outcomes of clients, and one of rounds.
 EVENTS = ("failed", "rejected", "late", "abandoned")
-#: Incidents that are told one by one; all are counted.
+#: Outcomes of clients that sent an update.
+CAME = ("answered", "rejected", "late")
+#: Incidents that are listed one by one; all are counted.
 INCIDENTS_KEPT = 200
 
 
 def bytes_by_network(state: State) -> dict[str, int]:
-    """Return the size of a state in bytes by network; optimizer moments count under ``optimizer``."""
+    """Return the size of a state in bytes by network; see :func:`network_in_ledger`."""
     return dict(_sizes(state.layout if isinstance(state, Packed) else Layout.of(state)))
 
 
 def network_in_ledger(name: str) -> str:
-    """Return under which name the bytes of an entry are counted."""
-    return OPTIMIZER if is_optimizer_entry(name) else network_of(name)
+    """Return under which name the bytes of an entry are counted: its network, ``optimizer`` for moments, and for an
+    algorithm's entries the first part of their names, such as ``control``.
+    """
+    if name.startswith(MOMENTS):
+        return OPTIMIZER
+    if name.startswith(ALGORITHM):
+        return name.removeprefix(ALGORITHM).split("/", 1)[0]
+    return network_of(name)
 
 
 @lru_cache(maxsize=64)
@@ -40,80 +47,26 @@ def _sizes(layout: Layout) -> dict[str, int]:
     return sizes
 
 
-@dataclass(frozen=True)
-class Incident:
-    """A client that did not answer as it should.
+class Attempted(Protocol):
+    """What the ledger reads of a report of a round."""
 
-    Attributes:
-        round: Rounds completed before.
-        client_id: The client.
-        kind: ``failed``, ``rejected`` or ``late``.
-        reason: In words.
-    """
+    @property
+    def round(self) -> int: ...
 
-    round: int
-    client_id: int
-    kind: str
-    reason: str
+    @property
+    def counted(self) -> bool: ...
 
+    @property
+    def num_asked(self) -> int: ...
 
-@dataclass(frozen=True)
-class Contact:
-    """What passed between the server and one client in one try of a round.
+    @property
+    def clients(self) -> tuple[ClientReport, ...]: ...
 
-    Attributes:
-        client_id: The client.
-        outcome: ``answered``, ``failed``, ``rejected``, ``late`` (what came answers the round before), or ``unneeded``
-            (enough others had answered).
-        bytes_down: What was sent to it.
-        bytes_up: What it sent.
-        seconds: Time it worked on its task, as it says itself.
-        round_trip: Time from task to answer on the server's clock; known where clients are on machines of their own.
-        reason: Why it did not answer, or was not let in.
-    """
-
-    client_id: int
-    outcome: str
-    bytes_down: int = 0
-    bytes_up: int = 0
-    seconds: float | None = None
-    round_trip: float | None = None
-    reason: str = ""
+    @property
+    def gauges(self) -> Mapping[str, float]: ...
 
 
-@dataclass(frozen=True)
-class RollCall:
-    """Who was asked in one try of a round, and what came of it.
-
-    Attributes:
-        round: Rounds completed before.
-        attempt: Tries of this round before.
-        counted: Whether enough answered; else the round was abandoned.
-        seconds: Wall time from the first task to the last answer.
-        contacts: One for every client that was asked, and for every late answer, by client.
-        gauges: What the executor says of itself, such as ``sites/connected``.
-    """
-
-    round: int
-    attempt: int
-    counted: bool
-    seconds: float
-    contacts: tuple[Contact, ...]
-    gauges: Mapping[str, float] = field(default_factory=dict)
-
-    def plain(self) -> dict[str, Any]:
-        """Return it as plain values; what is not known or empty is left out."""
-        clients = [{n: _short(v) for n, v in vars(own).items() if v not in (None, "")} for own in self.contacts]
-        known = {"round": self.round, "attempt": self.attempt, "counted": self.counted, "seconds": _short(self.seconds)}
-        return {**known, **({"gauges": dict(self.gauges)} if self.gauges else {}), "clients": clients}
-
-
-def _short(value: Any) -> Any:
-    """Return seconds to the tenth of a millisecond."""
-    return round(value, 4) if isinstance(value, float) else value
-
-
-class Ledger:
+class CostLedger:
     """Totals since the start of the run; they continue over a resume.
 
     Attributes:
@@ -139,43 +92,28 @@ class Ledger:
         self.events: dict[str, int] = {}
         self.incidents: list[dict[str, Any]] = []
 
-    def send(self, sizes: Mapping[str, int], num_clients: int) -> None:
-        """Count what went down: :func:`bytes_by_network` of it, to so many clients."""
-        for network, size in sizes.items():
-            self.bytes_down[network] = self.bytes_down.get(network, 0) + size * num_clients
+    def record(self, report: Attempted) -> None:
+        """Count one attempt of a round."""
+        self.client_asks += report.num_asked
+        for client in report.clients:
+            _add(self.bytes_down, client.bytes_down)
+            _add(self.bytes_up, client.bytes_up)
+            if client.outcome in EVENTS:
+                self._note(report.round, client)
+            if client.outcome in CAME:
+                self.client_steps += int(client.metrics.get("steps", 0))
+                self.client_runs += 1
+                self.client_seconds += client.metrics.get("seconds", 0.0)
+        if not report.counted:
+            self._count("abandoned")
 
-    def count(self, kind: str) -> None:
-        """Count an event."""
+    def _count(self, kind: str) -> None:
         self.events[kind] = self.events.get(kind, 0) + 1
 
-    def note(self, incident: Incident) -> None:
-        """Count an incident, and keep it."""
-        self.count(incident.kind)
-        self.incidents = [*self.incidents, vars(incident)][-INCIDENTS_KEPT:]
-
-    def record(self, received: Mapping[str, int], metrics: Mapping[str, float]) -> None:
-        """Count one client's answer.
-
-        Args:
-            received: :func:`bytes_by_network` of what came up.
-            metrics: The client's ``steps`` and ``seconds``.
-        """
-        for network, size in received.items():
-            self.bytes_up[network] = self.bytes_up.get(network, 0) + size
-        self.client_steps += int(metrics.get("steps", 0))
-        self.client_runs += 1
-        self.client_seconds += metrics.get("seconds", 0.0)
-
-    def add(self, other: Ledger) -> None:
-        """Add the totals of another ledger: those of a round that is complete."""
-        for name, value in vars(other).items():
-            mine = getattr(self, name)
-            if isinstance(value, dict):
-                setattr(self, name, {key: mine.get(key, 0) + value.get(key, 0) for key in {**mine, **value}})
-            elif isinstance(value, list):
-                setattr(self, name, [*mine, *value][-INCIDENTS_KEPT:])
-            else:
-                setattr(self, name, mine + value)
+    def _note(self, round: int, client: ClientReport) -> None:
+        self._count(client.outcome)
+        incident = {"round": round, "client_id": client.client_id, "kind": client.outcome, "reason": client.reason}
+        self.incidents = [*self.incidents, incident][-INCIDENTS_KEPT:]
 
     @property
     def bytes_per_client_step(self) -> float:
@@ -214,3 +152,22 @@ class Ledger:
         """Continue from these totals."""
         for name in vars(self):
             setattr(self, name, state[name])
+
+
+def cost_metrics(attempts: Sequence[Attempted], ledger: CostLedger) -> dict[str, float]:
+    """Return what a round's attempts cost and what came of their clients, and the totals of the run."""
+    spent = CostLedger()
+    for attempt in attempts:
+        spent.record(attempt)
+    found = {"round/clients": float(sum(client.outcome == "answered" for client in attempts[-1].clients))}
+    found |= {f"round/{kind}": float(spent.events.get(kind, 0)) for kind in EVENTS}
+    found |= {"round/asked": float(spent.client_asks), **attempts[-1].gauges}
+    found["round/client_steps_per_second"] = ledger.client_steps_per_second
+    for direction, totals in (("down", ledger.bytes_down), ("up", ledger.bytes_up)):
+        found |= {f"bytes/{direction}/{network}": float(total) for network, total in totals.items()}
+    return found
+
+
+def _add(totals: dict[str, int], sizes: Mapping[str, int]) -> None:
+    for network, size in sizes.items():
+        totals[network] = totals.get(network, 0) + size

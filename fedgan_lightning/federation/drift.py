@@ -6,13 +6,42 @@ With unit vectors e_k, |sum e_k|^2 = n + sum over pairs: one sum per network say
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor
 
+from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
 from fedgan_lightning.federation.ranks import Ranks
+from fedgan_lightning.federation.report import UPDATE_NORM
 from fedgan_lightning.packing import Packed
-from fedgan_lightning.protocol import State
+from fedgan_lightning.protocol import ClientUpdate, RoundInfo, State
+
+
+class ClientDrift(L.Callback):
+    """Logs after every round how far clients pull apart, as ``drift/NETWORK``; see :class:`Drift`."""
+
+    def __init__(self) -> None:
+        self._drift = Drift()
+        #: The values of the last round.
+        self.latest: dict[str, float] = {}
+
+    def on_round_start(self, trainer: L.Trainer, server: Any, info: RoundInfo) -> None:
+        """Begin anew."""
+        self._drift = Drift()
+
+    def on_client_end(self, trainer: L.Trainer, server: Any, update: ClientUpdate) -> None:
+        """Count a client."""
+        norms = {n.removeprefix(UPDATE_NORM): v for n, v in update.metrics.items() if n.startswith(UPDATE_NORM)}
+        self._drift.add(update.delta, norms)
+
+    def on_round_end(self, trainer: L.Trainer, server: Any, info: RoundInfo, metrics: Mapping[str, float]) -> None:
+        """Log what came out."""
+        found = [item for item in trainer.callbacks if isinstance(item, FederatedOrchestrator)]  # type: ignore[attr-defined]
+        self.latest = self._drift.values(found[0].ranks if found else Ranks())
+        for logger in trainer.loggers:
+            logger.log_metrics(self.latest, step=info.round + 1)
 
 
 class Drift:

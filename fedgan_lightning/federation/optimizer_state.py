@@ -16,28 +16,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.federation.namespaces import MOMENTS
 from fedgan_lightning.protocol import State
-from fedgan_lightning.states import network_of
 
 Key = TypeVar("Key")
-PREFIX = "optimizer/"
 #: Metrics under this prefix are the positions of learning-rate schedules; the orchestrator takes them out.
 SCHEDULE = "schedule/"
 
 
 def is_optimizer_entry(name: str) -> bool:
     """Whether a name belongs to optimizer moments rather than to the module."""
-    return name.startswith(PREFIX)
+    return name.startswith(MOMENTS)
 
 
 def only_moments(state: State) -> dict[str, Tensor]:
     """Return the entries that are optimizer moments."""
     return {name: value for name, value in state.items() if is_optimizer_entry(name)}
-
-
-def without_moments(state: State) -> dict[str, Tensor]:
-    """Return the entries that belong to the module."""
-    return {name: value for name, value in state.items() if not is_optimizer_entry(name)}
 
 
 def is_shared_number(name: str, value: Tensor) -> bool:
@@ -73,21 +67,21 @@ def with_counts_on_cpu(moments: State) -> dict[str, Tensor]:
 def collect(
     module: nn.Module, optimizers: Sequence[Optimizer], policy: Mapping[str, str]
 ) -> dict[str, dict[str, Tensor]]:
-    """Return copies of the moments, under ``average`` and ``keep``; those of networks with another policy are left.
+    """Return copies of the moments, under ``average`` and ``keep``; those of parameters with another policy are left.
 
     All are on the device of the module, also those that the optimizers keep on the CPU.
 
     Args:
         module: Whose parameters they belong to.
         optimizers: Where they are.
-        policy: What becomes of moments, by network.
+        policy: What becomes of moments, by parameter.
     """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     found: dict[str, dict[str, Tensor]] = {"average": {}, "keep": {}}
     for index, optimizer in enumerate(optimizers):
         for parameter, state in optimizer.state.items():
             name = names[id(parameter)]
-            chosen = found.get(policy[network_of(name)])
+            chosen = found.get(policy[name])
             if chosen is None:
                 continue
             for key, value in state.items():
@@ -95,7 +89,7 @@ def collect(
                     # A count keeps its digits; other numbers come back from an optimizer in its parameter's dtype.
                     dtype = torch.float64 if key == "step" else parameter.dtype
                     tensor = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=dtype)
-                    chosen[f"{PREFIX}{index}/{name}/{key}"] = tensor.detach().clone()
+                    chosen[f"{MOMENTS}{index}/{name}/{key}"] = tensor.detach().clone()
     device = next(module.parameters()).device
     return {
         policy: {**moments, **together({n: v for n, v in moments.items() if not v.dim()}, device)}
@@ -216,3 +210,14 @@ def position_of(scheduler: Any) -> int:
 
 def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, list) else value for key, value in state.items()}
+
+
+def optimizers_in(configured: Any) -> list[Optimizer]:
+    """Return the optimizers in whatever form ``configure_optimizers`` gave them."""
+    if isinstance(configured, Optimizer):
+        return [configured]
+    if isinstance(configured, dict):
+        return optimizers_in(configured["optimizer"])
+    if isinstance(configured, tuple) and len(configured) == 2 and isinstance(configured[0], (list, tuple)):
+        return optimizers_in(configured[0])  # optimizers and schedules
+    return [own for item in configured or () for own in optimizers_in(item)]

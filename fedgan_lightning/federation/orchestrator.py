@@ -1,18 +1,15 @@
 """The orchestrator: a Lightning callback that owns the round.
 
-One outer epoch is one round; the number of completed rounds is the server Trainer's ``global_step``. Cohorts and seeds
-are pure functions of (seed, round, client), so a resumed run repeats what an uninterrupted one would have done.
+One outer epoch is one round; the server module counts the rounds. Cohorts and seeds are pure functions of (seed, round,
+client), so a resumed run repeats what an uninterrupted one would have done.
 """
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import lightning as L
@@ -20,33 +17,48 @@ import lightning as L
 from fedgan_lightning.checkpoints import FILES, AtomicCheckpointIO, folder_beside
 from fedgan_lightning.errors import CheckpointError, RoundInterrupted, message
 from fedgan_lightning.federation.aggregation import WeightedMean
+from fedgan_lightning.federation.algorithm import FederatedAlgorithm
+from fedgan_lightning.federation.algorithms import FedGAN
 from fedgan_lightning.federation.checks import (
     check_cohort,
     check_device,
     check_optimizers,
+    check_parts,
     checked_trainer,
     checked_work,
 )
-from fedgan_lightning.federation.conduct import Conductor, Outcome
-from fedgan_lightning.federation.costs import EVENTS, Ledger
+from fedgan_lightning.federation.client_update import ClientContext
+from fedgan_lightning.federation.costs import CostLedger, cost_metrics
 from fedgan_lightning.federation.executors import AutoExecutor, AutotunedExecutor
-from fedgan_lightning.federation.local import ClientContext
 from fedgan_lightning.federation.policy import Buffers, OptimizerState, Sync, resolve
 from fedgan_lightning.federation.ranks import Ranks, leave_at_exit
+from fedgan_lightning.federation.report import RoundReport
+from fedgan_lightning.federation.round import RoundRunner
+from fedgan_lightning.federation.round_schedules import (
+    LOCAL_STEPS,
+    RoundSchedule,
+    local_steps_of,
+    set_hyperparameters,
+)
 from fedgan_lightning.federation.rules import RoundRules, UpdateValidator
-from fedgan_lightning.federation.run_fingerprint import check_same_data, check_unchanged, given_to, made_of
+from fedgan_lightning.federation.run_fingerprint import check_same_data, check_unchanged, identity_of, settings_of
 from fedgan_lightning.federation.sampling import AllClients
 from fedgan_lightning.federation.secure import SecureAggregation
 from fedgan_lightning.federation.server import ServerModule
+from fedgan_lightning.federation.stop_signals import StopSignals
 from fedgan_lightning.federation.store import ClientStore, StateFiles
+from fedgan_lightning.federation.transform_chain import TransformChain
+from fedgan_lightning.hooks import listeners
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import (
     Aggregator,
     ClientSampler,
+    ClientTask,
+    ClientUpdate,
     Executor,
     FederatedData,
-    LocalWork,
-    listeners,
+    RoundInfo,
+    UpdateTransform,
 )
 
 #: Rounds whose cohorts are looked at before the first one.
@@ -60,6 +72,10 @@ class FederatedOrchestrator(L.Callback):
         rounds: Rounds to complete.
         local_steps: Local steps K per round: minibatches, each one step of both networks. FedGAN's K.
         local_epochs: Passes over the client's data per round, instead of ``local_steps``.
+        algorithm: What clients do beside training, and the server with their updates; default federated averaging.
+        transforms: What becomes of an update on its way from a client to the aggregator, in this order.
+        schedules: Hyper-parameters that are functions of the round, by name; see
+            :mod:`fedgan_lightning.federation.round_schedules`.
         clients: Which clients take part in a round; default all.
         aggregator: How updates become one; default the mean weighted by N_k.
         rules: When a round counts; default when every client asked has answered.
@@ -68,8 +84,9 @@ class FederatedOrchestrator(L.Callback):
         executor: Who runs the clients. ``auto`` decides by a fixed rule whether one after the other or stacked, and on
             how many threads; ``autotune`` measures what is fastest, so that rounding depends on what else the machine
             does.
-        sync: For every network ``average`` (shared), ``local`` (private to each client) or ``server`` (not on
-            clients); default ``average``.
+        sync: For every network ``average`` (shared), ``local`` (private to each client), ``server`` (not on clients),
+            or a placement that the algorithm knows; default ``average``. A pattern such as ``generator.style.*`` names
+            entries inside a network.
         optimizer_state: What becomes of optimizer moments at a sync: ``average`` like the weights, ``keep`` on each
             client, or ``reset``. One word for all averaged networks, or one per network. Local networks keep theirs.
         buffers: Buffers of averaged networks: ``merge`` (BatchNorm with pooled variance, integers by their rounded
@@ -91,6 +108,9 @@ class FederatedOrchestrator(L.Callback):
         rounds: int = 50,
         local_steps: int | None = None,
         local_epochs: int | None = None,
+        algorithm: FederatedAlgorithm | None = None,
+        transforms: list[UpdateTransform] | None = None,
+        schedules: dict[str, RoundSchedule] | None = None,
         clients: ClientSampler | None = None,
         aggregator: Aggregator | None = None,
         rules: RoundRules | None = None,
@@ -105,6 +125,8 @@ class FederatedOrchestrator(L.Callback):
     ) -> None:
         local_steps = checked_work(local_steps=local_steps, local_epochs=local_epochs)
         self.rounds, self.local_steps, self.local_epochs = rounds, local_steps, local_epochs
+        self.algorithm = algorithm if algorithm is not None else FedGAN()
+        self.transforms, self.schedules = list(transforms or []), dict(schedules or {})
         self.clients = clients if clients is not None else AllClients()
         self.aggregator = aggregator if aggregator is not None else WeightedMean()
         self.rules, self.validator = rules if rules is not None else RoundRules(), validator
@@ -116,18 +138,17 @@ class FederatedOrchestrator(L.Callback):
         self.executor: Executor = named[executor]() if isinstance(executor, str) else executor
         self.sync, self.optimizer_state, self.buffers, self.seed = sync, optimizer_state, buffers, seed
         self.client_state = client_state
-        self.ledger, self.store = Ledger(), ClientStore()
+        self.ledger, self.store = CostLedger(), ClientStore()
         #: Settings that a resumed run must share, as nested plain values; without them, what everything was made of.
         self.settings: dict[str, Any] = {}
-        #: Signal that asked to stop, if any.
-        self.stop_signal: int | None = None
+        self.signals = StopSignals()
         self._schedule_positions: tuple[int, ...] = ()
         self._restored: Mapping[str, Any] | None = None
-        self._handlers: dict[int, Any] = {}
-        self._outcome: Outcome | None = None
+        self._reports: list[RoundReport] = []
         self._round_started = 0.0
+        self._cohort: tuple[int, ...] = ()
         self._strikes: dict[int, int] = {}
-        self._ranks = Ranks()
+        self.ranks = Ranks()
 
     # ------------------------------------------------------------------ before the first round
 
@@ -136,7 +157,8 @@ class FederatedOrchestrator(L.Callback):
         if trainer.world_size > 1:
             leave_at_exit()
         policy = resolve(server.model, sync=self.sync, optimizer_state=self.optimizer_state, buffers=self.buffers)
-        server.attach(policy)
+        server.attach(policy, self.algorithm)
+        check_parts(self, server.model, policy)
         for line in policy.blind_spots():
             warnings.warn(line, stacklevel=2)
         # Cohorts that cannot be sampled, or are always too small, fail here; one that is so by chance is filled up.
@@ -156,25 +178,26 @@ class FederatedOrchestrator(L.Callback):
                 server.double()  # Lightning does so after it has read a checkpoint, whose doubles pass through float32
             trainer.limit_val_batches = 0  # rounds are evaluated where they end, by callbacks
             trainer.fit_loop.max_epochs = -1
-            trainer.fit_loop.epoch_loop.max_steps = self.rounds
+            trainer.fit_loop.epoch_loop.max_steps = -1  # rounds are counted, and not steps of optimizers
+            server.rounds_planned = self.rounds
 
     def _checked(self, trainer: L.Trainer, module: L.LightningModule) -> tuple[ServerModule, FederatedData]:
         return checked_trainer(trainer, module, aggregator=self.aggregator)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         server, data = self._checked(trainer, pl_module)
-        self.stop_signal = None
+        self.signals.number = None
         if self.client_state == "disk":
             folder = Path(trainer.default_root_dir) / "clients" / f"rank{trainer.global_rank}"
             self.store = ClientStore(StateFiles(folder))
         self.store.discard()
         self._restore(server, data)
+        if server.rounds_completed >= self.rounds:
+            trainer.should_stop = True
         root = trainer.strategy.root_device
         check_device(root)
         local = getattr(trainer, "num_devices", 1)
-        self._ranks = Ranks(
-            rank=trainer.global_rank, world_size=trainer.world_size, local_world_size=local, device=root
-        )
+        self.ranks = Ranks(rank=trainer.global_rank, world_size=trainer.world_size, local_world_size=local, device=root)
         options: dict[str, Any] = {"accelerator": root.type, "precision": trainer.precision}
         options["devices"] = 1 if root.index is None else [root.index]
         context = ClientContext(
@@ -182,12 +205,16 @@ class FederatedOrchestrator(L.Callback):
             data=data,
             policy=server.policy,
             store=self.store,
+            algorithm=self.algorithm,
+            transforms=TransformChain(self.transforms),
             trainer_options=options,
-            stop_requested=self._stop_requested,
-            ranks=self._ranks,
+            stop_requested=self.signals.is_set,
+            ranks=self.ranks,
         )
+        if not server.algorithm_state:
+            server.algorithm_state = dict(self.algorithm.server_state(context))
         self.executor.setup(context)
-        self.conductor = Conductor(
+        self.runner = RoundRunner(
             context,
             executor=self.executor,
             aggregator=self.aggregator,
@@ -203,14 +230,15 @@ class FederatedOrchestrator(L.Callback):
         validation.
         """
         progress: Any = trainer.fit_loop.epoch_progress.current
-        progress.ready = progress.started = progress.processed = progress.completed = trainer.global_step
-        self._listen_for_signals()  # after the Trainer has set its own handlers, which end the process at once
+        done = self._checked(trainer, pl_module)[0].rounds_completed
+        progress.ready = progress.started = progress.processed = progress.completed = done
+        self.signals.listen()  # after the Trainer has set its own handlers, which end the process at once
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._stop_listening()
+        self.signals.ignore()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._stop_listening()
+        self.signals.ignore()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.executor.teardown()
@@ -220,82 +248,92 @@ class FederatedOrchestrator(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        """Run a round, and hand what came of it to the server."""
         server, _ = self._checked(trainer, pl_module)
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        starters, watchers = listeners(callbacks, "on_round_start"), listeners(callbacks, "on_client_end")
-        keepers = listeners(callbacks, "on_try_end")
-        self._outcome, self._round_started = None, time.perf_counter()
+        self._reports, self._round_started = [], time.perf_counter()
+        events = self.runner.run(server, self._task(server))
         try:
-            outcome = self.conductor.conduct(
-                round=trainer.global_step,
-                state=server.shared_state(),
-                work=LocalWork(
-                    steps=self.local_steps, epochs=self.local_epochs, schedule_positions=self._schedule_positions
-                ),
-                on_start=lambda info: [hook(trainer, server, info) for hook in starters],
-                on_update=lambda update: [hook(trainer, server, update) for hook in watchers],
-                on_try=lambda roll_call: [hook(trainer, server, roll_call) for hook in keepers],
-            )
+            for event in events:
+                try:
+                    self._fire(trainer, server, event)
+                except Exception as error:
+                    events.throw(error)  # type: ignore[attr-defined]  # a hook that fails on one rank ends the round on all
         except RoundInterrupted:
-            self.store.discard()
+            self._reports = []
             trainer.should_stop = True
             return
-        self._schedule_positions = outcome.summary.schedule_positions or self._schedule_positions
-        server.receive(outcome.aggregate)
-        self._outcome = outcome
+        report = self._reports[-1]
+        assert report.total is not None
+        self._schedule_positions = report.schedule_positions or self._schedule_positions
+        server.receive(report.total)
+
+    def _task(self, server: ServerModule) -> ClientTask:
+        """Return what all clients of the coming round get."""
+        round = server.rounds_completed
+        values = {name: schedule.value(round, self.rounds) for name, schedule in self.schedules.items()}
+        set_hyperparameters(server.model, values)  # the server's samples are made by the same
+        steps, before = self.local_steps, None
+        if LOCAL_STEPS in self.schedules:
+            *past, steps = (local_steps_of(self.schedules[LOCAL_STEPS], r, self.rounds) for r in range(round + 1))
+            before = sum(past)
+        return ClientTask(
+            client_id=-1,
+            round=round,
+            seed=0,
+            state=server.shared_state(),
+            steps=steps,
+            epochs=self.local_epochs if steps is None else None,
+            before=before,
+            schedule_positions=self._schedule_positions,
+            hyperparameters={name: value for name, value in values.items() if name != LOCAL_STEPS},
+        )
+
+    def _fire(self, trainer: L.Trainer, server: ServerModule, event: RoundInfo | ClientUpdate | RoundReport) -> None:
+        """Call the hooks of all callbacks for what happens in a round."""
+        hooks = {RoundInfo: "on_round_start", ClientUpdate: "on_client_end", RoundReport: "on_attempt_end"}
+        if isinstance(event, RoundInfo):
+            self._cohort = event.cohort
+        if isinstance(event, RoundReport):
+            self._reports.append(event)
+        for hook in listeners(trainer.callbacks, hooks[type(event)]):  # type: ignore[attr-defined]
+            hook(trainer, server, event)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._outcome is None:
+        """Make permanent what the round has changed, and tell everybody."""
+        if not self._reports:
             return
         server, _ = self._checked(trainer, pl_module)
-        info, summary = self._outcome.info, self._outcome.summary
+        report = self._reports[-1]
         self.store.commit()
-        self.ledger.add(self._outcome.ledger)
-        server.end_round(num_images=summary.mean_images)
+        self._hand_on(server, report)
+        for attempt in self._reports:
+            self.ledger.record(attempt)
+        server.end_round(num_images=report.mean_images)
         seconds = time.perf_counter() - self._round_started
         self.ledger.round_seconds += seconds
-        metrics = summary.metrics(self._outcome.aggregate)
-        metrics |= {"round/seconds": seconds, "round/clients": float(len(summary.records))}
-        metrics |= {f"round/{kind}": float(self._outcome.ledger.events.get(kind, 0)) for kind in EVENTS}
-        metrics |= {"round/asked": float(self._outcome.ledger.client_asks), **self.executor.gauges()}
-        metrics["round/client_steps_per_second"] = self.ledger.client_steps_per_second
-        for direction, totals in (("down", self.ledger.bytes_down), ("up", self.ledger.bytes_up)):
-            metrics |= {f"bytes/{direction}/{network}": float(total) for network, total in totals.items()}
+        metrics = {**report.metrics(), **cost_metrics(self._reports, self.ledger), "round/seconds": seconds}
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and (info.round + 1) % every == 0:  # type: ignore[attr-defined]
+        if every and server.rounds_completed % every == 0:
             for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=info.round + 1)
+                logger.log_metrics(metrics, step=server.rounds_completed)
         shown = {name: metrics[name] for name in metrics if name.startswith("train/loss")}
         server.log_dict(
             shown, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=trainer.world_size > 1
         )
+        if server.rounds_completed >= self.rounds:
+            trainer.should_stop = True
+        info = RoundInfo(report.round, cohort=self._cohort)
         for hook in listeners(trainer.callbacks, "on_round_end"):  # type: ignore[attr-defined]
             hook(trainer, server, info, metrics)
 
-    # ------------------------------------------------------------------ stopping
-
-    def _stop_requested(self) -> bool:
-        return self.stop_signal is not None
-
-    def _listen_for_signals(self) -> None:
-        """First Ctrl-C or SIGTERM: give the round up and end cleanly. Second Ctrl-C: end at once."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            if self.stop_signal is not None and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.stop_signal = number
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, handle)
-
-    def _stop_listening(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers = {}
+    def _hand_on(self, server: ServerModule, report: RoundReport) -> None:
+        """Move networks between clients, where the algorithm and their placement say so."""
+        policy = server.policy
+        if "exchange" in policy.placements.values():
+            moves = self.algorithm.hand_on(round=report.round, num_clients=report.population, seed=self.seed)
+            self.store.hand_on(moves, policy.is_exchanged)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -306,7 +344,8 @@ class FederatedOrchestrator(L.Callback):
             "store": {} if self.store.files is not None else self.store.state_dict(),
             "ledger": self.ledger.state_dict(),
             "schedule_positions": list(self._schedule_positions),
-            "moments": self._moments(),
+            "moments": self._of_server("moments"),
+            "algorithm": self._of_server("algorithm_state"),
             "executor": self.executor.state_dict(),
             "strikes": {str(client_id): count for client_id, count in self._strikes.items()},
         }
@@ -333,8 +372,8 @@ class FederatedOrchestrator(L.Callback):
     _files_at = Path()
     _server: ServerModule | None = None
 
-    def _moments(self) -> dict[str, Any]:
-        return {} if self._server is None else dict(self._server.moments)
+    def _of_server(self, name: str) -> dict[str, Any]:
+        return {} if self._server is None else dict(getattr(self._server, name))
 
     def _restore(self, server: ServerModule, data: FederatedData) -> None:
         """Take over what a checkpoint holds, after checking that it belongs to this federation.
@@ -343,25 +382,11 @@ class FederatedOrchestrator(L.Callback):
             CheckpointError: If it does not.
         """
         self._server = server
-        self._identity = {
-            "data": data.fingerprint(),
-            "sync": dict(server.policy.sync),
-            "optimizer_state": dict(server.policy.optimizer_state),
-            "buffers": self.buffers,
-            "local_steps": self.local_steps,
-            "local_epochs": self.local_epochs,
-            "seed": self.seed,
-        }
-        own = ("clients", "aggregator", "rules", "validator", "secure")
-        held = ("num_clients", "partition", "batch_size", "max_samples")
-        self._made_of = self.settings or {
-            "model": {"type": type(server.model).__qualname__, **made_of(given_to(server.model))},
-            "data": {name: made_of(getattr(data, name)) for name in held if hasattr(data, name)},
-            "federation": {name: made_of(getattr(self, name)) for name in own},
-            "server": {"optimizer": made_of(server.optimizer), "scheduler": made_of(server.scheduler)},
-        }
+        self._identity = identity_of(self, server, data)
+        self._made_of = self.settings or settings_of(self, server, data)
         if self._restored is None:
-            self.ledger, self._schedule_positions, self._strikes = Ledger(), (), {}
+            self.ledger, self._schedule_positions, self._strikes = CostLedger(), (), {}
+            server.rounds_completed, server.algorithm_state = 0, {}
             self.store.load_state_dict({})
             self.executor.load_state_dict({})
             server.moments = {}
@@ -389,6 +414,6 @@ class FederatedOrchestrator(L.Callback):
             self.store.load_state_dict(state["store"])
         self.ledger.load_state_dict(state["ledger"])
         self._schedule_positions = tuple(state["schedule_positions"])
-        server.moments = dict(state["moments"])
+        server.moments, server.algorithm_state = dict(state["moments"]), dict(state["algorithm"])
         self.executor.load_state_dict(state["executor"])
         self._strikes = {int(client_id): count for client_id, count in state["strikes"].items()}

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from fedgan_lightning.errors import ClientError, RoundInterrupted
 from fedgan_lightning.federation import optimizer_state
-from fedgan_lightning.federation.local import ClientContext, LocalTrainer, client_copy
-from fedgan_lightning.federation.rounds import norms
+from fedgan_lightning.federation.client_update import ClientContext
+from fedgan_lightning.federation.local import LocalTrainer, client_copy
+from fedgan_lightning.federation.report import norms
 from fedgan_lightning.federation.store import ReadOnlyStore
+from fedgan_lightning.federation.transform_chain import TransformChain
 from fedgan_lightning.federation.vectorized_trainer import VectorizedLocalTrainer
 from fedgan_lightning.packing import is_finite
-from fedgan_lightning.protocol import ClientTask, LocalWork, State
+from fedgan_lightning.protocol import ClientTask, State
 from fedgan_lightning.states import network_of
 
 #: Steps of the trial, at most those of a round: with K = 1 a step may be one that nobody could take twice.
@@ -29,22 +31,20 @@ NOTHING_TO_COMPARE = "the first clients diverge on their own"
 
 
 def trial_context(context: ClientContext) -> ClientContext:
-    """Return a context whose store cannot be written."""
-    return dataclasses.replace(context, store=ReadOnlyStore(context.store))
+    """Return a context whose store cannot be written, and whose updates are sent as they are."""
+    return dataclasses.replace(context, store=ReadOnlyStore(context.store), transforms=TransformChain())
 
 
 def shortened(tasks: Iterable[ClientTask], *, steps: int) -> list[ClientTask]:
     """Return the same tasks with ``steps`` local steps."""
-    return [
-        dataclasses.replace(task, local=LocalWork(steps=steps, schedule_positions=task.local.schedule_positions))
-        for task in tasks
-    ]
+    return [dataclasses.replace(task, steps=steps, epochs=None, before=None) for task in tasks]
 
 
 def stack_key(task: ClientTask, private: State) -> object:
-    """Return what tasks must have in common to be trained in one stack: state, schedules, and step counts."""
+    """Return what tasks must have in common to be trained in one stack."""
     moments = optimizer_state.only_moments({**task.state, **private})
-    return id(task.state), task.local.schedule_positions, optimizer_state.signature(moments)
+    hyperparameters = tuple(sorted(task.hyperparameters.items()))
+    return id(task.state), task.schedule_positions, hyperparameters, tuple(task.own), optimizer_state.signature(moments)
 
 
 def in_double(context: ClientContext, tasks: Sequence[ClientTask]) -> tuple[ClientContext, list[ClientTask]]:
@@ -82,7 +82,7 @@ def disagreement(context: ClientContext, tasks: Sequence[ClientTask]) -> str | N
     context = trial_context(context)
     wanted = stack_key(tasks[0], context.store.read(tasks[0].client_id))
     alike = [task for task in tasks if stack_key(task, context.store.read(task.client_id)) == wanted][:2]
-    trial = shortened(alike, steps=min(TRIAL_STEPS, tasks[0].local.steps or TRIAL_STEPS))
+    trial = shortened(alike, steps=min(TRIAL_STEPS, tasks[0].steps or TRIAL_STEPS))
     try:
         converted, doubles = in_double(context, trial)
         references = _alone(converted, doubles)
@@ -115,6 +115,6 @@ def _compared(
         distances = norms({name: update.delta[name] - reference[name] for name in reference}, networks)
         for network in networks:
             if not distances[network] <= tolerance * (lengths[network] + tolerance) < math.inf:  # "not" catches NaN
-                share, steps = distances[network] / max(lengths[network], tolerance), tasks[0].local.steps
+                share, steps = distances[network] / max(lengths[network], tolerance), tasks[0].steps
                 return f"after {steps} steps a stacked client's {network} differs by {share:.1g} of its update"
     return None

@@ -1,56 +1,102 @@
-"""What travels and what stays: the declarative policy per network, resolved against a module."""
+"""Placement: where networks live, who trains them and what of them travels, resolved against a module.
+
+A network, or the entries that a name pattern matches inside one, has one of five placements:
+
+========== =============== ============ ===== ==== =============================
+placement  lives on        trained by   down  up   handed on between clients
+========== =============== ============ ===== ==== =============================
+average    clients, server clients      yes   yes  no
+local      clients         clients      no    no   no
+server     server          nobody       no    no   no
+served     clients, server server       yes   no   no
+exchange   clients         clients      no    no   yes
+========== =============== ============ ===== ==== =============================
+
+``average``, ``local`` and ``server`` go with every algorithm, the others with those that train or permute networks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from fnmatch import fnmatchcase
+from typing import Literal, NamedTuple, cast, get_args
 
 from torch import nn
 
 from fedgan_lightning.errors import ConfigurationError, message
-from fedgan_lightning.protocol import RecalibrationHook
+from fedgan_lightning.federation.namespaces import MOMENTS
+from fedgan_lightning.hooks import RecalibrationHook
 from fedgan_lightning.states import Entry, Kind, describe, networks
 
-Sync = Literal["average", "local", "server"]
+Sync = Literal["average", "local", "server", "served", "exchange"]
 OptimizerState = Literal["reset", "keep", "average"]
 Buffers = Literal["merge", "local", "estimate"]
 #: Buffers that travel where they are merged.
 BUFFERS = (Kind.STATISTIC, Kind.VARIANCE, Kind.INTEGER)
 
 
+class Placement(NamedTuple):
+    """What a placement says of a network."""
+
+    on_clients: bool
+    on_server: bool
+    trained_by: Literal["clients", "server", "nobody"]
+    down: bool
+    up: bool
+    handed_on: bool
+
+
+PLACEMENTS: dict[Sync, Placement] = {
+    "average": Placement(True, True, "clients", down=True, up=True, handed_on=False),
+    "local": Placement(True, False, "clients", down=False, up=False, handed_on=False),
+    "server": Placement(False, True, "nobody", down=False, up=False, handed_on=False),
+    "served": Placement(True, True, "server", down=True, up=False, handed_on=False),
+    "exchange": Placement(True, False, "clients", down=False, up=False, handed_on=True),
+}
+#: Placements of networks that live on clients alone.
+PRIVATE: tuple[Sync, ...] = ("local", "exchange")
+
+
 @dataclass(frozen=True)
 class Policy:
-    """A resolved policy: for every entry of the module, who owns it.
+    """What becomes of every entry of a module.
 
     Attributes:
         entries: Every entry of the module's state dict.
-        sync: Every network: ``average`` (shared), ``local`` (private to each client), ``server`` (never on a client).
-        optimizer_state: Every network: what becomes of its optimizer's moments at a sync.
+        sync: The placement of every network.
+        placements: The placement of every entry: its network's, unless a pattern says otherwise.
+        optimizer_state: For every network what becomes of its optimizer's moments at a sync.
+        moments: The same for every parameter.
         buffers: Buffers of averaged networks: ``merge`` (BatchNorm with pooled variance, integers by their rounded
-            mean), ``local`` (FedBN), or
-            ``estimate`` (local on clients; the server makes its own from noise).
+            mean), ``local`` (FedBN), or ``estimate`` (local on clients; the server makes its own from noise).
     """
 
     entries: Mapping[str, Entry]
     sync: Mapping[str, Sync]
+    placements: Mapping[str, Sync]
     optimizer_state: Mapping[str, OptimizerState]
+    moments: Mapping[str, OptimizerState]
     buffers: Buffers
 
-    def names(self, *kinds: Kind, sync: Sync) -> list[str]:
-        """Return entries of these kinds in networks with this policy."""
-        return [
-            name for name, entry in self.entries.items() if entry.kind in kinds and self.sync[entry.network] == sync
-        ]
+    def names(self, *kinds: Kind, sync: Sync | tuple[Sync, ...]) -> list[str]:
+        """Return entries of these kinds with this placement, or one of these."""
+        wanted = (sync,) if isinstance(sync, str) else sync
+        return [name for name, entry in self.entries.items() if entry.kind in kinds and self.placements[name] in wanted]
+
+    @property
+    def shared_networks(self) -> tuple[str, ...]:
+        """Networks of which something comes up."""
+        return tuple(dict.fromkeys(self.entries[name].network for name in self.shared_parameters))
 
     @property
     def shared_parameters(self) -> list[str]:
-        """Parameters that travel."""
+        """Parameters whose updates come up."""
         return self.names(Kind.PARAMETER, sync="average")
 
     @property
     def shared_buffers(self) -> list[str]:
-        """Buffers that travel."""
+        """Buffers that come up."""
         return self.names(*BUFFERS, sync="average") if self.buffers == "merge" else []
 
     @property
@@ -61,20 +107,25 @@ class Policy:
     @property
     def downlink_entries(self) -> list[str]:
         """Entries that clients receive, optimizer moments aside."""
-        return [*self.shared_parameters, *self.shared_buffers, *self.spectral_vectors]
+        served = self.names(Kind.PARAMETER, *BUFFERS, Kind.SPECTRAL, sync="served")
+        return [*self.shared_parameters, *self.shared_buffers, *self.spectral_vectors, *served]
 
     @property
     def private(self) -> list[str]:
         """Entries that each client keeps for itself from round to round."""
-        kept = self.names(*Kind, sync="local")
+        kept = self.names(*Kind, sync=PRIVATE)
         if self.buffers != "merge":
             kept += self.names(*BUFFERS, Kind.COUNTER, sync="average")
         return kept
 
+    def is_exchanged(self, name: str) -> bool:
+        """Whether a private entry, or an optimizer's moment, belongs to what clients hand on."""
+        return self.placements.get(name.split("/")[2] if name.startswith(MOMENTS) else name) == "exchange"
+
     def blind_spots(self) -> list[str]:
         """Return warnings about what the server cannot know, and evaluates all the same."""
         found = []
-        if self.sync.get("generator") == "local":
+        if self.sync.get("generator") in PRIVATE:
             found.append("sync.generator is local: metrics and pictures show the server's, which nobody trains")
         kinds = [entry.kind for entry in self.entries.values() if entry.network == "generator"]
         if self.buffers == "local" and Kind.VARIANCE in kinds:
@@ -84,7 +135,7 @@ class Policy:
     @property
     def server_networks(self) -> list[str]:
         """Networks that exist on the server only."""
-        return [network for network, sync in self.sync.items() if sync == "server"]
+        return [network for network, sync in self.sync.items() if not PLACEMENTS[sync].on_clients]
 
 
 def resolve(
@@ -96,19 +147,48 @@ def resolve(
 ) -> Policy:
     """Return the policy for ``module``.
 
-    Networks not named in ``sync`` follow the module's ``default_sync()`` if it has one, else they are averaged. A
-    single
-    ``optimizer_state`` applies to averaged networks, and ``average`` to those that a mapping does not name; local
-    networks keep their moments unless named in a mapping.
+    Networks not named in ``sync`` follow the module's ``default_sync()`` if it has one, else they are averaged. Keys of
+    ``sync`` that are no networks are patterns of entries, such as ``generator.style.*``; the last one that matches
+    counts. A single ``optimizer_state`` applies to averaged networks, and ``average`` to those that a mapping does not
+    name; local networks keep their moments unless named in a mapping.
 
     Raises:
-        ConfigurationError: If a name is not a network of the module, or a value not a policy.
+        ConfigurationError: If a name is no network of the module and matches no entry, or a value is no policy.
     """
-    entries = describe(module)
-    known = networks(module)
+    entries, known = describe(module), networks(module)
     defaults = module.default_sync() if hasattr(module, "default_sync") else {}  # type: ignore[operator]
     chosen = dict(sync or {})
-    _check_names(chosen, known, "sync")
+    resolved = _of_networks({name: own for name, own in chosen.items() if name in known}, known, defaults)
+    patterns = {name: own for name, own in chosen.items() if name not in known}
+    placements = {name: resolved[entry.network] for name, entry in entries.items()}
+    for pattern, value in patterns.items():
+        placements |= dict.fromkeys(_matching(pattern, placements, known), _pattern_value(pattern, value))
+    moments = _optimizer_states(optimizer_state, resolved, known)
+    if buffers == "estimate" and not isinstance(module, RecalibrationHook):
+        raise ConfigurationError(
+            message(
+                "buffers: estimate calls the module's recalibrate()",
+                received=f"{type(module).__name__} without it",
+                fix="add the method, or set buffers to merge or local",
+            )
+        )
+    parameters = [name for name, entry in entries.items() if entry.kind is Kind.PARAMETER]
+    return Policy(
+        entries=entries,
+        sync=resolved,
+        placements=placements,
+        optimizer_state=moments,
+        moments={name: _moment(moments[entries[name].network], placements[name]) for name in parameters},
+        buffers=cast(Buffers, _checked(buffers, Buffers, "buffers")),
+    )
+
+
+def _of_networks(chosen: Mapping[str, str], known: Iterable[str], defaults: Mapping[str, str]) -> dict[str, Sync]:
+    """Return the placement of every network.
+
+    Raises:
+        ConfigurationError: If a value is no placement, or clients cannot do without a network.
+    """
     resolved: dict[str, Sync] = {
         network: cast(Sync, _checked(chosen.get(network, defaults.get(network, "average")), Sync, f"sync.{network}"))
         for network in known
@@ -122,12 +202,52 @@ def resolve(
                 fix="set it to average or local",
             )
         )
-    if "average" not in resolved.values():
+    return resolved
+
+
+def _matching(pattern: str, names: Iterable[str], known: tuple[str, ...]) -> list[str]:
+    found = [name for name in names if fnmatchcase(name, pattern)]
+    if not found:
         raise ConfigurationError(
-            message("a federation averages at least one network", received=dict(resolved), fix="set one to average")
+            message(
+                "federation.sync names networks of the module, or patterns of its entries",
+                received=pattern,
+                fix=f"choose from {', '.join(known)}, or write a pattern such as {known[0]}.*",
+            )
         )
+    return found
+
+
+def _pattern_value(pattern: str, value: str) -> Sync:
+    found = cast(Sync, _checked(value, Sync, f"sync.{pattern}"))
+    if found == "server":
+        raise ConfigurationError(
+            message(
+                "whole networks can be missing on clients, and not parts of one",
+                received=f"sync.{pattern}: server",
+                fix="set it to average or local",
+            )
+        )
+    return found
+
+
+def _optimizer_states(
+    optimizer_state: str | Mapping[str, str], resolved: Mapping[str, Sync], known: tuple[str, ...]
+) -> dict[str, OptimizerState]:
+    """Return what becomes of the moments of every network.
+
+    Raises:
+        ConfigurationError: If a name is no network, a value no policy, or moments are averaged that do not travel.
+    """
     named = dict(optimizer_state) if isinstance(optimizer_state, Mapping) else {}
-    _check_names(named, known, "optimizer_state")
+    if unknown := sorted(set(named) - set(known)):
+        raise ConfigurationError(
+            message(
+                "federation.optimizer_state names networks of the module",
+                received=", ".join(unknown),
+                fix=f"choose from {', '.join(known)}",
+            )
+        )
     moments: dict[str, OptimizerState] = {}
     for network in known:
         general = optimizer_state if isinstance(optimizer_state, str) else "average"
@@ -142,32 +262,12 @@ def resolve(
                 )
             )
         moments[network] = cast(OptimizerState, value)
-    if buffers == "estimate" and not isinstance(module, RecalibrationHook):
-        raise ConfigurationError(
-            message(
-                "buffers: estimate calls the module's recalibrate()",
-                received=f"{type(module).__name__} without it",
-                fix="add the method, or set buffers to merge or local",
-            )
-        )
-    return Policy(
-        entries=entries,
-        sync=resolved,
-        optimizer_state=moments,
-        buffers=cast(Buffers, _checked(buffers, Buffers, "buffers")),
-    )
+    return moments
 
 
-def _check_names(chosen: Mapping[str, str], known: tuple[str, ...], option: str) -> None:
-    unknown = sorted(set(chosen) - set(known))
-    if unknown:
-        raise ConfigurationError(
-            message(
-                f"federation.{option} names networks of the module",
-                received=", ".join(unknown),
-                fix=f"choose from {', '.join(known)}",
-            )
-        )
+def _moment(of_network: OptimizerState, placement: Sync) -> OptimizerState:
+    """Return what becomes of the moments of one parameter: what does not come up is not averaged."""
+    return "keep" if of_network == "average" and placement != "average" else of_network
 
 
 def _checked(value: str, allowed: object, option: str) -> str:

@@ -1,9 +1,8 @@
-"""The quiet Trainer that trains clients: one for the whole run, with fresh loops every round."""
+"""The quiet Trainer that trains clients for a round, in Lightning's public form or, where it is known, a faster one."""
 
 from __future__ import annotations
 
 import gc
-import itertools
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,27 +12,24 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.loops.fit_loop import _FitLoop
-from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from torch import Tensor
-from torch.optim import Optimizer
 
-from fedgan_lightning.federation.allocation import keep_freed_memory
-from fedgan_lightning.federation.quiet_loop import QuietEpochLoop
+logger = logging.getLogger("fedgan_lightning")
 
-BACKWARD_HOOKS = ("on_before_backward", "on_after_backward")
 #: Trainer, loops and module form reference cycles; without a collection now and then memory grows.
 FITS_PER_COLLECTION = 16
+#: Versions of Lightning, first to before, with which the fast form was tested.
+TESTED_LIGHTNING = ((2, 6), (2, 7))
+#: Set to ``public``, this environment variable has clients trained in the public form.
+FORM = "FEDGAN_ROUND_TRAINER"
 
 
 class RoundTrainer:
     """Fits a module on one round's minibatches, with no checkpoint, no progress bar, no validation, and a logger that
     keeps nothing.
 
-    Constructing a Trainer scans all installed packages for callbacks, which takes longer than ten small GAN steps
-    (measured); so one is kept, and its loops, where all its progress is, are renewed.
+    The reference is a fresh ``L.Trainer`` for every fit. The fast form, which keeps one, is used instead where
+    Lightning's version is one that it was tested with.
 
     Args:
         options: Accelerator, devices and precision.
@@ -41,79 +37,58 @@ class RoundTrainer:
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = options
-        if device_of(options).type == "cpu":
-            keep_freed_memory()
-        self._trainer: L.Trainer | None = None
-        self._external_callbacks: list[L.Callback] = []
+        self._fast: Any = None
+        self._is_public = not is_fast_form_known()
         self._fits = 0
 
     def fit(self, module: L.LightningModule, batches: Any, *, callback: L.Callback) -> L.Trainer:
         """Train for one epoch of ``batches``; return the Trainer, for its metrics.
 
-        An error leaves the Trainer in the middle, so the next call makes a new one.
+        An error leaves a Trainer in the middle, so the next call makes a new one.
         """
         try:
-            with quiet_lightning(), no_driver_search():
-                trainer = self._renewed(callback)
+            with quiet_lightning():
+                trainer = self._trainer(callback)
                 trainer.fit(module, train_dataloaders=batches)
         except BaseException:
-            self._trainer = None
+            self._fast = None
             raise
         self._fits += 1
         if self._fits % FITS_PER_COLLECTION == 0:
             gc.collect(1)  # the young generations only: a full collection takes as long as dozens of steps
         return trainer
 
-    def _renewed(self, callback: L.Callback) -> L.Trainer:
-        if self._trainer is None:
-            self._trainer = _ClientTrainer(
-                **self.options,
-                strategy=ResidentStrategy(device_of(self.options)),
-                max_epochs=1,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                num_sanity_val_steps=0,
-                limit_val_batches=0,
-                use_distributed_sampler=False,
-            )
-            self._trainer._signal_connector = _NoSignals(self._trainer)  # signals are the outer Trainer's business
-            self._external_callbacks = list(self._trainer.callbacks)  # type: ignore[attr-defined]
-        trainer = self._trainer
-        trainer.fit_loop = _KnownLength(trainer, max_epochs=1)
-        trainer.fit_loop.epoch_loop = QuietEpochLoop(trainer)
-        trainer.should_stop = False
-        trainer.callbacks = [*self._external_callbacks, callback]  # type: ignore[attr-defined]
-        return trainer
+    def _trainer(self, callback: L.Callback) -> L.Trainer:
+        """Return a Trainer for one fit."""
+        if not self._is_public:
+            try:
+                if self._fast is None:
+                    from fedgan_lightning.federation.fast_trainer import FastTrainer
+
+                    self._fast = FastTrainer(self._made, device_of(self.options))
+                found: L.Trainer = self._fast.renewed(callback)
+                return found
+            except (ImportError, AttributeError, TypeError) as error:
+                self._is_public = True
+                logger.warning(f"clients train with Lightning's public Trainer: the fast form cannot be made ({error})")
+        return self._made(callbacks=[callback])
+
+    def _made(self, **further: Any) -> L.Trainer:
+        return ClientTrainer(
+            **self.options,
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+            use_distributed_sampler=False,
+            **further,
+        )
 
 
-def device_of(options: Mapping[str, Any]) -> torch.device:
-    """Return where a Trainer with these options trains: one device."""
-    devices, kind = options.get("devices", 1), str(options.get("accelerator", "cpu"))
-    return torch.device(kind, devices[0]) if isinstance(devices, list) else torch.device(kind)
-
-
-@contextmanager
-def no_driver_search() -> Iterator[None]:
-    """Let torch ask the CUDA runtime, in the body, whether there are GPUs; without effect where there are.
-
-    Lightning has torch ask NVIDIA's driver, so that processes can fork before CUDA is used. Where there is no driver
-    every optimizer step searches the disk for it: .17 ms of the .28 of a small Adam step (measured).
-    """
-    key = "PYTORCH_NVML_BASED_CUDA_CHECK"
-    before = os.environ.get(key)
-    if before is None or torch.cuda.is_available():
-        yield
-        return
-    del os.environ[key]
-    try:
-        yield
-    finally:
-        os.environ[key] = before
-
-
-class _ClientTrainer(L.Trainer):
+class ClientTrainer(L.Trainer):
     """Has a logger for modules that draw or note something by themselves, which drops it.
 
     It is not among ``loggers``: what ``self.log`` is told goes the short way that it goes without one.
@@ -128,88 +103,22 @@ class _ClientTrainer(L.Trainer):
 _DROPS = DummyLogger()
 
 
-class ResidentStrategy(SingleDeviceStrategy):
-    """Leaves the module on its device between fits, where the next client is loaded into it, and calls no empty hooks.
-
-    Lightning's own strategy moves module and optimizers to the CPU after every fit, and back before the next. It also
-    calls four hooks a backward pass, which takes a tenth as long as the pass of a small network (measured).
-    """
-
-    _counts_on_cpu = False
-
-    @property
-    def root_device(self) -> torch.device:
-        """Where the module is, and for the moment where loops count minibatches."""
-        return torch.device("cpu") if self._counts_on_cpu else super().root_device
-
-    @contextmanager
-    def counts_on_cpu(self) -> Iterator[None]:
-        """Have the body count on the CPU what Lightning would sum over processes, of which there is one."""
-        self._counts_on_cpu = True
-        try:
-            yield
-        finally:
-            self._counts_on_cpu = False
-
-    def setup(self, trainer: L.Trainer) -> None:
-        """Prepare for a fit; the accelerator for the first one only.
-
-        A CUDA device's preparation gives back all memory that is not in use, which the next client takes again.
-        """
-        super().setup(trainer)
-        assert self.accelerator is not None
-        self.accelerator.setup = _nothing_to_do  # type: ignore[method-assign]
-
-    def _hears_backward(self) -> bool:
-        """Whether anybody has hooks of a backward pass now: overridden, set on an object, or wrapped."""
-        if type(self.precision_plugin).pre_backward is not Precision.pre_backward:
-            return True
-        module: Any = self.lightning_module
-        heard = [(module, L.LightningModule), *((own, L.Callback) for own in module.trainer.callbacks)]
-        return any(
-            getattr(getattr(own, hook), "__func__", None) is not getattr(base, hook)
-            for own, base in heard
-            for hook in BACKWARD_HOOKS
-        )
-
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Differentiate, with the hooks around it where somebody has any."""
-        if self._hears_backward():
-            return super().backward(closure_loss, optimizer, *args, **kwargs)
-        assert self.lightning_module is not None
-        self.precision_plugin.backward(closure_loss, self.lightning_module, optimizer, *args, **kwargs)
-        return closure_loss.detach()
-
-    def model_to_device(self) -> None:
-        """Move the module, unless it is where it belongs."""
-        assert self.model is not None
-        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
-        if any(tensor.device != self.root_device for tensor in tensors):
-            super().model_to_device()
-
-    def teardown(self) -> None:
-        """Release what belongs to a single fit."""
-        self.precision_plugin.teardown()
+def is_fast_form_known() -> bool:
+    """Whether the fast form is to be used: nobody asks for the public one, and Lightning's version was tested."""
+    if os.environ.get(FORM) == "public":
+        return False
+    version = tuple(int(part) for part in L.__version__.split(".")[:2])
+    first, last = TESTED_LIGHTNING
+    if first <= version < last:
+        return True
+    logger.warning(f"clients train with Lightning's public Trainer: the fast form was not tested with {L.__version__}")
+    return False
 
 
-def _nothing_to_do(trainer: L.Trainer) -> None:
-    """Stand for a preparation that has been made."""
-
-
-class _KnownLength(_FitLoop):
-    """Asks for the number of minibatches without waiting for a device, which Lightning does four times a fit."""
-
-    def setup_data(self) -> None:
-        strategy: Any = self.trainer.strategy
-        with strategy.counts_on_cpu():
-            super().setup_data()
-
-
-class _NoSignals(_SignalConnector):
-    """Leaves signal handlers as they are: replacing and restoring all of them takes longer than a small GAN's step."""
-
-    def register_signal_handlers(self) -> None:
-        """Register none."""
+def device_of(options: Mapping[str, Any]) -> torch.device:
+    """Return where a Trainer with these options trains: one device."""
+    devices, kind = options.get("devices", 1), str(options.get("accelerator", "cpu"))
+    return torch.device(kind, devices[0]) if isinstance(devices, list) else torch.device(kind)
 
 
 def schedulers_of(trainer: L.Trainer) -> list[Any]:

@@ -5,12 +5,15 @@ The terms are those of Bonawitz et al. 2019: a goal count, over-selection, a min
 
 from __future__ import annotations
 
+import itertools
 import math
+import time
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
 
-from fedgan_lightning.errors import ConfigurationError, UpdateError, message
+from fedgan_lightning.errors import ConfigurationError, RoundInterrupted, UpdateError, message
 from fedgan_lightning.federation.optimizer_state import is_optimizer_entry
 from fedgan_lightning.options import checked
 from fedgan_lightning.packing import Packed
@@ -80,6 +83,30 @@ class RoundRules:
                     fix="set rules.stale_updates to drop",
                 )
             )
+
+    def attempts(self, stop_requested: Callable[[], bool]) -> Iterator[int]:
+        """Yield the numbers of a round's attempts, and wait before each but the first.
+
+        Raises:
+            RoundInterrupted: If the user asks to stop meanwhile.
+        """
+        for attempt in itertools.count() if self.max_attempts is None else range(self.max_attempts):
+            end = time.monotonic() + (self.retry_delay_seconds if attempt else 0.0)
+            while time.monotonic() < end:
+                if stop_requested():
+                    raise RoundInterrupted("the user asked to stop")
+                time.sleep(min(0.2, max(0.0, end - time.monotonic())))
+            yield attempt
+
+    def too_few(self, round: int, aggregator: Aggregator) -> str:
+        """Return what to say where too few clients answered in every attempt of a round."""
+        name, needed = type(aggregator).__name__, aggregator.needed
+        rule = f"a round needs {self.min_report_fraction:.0%} of its cohort"
+        return message(
+            f"{rule}, and {name} {needed} updates" if needed > 1 else rule,
+            received=f"fewer in each of {self.max_attempts} attempts of round {round}",
+            fix="find out why clients fail, lower rules.min_report_fraction, or raise rules.over_selection",
+        )
 
     def num_reserves(self, goal: int) -> int:
         """Return how many clients are asked beyond the goal."""

@@ -130,3 +130,31 @@ def check_same_data(before: str, now: str) -> None:
                 fix="restore the data, or start a new run in another directory",
             )
         )
+
+
+def identity_of(federation: Any, server: Any, data: Any) -> dict[str, Any]:
+    """Return what a resumed run must share whatever its settings look like."""
+    return {
+        "data": data.fingerprint(),
+        "sync": dict(server.policy.sync),
+        "placements": {n: own for n, own in server.policy.placements.items() if own != "average"},
+        "optimizer_state": dict(server.policy.optimizer_state),
+        "buffers": federation.buffers,
+        "local_steps": federation.local_steps,
+        "local_epochs": federation.local_epochs,
+        "algorithm": type(federation.algorithm).__name__,
+        "transforms": [type(transform).__name__ for transform in federation.transforms],
+        "seed": federation.seed,
+    }
+
+
+def settings_of(federation: Any, server: Any, data: Any) -> dict[str, Any]:
+    """Return what a federation that was built in Python was made of, as nested plain values."""
+    held = ("num_clients", "partition", "batch_size", "max_samples")
+    parts = ("algorithm", "transforms", "schedules", "clients", "aggregator", "rules", "validator", "secure")
+    return {
+        "model": {"type": type(server.model).__qualname__, **made_of(given_to(server.model))},
+        "data": {name: made_of(getattr(data, name)) for name in held if hasattr(data, name)},
+        "federation": {name: made_of(getattr(federation, name)) for name in parts},
+        "server": {"optimizer": made_of(server.optimizer), "scheduler": made_of(server.scheduler)},
+    }

@@ -136,7 +136,7 @@ class SecureAggregation:
                 message(
                     "secure aggregation hides sites from their server, so it takes a deployment",
                     received="federation.secure in a simulation, where one process sees everything",
-                    fix="use the command federation, or set federation.secure to null",
+                    fix="use the command deploy, or set federation.secure to null",
                 )
             )
         if size < FEWEST:

@@ -17,10 +17,16 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fedgan_lightning import states
 from fedgan_lightning.errors import CheckpointError, ConfigurationError, message
-from fedgan_lightning.federation.optimizer_state import only_moments, with_counts_on_cpu, without_moments
+from fedgan_lightning.federation import namespaces
+from fedgan_lightning.federation.algorithm import FederatedAlgorithm
+from fedgan_lightning.federation.optimizer_state import only_moments, with_counts_on_cpu
 from fedgan_lightning.federation.policy import Policy
+from fedgan_lightning.hooks import RecalibrationHook, SampleSource, ServerHook
 from fedgan_lightning.options import checked
-from fedgan_lightning.protocol import Aggregate, RecalibrationHook, SampleSource, ServerHook
+from fedgan_lightning.protocol import Aggregate, State
+
+#: Name of the optimizer that steps on the average of clients' updates.
+AVERAGED = "averaged"
 
 
 def federated_averaging(parameters: Iterable[Any]) -> Optimizer:
@@ -51,12 +57,19 @@ class ServerModule(L.LightningModule):
         self.optimizer, self.scheduler = optimizer, scheduler
         #: Averaged optimizer moments by ``optimizer/...`` name; they ride in the orchestrator's state.
         self.moments: dict[str, Tensor] = {}
+        self._optimizer_names: list[str] = []
+        #: The algorithm's server state; it rides in the orchestrator's state, too.
+        self.algorithm_state: dict[str, Tensor] = {}
+        self.algorithm = FederatedAlgorithm()
+        #: Rounds completed, and to be completed; steps of optimizers may be more or fewer.
+        self.rounds_completed, self.rounds_planned = 0, -1
         self._policy: Policy | None = None
         self._pending: Aggregate | None = None
 
-    def attach(self, policy: Policy) -> None:
-        """Say which entries are shared; called by the orchestrator before optimizers are made."""
+    def attach(self, policy: Policy, algorithm: FederatedAlgorithm | None = None) -> None:
+        """Say which entries are shared, and by which algorithm; the orchestrator does so before optimizers are made."""
         self._policy = policy
+        self.algorithm = algorithm if algorithm is not None else FederatedAlgorithm()
 
     @property
     def policy(self) -> Policy:
@@ -76,9 +89,11 @@ class ServerModule(L.LightningModule):
         return self._policy
 
     def shared_state(self) -> dict[str, Tensor]:
-        """Return a copy of what clients receive: shared parameters, buffers, moments, and vectors of spectral norm."""
+        """Return a copy of what all clients receive: entries of the module, moments, and the algorithm's own."""
         state = self.model.state_dict()
-        return {name: state[name].detach().clone() for name in self.policy.downlink_entries} | dict(self.moments)
+        entries = {name: state[name].detach().clone() for name in self.policy.downlink_entries}
+        own = self.algorithm.task(self, self.rounds_completed)
+        return {**entries, **self.moments, **namespaces.under(namespaces.ALGORITHM, own)}
 
     def receive(self, aggregate: Aggregate) -> None:
         """Take the aggregate of a round, for the coming training step."""
@@ -88,32 +103,47 @@ class ServerModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         parameters = dict(self.model.named_parameters())
-        optimizer = self.optimizer([parameters[name] for name in self.policy.shared_parameters])
-        return [optimizer], [] if self.scheduler is None else [self.scheduler(optimizer)]
+        shared = [parameters[name] for name in self.policy.shared_parameters]
+        made = {AVERAGED: self.optimizer(shared)} if shared else {}
+        made |= self.algorithm.server_optimizers(self)
+        self._optimizer_names = list(made)
+        return list(made.values()), [] if self.scheduler is None else [self.scheduler(next(iter(made.values())))]
+
+    def optimizer_of(self, name: str) -> Any:
+        """Return one of the server's optimizers: ``averaged``, or one that the algorithm has made."""
+        found: Any = self.optimizers()
+        listed = found if isinstance(found, list) else [found]
+        return listed[self._optimizer_names.index(name)]
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        """Step on the pending aggregate with grad = -delta; without one (a round given up) change nothing."""
+        """Step on the pending aggregate by the algorithm; without one (a round given up) change nothing."""
         if self._pending is None:
             return
         aggregate, self._pending = self._pending, None
-        optimizer: Any = self.optimizers()
-        parameters = dict(self.model.named_parameters())
-        for name in self.policy.shared_parameters:
-            update = aggregate.delta.get(name)
-            # An empty cohort (Poisson sampling) gives no update: the server still takes its step, on zero.
-            gradient = torch.zeros_like(parameters[name]) if update is None else -update.to(parameters[name])
-            parameters[name].grad = gradient
-        optimizer.step()
-        optimizer.zero_grad()
+        self.algorithm.server_step(self, aggregate)
         scheduler: Any = self.lr_schedulers()
         if scheduler is not None:
             scheduler.step()
         self._load_extras(aggregate.extras)
         if self.policy.buffers == "estimate" and isinstance(self.model, RecalibrationHook):
             self.model.recalibrate()
+        self.rounds_completed += 1
+
+    def step_on(self, delta: State) -> None:
+        """Step the optimizer of averaged parameters with gradient -delta."""
+        if AVERAGED not in self._optimizer_names:
+            return
+        optimizer, parameters = self.optimizer_of(AVERAGED), dict(self.model.named_parameters())
+        for name in self.policy.shared_parameters:
+            update = delta.get(name)
+            # An empty cohort (Poisson sampling) gives no update: the server still takes its step, on zero.
+            gradient = torch.zeros_like(parameters[name]) if update is None else -update.to(parameters[name])
+            parameters[name].grad = gradient
+        optimizer.step()
+        optimizer.zero_grad()
 
     def _load_extras(self, extras: Mapping[str, Tensor]) -> None:
-        buffers = states.decode_statistics(without_moments(extras), self.policy.entries)
+        buffers = states.decode_statistics(namespaces.of_module(extras), self.policy.entries)
         states.load_entries(self.model, buffers)
         self.moments.update(with_counts_on_cpu(only_moments(extras)))
         for network, child in self.model.named_children():
@@ -135,12 +165,17 @@ class ServerModule(L.LightningModule):
         """Nothing: callbacks write samples. Lightning wants a value."""
         return batch_idx
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["rounds_completed"] = self.rounds_completed
+        checkpoint["server_optimizers"] = list(self._optimizer_names)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the state of other networks.
+        """Refuse the state of other networks or optimizers.
 
         Raises:
             CheckpointError: If entries or shapes differ.
         """
+        self.rounds_completed = int(checkpoint.get("rounds_completed", checkpoint.get("global_step", 0)))
         mine, theirs = self.state_dict(), checkpoint["state_dict"]
         differing = [
             n for n in {*mine, *theirs} if n not in mine or n not in theirs or mine[n].shape != theirs[n].shape

@@ -135,6 +135,20 @@ class ClientStore:
         """Forget what was written for one client in this round."""
         self._pending.pop(client_id, None)
 
+    def hand_on(self, moves: Mapping[int, int], names: Callable[[str], bool]) -> None:
+        """Let clients go on with entries of others; what a client has not got, nobody takes over.
+
+        Args:
+            moves: For every client whose entries it gets.
+            names: Whether an entry moves.
+        """
+        before = {client_id: dict(self.read(client_id)) for client_id in {*moves, *moves.values()}}
+        for client_id, source in moves.items():
+            stays = {name: value for name, value in before[client_id].items() if not names(name)}
+            gets = {name: value for name, value in before[source].items() if names(name)}
+            self.write(client_id, {**stays, **gets})
+        self.commit()
+
     def __len__(self) -> int:
         return len(self._committed)
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import NAdam, Optimizer, RAdam
 
 from fedgan_lightning import states
-from fedgan_lightning.federation import optimizer_state
-from fedgan_lightning.federation.local import ClientContext, client_copy
+from fedgan_lightning.federation import namespaces, optimizer_state
+from fedgan_lightning.federation.client_update import ClientContext, shared_buffers
+from fedgan_lightning.federation.local import client_copy
 from fedgan_lightning.federation.schema import Schema, Sense
 from fedgan_lightning.protocol import State
 from fedgan_lightning.seeding import isolated_rng
@@ -25,11 +25,11 @@ logger = logging.getLogger("fedgan_lightning")
 MEANS_OF_ONE_GRADIENT = (torch.optim.Adam, torch.optim.AdamW, NAdam, RAdam)
 
 
-class Reference:
+class UpdateSchema:
     """Makes the schema of answers, once for a run: nothing in it depends on the round.
 
     Args:
-        context: Module and policy.
+        context: Module, policy and algorithm.
     """
 
     def __init__(self, context: ClientContext) -> None:
@@ -56,10 +56,10 @@ def expected_answer(context: ClientContext, state: State) -> Schema:
     or stepped outside of training, they are those of ``state``, and before there are any those of the first answer.
     """
     policy = context.policy
-    buffers = states.encode_statistics({name: state[name] for name in policy.shared_buffers}, policy.entries)
+    buffers = shared_buffers(policy, state)
     variances = [name for name in policy.shared_buffers if policy.entries[name].kind is Kind.VARIANCE]
     moments, sense, is_open = optimizer_state.only_moments(state), Sense(), False
-    if "average" in policy.optimizer_state.values():
+    if "average" in policy.moments.values():
         try:
             first, sense = _first_moments(context)
             moments = {**first, **{name: value for name, value in moments.items() if name not in first}}
@@ -69,7 +69,11 @@ def expected_answer(context: ClientContext, state: State) -> Schema:
             is_open = not moments
     sense = Sense(tuple((name, states.mean_name(name)) for name in variances), sense.ratios, sense.sums)
     delta = {name: state[name] for name in policy.shared_parameters}
-    return Schema({"delta": delta, "extras": {**buffers, **moments}}, sense=sense, is_open=is_open)
+    entries = namespaces.under(namespaces.ALGORITHM, context.algorithm.entries(context))
+    zero = torch.zeros(())
+    others = {name: zero.to(entry.dtype).expand(entry.shape) for name, entry in entries.items()}
+    extras = {**buffers, **moments, **others}
+    return Schema({"delta": delta, "extras": extras}, sense=sense, is_open=is_open)
 
 
 def _first_moments(context: ClientContext) -> tuple[dict[str, Tensor], Sense]:
@@ -77,7 +81,7 @@ def _first_moments(context: ClientContext) -> tuple[dict[str, Tensor], Sense]:
     precision = str(context.trainer_options.get("precision"))
     with isolated_rng(0), _default_dtype(torch.float64 if precision == "64-true" else torch.get_default_dtype()):
         client = client_copy(context.model, context.policy)
-        optimizers = list(_optimizers(client.configure_optimizers()))
+        optimizers = list(optimizer_state.optimizers_in(client.configure_optimizers()))
         if own := [type(one).__name__ for one in optimizers if not type(one).__module__.startswith("torch.optim")]:
             raise LookupError(f"only {own[0]} knows when it begins to keep what")
         for optimizer in optimizers:
@@ -86,7 +90,7 @@ def _first_moments(context: ClientContext) -> tuple[dict[str, Tensor], Sense]:
                     if parameter.requires_grad:  # what nobody differentiates has no moments
                         parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
-    found = optimizer_state.collect(client, optimizers, context.policy.optimizer_state)["average"]
+    found = optimizer_state.collect(client, optimizers, context.policy.moments)["average"]
     ratios = {str(index): ratio for index, own in enumerate(optimizers) if (ratio := _ratio(own)) is not None}
     sums = (str(index) for index, own in enumerate(optimizers) if isinstance(own, torch.optim.Adagrad))
     return found, Sense(ratios=ratios, sums=frozenset(sums))
@@ -111,14 +115,3 @@ def _ratio(optimizer: Optimizer) -> float | None:
     if not all(first <= 2 * second / (1 + second) for first, second in betas):
         return None
     return max(1 / (1 - second) for _, second in betas)
-
-
-def _optimizers(configured: Any) -> list[Optimizer]:
-    """Return the optimizers in whatever form ``configure_optimizers`` gave them."""
-    if isinstance(configured, Optimizer):
-        return [configured]
-    if isinstance(configured, dict):
-        return _optimizers(configured["optimizer"])
-    if isinstance(configured, tuple) and len(configured) == 2 and isinstance(configured[0], (list, tuple)):
-        return _optimizers(configured[0])  # optimizers and schedules
-    return [own for item in configured or () for own in _optimizers(item)]

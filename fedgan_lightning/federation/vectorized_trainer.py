@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fedgan_lightning import states
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation import optimizer_state
-from fedgan_lightning.federation.local import Attempt, ClientContext, StartingPoint, Visit, client_copy
+from fedgan_lightning.federation.client_update import ClientContext, StartingPoint, Visit, client_updates
+from fedgan_lightning.federation.local import Attempt, client_copy
+from fedgan_lightning.federation.round_schedules import set_hyperparameters
 from fedgan_lightning.federation.round_trainer import RoundTrainer, schedulers_of
+from fedgan_lightning.federation.step_hooks import StepHooks
 from fedgan_lightning.gan.module import GAN
 from fedgan_lightning.gan.stacked import StackedGAN
-from fedgan_lightning.packing import Packed, unstack
+from fedgan_lightning.hooks import StackedModule, StackHook
 from fedgan_lightning.protocol import (
     ClientBatches,
     ClientTask,
@@ -29,8 +31,6 @@ from fedgan_lightning.protocol import (
     FederatedData,
     RoundInfo,
     StackedBatches,
-    StackedModule,
-    StackHook,
     State,
 )
 from fedgan_lightning.seeding import isolated_rng
@@ -40,7 +40,7 @@ class VectorizedLocalTrainer:
     """Trains several clients at a time on one resident stacked module.
 
     Args:
-        context: Module, data, policy and store.
+        context: Module, data, policy, algorithm and store.
 
     Raises:
         ConfigurationError: If the module cannot be stacked.
@@ -62,28 +62,34 @@ class VectorizedLocalTrainer:
             RoundInterrupted: If the user asks to stop.
         """
         with Attempt(tasks, self.context) as attempt:
-            visits = [Visit.of(task, self.context) for task in tasks]
-            visits.sort(key=lambda visit: -visit.info.num_steps)  # stable: those that finish early lie at the end
-            infos = [visit.info for visit in visits]
-            self._load(visits)
-            batches = stacked_batches(self.context.data, infos)
-            callback = _InTrainer(self, visits, attempt)
+            visit = self._visit(tasks)
+            self._load(visit)
+            batches = stacked_batches(self.context.data, visit.infos)
+            callback = _InTrainer(self, visit, attempt)
             attempt.stage = "train"
+            visit.fit = lambda: self._fit(batches, callback)
             device = self.context.device
-            generators = [torch.Generator(device).manual_seed(visit.task.seed) for visit in visits]
+            generators = [torch.Generator(device).manual_seed(task.seed) for task in visit.tasks]
             with isolated_rng(tasks[0].seed, device=device):
-                cast(StackedModule, self.module).on_stack_round_start(infos, generators)
-                self.trainer.fit(self.module, batches, callback=callback)
+                cast(StackedModule, self.module).on_stack_round_start(visit.infos, generators)
+                self.context.algorithm.work(visit)
             attempt.go_on()
             attempt.stage = "update"
-            for client_id, private in callback.private.items():
-                self.context.store.write(client_id, private)
-            return [callback.update(task, seconds=attempt.seconds) for task in tasks]
+            return callback.finished(tasks, seconds=attempt.seconds)
 
-    def _load(self, visits: Sequence[Visit]) -> None:
+    def _visit(self, tasks: Sequence[ClientTask]) -> Visit:
+        """Return the visit of these clients; those that finish early lie at the end."""
+        data = self.context.data
+        steps = {t.client_id: t.span(steps_per_epoch=data.steps_per_epoch(t.client_id))[1] for t in tasks}
+        return Visit(sorted(tasks, key=lambda task: -steps[task.client_id]), self.context, is_stacked=True)
+
+    def _fit(self, batches: ClientBatches, callback: _InTrainer) -> None:
+        self.trainer.fit(self.module, batches, callback=callback)
+
+    def _load(self, visit: Visit) -> None:
         """Give every tensor of the module its leading dimension, filled with where each client starts."""
-        values = stack([visit.start(self.start.initial) for visit in visits])
-        count = len(visits)
+        visit.module = self.module
+        values, count = visit.module_state(self.start.initial), len(visit.tasks)
         for name, parameter in self.module.named_parameters():
             parameter.data = values[name].to(parameter.device, parameter.dtype)
             parameter.grad = None
@@ -96,6 +102,7 @@ class VectorizedLocalTrainer:
                         passing = self.start.passing[name]
                         value = passing.expand(count, *passing.shape).clone()
                     child._buffers[key] = value.to(buffer.device, buffer.dtype)
+        set_hyperparameters(self.module, visit.tasks[0].hyperparameters)
 
     def keep(self, count: int, optimizers: Sequence[Optimizer]) -> None:
         """Go on with the first ``count`` clients of the stack; the others have done their steps."""
@@ -133,16 +140,19 @@ def stacked_module(client: L.LightningModule) -> Any:
 class _InTrainer(L.Callback):
     """A stack's round inside its Trainer: restore moments, let clients go when they are done, form their updates."""
 
-    def __init__(self, owner: VectorizedLocalTrainer, visits: Sequence[Visit], attempt: Attempt) -> None:
-        self.owner, self.visits, self.attempt = owner, list(visits), attempt
+    def __init__(self, owner: VectorizedLocalTrainer, visit: Visit, attempt: Attempt) -> None:
+        self.owner, self.visit, self.attempt = owner, visit, attempt
         self.steps = 0
         self.num_images = 0
-        self.private: dict[int, State] = {}
-        self._updates: dict[int, ClientUpdate] = {}
+        self._results: dict[int, tuple[ClientUpdate, State]] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        optimizer_state.restore(pl_module, trainer.optimizers, stack([visit.moments for visit in self.visits]))
-        self.owner.clock.forward(schedulers_of(trainer), self.visits[0].task.local.schedule_positions)
+        visit = self.visit
+        optimizer_state.restore(pl_module, trainer.optimizers, visit.moments)
+        self.owner.clock.forward(schedulers_of(trainer), visit.tasks[0].schedule_positions)
+        visit.optimizers = list(trainer.optimizers)
+        visit.context.algorithm.check_optimizers(visit.optimizers)
+        StepHooks(visit).attach()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -154,62 +164,31 @@ class _InTrainer(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.steps += 1
-        going_on = sum(visit.info.num_steps > self.steps for visit in self.visits)
-        if going_on < len(self.visits):
+        going_on = sum(info.num_steps > self.steps for info in self.visit.infos)
+        if going_on < len(self.visit.tasks):
             self._finish(trainer, pl_module, first=going_on)
-            del self.visits[going_on:]
+            self.visit.keep(going_on)
             if going_on:
                 self.owner.keep(going_on, trainer.optimizers)
 
     def _finish(self, trainer: L.Trainer, module: L.LightningModule, *, first: int) -> None:
         """Form the updates of the last rows of the stack, whose clients have done their steps."""
-        policy, finished, stop = self.owner.context.policy, self.visits[first:], len(self.visits)
-        state = {name: value.detach()[first:] for name, value in module.state_dict().items()}
-        start = finished[0].task.state
-        deltas = {name: state[name] - start[name].to(state[name].device) for name in policy.shared_parameters}
-        extras = states.encode_statistics({name: state[name] for name in policy.shared_buffers}, policy.entries)
-        moments = optimizer_state.collect(module, trainer.optimizers, policy.optimizer_state)
-        averaged, kept = (optimizer_state.rows(moments[own], first=first, stop=stop) for own in ("average", "keep"))
-        delta_rows = unstack(deltas)
-        extra_rows = unstack({**extras, **averaged}) or [Packed.of({})] * len(finished)
-        own_rows = unstack({**{name: state[name] for name in policy.private}, **kept})
         statistics = {n: v[first:].tolist() for n, v in cast(StackedModule, module).round_statistics().items()}
         common = {"images": float(self.num_images), "steps": float(self.steps)}
         common |= self.owner.clock.positions(schedulers_of(trainer))
-        for row, visit in enumerate(finished):
-            client_id = visit.task.client_id
-            self._updates[client_id] = ClientUpdate(
-                client_id=client_id,
-                num_examples=self.owner.context.data.num_examples(client_id),
-                delta=delta_rows[row],
-                metrics={**{name: values[row] for name, values in statistics.items()}, **common},
-                extras=extra_rows[row],
-                round=self.visits[row].task.round,
-            )
-            if own_rows:
-                self.private[client_id] = own_rows[row]
+        rows = self.visit.rows(first)
+        metrics = [{**{n: own[row] for n, own in statistics.items()}, **common} for row in range(len(rows.tasks))]
+        for update, private in client_updates(rows, metrics):
+            self._results[update.client_id] = (update, private)
 
-    def update(self, task: ClientTask, *, seconds: float) -> ClientUpdate:
-        """Return the update of a client; ``seconds`` is its share of the stack's time."""
-        update = self._updates[task.client_id]
-        return replace(update, metrics={**update.metrics, "seconds": seconds})
-
-
-def stack(values: Sequence[State]) -> dict[str, Tensor]:
-    """Return tensors with a leading dimension of clients; numbers that all share (step counts) without it.
-
-    A tensor that is the same object for all clients is repeated, not collected.
-    """
-    stacked = {}
-    for name, first in values[0].items():
-        own = [state[name] for state in values]
-        if optimizer_state.is_shared_number(name, first):
-            stacked[name] = first
-        elif all(value is first for value in own):
-            stacked[name] = first.unsqueeze(0).repeat(len(values), *([1] * first.dim()))
-        else:
-            stacked[name] = torch.stack([value.to(first.device) for value in own])
-    return stacked
+    def finished(self, tasks: Sequence[ClientTask], *, seconds: float) -> list[ClientUpdate]:
+        """Return the updates in the order of the tasks, and keep private states; ``seconds`` is a client's share."""
+        found = []
+        for task in tasks:
+            update, private = self._results[task.client_id]
+            self.owner.context.store.write(task.client_id, private)
+            found.append(replace(update, metrics={**update.metrics, "seconds": seconds}))
+        return found
 
 
 def stacked_batches(data: FederatedData, infos: Sequence[RoundInfo]) -> ClientBatches:

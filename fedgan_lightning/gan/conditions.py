@@ -18,6 +18,8 @@ class Condition(ABC):
     """
 
     num_random: int = 0
+    #: Class path of what measures samples under it; ``None`` leaves that to their source.
+    modality: str | None = None
 
     @abstractmethod
     def make(self, x: Tensor, y: Tensor, u: Tensor) -> Tensor:

@@ -41,6 +41,8 @@ class InpaintingMask(Condition):
         ConfigurationError: If a setting is out of its range.
     """
 
+    modality = "fedgan_lightning.evaluation.modalities.CompletedImages"
+
     @checked(area="(0, 1)", boxes="[0, 1]", strokes="[1, inf)", vertices="[1, inf)", weight="[0, inf)")
     def __init__(
         self,

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fedgan_lightning.gan.abilities import AlgorithmAbilities
 from fedgan_lightning.gan.augment import Augmentation, LeCam
-from fedgan_lightning.gan.average import make_ema, update_ema_
+from fedgan_lightning.gan.average import make_ema
 from fedgan_lightning.gan.checks import (
     INTERVALS,
-    check_conditions,
     check_minibatch,
     check_networks,
     check_precision,
@@ -32,14 +32,14 @@ from fedgan_lightning.gan.objectives import AdversarialLoss, NonSaturating
 from fedgan_lightning.gan.optimizers import OptimizerCallable, SchedulerCallable, dcgan_adam
 from fedgan_lightning.gan.penalties import Penalty
 from fedgan_lightning.gan.priors import Normal, Prior
-from fedgan_lightning.gan.sampling import ema_for_sampling, generated, inputs, recalibrate
+from fedgan_lightning.gan.sampling import Sampling
 from fedgan_lightning.gan.statistics import StepMeans
 from fedgan_lightning.gan.steps import DuePenalty, Stats, discriminator_step, generator_step, shares_passes
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import RoundInfo
 
 
-class GAN(L.LightningModule):
+class GAN(AlgorithmAbilities, Sampling, L.LightningModule):
     """A generator and a discriminator trained against each other by manual optimization.
 
     One local step is one call of ``training_step``: ``d_steps`` discriminator updates, then ``g_steps`` generator
@@ -195,7 +195,7 @@ class GAN(L.LightningModule):
         opt_g, opt_d = self.optimizers()  # type: ignore[misc, attr-defined]
         samples_dim = y.dim() - 1
         parts = list(zip(x.chunk(self.d_steps, dim=samples_dim), y.chunk(self.d_steps, dim=samples_dim)))
-        if self.updates == "simultaneous":
+        if self.updates == "simultaneous" and not self.trains_only_discriminator:
             self._backward_discriminator(opt_d, *parts[0])
             self._backward_generator(opt_g, *parts[0])
             opt_d.step()
@@ -204,7 +204,7 @@ class GAN(L.LightningModule):
             for part in parts:
                 self._backward_discriminator(opt_d, *part)
                 opt_d.step()
-            for _ in range(self.g_steps):
+            for _ in range(0 if self.trains_only_discriminator else self.g_steps):
                 self._backward_generator(opt_g, *parts[-1])
                 opt_g.step()
         schedulers = self.lr_schedulers()
@@ -219,8 +219,9 @@ class GAN(L.LightningModule):
         due = self.due_penalties()
         draws = self.draw(y, dtype=x.dtype, mix=any(penalty.needs_mix for penalty, _ in due))
         labels, draws = self.conditioned(x, y, draws)
+        generate, draws = self.with_given_fakes(self.generate, draws)
         step = discriminator_step(
-            self.generate,
+            generate,
             self.discriminate,
             loss=self.loss,
             penalties=due,
@@ -347,67 +348,6 @@ class GAN(L.LightningModule):
         if not self._in_federation:  # there, the client's Trainer has no logger, and round_statistics is asked for
             for name, value in self.round_statistics().items():
                 self.log(name, value, prog_bar=name.startswith("loss"))
-
-    # ------------------------------------------------------------------ moving average
-
-    def update_ema(self, *, num_images: float) -> None:
-        """Move the average by ``num_images``; see :func:`~fedgan_lightning.gan.average.update_ema_`."""
-        if self.generator_ema is None or self.ema_half_life_images is None:
-            return
-        half_life, rampup = self.ema_half_life_images, self.ema_rampup
-        update_ema_(self.generator_ema, self.generator, num_images=num_images, half_life=half_life, rampup=rampup)
-
-    def on_server_round_end(self, *, num_images: float) -> None:
-        """Average over rounds on the server."""
-        self.update_ema(num_images=num_images)
-
-    # ------------------------------------------------------------------ sampling
-
-    def recalibrate(self) -> None:
-        """Set the generator's BatchNorm statistics to those of its own activations; needs noise, and no data.
-
-        Raises:
-            ConfigurationError: If the generator needs more than noise and labels.
-        """
-        check_conditions(self, None)
-        recalibrate(self, self.generator)
-
-    def sampling_generator(self, *, raw: bool = False) -> nn.Module:
-        """Return the generator that samples come from: the average, or the raw one if there is none, or ``raw``."""
-        return self.generator if raw or self.generator_ema is None else ema_for_sampling(self)
-
-    @torch.no_grad()
-    def sample(
-        self,
-        num_samples: int,
-        *,
-        labels: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        latents: Tensor | None = None,
-        conditions: Tensor | None = None,
-        raw: bool = False,
-        chunk_size: int = 500,
-    ) -> Tensor:
-        """Return ``num_samples`` samples from the averaged generator (from the raw one if there is none, or ``raw``).
-
-        Args:
-            num_samples: How many.
-            labels: Classes to generate (num_samples,); default all classes in turn.
-            generator: Source of the latents; a seeded CPU generator gives the same latents on every device.
-            latents: Latents (num_samples, latent_dim) to use instead.
-            conditions: Conditions (num_samples, ...), instead of labels, where it has a ``condition``.
-            raw: Use the raw weights, those that are federated.
-            chunk_size: Samples per forward pass.
-
-        Raises:
-            ConfigurationError: If conditions are missing, or given to a generator that takes none.
-        """
-        check_conditions(self, conditions)
-        network = self.sampling_generator(raw=raw)
-        given = {"labels": labels, "latents": latents, "conditions": conditions}
-        z, labels_or_conditions = inputs(self, network, num_samples, generator=generator, **given)
-        decode = None if self.codec is None else self.codec.decode
-        return generated(network, z, labels_or_conditions, chunk_size=chunk_size, decode=decode)
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -10,10 +10,83 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.gan.average import update_ema_
+from fedgan_lightning.gan.checks import check_conditions
 from fedgan_lightning.seeding import make_generator
 
 #: Generated samples from which BatchNorm statistics are estimated.
 RECALIBRATION_SAMPLES = 2000
+
+
+class Sampling:
+    """What a GAN does with its generator as a whole; part of :class:`~fedgan_lightning.gan.module.GAN`."""
+
+    generator: nn.Module
+    generator_ema: nn.Module | None
+    ema_half_life_images: float | None
+    ema_rampup: float | None
+    codec: Any
+
+    # ------------------------------------------------------------------ moving average
+
+    def update_ema(self, *, num_images: float) -> None:
+        """Move the average by ``num_images``; see :func:`~fedgan_lightning.gan.average.update_ema_`."""
+        if self.generator_ema is None or self.ema_half_life_images is None:
+            return
+        half_life, rampup = self.ema_half_life_images, self.ema_rampup
+        update_ema_(self.generator_ema, self.generator, num_images=num_images, half_life=half_life, rampup=rampup)
+
+    def on_server_round_end(self, *, num_images: float) -> None:
+        """Average over rounds on the server."""
+        self.update_ema(num_images=num_images)
+
+    # ------------------------------------------------------------------ sampling
+
+    def recalibrate(self) -> None:
+        """Set the generator's BatchNorm statistics to those of its own activations; needs noise, and no data.
+
+        Raises:
+            ConfigurationError: If the generator needs more than noise and labels.
+        """
+        check_conditions(self, None)
+        recalibrate(self, self.generator)
+
+    def sampling_generator(self, *, raw: bool = False) -> nn.Module:
+        """Return the generator that samples come from: the average, or the raw one if there is none, or ``raw``."""
+        return self.generator if raw or self.generator_ema is None else ema_for_sampling(self)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        num_samples: int,
+        *,
+        labels: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        latents: Tensor | None = None,
+        conditions: Tensor | None = None,
+        raw: bool = False,
+        chunk_size: int = 500,
+    ) -> Tensor:
+        """Return ``num_samples`` samples from the averaged generator (from the raw one if there is none, or ``raw``).
+
+        Args:
+            num_samples: How many.
+            labels: Classes to generate (num_samples,); default all classes in turn.
+            generator: Source of the latents; a seeded CPU generator gives the same latents on every device.
+            latents: Latents (num_samples, latent_dim) to use instead.
+            conditions: Conditions (num_samples, ...), instead of labels, where it has a ``condition``.
+            raw: Use the raw weights, those that are federated.
+            chunk_size: Samples per forward pass.
+
+        Raises:
+            ConfigurationError: If conditions are missing, or given to a generator that takes none.
+        """
+        check_conditions(self, conditions)
+        network = self.sampling_generator(raw=raw)
+        given = {"labels": labels, "latents": latents, "conditions": conditions}
+        z, labels_or_conditions = inputs(self, network, num_samples, generator=generator, **given)
+        decode = None if self.codec is None else self.codec.decode
+        return generated(network, z, labels_or_conditions, chunk_size=chunk_size, decode=decode)
 
 
 def inputs(

@@ -17,6 +17,7 @@ from fedgan_lightning.errors import DataError, message
 from fedgan_lightning.evaluation.completion import check_completes, completed, pictures_with_holes
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.gan.inpainting_mask import InpaintingMask, masked
+from fedgan_lightning.hooks import completed_rounds
 from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import make_generator
 from fedgan_lightning.visuals import pictures
@@ -71,17 +72,17 @@ class CompletionPictures(L.Callback):
             self._own = read_folder(self.folder, shape=tuple(trainer.datamodule.sample_shape))  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step == 0:
+        if completed_rounds(trainer) == 0:
             self._publish(trainer, pl_module, name="completed_init.png")
 
     def on_round_end(self, trainer: L.Trainer, server: ServerModule, info: Any, metrics: Any) -> None:
         """Draw a picture every ``every_n_rounds``."""
-        if trainer.global_step % self.every_n_rounds == 0:
-            self._publish(trainer, server, name=f"completed_round{trainer.global_step:04d}.png")
+        if completed_rounds(trainer) % self.every_n_rounds == 0:
+            self._publish(trainer, server, name=f"completed_round{completed_rounds(trainer):04d}.png")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._last_round != trainer.global_step:
-            self._publish(trainer, pl_module, name=f"completed_round{trainer.global_step:04d}.png")
+        if self._last_round != completed_rounds(trainer):
+            self._publish(trainer, pl_module, name=f"completed_round{completed_rounds(trainer):04d}.png")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write ``completed_test.png``."""
@@ -96,7 +97,7 @@ class CompletionPictures(L.Callback):
         return completed(_model(module), holed, generator=make_generator(self.seed, "fixed z"))
 
     def _publish(self, trainer: L.Trainer, module: L.LightningModule, *, name: str) -> None:
-        self._last_round = trainer.global_step
+        self._last_round = completed_rounds(trainer)
         if trainer.is_global_zero:
             publish(trainer, self.draw(trainer.datamodule, module), name=name, tag="samples/completed")  # type: ignore[attr-defined]
 

@@ -1,4 +1,4 @@
-"""Who was asked in which round, and what came of it: a run's journal as numbers for a report. Needs no torch."""
+"""Who was asked in which round, and what came of it: a run's round log as numbers for a report. Needs no torch."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class Totals:
                 setattr(self, name, (total + float(contact[name]), count + 1))
 
 
-class Attendance:
-    """A run's journal, summed up; it grows with rounds and clients, and not with their product above 64 clients.
+class Participation:
+    """A run's round log, summed up; it grows with rounds and clients, and not with their product above 64 clients.
 
     Attributes:
         seconds: Wall time of every round, over all its tries.
@@ -81,8 +81,8 @@ class Attendance:
         self._cells: dict[int, bytearray] = {}
 
     @classmethod
-    def read(cls, path: str | Path) -> Attendance:
-        """Return what a journal amounts to; nothing without one."""
+    def read(cls, path: str | Path) -> Participation:
+        """Return what a round log amounts to; nothing without one."""
         found = cls()
         for entry in entries(path):
             found._add(entry)

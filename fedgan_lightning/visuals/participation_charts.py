@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 from fedgan_lightning.visuals.charts import bars, chart, text
-from fedgan_lightning.visuals.participation import OUTCOMES, Attendance
+from fedgan_lightning.visuals.participation import OUTCOMES, Participation
 from fedgan_lightning.visuals.runs import Curve, Run
 
 #: Told apart by people who do not see all colours (Okabe and Ito 2008), and from dark to light in print.
@@ -24,8 +24,8 @@ STYLE = """
 """
 
 
-def operations(run: Run, name: str) -> str:
-    """Return the part of the page about who took part; nothing for a run without a journal."""
+def participation_panel(run: Run, name: str) -> str:
+    """Return the part of the page about who took part; nothing for a run without a round log."""
     seen = run.attendance
     if not seen.seconds:
         return ""
@@ -43,7 +43,7 @@ def operations(run: Run, name: str) -> str:
     return "".join(parts)
 
 
-def _matrix(seen: Attendance, rows: Mapping[int, Sequence[int]], name: str) -> str:
+def _matrix(seen: Participation, rows: Mapping[int, Sequence[int]], name: str) -> str:
     """Return a row for every client and a column for every round: an SVG each, so that labels keep their size."""
     known = {code for row in rows.values() for code in row}
     keys = "".join(
@@ -72,7 +72,7 @@ def _row(codes: Sequence[int]) -> str:
     return f"<svg {box}>{''.join(found)}</svg>"
 
 
-def _charts(seen: Attendance, name: str, *, by_client: bool) -> list[str]:
+def _charts(seen: Participation, name: str, *, by_client: bool) -> list[str]:
     rounds = [float(number + 1) for number in range(len(seen.seconds))]
     trips = any(own.round_trip[1] for own in seen.clients.values())
     kind = "task to answer" if trips else "work"
@@ -94,7 +94,7 @@ def _curve(values: Mapping[int, float]) -> Curve:
     return [float(round + 1) for round in values], list(values.values())
 
 
-def _table(seen: Attendance, *, all_: bool) -> str:
+def _table(seen: Participation, *, all_: bool) -> str:
     """Return totals by client; where there are too many, of those with most troubles."""
     chosen = sorted(seen.clients.items())
     if not all_:

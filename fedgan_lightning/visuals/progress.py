@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm.auto import tqdm
 
+from fedgan_lightning.hooks import completed_rounds, planned_rounds
 from fedgan_lightning.protocol import ClientUpdate, RoundInfo
 
 #: What the bar shows, in this order, where it exists.
@@ -32,9 +33,9 @@ class RoundProgressBar(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._enabled:
-            total = trainer.max_steps
+            total = planned_rounds(trainer)
             options = {"file": sys.stdout, "dynamic_ncols": True}
-            self._rounds = tqdm(desc="rounds", total=total, initial=trainer.global_step, position=0, **options)
+            self._rounds = tqdm(desc="rounds", total=total, initial=completed_rounds(trainer), position=0, **options)
             self._clients = tqdm(desc="clients", leave=False, position=1, **options)
 
     def on_round_start(self, trainer: L.Trainer, server: Any, info: RoundInfo) -> None:
@@ -51,7 +52,7 @@ class RoundProgressBar(ProgressBar):
         if self._rounds is not None:
             values = trainer.callback_metrics
             shown = {name.removeprefix("train/"): f"{float(values[name]):.3g}" for name in SHOWN if name in values}
-            self._rounds.n = trainer.global_step
+            self._rounds.n = completed_rounds(trainer)
             self._rounds.set_postfix(shown)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from fedgan_lightning.files import expanded, write_text
 from fedgan_lightning.visuals.charts import bars, chart, colour, text
 from fedgan_lightning.visuals.participation_charts import STYLE as MATRIX_STYLE
-from fedgan_lightning.visuals.participation_charts import operations
+from fedgan_lightning.visuals.participation_charts import participation_panel
 from fedgan_lightning.visuals.runs import Curve, Run, damaged, differing, read_run
 
 #: Metrics that come first, and what they are called.
@@ -97,7 +97,7 @@ def page(runs: Sequence[Run]) -> str:
     parts += [_quality(runs, names), _training(runs, names)]
     for run, name in zip(runs, names):
         parts += [_grids(run, name), _breakdown(run, name), _partition(run, name)]
-        parts += [operations(run, name), _bytes(run, name)]
+        parts += [participation_panel(run, name), _bytes(run, name)]
         parts.append(_evaluation(run, name))
     parts += [
         f"<h2>Settings of {text(name)}</h2><details><summary>config.yaml</summary>"

@@ -14,7 +14,7 @@ import numpy as np
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.files import expanded
 from fedgan_lightning.jsonl import NAME
-from fedgan_lightning.visuals.participation import Attendance
+from fedgan_lightning.visuals.participation import Participation
 
 #: (steps, values) of a curve.
 Curve = tuple[list[float], list[float]]
@@ -44,7 +44,7 @@ class Run:
     metrics: dict[str, Curve]
     scalars: dict[str, Curve]
     sizes: list[int]
-    attendance: Attendance
+    attendance: Participation
 
     @property
     def bytes_by_round(self) -> Curve:
@@ -123,9 +123,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _attendance(path: Path) -> Attendance:
+def _attendance(path: Path) -> Participation:
     try:
-        return Attendance.read(path)
+        return Participation.read(path)
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise damaged(path, error) from error
 

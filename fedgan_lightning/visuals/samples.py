@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
-from fedgan_lightning.data.samples import to_bytes
-from fedgan_lightning.evaluation.text import vocabulary_of
+from fedgan_lightning.evaluation.modalities import View, modality_of
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.files import replacing, write_text
 from fedgan_lightning.gan.steps import split_heads
+from fedgan_lightning.hooks import completed_rounds
 from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import make_generator
 from fedgan_lightning.visuals import pictures
@@ -70,65 +70,51 @@ class SamplePictures(L.Callback):
         publish(trainer, drawn, name="partition.png", tag="partition", step=0)
         if len(data.sample_shape) == 3 and data.has_client_samples:
             publish(trainer, self._reals(data), name="reals.png", tag="samples/real", step=0)
-        if trainer.global_step == 0 and self.every_n_rounds is not None:
+        if completed_rounds(trainer) == 0 and self.every_n_rounds is not None:
             self._draw(trainer, pl_module, name="fakes_init.png")
 
     def on_round_end(self, trainer: L.Trainer, server: ServerModule, info: Any, metrics: Any) -> None:
         """Draw a picture every ``every_n_rounds``."""
-        if self.every_n_rounds is not None and trainer.global_step % self.every_n_rounds == 0:
-            self._draw(trainer, server, name=f"fakes_round{trainer.global_step:04d}.png")
+        if self.every_n_rounds is not None and completed_rounds(trainer) % self.every_n_rounds == 0:
+            self._draw(trainer, server, name=f"fakes_round{completed_rounds(trainer):04d}.png")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.every_n_rounds is not None and self._last_round != trainer.global_step:
-            self._draw(trainer, pl_module, name=f"fakes_round{trainer.global_step:04d}.png")
+        if self.every_n_rounds is not None and self._last_round != completed_rounds(trainer):
+            self._draw(trainer, pl_module, name=f"fakes_round{completed_rounds(trainer):04d}.png")
 
     def draw(self, data: FederatedDataModule, server: ServerModule, *, title: str = "") -> pictures.Picture:
         """Return the picture of the generator from the fixed z."""
-        if vocabulary_of(data) is not None:
-            return pictures.page(self.sentences(data, server), title=title)
-        if len(data.sample_shape) == 2:
-            generated = server.sample(pictures.SERIES_SHOWN, generator=self._generator()).detach().cpu()
-            order = torch.randperm(len(data.train_samples), generator=make_generator(self.seed, "series"))
-            return pictures.series(generated, data.train_samples.x[order[: pictures.SERIES_SHOWN]], title=title)
-        if len(data.sample_shape) != 3:
-            samples = server.sample(self.num_points, generator=self._generator()).detach().cpu().flatten(1)[:, :2]
-            real = data.train_samples.x.flatten(1)[:, :2]
-            chosen = torch.randperm(len(real), generator=make_generator(self.seed, "scatter"))[: self.num_points]
-            return pictures.scatter(samples.double(), real[chosen].double(), title=title, belief=_belief(data, server))
-        labels = self._labels(data)
-        count = len(labels) if labels is not None else self.columns * self.rows
-        images = server.sample(count, labels=labels, generator=self._generator())
-        return pictures.grid(images, columns=self.columns)
+        belief = _belief(data, server)
+        return modality_of(data).render(self.shown(data, server), data, self.view, title=title, belief=belief)
 
-    def sentences(self, data: FederatedDataModule, server: ServerModule, *, count: int | None = None) -> list[str]:
-        """Return ``count`` sentences of a text generator from the fixed z, as lines; default columns * rows."""
-        vocabulary = vocabulary_of(data)
-        assert vocabulary is not None
-        wanted = self.columns * self.rows if count is None else count
-        return vocabulary.write(server.sample(wanted, generator=self._generator()).cpu())
+    def shown(self, data: FederatedDataModule, server: ServerModule) -> Tensor:
+        """Return the samples of a picture, from the fixed z, on the CPU."""
+        modality = modality_of(data)
+        labels, count = modality.labels_shown(data, self.view), modality.num_shown(data, self.view)
+        return server.sample(count, labels=labels, generator=self._generator()).detach().cpu()
+
+    @property
+    def view(self) -> View:
+        """How much is shown."""
+        return View(columns=self.columns, rows=self.rows, num_points=self.num_points, seed=self.seed)
 
     def _draw(self, trainer: L.Trainer, module: L.LightningModule, *, name: str) -> None:
         assert isinstance(module, ServerModule)
         if not module.can_sample:
             return
-        self._last_round, data = trainer.global_step, _data(trainer)
-        title, tag = f"round {trainer.global_step}", "samples/generated"
-        if vocabulary_of(data) is None:
-            publish(trainer, self.draw(data, module, title=title), name=name, tag=tag)
-        elif trainer.is_global_zero:
-            lines = self.sentences(data, module)
+        self._last_round, data = completed_rounds(trainer), _data(trainer)
+        title, tag = f"round {completed_rounds(trainer)}", "samples/generated"
+        samples, modality = self.shown(data, module), modality_of(data)
+        picture = modality.render(samples, data, self.view, title=title, belief=_belief(data, module))
+        lines = modality.lines(samples, data)
+        if lines is not None and trainer.is_global_zero:
             write_text((Path(trainer.default_root_dir) / name).with_suffix(".txt"), "\n".join(lines) + "\n")
             for writer in writers(trainer):
-                writer.add_text(tag, "\n\n".join(lines), trainer.global_step)
-            publish(trainer, pictures.page(lines, title=title), name=name, tag=tag)
+                writer.add_text(tag, "\n\n".join(lines), completed_rounds(trainer))
+        publish(trainer, picture, name=name, tag=tag)
 
     def _generator(self) -> torch.Generator:
         return make_generator(self.seed, "fixed z")
-
-    def _labels(self, data: FederatedDataModule) -> Tensor | None:
-        if data.num_classes == 0:
-            return None
-        return torch.arange(data.num_classes).repeat_interleave(self.columns)
 
     def _reals(self, data: FederatedDataModule) -> pictures.Picture:
         samples = data.train_samples
@@ -155,15 +141,14 @@ class SamplePictures(L.Callback):
         labels = torch.arange(self.predict_samples) % classes if classes else None
         samples = pl_module.sample(self.predict_samples, labels=labels, generator=self._generator()).cpu()
         folder.mkdir(parents=True, exist_ok=True)
-        if len(data.sample_shape) == 3:
-            pictures.save(pictures.grid(samples, columns=self.columns), folder / "samples.png")
-            samples = to_bytes(samples) if data.train_samples.is_image else samples.float()
-        else:
-            pictures.save(self.draw(data, pl_module, title="samples"), folder / "samples.png")
-        if (vocabulary := vocabulary_of(data)) is not None:
-            write_text(folder / "samples.txt", "\n".join(vocabulary.write(samples)) + "\n")
+        modality = modality_of(data)
+        picture = modality.render(samples, data, self.view, title="samples", belief=_belief(data, pl_module))
+        pictures.save(picture, folder / "samples.png")
+        if (lines := modality.lines(samples, data)) is not None:
+            write_text(folder / "samples.txt", "\n".join(lines) + "\n")
             print(f"wrote {folder / 'samples.txt'}")
-        arrays: dict[str, Any] = {"x": samples.numpy(), **({} if labels is None else {"y": labels.numpy()})}
+        arrays: dict[str, Any] = {"x": modality.stored(samples, data).numpy()}
+        arrays |= {} if labels is None else {"y": labels.numpy()}
         with replacing(folder / "samples.npz") as file:
             np.savez_compressed(file, **arrays)
         print(f"wrote {folder / 'samples.png'} and {folder / 'samples.npz'}")

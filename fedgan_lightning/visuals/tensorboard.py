@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from fedgan_lightning.evaluation.callback import Evaluation
+from fedgan_lightning.hooks import completed_rounds
 from fedgan_lightning.visuals import pictures
 
 LAYOUT = {
@@ -62,7 +63,7 @@ def publish(trainer: L.Trainer, picture: pictures.Picture, *, name: str, tag: st
         return
     pictures.save(picture, Path(trainer.default_root_dir) / name)
     for writer in writers(trainer):
-        writer.add_image(tag, picture, trainer.global_step if step is None else step, dataformats="HWC")
+        writer.add_image(tag, picture, completed_rounds(trainer) if step is None else step, dataformats="HWC")
 
 
 class TensorBoardLayout(L.Callback):

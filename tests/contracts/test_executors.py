@@ -10,23 +10,11 @@ import itertools
 import pytest
 import torch
 
-from fedgan_lightning import (
-    GAN,
-    R1,
-    Augmentation,
-    Dirichlet,
-    FeatureShift,
-    FederatedDataModule,
-    GradientPenalty,
-    LeCam,
-    Segments,
-    SequentialExecutor,
-    VectorizedExecutor,
-    WeightedMean,
-)
+from fedgan_lightning import GAN, FederatedDataModule, SequentialExecutor, VectorizedExecutor
+from fedgan_lightning.aggregators import WeightedMean
 from fedgan_lightning.errors import ClientError, ConfigurationError, RoundInterrupted
+from fedgan_lightning.federation.client_update import ClientContext
 from fedgan_lightning.federation.executors import vectorized
-from fedgan_lightning.federation.local import ClientContext
 from fedgan_lightning.federation.policy import resolve
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.federation.store import ClientStore
@@ -34,8 +22,11 @@ from fedgan_lightning.gan import networks
 from fedgan_lightning.gan.objectives import AdversarialLoss
 from fedgan_lightning.gan.penalties import Penalty
 from fedgan_lightning.gan.priors import Uniform
-from fedgan_lightning.protocol import ClientTask, Executor, LocalWork
+from fedgan_lightning.losses import R1, Augmentation, GradientPenalty, LeCam
+from fedgan_lightning.partitions import Dirichlet, FeatureShift
+from fedgan_lightning.protocol import ClientTask, Executor
 from fedgan_lightning.seeding import derive_seed
+from fedgan_lightning.sources import Segments
 from tests.conftest import adam, digits_data, finish, ring_data, ring_gan, sgd
 from tests.foreign import SomebodysGAN
 
@@ -134,8 +125,8 @@ def updates(executor: Executor, gan, data, *, rounds=1, work=None, cohorts=None,
     found, state = {}, server.shared_state()
     for round in range(rounds):
         cohort = range(data.num_clients) if cohorts is None else cohorts[round]
-        local = work if work is not None else LocalWork(steps=20)
-        tasks = [ClientTask(k, round, derive_seed(seed, "client", round, k), state, local) for k in cohort]
+        local = work if work is not None else {"steps": 20}
+        tasks = [ClientTask(k, round, derive_seed(seed, "client", round, k), state, **local) for k in cohort]
         copies = {name: value.clone() for name, value in state.items()}
         arrived = list(executor.run(tasks))
         assert all(torch.equal(copies[name], value) for name, value in state.items()), "clients changed the server's"
@@ -281,16 +272,16 @@ RING = {
         "policy": {"optimizer_state": "keep"},
     },
     "adam, moments reset": {"optimizer": adam, "policy": {"optimizer_state": "reset"}},
-    "epochs over unequal data": {"work": LocalWork(epochs=2), "rounds": 2, "partition": Dirichlet(0.5, min_samples=16)},
+    "epochs over unequal data": {"work": {"epochs": 2}, "rounds": 2, "partition": Dirichlet(0.5, min_samples=16)},
     "lazy penalty at unequal steps": {
-        "work": LocalWork(epochs=1),
+        "work": {"epochs": 1},
         "rounds": 2,
         "partition": Dirichlet(0.5, min_samples=16),
         "gan": {"penalties": [R1(1.0, interval=3), GradientPenalty(0.1, interval=2)]},
     },
     "adam over unequal data": {
         "optimizer": adam,
-        "work": LocalWork(epochs=1),
+        "work": {"epochs": 1},
         "partition": Dirichlet(0.5, min_samples=16),
         "policy": {"optimizer_state": "keep"},
         "rounds": 2,
@@ -303,7 +294,7 @@ RING = {
     "anchored logits": {"gan": {"anchor": LeCam(0.5, start_step=3)}, "rounds": 2},
     "anchored logits, clients out of phase": {
         "gan": {"anchor": LeCam(0.5, start_step=5)},
-        "work": LocalWork(epochs=1),
+        "work": {"epochs": 1},
         "partition": Dirichlet(0.5, min_samples=16),
         "rounds": 2,
     },
@@ -353,7 +344,7 @@ def test_stacked_clients_agree_with_what_helps_training(name, policy):
     if policy and aids["augment"].target is None:
         pytest.skip("an augmentation of fixed probability has no state to keep")
     gan = GAN(*dcgan("batch", "spectral")("projection"), generator_optimizer=sgd, discriminator_optimizer=sgd, **aids)
-    data, work = digits_data(num_clients=3), LocalWork(steps=8)
+    data, work = digits_data(num_clients=3), {"steps": 8}
     results = [updates(executor(), gan.double(), data, rounds=2, work=work, **policy) for executor in EXECUTORS]
     assert_same(*results, rtol=1e-10)
     if gan.augment.target is not None:
@@ -385,7 +376,7 @@ def test_a_data_module_without_cohort_batches_is_stacked_by_zipping():
                 raise AttributeError(name)
             return getattr(self.data, name)
 
-    work = LocalWork(epochs=1)
+    work = {"epochs": 1}
     results = [
         updates(VectorizedExecutor(), ring_gan().double(), data, work=work)
         for data in (ring_data(), Plain(ring_data()))
@@ -443,10 +434,17 @@ def test_executors_stop_when_asked(executor):
     policy = resolve(gan, sync=None, optimizer_state="keep", buffers="merge")
     server, store = ServerModule(gan), ClientStore()
     server.attach(policy)
-    context = ClientContext(gan, data, policy, store, {"accelerator": "cpu", "devices": 1}, stop_requested)
+    context = ClientContext(
+        gan,
+        data,
+        policy,
+        store,
+        trainer_options={"accelerator": "cpu", "devices": 1},
+        stop_requested=stop_requested,
+    )
     running = executor()
     running.setup(context)
-    tasks = [ClientTask(k, 0, k, server.shared_state(), LocalWork(steps=20)) for k in range(4)]
+    tasks = [ClientTask(k, 0, k, server.shared_state(), steps=20) for k in range(4)]
     with pytest.raises(RoundInterrupted):
         list(running.run(tasks))
     assert len(asked) < 10

@@ -8,25 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedgan_lightning import (
-    IID,
-    Evaluation,
-    FederatedDataModule,
-    Interactions,
-    KernelDistance,
-    PixelFeatures,
-    RankingQuality,
-)
+from fedgan_lightning import Evaluation, FederatedDataModule
 from fedgan_lightning.data.samples import ClientSamples
 from fedgan_lightning.deployment.data import RemoteDataModule
 from fedgan_lightning.deployment.site import QUESTIONS
 from fedgan_lightning.errors import ConfigurationError, QuorumError
-from fedgan_lightning.evaluation.defaults import default_metrics
 from fedgan_lightning.evaluation.federated_queries import FeatureMoments, QueryContext, answers, summed
 from fedgan_lightning.evaluation.fidelity import ThirdPowers
 from fedgan_lightning.evaluation.kernel import KernelSums, kernel_sums
 from fedgan_lightning.evaluation.metrics import Metric
+from fedgan_lightning.evaluation.modalities import default_metrics
 from fedgan_lightning.evaluation.ranking import ItemCounts, Rankings, histories, preferences, ranking_values
+from fedgan_lightning.metrics import KernelDistance, PixelFeatures, RankingQuality
+from fedgan_lightning.partitions import IID
+from fedgan_lightning.sources import Interactions
 from tests.conftest import digits_data, federate, ring_data, ring_gan
 from tests.unit.test_recommendation import gan
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from fedgan_lightning import GAN, Dirichlet, WeightedMean
+from fedgan_lightning import GAN
+from fedgan_lightning.aggregators import WeightedMean
 from fedgan_lightning.gan.average import IMAGES_SEEN
+from fedgan_lightning.partitions import Dirichlet
 from tests.conftest import federate, ring_data, ring_gan
 
 

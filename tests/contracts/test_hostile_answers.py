@@ -9,17 +9,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from fedgan_lightning import AllClients, RoundRules, SelectedClients, UpdateValidator, WeightedMean
+from fedgan_lightning import RoundRules, UpdateValidator
+from fedgan_lightning.aggregators import WeightedMean
 from fedgan_lightning.errors import QuorumError, UpdateError
 from fedgan_lightning.federation.aggregation import WeightedSums
-from fedgan_lightning.federation.conduct import Conductor
-from fedgan_lightning.federation.local import ClientContext, LocalTrainer
+from fedgan_lightning.federation.client_update import ClientContext
+from fedgan_lightning.federation.costs import CostLedger
+from fedgan_lightning.federation.local import LocalTrainer
 from fedgan_lightning.federation.policy import resolve
+from fedgan_lightning.federation.report import RoundReport
 from fedgan_lightning.federation.robust import (
     CoordinateMedian,
     GeometricMedian,
@@ -27,11 +31,12 @@ from fedgan_lightning.federation.robust import (
     NearestNeighborMixing,
     TrimmedMean,
 )
-from fedgan_lightning.federation.rounds import ClientRecord, RoundSummary
+from fedgan_lightning.federation.round import RoundRunner
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.federation.store import ClientStore
 from fedgan_lightning.packing import Layout, Packed
-from fedgan_lightning.protocol import ClientTask, Executor, LocalWork, Participant, UpdateSum
+from fedgan_lightning.protocol import ClientReport, ClientTask, Executor, UpdateSum
+from fedgan_lightning.samplers import AllClients, SelectedClients
 from fedgan_lightning.seeding import derive_seed
 from fedgan_lightning.states import encode_statistics
 from tests.conftest import finish, ring_data, ring_gan
@@ -72,16 +77,17 @@ class World:
     """A federation with moments, statistics and schedules, and what its clients answer to a state."""
 
     def __init__(self, *, rounds: int) -> None:
-        self.conductors = {}
+        self.runners = {}
         model = ring_gan(generator_scheduler=schedule)
         model.generator.layers.insert(1, nn.BatchNorm1d(16))
         data = ring_data(num_clients=CLIENTS, num_samples=560)
         data.setup("fit")
         policy = resolve(model, sync=None, optimizer_state="average", buffers="merge")
         options = {"accelerator": "cpu", "devices": 1}
-        self.context = ClientContext(model, data, policy, ClientStore(), options)
+        self.context = ClientContext(model, data, policy, ClientStore(), trainer_options=options)
         server = ServerModule(model)
         server.attach(policy)
+        self.server = server
         self.round, positions = 0, ()
         for _ in range(rounds):
             self._answer(server.shared_state(), positions)
@@ -95,16 +101,16 @@ class World:
         self._answer(server.shared_state(), positions)
 
     def _answer(self, state, positions) -> None:
-        self.state, self.work = state, LocalWork(steps=STEPS, schedule_positions=positions)
+        self.state, self.work = state, {"steps": STEPS, "schedule_positions": positions}
         trainer = LocalTrainer(self.context)
         seeds = {k: derive_seed(0, "client", self.round, k) for k in range(CLIENTS)}
-        self.answers = [trainer.run(ClientTask(k, self.round, seed, state, self.work)) for k, seed in seeds.items()]
+        self.answers = [trainer.run(ClientTask(k, self.round, seed, state, **self.work)) for k, seed in seeds.items()]
 
     def conduct(self, answers, *, aggregator, validated, clients=None, late="drop"):
         """Return what comes of a round with these answers."""
         key = (type(aggregator), str(sorted(map(str, vars(aggregator).items()))), validated, tuple(clients or ()), late)
-        if key not in self.conductors:  # each makes the schema of answers once
-            self.conductors[key] = Conductor(
+        if key not in self.runners:  # each makes the schema of answers once
+            self.runners[key] = RoundRunner(
                 dataclasses.replace(self.context, store=ClientStore()),
                 executor=Answering(),
                 aggregator=aggregator,
@@ -112,12 +118,16 @@ class World:
                 rules=RoundRules(min_report_fraction=0.5, max_attempts=1, stale_updates=late),
                 validator=UpdateValidator() if validated else None,
                 seed=0,
+                strikes={},
             )
-        conductor, calls = self.conductors[key], []
-        conductor.executor.answers = answers
-        nothing = {"on_start": lambda info: None, "on_update": lambda own: None}
-        outcome = conductor.conduct(round=self.round, state=self.state, work=self.work, on_try=calls.append, **nothing)
-        return outcome, calls
+        runner = self.runners[key]
+        runner.executor.answers = answers
+        task = ClientTask(-1, self.round, 0, self.state, **self.work)
+        reports = [event for event in runner.run(self.server, task) if isinstance(event, RoundReport)]
+        ledger = CostLedger()
+        for report in reports:
+            ledger.record(report)
+        return SimpleNamespace(aggregate=reports[-1].total, summary=reports[-1], ledger=ledger), reports
 
 
 class Answering(Executor):
@@ -164,7 +174,7 @@ def assert_sane(outcome, calls) -> None:
     assert 0 < told[0]["client_steps"] <= (CLIENTS + 2) * STEPS
     assert 0 <= told[0]["client_seconds"] < 3600
     assert {*told[0]["bytes_up"]} <= {"generator", "discriminator", "optimizer", "unknown"}
-    metrics = outcome.summary.metrics(outcome.aggregate)
+    metrics = outcome.summary.metrics()
     assert all(math.isfinite(value) for value in metrics.values())
 
 
@@ -563,7 +573,8 @@ def test_a_parameter_that_nobody_has_touched_has_no_moments_and_one_that_somebod
 def summed(world, *, spoil=lambda total: total, member=lambda own: own) -> UpdateSum:
     found = finish(WeightedMean(), world.answers)
     members = tuple(
-        member(Participant(own.client_id, own.num_examples, {"steps": float(STEPS)})) for own in world.answers
+        member(ClientReport(own.client_id, "answered", own.num_examples, {"steps": float(STEPS)}))
+        for own in world.answers
     )
     return spoil(UpdateSum(world.round, members, found.delta, found.extras, {"loss_d": 1.0}))
 
@@ -596,7 +607,7 @@ def assert_same_means(outcome, expected) -> None:
 def test_a_sum_that_cannot_be_right_is_a_round_that_does_not_count_and_names_nobody(worlds, kind, caplog):
     world = worlds["later"]
     spoil = SPOILED_SUMS.get(kind, field(metrics={"loss_d": NAN}))
-    with pytest.raises(QuorumError, match="fewer in each of 1 tries"), caplog.at_level("WARNING"):
+    with pytest.raises(QuorumError, match="fewer in each of 1 attempts"), caplog.at_level("WARNING"):
         world.conduct([summed(world, spoil=spoil)], aggregator=WeightedMean(), validated=False)
     assert caplog.text.count("of whom nobody can be named") == CLIENTS
 
@@ -624,10 +635,10 @@ def test_a_claim_about_one_client_of_a_sum_ends_the_run_with_its_name(worlds, cl
 
 def test_schedules_of_other_modules_follow_most_clients_and_no_single_one():
     def record(client_id, *positions, steps=4.0):
-        return ClientRecord(client_id, 10, {"steps": steps}, list(positions))
+        return ClientReport(client_id, "answered", 10, {"steps": steps}, list(positions))
 
     def positions(*records):
-        return RoundSummary(records, networks=[], drift={}).schedule_positions
+        return RoundReport(0, 0, True, len(records), 0.0, records).schedule_positions
 
     assert positions(record(0, 8), record(1, 8), record(2, 400)) == (8,)
     assert positions(record(0, 8), record(1, 8), record(2, 0)) == (8,)

@@ -8,23 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from fedgan_lightning import (
-    GAN,
-    R1,
-    R2,
-    Augmentation,
-    ClassesPerClient,
-    Dirichlet,
-    FederatedDataModule,
-    GradientPenalty,
-    Samples,
-    SequentialExecutor,
-    VectorizedExecutor,
-)
+from fedgan_lightning import GAN, FederatedDataModule, SequentialExecutor, VectorizedExecutor
 from fedgan_lightning.data.sources import Source
-from fedgan_lightning.federation.rounds import norms
+from fedgan_lightning.federation.report import norms
 from fedgan_lightning.gan import networks
-from fedgan_lightning.protocol import LocalWork
+from fedgan_lightning.losses import R1, R2, Augmentation, GradientPenalty
+from fedgan_lightning.partitions import ClassesPerClient, Dirichlet
+from fedgan_lightning.sources import Samples
 from tests.contracts.test_executors import assert_same, gentler, updates
 
 CLASSES = 4
@@ -135,7 +125,7 @@ def check(case):
     data = FederatedDataModule(
         Pictures(channels, size, LAYOUTS[layout]), partition=PARTITIONS[partition](), num_clients=3, batch_size=8
     )
-    work = LocalWork(epochs=1) if partition == "unequal" else LocalWork(steps=4)
+    work = {"epochs": 1} if partition == "unequal" else {"steps": 4}
     runs = [(VectorizedExecutor(), precision), (SequentialExecutor(), precision)]
     if precision == "bf16-mixed":
         runs.append((SequentialExecutor(), "32-true"))

@@ -18,35 +18,38 @@ import pytorch_lightning
 import fedgan_lightning
 from fedgan_lightning import (
     GAN,
-    R1,
     AutoExecutor,
-    DCGANDiscriminator,
-    DCGANGenerator,
-    Digits,
     Evaluation,
     FederatedDataModule,
     FederatedOrchestrator,
     Federation,
-    FractionOfClients,
-    FrechetDistance,
-    Krum,
-    MLPDiscriminator,
-    MLPGenerator,
-    SelectedClients,
     SequentialExecutor,
-    WeightedMean,
 )
+from fedgan_lightning.aggregators import Krum, WeightedMean
 from fedgan_lightning.errors import ConfigurationError, FedGANError
+from fedgan_lightning.losses import R1
+from fedgan_lightning.metrics import FrechetDistance
+from fedgan_lightning.networks import DCGANDiscriminator, DCGANGenerator, MLPDiscriminator, MLPGenerator
 from fedgan_lightning.options import Interval, check, checked
+from fedgan_lightning.samplers import FractionOfClients, SelectedClients
+from fedgan_lightning.sources import Digits
 
 #: Numbers that may be anything finite.
 UNBOUNDED = {
+    "LinearRounds.start": "a hyper-parameter of any range",
+    "LinearRounds.end": "a hyper-parameter of any range",
+    "CosineRounds.start": "a hyper-parameter of any range",
+    "CosineRounds.end": "a hyper-parameter of any range",
+    "StepRounds.values": "hyper-parameters of any range",
     "Interactions.threshold": "ratings may be negative",
     "ScaleGenerator.theta": "a parameter",
     "QuadraticDiscriminator.psi": "a parameter",
     "ClassMixes.sizes": "checked with the mixes",
     "ClassMixes.mixes": "checked with the sizes",
 }
+
+
+PUBLIC = (fedgan_lightning, *(getattr(fedgan_lightning, name) for name in fedgan_lightning.SUBMODULES))
 
 
 def callables():
@@ -58,7 +61,7 @@ def callables():
         for name, own in vars(importlib.import_module(module.name)).items():
             if name.startswith("_") or getattr(own, "__module__", "") != module.name:
                 continue
-            is_public = getattr(fedgan_lightning, name, None) is own
+            is_public = any(getattr(home, name, None) is own for home in PUBLIC)
             if inspect.isclass(own) and "__init__" in vars(own):
                 if not dataclasses.is_dataclass(own) and not issubclass(own, BaseException):
                     found[name] = (own, own.__init__, is_public)

@@ -14,18 +14,16 @@ import torch
 
 from fedgan_lightning import (
     GAN,
-    R1,
-    Augmentation,
     AutoExecutor,
-    Dirichlet,
-    FaultyExecutor,
     FederatedOrchestrator,
-    GradientPenalty,
     RoundRules,
     SequentialExecutor,
     ServerModule,
     VectorizedExecutor,
 )
+from fedgan_lightning.executors import FaultyExecutor
+from fedgan_lightning.losses import R1, Augmentation, GradientPenalty
+from fedgan_lightning.partitions import Dirichlet
 from tests.conftest import adam, digits_data, quiet_trainer
 from tests.contracts.test_executors import FAMILIES, big_digits, digit_series
 

@@ -1,4 +1,4 @@
-"""``federation site --check``: what a site learns before it joins."""
+"""``deploy site --check``: what a site learns before it joins."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def checked(folder, tmp_path, port, *options, ca=None, config=CONFIG):
     return main(
         [
             *(
-                "federation",
+                "deploy",
                 "site",
                 "--check",
                 "--superlink",
@@ -115,7 +115,7 @@ def test_another_authority_is_named_after_the_data_were_tried(folder, tmp_path, 
     said = capsys.readouterr()
     assert "certificate of" in said.err
     assert f"localhost:{port}" in said.err
-    assert "federation keys --host" in said.err
+    assert "deploy keys --host" in said.err
     assert "samples" in said.out
     assert "ready" not in said.out
 
@@ -141,7 +141,7 @@ def test_nobody_who_answers_is_an_error_in_one_line(folder, tmp_path, capsys):
 @pytest.mark.parametrize("address", ["localhost", ":8000", "localhost:grpc", "localhost:8²", "localhost:99999"])
 def test_an_address_without_host_or_port_is_refused(folder, tmp_path, capsys, address):
     arguments = ["--ca", str(folder / "ca.crt"), "--key", str(folder / "site0"), "--client-id", "0"]
-    assert main(["federation", "site", "--superlink", address, "--config", CONFIG, *arguments]) == 2
+    assert main(["deploy", "site", "--superlink", address, "--config", CONFIG, *arguments]) == 2
     assert f"HOST:PORT; received {address}." in capsys.readouterr().err
 
 

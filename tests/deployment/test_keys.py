@@ -22,7 +22,7 @@ from fedgan_lightning.errors import ConfigurationError
 @pytest.fixture
 def keys(tmp_path, monkeypatch):
     monkeypatch.setattr(programs, "program", lambda name: name)
-    assert main(["federation", "keys", str(tmp_path / "keys"), "--sites", "2", "--host", "fedgan.example.org"]) == 0
+    assert main(["deploy", "keys", str(tmp_path / "keys"), "--sites", "2", "--host", "fedgan.example.org"]) == 0
     return tmp_path / "keys"
 
 
@@ -77,7 +77,7 @@ def test_a_site_with_a_certificate_uses_tls_among_its_own_processes_too(tmp_path
     for name in ("ca.crt", "site0", "config.yaml"):
         (tmp_path / name).write_text("model: {}" if name == "config.yaml" else "")
     site = ["--superlink", "h:1", "--ca", "ca.crt", "--key", "site0", "--client-id", "0", "--config", "config.yaml"]
-    assert main(["federation", "site", *site, "--tls", "site0.tls"]) == 2
+    assert main(["deploy", "site", *site, "--tls", "site0.tls"]) == 2
     assert f"files that are named exist; received {tmp_path / 'site0.tls.crt'}" in capsys.readouterr().err
 
 
@@ -85,7 +85,7 @@ def test_a_site_with_a_certificate_uses_tls_among_its_own_processes_too(tmp_path
 
 
 def again(keys, *, sites, hosts=()):
-    return main(["federation", "keys", str(keys), "--sites", str(sites), *(["--host", *hosts] if hosts else [])])
+    return main(["deploy", "keys", str(keys), "--sites", str(sites), *(["--host", *hosts] if hosts else [])])
 
 
 def contents(folder):
@@ -242,4 +242,4 @@ def test_an_authority_that_has_ended_signs_nothing_and_outlives_what_it_signs(tm
     making.make_authority(tmp_path)
     assert again(tmp_path, sites=1) == 2
     assert "ca.crt, which ended on 2" in (text := capsys.readouterr().err)
-    assert "makes another authority with federation keys, in an empty folder" in text
+    assert "makes another authority with deploy keys, in an empty folder" in text

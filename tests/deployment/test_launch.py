@@ -24,7 +24,7 @@ CONFIG = str(ROOT / "configs" / "digits.yaml")
 
 
 def refused(capsys, *arguments: str) -> str:
-    assert main(["federation", *arguments]) == 2
+    assert main(["deploy", *arguments]) == 2
     text = capsys.readouterr().err
     assert text.startswith("error: ")
     assert text.count("\n") == 1

@@ -115,7 +115,7 @@ def test_a_site_s_proxy_refuses_a_server_of_another_authority(federation, tmp_pa
 
 def test_a_site_is_told_whether_it_comes_through(federation, tmp_path, capsys):
     keys, port = federation.home / "keys", programs.free_port()
-    site = ["federation", "site", "--check", "--ca", str(keys / "ca.crt"), "--key", str(keys / "site0")]
+    site = ["deploy", "site", "--check", "--ca", str(keys / "ca.crt"), "--key", str(keys / "site0")]
     site += ["--client-id", "0", "--config", str(CONFIG), "--state", str(tmp_path / "state"), "--superlink"]
     with programs.processes() as started:
         own = {"keys": keys, "number": 0, "server": federation.proxy, "port": port, "ca": keys / "ca.crt"}

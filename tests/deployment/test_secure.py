@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("flwr", reason="needs the extra 'flower' (Python 3.11 or later)")
 
-from fedgan_lightning import SecureAggregation, WeightedMean
+from fedgan_lightning import SecureAggregation
 from fedgan_lightning.__main__ import main
+from fedgan_lightning.aggregators import WeightedMean
 from fedgan_lightning.checkpoints import read_checkpoint
 from fedgan_lightning.deployment import masking, wire
 from fedgan_lightning.deployment.apps import STAGES, _site, serve_over
@@ -29,7 +30,7 @@ from fedgan_lightning.deployment.sites import Sites
 from fedgan_lightning.errors import ConfigurationError, ProtocolError, QuorumError, UpdateError
 from fedgan_lightning.federation.secure import Summand
 from fedgan_lightning.packing import Packed
-from fedgan_lightning.protocol import ClientTask, LocalWork
+from fedgan_lightning.protocol import ClientTask
 from tests.conftest import ROOT, assert_states_equal, ring_data
 from tests.deployment.loopback import LoopbackGrid
 from tests.deployment.test_sites import hostile, quoted, summary, weights
@@ -509,7 +510,7 @@ def test_a_claim_beside_a_masked_vector_is_refused_before_the_sum_is_opened(tmp_
 def test_a_sum_that_cannot_be_right_counts_for_nobody_and_names_nobody(tmp_path, state, caplog):
     """One site's moments are -1, under its masks: nobody can say whose."""
     grid = grid_of(state, told={2: hostile(tmp_path, "wrong_moments", source="Ring")})
-    with pytest.raises(QuorumError, match="fewer in each of 2 tries of round 0"):
+    with pytest.raises(QuorumError, match="fewer in each of 2 attempts of round 0"):
         deploy(tmp_path, grid, *LENIENT, "--federation.rules.max_attempts", "2")
     assert caplog.text.count("in a sum that cannot be right, of whom nobody can be named") == 2 * 4
     assert "is negative, and no mean of squares or count is" in caplog.text
@@ -530,7 +531,7 @@ def test_a_site_answers_in_the_clear_only_where_its_own_configuration_lets_it(tm
     plain = LoopbackGrid(
         {100: {"client-id": 0, "state": str(tmp_path)}}, run_config={"config": CONFIG, "options": " ".join(SHORT)}
     )
-    task = ClientTask(client_id=0, round=0, seed=1, state={}, local=LocalWork(steps=1))
+    task = ClientTask(client_id=0, round=0, seed=1, state={}, steps=1)
     questions = [
         (grid, wire.content({"ask": "sums", "question": "feature moments", "limit": -1}, told={}), "query"),
         (grid, wire.from_task(task, accepted=-1, digest=""), "train"),

@@ -18,7 +18,7 @@ from fedgan_lightning.deployment.apps import serve_over  # noqa: E402
 from fedgan_lightning.deployment.sites import Sites, checked_facts  # noqa: E402
 from fedgan_lightning.errors import ConfigurationError, QuorumError  # noqa: E402
 from fedgan_lightning.packing import Layout  # noqa: E402
-from fedgan_lightning.protocol import ClientTask, ClientUpdate, LocalWork  # noqa: E402
+from fedgan_lightning.protocol import ClientTask, ClientUpdate  # noqa: E402
 from tests.conftest import ROOT, assert_states_equal  # noqa: E402
 from tests.deployment.hostile import settings as hostile_settings  # noqa: E402
 from tests.deployment.loopback import LoopbackGrid  # noqa: E402
@@ -113,7 +113,7 @@ def test_a_deployment_computes_what_the_simulation_computes(tmp_path, options):
 
 def test_only_sums_and_parameters_come_from_sites(tmp_path):
     """Everything a site sends, byte by byte, holds none of its images."""
-    from fedgan_lightning import Digits
+    from fedgan_lightning.sources import Digits
 
     sent = []
 
@@ -233,7 +233,7 @@ def test_private_state_follows_the_task_that_was_let_in(tmp_path):
     shared = {n: v for n, v in site.module.state_dict().items() if n.startswith("generator.")}
 
     def task(round, seed):
-        return ClientTask(client_id=1, round=round, seed=seed, state=shared, local=LocalWork(steps=2))
+        return ClientTask(client_id=1, round=round, seed=seed, state=shared, steps=2)
 
     first = site.train(task(0, 11), accepted=-1, digest=site.digest)
     second = site.train(task(1, 12), accepted=11, digest=site.digest)
@@ -534,9 +534,7 @@ def test_a_site_answers_what_it_knows_and_only_about_many_samples(tmp_path):
 def test_tasks_and_updates_survive_the_wire():
     state = {"g.w": torch.randn(3, 2), "optimizer/0/g.w/step": torch.tensor(3.0), "g.n": torch.tensor(2)}
     state["g.var"] = torch.rand(2, dtype=torch.float64)
-    task = ClientTask(
-        client_id=2, round=5, seed=2**63 - 1, state=state, local=LocalWork(epochs=2, schedule_positions=(4, 5))
-    )
+    task = ClientTask(client_id=2, round=5, seed=2**63 - 1, state=state, epochs=2, schedule_positions=(4, 5))
     back, accepted = wire.to_task(wire.from_task(task, accepted=17, digest="d"))
     assert (back.client_id, back.round, back.seed, back.local, accepted) == (2, 5, 2**63 - 1, task.local, 17)
     assert_states_equal(dict(back.state), state)

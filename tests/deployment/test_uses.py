@@ -10,12 +10,12 @@ import pytest
 
 pytest.importorskip("flwr", reason="needs the extra 'flower' (Python 3.11 or later)")
 
-from fedgan_lightning import Interactions
 from fedgan_lightning.__main__ import main
 from fedgan_lightning.data.sources.interactions import most_popular
 from fedgan_lightning.data.vocabulary import summed
 from fedgan_lightning.deployment.apps import serve_over
 from fedgan_lightning.errors import QuorumError
+from fedgan_lightning.sources import Interactions
 from tests.conftest import ROOT
 from tests.deployment.loopback import LoopbackGrid
 from tests.deployment.test_sites import quoted

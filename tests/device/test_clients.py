@@ -5,19 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedgan_lightning import (
-    R1,
-    R2,
-    Augmentation,
-    FederatedDataModule,
-    GradientPenalty,
-    Hinge,
-    LeCam,
-    RelativisticPairing,
-    SequentialExecutor,
-)
+from fedgan_lightning import FederatedDataModule, SequentialExecutor
 from fedgan_lightning.gan import networks
 from fedgan_lightning.gan.module import GAN
+from fedgan_lightning.losses import R1, R2, Augmentation, GradientPenalty, Hinge, LeCam, RelativisticPairing
 from tests.conftest import adam, digits_data, ring_data, ring_gan, sgd
 from tests.device.runs import EXECUTORS, executors, federate, on_both
 from tests.unit import test_inpainting, test_recommendation, test_text

@@ -7,38 +7,28 @@ import copy
 import pytest
 import torch
 
-from fedgan_lightning import (
+from fedgan_lightning import Evaluation, Federation, RoundRules, SequentialExecutor, UpdateValidator
+from fedgan_lightning.aggregators import CoordinateMedian, GeometricMedian, Krum, NearestNeighborMixing, TrimmedMean
+from fedgan_lightning.callbacks import HeldAbsentGap
+from fedgan_lightning.editing import edited, interpolate, project
+from fedgan_lightning.evaluation.modalities import default_metrics
+from fedgan_lightning.executors import FaultyExecutor
+from fedgan_lightning.metrics import (
     ClassBreakdown,
     ClassCoverage,
     ClassifierFeatures,
     ClassifierScore,
     ClientAugmentation,
     ClientDistances,
-    CoordinateMedian,
-    Evaluation,
-    FaultyExecutor,
-    Federation,
     FrechetDistance,
-    GeometricMedian,
-    HeldAbsentGap,
     IntraClassDistance,
     KernelDistance,
-    Krum,
     MembershipInference,
     Memorisation,
-    NearestNeighborMixing,
     PrecisionRecall,
-    RoundRules,
-    SequentialExecutor,
     SlicedWasserstein,
     SyntheticTraining,
-    TrimmedMean,
-    UpdateValidator,
-    edited,
-    interpolate,
-    project,
 )
-from fedgan_lightning.evaluation.defaults import default_metrics
 from tests.conftest import ring_data, ring_gan, sgd
 from tests.device import second_device
 from tests.device.runs import distance, everything, executors, federate, on_both

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedgan_lightning import Federation, FractionOfClients, SequentialExecutor
+from fedgan_lightning import Federation, SequentialExecutor
 from fedgan_lightning.checkpoints import folder_beside, read_checkpoint
 from fedgan_lightning.errors import CheckpointError
 from fedgan_lightning.federation import store
+from fedgan_lightning.samplers import FractionOfClients
 from tests.conftest import assert_states_equal, quiet_trainer, ring_data, ring_gan
 
 ONE = FractionOfClients(1 / 6)

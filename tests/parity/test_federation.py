@@ -14,26 +14,26 @@ import torch
 
 from benchmarks.toy2d import federated, reference
 from fedgan_lightning import (
-    CoordinateMedian,
     Evaluation,
     FederatedOrchestrator,
     Federation,
-    Hinge,
-    LeastSquares,
-    PoissonSampling,
     SequentialExecutor,
     ServerModule,
     UpdateValidator,
     VectorizedExecutor,
 )
+from fedgan_lightning.aggregators import CoordinateMedian
 from fedgan_lightning.errors import CheckpointError, ClientError, ConfigurationError, UpdateError
-from fedgan_lightning.federation.local import ClientContext, LocalTrainer
+from fedgan_lightning.federation.client_update import ClientContext
+from fedgan_lightning.federation.local import LocalTrainer
 from fedgan_lightning.federation.policy import resolve
 from fedgan_lightning.federation.store import ClientStore
 from fedgan_lightning.gan import networks as nets
 from fedgan_lightning.gan.module import GAN
 from fedgan_lightning.gan.priors import MidpointNodes
-from fedgan_lightning.protocol import ClientTask, LocalWork
+from fedgan_lightning.losses import Hinge, LeastSquares
+from fedgan_lightning.protocol import ClientTask
+from fedgan_lightning.samplers import PoissonSampling
 from fedgan_lightning.seeding import derive_seed, isolated_rng
 from tests.conftest import (
     adam,
@@ -104,7 +104,7 @@ def test_renaming_clients_changes_nothing_where_randomness_is_in_the_data_order_
     """Four clients that hold everything, in full batches and without noise, are interchangeable."""
     states = []
     for lists in ([[0, 1], [2, 3], [4, 5], [6, 7]], [[6, 7], [2, 3], [0, 1], [4, 5]]):
-        from fedgan_lightning import ClassLists
+        from fedgan_lightning.partitions import ClassLists
 
         data = ring_data(partition=ClassLists(lists), batch_size=160, num_samples=640)
         server, _, _ = federate(ring_gan(optimizer=sgd, prior=MidpointNodes(16)), data, rounds=3, local_steps=2)
@@ -131,7 +131,7 @@ class TestToy2D:
 class TestAnyModule:
     def test_somebodys_gan_federates_for_three_rounds_by_hand(self):
         """Each round: run every client alone from the server's state, and average with N_k / N by hand."""
-        from fedgan_lightning import QuantitySkew
+        from fedgan_lightning.partitions import QuantitySkew
 
         torch.manual_seed(0)
         module = SomebodysGAN()
@@ -143,14 +143,16 @@ class TestAnyModule:
         assert len(set(sizes.tolist())) == 3
         for number in range(3):
             runner = LocalTrainer(
-                ClientContext(expected, data, policy, ClientStore(), {"accelerator": "cpu", "devices": 1})
+                ClientContext(
+                    expected, data, policy, ClientStore(), trainer_options={"accelerator": "cpu", "devices": 1}
+                )
             )
             start = {n: v.clone() for n, v in expected.state_dict().items()}
             names = [*policy.shared_parameters, *policy.shared_buffers]
             states = []
             for k in range(3):
                 seed = derive_seed(0, "client", number, k)
-                runner.run(ClientTask(k, number, seed, {n: start[n] for n in names}, LocalWork(steps=4)))
+                runner.run(ClientTask(k, number, seed, {n: start[n] for n in names}, steps=4))
                 states.append({n: v.clone() for n, v in runner.module.state_dict().items()})
             new = {}
             for name in names:
@@ -326,7 +328,7 @@ class TestRounds:
         assert all(torch.isfinite(value).all() for value in server.model.state_dict().values())
 
     def test_local_epochs_follow_each_clients_size(self):
-        from fedgan_lightning import QuantitySkew
+        from fedgan_lightning.partitions import QuantitySkew
 
         updates = []
 
@@ -538,7 +540,7 @@ class TestStopping:
         options = {"local_steps": 3, "optimizer_state": "keep", "sync": {"critic": "local"}}
         server, orchestrator, trainer = federate(Inside(), ring_data(), Between(), rounds=5, **options)
         assert trainer.global_step == 2
-        assert orchestrator.stop_signal == number
+        assert orchestrator.signals.number == number
         assert signal.getsignal(number) == before
         torch.manual_seed(0)
         two, other, _ = federate(SomebodysGAN(), ring_data(), rounds=2, **options)
@@ -660,10 +662,10 @@ def test_buffers_outside_the_state_dict_and_gradients_stay_with_their_client():
             data,
             resolve(module, sync=None, optimizer_state="reset", buffers="merge"),
             ClientStore(),
-            {"accelerator": "cpu", "devices": 1},
+            trainer_options={"accelerator": "cpu", "devices": 1},
         )
     )
     state = {name: value.clone() for name, value in module.state_dict().items()}
     for k in range(3):
-        runner.run(ClientTask(k, 0, k, state, LocalWork(steps=1)))
+        runner.run(ClientTask(k, 0, k, state, steps=1))
     assert runner.module.seen == [(0.0, True)] * 3

@@ -8,23 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from fedgan_lightning import (
-    GAN,
-    ClientAugmentation,
-    Evaluation,
-    FeatureShift,
-    FederatedDataModule,
-    Federation,
-    MembershipInference,
-    MLPDiscriminator,
-    MLPGenerator,
-    SequentialExecutor,
-    SwissRoll,
-    SyntheticTraining,
-)
+from fedgan_lightning import GAN, Evaluation, FederatedDataModule, Federation, SequentialExecutor
 from fedgan_lightning.errors import ConfigurationError
 from fedgan_lightning.evaluation.audit import membership_auc
 from fedgan_lightning.evaluation.downstream_tasks import auroc
+from fedgan_lightning.metrics import ClientAugmentation, MembershipInference, SyntheticTraining
+from fedgan_lightning.networks import MLPDiscriminator, MLPGenerator
+from fedgan_lightning.partitions import FeatureShift
+from fedgan_lightning.sources import SwissRoll
 from tests.conftest import digits_data
 
 CPU = torch.device("cpu")

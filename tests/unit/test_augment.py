@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedgan_lightning import GAN, Augmentation, LeCam, MLPDiscriminator, MLPGenerator
+from fedgan_lightning import GAN
 from fedgan_lightning.errors import ConfigurationError
 from fedgan_lightning.gan.augment import OPERATIONS
+from fedgan_lightning.losses import Augmentation, LeCam
+from fedgan_lightning.networks import MLPDiscriminator, MLPGenerator
 from tests.conftest import digits_data, federate
 
 

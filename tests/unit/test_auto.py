@@ -8,16 +8,9 @@ import logging
 import pytest
 import torch
 
-from fedgan_lightning import (
-    GAN,
-    AutoExecutor,
-    AutotunedExecutor,
-    DCGANDiscriminator,
-    DCGANGenerator,
-    SequentialExecutor,
-    VectorizedExecutor,
-)
+from fedgan_lightning import GAN, AutoExecutor, SequentialExecutor, VectorizedExecutor
 from fedgan_lightning.errors import ClientError, ConfigurationError, RankError, UpdateError
+from fedgan_lightning.executors import AutotunedExecutor
 from fedgan_lightning.federation import workload
 from fedgan_lightning.federation.executors import auto, vectorized
 from fedgan_lightning.federation.executors.auto import ExecutionMode
@@ -27,7 +20,7 @@ from fedgan_lightning.federation.memory import out_of_memory
 from fedgan_lightning.federation.ranks import Ranks
 from fedgan_lightning.federation.threads import available_threads, each_with_threads
 from fedgan_lightning.federation.vectorized_trainer import VectorizedLocalTrainer
-from fedgan_lightning.protocol import LocalWork
+from fedgan_lightning.networks import DCGANDiscriminator, DCGANGenerator
 from tests.conftest import adam, digits_data, federate, ring_data, ring_gan
 from tests.contracts.test_executors import assert_same, updates
 from tests.foreign import SomebodysGAN
@@ -149,7 +142,7 @@ def test_rounding_that_adam_magnifies_is_no_disagreement(norm):
     small = data.train_samples
     data.__dict__["train_samples"] = type(small)(x=small.x.repeat(1, 3, 1, 1), y=small.y, columns=small.columns)
     data.sample_shape = (3, 8, 8)
-    assert planned(AutoExecutor(), gan, data, work=LocalWork(steps=2))[0].chunk_size > 1
+    assert planned(AutoExecutor(), gan, data, work={"steps": 2})[0].chunk_size > 1
 
 
 def test_an_optimizer_that_looks_at_whole_tensors_is_refused_by_the_vectorized_executor():
@@ -167,7 +160,7 @@ def test_steps_that_nobody_could_take_twice_do_not_keep_clients_from_being_stack
         return torch.optim.SGD(parameters, lr=1e6)
 
     def trained(executor, steps):
-        return updates(executor, ring_gan(optimizer=plain).double(), ring_data(), work=LocalWork(steps=steps))
+        return updates(executor, ring_gan(optimizer=plain).double(), ring_data(), work={"steps": steps})
 
     with pytest.raises(UpdateError, match="updates are finite numbers"):
         trained(SequentialExecutor(), 6)

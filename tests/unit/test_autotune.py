@@ -9,14 +9,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fedgan_lightning import R1, AutotunedExecutor, Hinge, SequentialExecutor, VectorizedExecutor
+from fedgan_lightning import SequentialExecutor, VectorizedExecutor
 from fedgan_lightning.errors import UpdateError
-from fedgan_lightning.federation.executors import trials
+from fedgan_lightning.executors import AutotunedExecutor
+from fedgan_lightning.federation.executors import autotuner
 from fedgan_lightning.federation.executors.auto import ExecutionMode
 from fedgan_lightning.federation.executors.autotuner import Autotuner, Cost, MeasuredMode
 from fedgan_lightning.federation.parity_check import NOTHING_TO_COMPARE
 from fedgan_lightning.federation.ranks import Ranks
 from fedgan_lightning.federation.threads import available_threads
+from fedgan_lightning.losses import R1, Hinge
 from tests.conftest import adam, ring_data, ring_gan
 from tests.contracts.test_executors import assert_same, updates
 from tests.foreign import SomebodysGAN
@@ -25,8 +27,8 @@ from tests.foreign import SomebodysGAN
 @pytest.fixture(autouse=True)
 def _short_turns(monkeypatch):
     """What is chosen does not matter to most tests, and half a second of every way does."""
-    monkeypatch.setattr(trials, "TURN_SECONDS", 0.01)
-    monkeypatch.setattr(trials, "RUN_OFF_SECONDS", 0.05)
+    monkeypatch.setattr(autotuner, "TURN_SECONDS", 0.01)
+    monkeypatch.setattr(autotuner, "RUN_OFF_SECONDS", 0.05)
 
 
 class Normalised(torch.optim.SGD):
@@ -175,7 +177,7 @@ class Slow(Autotuner):
 
     def __init__(self, per_client_step, monkeypatch):
         self.per_client_step, self.ran, self.now = per_client_step, [], 0.0
-        monkeypatch.setattr(trials, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr(autotuner, "time", SimpleNamespace(perf_counter=lambda: self.now))
         self.context, self.tasks, self.steps, self.counts = None, [None] * 32, 10, [1]
         self.costs = {way: Cost(fixed=0.0, step=0.004 * way.chunk_size) for way in per_client_step}
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from fedgan_lightning import GAN, R1, Codec, Condition, RelativisticPairing, SequentialExecutor, VectorizedExecutor
+from fedgan_lightning import GAN, SequentialExecutor, VectorizedExecutor
 from fedgan_lightning.errors import ConfigurationError
+from fedgan_lightning.losses import R1, RelativisticPairing
+from fedgan_lightning.networks import Codec, Condition
 from tests.conftest import adam, quiet_trainer, ring_data, ring_gan, sgd
 from tests.contracts.test_executors import assert_same, updates
 
@@ -23,7 +25,7 @@ class Hidden(Condition):
         seen = torch.cat([(u < 0.5), (u >= 0.5)], dim=-1).to(x.dtype)
         return torch.cat([x * seen, seen], dim=-1)
 
-    def terms(self, fake, x, condition):
+    def extra_losses(self, fake, x, condition):
         return {"reconstruction": 3.0 * (fake - x).square().mean()}
 
 

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedgan_lightning.federation.drift import Drift
+from fedgan_lightning.federation.drift import ClientDrift, Drift
 from fedgan_lightning.federation.ranks import Ranks
-from fedgan_lightning.federation.rounds import norms
+from fedgan_lightning.federation.report import norms
 from tests.conftest import federate, ring_data, ring_gan
 
 NETWORKS = ["generator", "discriminator"]
@@ -63,8 +63,9 @@ def test_a_federation_logs_it():
 
     class Listen(L.Callback):
         def on_round_end(self, trainer, server, info, metrics):
-            found.append(metrics)
+            found.append(dict(drift.latest))
 
-    federate(ring_gan(), ring_data(), Listen(), rounds=2, local_steps=3)
+    drift = ClientDrift()
+    federate(ring_gan(), ring_data(), drift, Listen(), rounds=2, local_steps=3)
     assert len(found) == 2
     assert all(-1 <= metrics[f"drift/{network}"] <= 1 for metrics in found for network in NETWORKS)

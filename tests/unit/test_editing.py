@@ -6,18 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from fedgan_lightning import (
-    DCGANGenerator,
-    MLPGenerator,
-    PixelFeatures,
-    direction,
-    edited,
-    interpolate,
-    project,
-)
 from fedgan_lightning.data.samples import Samples
+from fedgan_lightning.editing import direction, edited, interpolate, project
 from fedgan_lightning.errors import ConfigurationError, DataError
 from fedgan_lightning.gan.priors import Uniform
+from fedgan_lightning.metrics import PixelFeatures
+from fedgan_lightning.networks import DCGANGenerator, MLPGenerator
 
 
 class Affine(nn.Module):

@@ -12,32 +12,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from fedgan_lightning import (
-    GAN,
-    ClassCoverage,
-    ClassifierFeatures,
-    Digits,
-    Evaluation,
-    FederatedDataModule,
-    FederatedOrchestrator,
-    FrechetDistance,
-    InceptionFeatures,
-    MLPDiscriminator,
-    MLPGenerator,
-    ModeCoverage,
-    ModuleFeatures,
-    PixelFeatures,
-    Ring,
-    ServerModule,
-    SlicedWasserstein,
-)
+from fedgan_lightning import GAN, Evaluation, FederatedDataModule, FederatedOrchestrator, ServerModule
 from fedgan_lightning.data.samples import ClientSamples, Samples, quantise
 from fedgan_lightning.errors import ConfigurationError, DataError
 from fedgan_lightning.evaluation import modes
-from fedgan_lightning.evaluation.defaults import default_metrics
 from fedgan_lightning.evaluation.features import FrozenNet
 from fedgan_lightning.evaluation.federated_queries import chunks
 from fedgan_lightning.evaluation.fid import feature_sums, frechet_distance
+from fedgan_lightning.evaluation.modalities import default_metrics
+from fedgan_lightning.metrics import (
+    ClassCoverage,
+    ClassifierFeatures,
+    FrechetDistance,
+    InceptionFeatures,
+    ModeCoverage,
+    ModuleFeatures,
+    PixelFeatures,
+    SlicedWasserstein,
+)
+from fedgan_lightning.networks import MLPDiscriminator, MLPGenerator
+from fedgan_lightning.sources import Digits, Ring
 from fedgan_lightning.visuals.pictures import grid
 from tests.conftest import digits_data, quiet_trainer, ring_data
 from tests.fakes import RandomImages
@@ -325,7 +319,7 @@ def test_class_coverage_counts_missing_classes_and_obedience():
 def test_defaults_suit_the_data():
     assert [type(metric).__name__ for metric in default_metrics(ring_data())] == ["ModeCoverage"]
     assert type(default_metrics(digits_data())[0]).__name__ == "FrechetDistance"
-    from fedgan_lightning import SwissRoll
+    from fedgan_lightning.sources import SwissRoll
 
     assert [type(m).__name__ for m in default_metrics(FederatedDataModule(SwissRoll()))] == ["SlicedWasserstein"]
     assert isinstance(Ring().centres, torch.Tensor)

@@ -15,30 +15,24 @@ from sklearn.neighbors import NearestNeighbors
 from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import poly_mmd
 
-from fedgan_lightning import (
-    GAN,
-    ClassesPerClient,
+from fedgan_lightning import GAN, Evaluation, FederatedDataModule, Federation, SequentialExecutor
+from fedgan_lightning.errors import ConfigurationError, DataError
+from fedgan_lightning.evaluation import neighbours
+from fedgan_lightning.evaluation.kernel import kernel_distance, kernel_sums
+from fedgan_lightning.evaluation.modalities import default_metrics
+from fedgan_lightning.metrics import (
     ClassifierScore,
-    Digits,
-    Evaluation,
-    FederatedDataModule,
-    Federation,
     IntraClassDistance,
     KernelDistance,
     Memorisation,
-    MLPDiscriminator,
-    MLPGenerator,
     ModuleFeatures,
     PixelFeatures,
     PrecisionRecall,
-    Samples,
-    SequentialExecutor,
     SyntheticTraining,
 )
-from fedgan_lightning.errors import ConfigurationError, DataError
-from fedgan_lightning.evaluation import neighbours
-from fedgan_lightning.evaluation.defaults import default_metrics
-from fedgan_lightning.evaluation.kernel import kernel_distance, kernel_sums
+from fedgan_lightning.networks import MLPDiscriminator, MLPGenerator
+from fedgan_lightning.partitions import ClassesPerClient
+from fedgan_lightning.sources import Digits, Samples
 from tests.conftest import digits_data, ring_data
 
 CPU = torch.device("cpu")

@@ -9,10 +9,11 @@ import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 
-from fedgan_lightning import GAN, R1, Augmentation, GradientPenalty, RelativisticPairing
+from fedgan_lightning import GAN
 from fedgan_lightning.errors import ConfigurationError, DataError
 from fedgan_lightning.gan import networks as nets
 from fedgan_lightning.gan.priors import MidpointNodes, Normal, Uniform
+from fedgan_lightning.losses import R1, Augmentation, GradientPenalty, RelativisticPairing
 from fedgan_lightning.protocol import RoundInfo
 from tests.conftest import adam, assert_states_equal, digits_data, quiet_trainer, ring_data, ring_gan, sgd
 

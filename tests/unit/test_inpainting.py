@@ -12,26 +12,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fedgan_lightning import (
-    GAN,
-    Completion,
-    CompletionPictures,
-    Evaluation,
-    FrechetDistance,
-    Hinge,
-    InpaintingGenerator,
-    InpaintingMask,
-    PatchDiscriminator,
-    PixelFeatures,
-    SequentialExecutor,
-    ServerModule,
-    VectorizedExecutor,
-)
+from fedgan_lightning import GAN, Evaluation, SequentialExecutor, ServerModule, VectorizedExecutor
+from fedgan_lightning.callbacks import CompletionPictures
 from fedgan_lightning.errors import ConfigurationError, DataError
 from fedgan_lightning.evaluation import inpainting_baselines
 from fedgan_lightning.evaluation.completion import pictures_with_holes, similarity
 from fedgan_lightning.gan.inpainting_mask import masked
-from fedgan_lightning.protocol import LocalWork
+from fedgan_lightning.losses import Hinge
+from fedgan_lightning.metrics import Completion, FrechetDistance, PixelFeatures
+from fedgan_lightning.networks import InpaintingGenerator, InpaintingMask, PatchDiscriminator
 from fedgan_lightning.visuals.completion import before_after, read_folder
 from tests.conftest import adam, digits_data, federate, quiet_trainer, ring_data, ring_gan, sgd
 from tests.contracts.test_executors import assert_same, updates
@@ -236,7 +225,7 @@ class TestFederation:
     def test_both_executors_give_the_same_weights(self):
         options = {"generator_optimizer": sgd, "discriminator_optimizer": sgd, "holes": InpaintingMask(weight=5)}
         one, other = (
-            updates(executor, digits_gan(**options), few_digits(batch_size=4), work=LocalWork(steps=3))
+            updates(executor, digits_gan(**options), few_digits(batch_size=4), work={"steps": 3})
             for executor in (VectorizedExecutor(), SequentialExecutor())
         )
         assert_same(one, other, rtol=1e-5)

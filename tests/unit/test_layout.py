@@ -8,7 +8,6 @@ import torch
 from fedgan_lightning import GAN
 from fedgan_lightning.federation import optimizer_state
 from fedgan_lightning.gan import networks
-from fedgan_lightning.protocol import LocalWork
 from tests.conftest import adam, digits_data, quiet_trainer
 from tests.contracts.test_executors import SequentialExecutor, assert_same, updates
 
@@ -50,7 +49,7 @@ def test_a_plain_trainer_trains_with_channels_last_and_saves_plain_weights(tmp_p
 @pytest.mark.parametrize("policy", ["average", "keep"])
 def test_what_clients_send_and_keep_is_plain_and_right(monkeypatch, optimizer, policy):
     """A fused optimizer takes weights and moments as flat memory, so both must lie in the same order."""
-    options = {"rounds": 3, "work": LocalWork(steps=3), "optimizer_state": policy}
+    options = {"rounds": 3, "work": {"steps": 3}, "optimizer_state": policy}
     found = updates(SequentialExecutor(), small(optimizer).double(), digits_data(num_clients=3), **options)
     assert all(is_plain(update.delta.values()) for update in found[0].values())
     assert is_plain(found[2].values())

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedgan_lightning.federation.costs import bytes_by_network
-from fedgan_lightning.federation.rounds import norms
+from fedgan_lightning.federation.report import norms
 from fedgan_lightning.packing import Layout, Packed, is_finite, unstack
 
 SHAPES = st.lists(st.integers(0, 3), max_size=3).map(tuple)

@@ -6,21 +6,14 @@ import lightning
 import pytest
 import torch
 
-from fedgan_lightning import (
-    GAN,
-    ClassBreakdown,
-    ClientDistances,
-    FederatedDataModule,
-    HeldAbsentGap,
-    Inspection,
-    MLPDiscriminator,
-    MLPGenerator,
-    Ring,
-    ServerModule,
-)
+from fedgan_lightning import GAN, FederatedDataModule, ServerModule
+from fedgan_lightning.callbacks import HeldAbsentGap, Inspection
 from fedgan_lightning.errors import ConfigurationError
 from fedgan_lightning.evaluation import per_class
 from fedgan_lightning.gan.priors import Normal, Uniform
+from fedgan_lightning.metrics import ClassBreakdown, ClientDistances
+from fedgan_lightning.networks import MLPDiscriminator, MLPGenerator
+from fedgan_lightning.sources import Ring
 from tests.conftest import digits_data, federate, quiet_trainer, ring_data, ring_gan
 
 CPU = torch.device("cpu")

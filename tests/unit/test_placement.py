@@ -13,28 +13,20 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.utilities.data import has_len_all_ranks
 from torch import nn
 
-from fedgan_lightning import (
-    Augmentation,
-    CoordinateMedian,
-    Federation,
-    LeCam,
-    MLPGenerator,
-    SequentialExecutor,
-    VectorizedExecutor,
-    WeightedMean,
-    edited,
-    interpolate,
-    project,
-)
+from fedgan_lightning import Federation, SequentialExecutor, VectorizedExecutor
+from fedgan_lightning.aggregators import CoordinateMedian, WeightedMean
+from fedgan_lightning.editing import edited, interpolate, project
 from fedgan_lightning.federation import local, optimizer_state, vectorized_trainer
 from fedgan_lightning.federation.aggregation import Sums
 from fedgan_lightning.federation.drift import Drift
-from fedgan_lightning.federation.round_trainer import ResidentStrategy
-from fedgan_lightning.federation.rounds import norms
-from fedgan_lightning.gan.draws import drawn
+from fedgan_lightning.federation.fast_trainer import ResidentStrategy
+from fedgan_lightning.federation.report import norms
+from fedgan_lightning.gan.draws import draw_step_noise
 from fedgan_lightning.gan.precision import FullPrecision
 from fedgan_lightning.gan.priors import Normal
 from fedgan_lightning.gan.statistics import StepMeans
+from fedgan_lightning.losses import Augmentation, LeCam
+from fedgan_lightning.networks import MLPGenerator
 from fedgan_lightning.packing import Packed, plain, unstack
 from fedgan_lightning.protocol import ClientUpdate
 from fedgan_lightning.seeding import isolated_rng
@@ -59,7 +51,9 @@ class TestMoments:
     @pytest.mark.parametrize("leading", [0, 1])
     def test_are_sent_from_one_device(self, leading):
         module, optimizer = self.trained(leading=leading)
-        found = optimizer_state.collect(module, [optimizer], {"net": "average"})["average"]
+        found = optimizer_state.collect(module, [optimizer], dict.fromkeys(dict(module.named_parameters()), "average"))[
+            "average"
+        ]
         assert len(found) == 6
         assert {value.device for value in found.values()} == {META}
         if leading:
@@ -169,7 +163,7 @@ class TestDraws:
     def test_labels_are_drawn_without_a_look_at_the_device(self, choice):
         options = {"latents": Normal().draw, "latent_dim": 2, "fake_labels": choice, "num_classes": 5, "mix": False}
         options |= {"num_augment": None, "num_condition": None, "dtype": torch.float32, "generator": None}
-        y = drawn(torch.zeros(6, dtype=torch.int64, device=META), **options).y
+        y = draw_step_noise(torch.zeros(6, dtype=torch.int64, device=META), **options).y
         assert (y.shape, y.dtype, y.device) == ((6,), torch.int64, META)
 
 

@@ -9,23 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from fedgan_lightning import (
-    GAN,
-    CSVProfiles,
-    Evaluation,
-    FederatedDataModule,
-    FrechetDistance,
-    ImageFolder,
-    KernelDistance,
-    MLPDiscriminator,
-    MLPGenerator,
-    ProfileCentroids,
-    ServerModule,
-)
+from fedgan_lightning import GAN, Evaluation, FederatedDataModule, ServerModule
 from fedgan_lightning.errors import ConfigurationError, DataError
 from fedgan_lightning.evaluation.audit import MembershipInference
 from fedgan_lightning.evaluation.fidelity import PrecisionRecall
 from fedgan_lightning.evaluation.series import centroids
+from fedgan_lightning.metrics import FrechetDistance, KernelDistance, ProfileCentroids
+from fedgan_lightning.networks import MLPDiscriminator, MLPGenerator
+from fedgan_lightning.sources import CSVProfiles, ImageFolder
 from tests.conftest import adam, federate
 from tests.unit.test_series import write
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fedgan_lightning import ImageFolder, MedMNISTFile
 from fedgan_lightning.data.pictures import read_picture
 from fedgan_lightning.data.samples import Samples
 from fedgan_lightning.data.sources import CelebA, MedMNIST, TorchvisionImages
 from fedgan_lightning.errors import ConfigurationError, DataError
+from fedgan_lightning.sources import ImageFolder, MedMNISTFile
 from fedgan_lightning.visuals.completion import read_folder
 
 

@@ -10,9 +10,10 @@ from datetime import datetime, timedelta, timezone
 import numpy as np
 import pytest
 
-from fedgan_lightning import AvailableClients, CSVProfiles, Interactions
 from fedgan_lightning.data.tables import Table
 from fedgan_lightning.errors import ConfigurationError, DataError, FedGANError
+from fedgan_lightning.samplers import AvailableClients
+from fedgan_lightning.sources import CSVProfiles, Interactions
 
 HOURS = [datetime(2021, 3, 1) + timedelta(hours=hour) for hour in range(24 * 60)]
 #: An hourly file whose largest value of every day is at 18 o'clock.

@@ -13,27 +13,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedgan_lightning import (
-    GAN,
-    R1,
-    CFGANCondition,
-    CFGANDiscriminator,
-    CFGANGenerator,
-    FederatedDataModule,
-    Interactions,
-    Natural,
-    NonSaturating,
-    RankingQuality,
-    Recommendations,
-    SequentialExecutor,
-    ServerModule,
-    VectorizedExecutor,
-)
+from fedgan_lightning import GAN, FederatedDataModule, SequentialExecutor, ServerModule, VectorizedExecutor
+from fedgan_lightning.callbacks import Recommendations
 from fedgan_lightning.data.sources.interactions import most_popular
 from fedgan_lightning.data.vocabulary import summed
 from fedgan_lightning.errors import CheckpointError, ConfigurationError, DataError
-from fedgan_lightning.evaluation.defaults import default_metrics
+from fedgan_lightning.evaluation.modalities import default_metrics
 from fedgan_lightning.evaluation.ranking import histories, preferences, ranked, ranking_values
+from fedgan_lightning.losses import R1, NonSaturating
+from fedgan_lightning.metrics import RankingQuality
+from fedgan_lightning.networks import CFGANCondition, CFGANDiscriminator, CFGANGenerator
+from fedgan_lightning.partitions import Natural
+from fedgan_lightning.sources import Interactions
 from tests.conftest import ROOT, adam, federate, quiet_trainer, ring_data, ring_gan, sgd
 from tests.contracts.test_executors import assert_same, updates
 

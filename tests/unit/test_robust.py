@@ -8,7 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedgan_lightning import CoordinateMedian, GeometricMedian, Krum, NearestNeighborMixing, TrimmedMean, WeightedMean
+from fedgan_lightning.aggregators import (
+    CoordinateMedian,
+    GeometricMedian,
+    Krum,
+    NearestNeighborMixing,
+    TrimmedMean,
+    WeightedMean,
+)
 from fedgan_lightning.errors import ConfigurationError, UpdateError
 from fedgan_lightning.protocol import ClientUpdate
 from tests.conftest import finish

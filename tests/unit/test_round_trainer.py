@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import platform
 import signal
-import subprocess
-import sys
 
 import lightning as L
 import pytest
@@ -14,9 +11,21 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from fedgan_lightning.federation.round_trainer import RoundTrainer, no_driver_search
+from fedgan_lightning.federation import fast_trainer
+from fedgan_lightning.federation.fast_trainer import ResidentStrategy
+from fedgan_lightning.federation.round_trainer import RoundTrainer
 
 OPTIONS = {"accelerator": "cpu", "devices": 1}
+
+
+@pytest.fixture(params=["fast", "public"])
+def form(request, monkeypatch):
+    """Both forms of the Trainer, to the same bits."""
+    if request.param == "public":
+        monkeypatch.setenv("FEDGAN_ROUND_TRAINER", "public")
+    return request.param
+
+
 HOOKS = [
     "on_fit_start",
     "on_train_start",
@@ -128,7 +137,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("precision", ["32-true", "64-true"])
-def test_hooks_values_and_weights_are_those_of_a_plain_trainer(case, precision):
+def test_hooks_values_and_weights_are_those_of_a_plain_trainer(case, precision, form):
     results = []
     for quiet in (False, True):
         torch.manual_seed(0)
@@ -167,53 +176,41 @@ def test_signal_handlers_stay_as_they_are():
         signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU nothing is changed")
-def test_the_search_for_a_driver_is_left_out_and_comes_back(monkeypatch):
-    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    with pytest.raises(ValueError, match="inside"), no_driver_search():
-        assert "PYTORCH_NVML_BASED_CUDA_CHECK" not in os.environ
-        raise ValueError("inside")
-    assert os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] == "1"
+def test_nothing_of_the_process_is_changed(form):
+    """Neither environment nor the C library's settings: other code in the process may rely on them."""
+    before = dict(os.environ)
+    RoundTrainer(OPTIONS).fit(Manual(), Batches(), callback=Watch())
+    assert dict(os.environ) == before
 
 
-#: Each step's tensors are a page larger than the last one's, so that no one of them takes another's place.
-FREES = """
-import resource, torch
-from fedgan_lightning.federation.round_trainer import RoundTrainer
-RoundTrainer({"accelerator": "cpu", "devices": 1})
-def step(number):
-    held = [torch.ones((256 + number) * 1024) for _ in range(16)]
-step(0)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for number in range(1, 26):
-    step(number)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
+@pytest.mark.parametrize("version, is_fast", [("2.6.6", True), ("2.6.0", True), ("2.7.0", False), ("3.0.0rc1", False)])
+def test_the_fast_form_is_used_where_it_was_tested(version, is_fast, monkeypatch, caplog):
+    monkeypatch.setattr(L, "__version__", version)
+    with caplog.at_level("WARNING", logger="fedgan_lightning"):
+        trainer = RoundTrainer(OPTIONS).fit(Manual(), Batches(), callback=Watch())
+    assert isinstance(trainer.strategy, ResidentStrategy) == is_fast
+    assert caplog.text.count("clients train with Lightning's public Trainer") == (not is_fast)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc, whose malloc can keep what is freed")
-@pytest.mark.parametrize(
-    "setting, pages_come_anew",
-    [
-        ("", False),
-        ("MALLOC_TRIM_THRESHOLD_=131072", True),
-        ("GLIBC_TUNABLES=glibc.malloc.trim_threshold=131072", True),
-    ],
-)
-def test_what_a_step_frees_the_next_one_takes_unless_the_user_says_otherwise(setting, pages_come_anew):
-    """In a process of its own, since it is said to the whole process.
+def test_where_the_fast_form_cannot_be_made_clients_train_all_the_same(monkeypatch, caplog):
+    monkeypatch.setattr(fast_trainer, "_FitLoop", None)
+    monkeypatch.setattr(fast_trainer, "_KnownLength", None)
+    module, trainer = Manual(), RoundTrainer(OPTIONS)
+    with caplog.at_level("WARNING", logger="fedgan_lightning"):
+        trainer.fit(module, Batches(), callback=Watch())
+        trainer.fit(module, Batches(), callback=Watch())
+    assert len([own for own in module.seen if own[0] == "step"]) == 8
+    assert caplog.text.count("the fast form cannot be made") == 1, "said once"
 
-    What glibc does when nobody says anything is no control: by what else lies on the heap it keeps some, all or none.
-    """
-    environment = {**os.environ, **dict([setting.split("=", 1)] if setting else [])}
-    command = [sys.executable, "-c", FREES]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    faults = int(done.stdout) / (25 * 16 * 256)
-    assert faults > 0.5 if pages_come_anew else faults < 0.05
+
+def test_the_public_form_can_be_asked_for(monkeypatch):
+    monkeypatch.setenv("FEDGAN_ROUND_TRAINER", "public")
+    trainer = RoundTrainer(OPTIONS).fit(Manual(), Batches(), callback=Watch())
+    assert not isinstance(trainer.strategy, ResidentStrategy)
 
 
 @pytest.mark.parametrize("listens", [True, False])
-def test_backward_passes_are_announced_to_those_who_listen(listens):
+def test_backward_passes_are_announced_to_those_who_listen(listens, form):
     """A module's own hooks are called, as under Lightning's strategy; without any, gradients are the same."""
 
     class Listening(Manual):
@@ -230,13 +227,14 @@ def test_backward_passes_are_announced_to_those_who_listen(listens):
     L.Trainer(**OPTIONS, max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False).fit(
         plain, Batches()
     )
-    assert trainer.strategy._hears_backward() == listens
+    if form == "fast":
+        assert trainer.strategy._hears_backward() == listens
     if listens:
         assert module.heard == plain.heard == 4
     torch.testing.assert_close(module.layer.weight, plain.layer.weight, rtol=0, atol=0)
 
 
-def test_hooks_set_on_objects_during_a_fit_are_called():
+def test_hooks_set_on_objects_during_a_fit_are_called(form):
     heard = []
 
     class Late(L.Callback):

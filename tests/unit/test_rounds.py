@@ -10,27 +10,28 @@ import pytest
 import torch
 
 from fedgan_lightning import (
-    AllClients,
-    AvailableClients,
-    CoordinateMedian,
-    FaultyExecutor,
     FederatedOrchestrator,
-    FractionOfClients,
-    Krum,
-    PoissonSampling,
     RoundRules,
-    SelectedClients,
     SequentialExecutor,
     UpdateValidator,
     VectorizedExecutor,
 )
+from fedgan_lightning.aggregators import CoordinateMedian, Krum
 from fedgan_lightning.errors import ConfigurationError, QuorumError, UpdateError
-from fedgan_lightning.federation import conduct
-from fedgan_lightning.federation.admission import check_size
-from fedgan_lightning.federation.invitation import Invitations
-from fedgan_lightning.federation.rounds import ClientRecord, RoundSummary
+from fedgan_lightning.executors import FaultyExecutor
+from fedgan_lightning.federation import rules as round_rules
+from fedgan_lightning.federation.report import RoundReport
 from fedgan_lightning.federation.schema import Schema
-from fedgan_lightning.protocol import ClientFailure, ClientUpdate
+from fedgan_lightning.federation.selection import ClientSelection
+from fedgan_lightning.federation.update_checks import check_size
+from fedgan_lightning.protocol import ClientFailure, ClientReport, ClientUpdate
+from fedgan_lightning.samplers import (
+    AllClients,
+    AvailableClients,
+    FractionOfClients,
+    PoissonSampling,
+    SelectedClients,
+)
 from tests.conftest import adam, assert_states_equal, federate, quiet_trainer, ring_data, ring_gan, sgd
 
 FAULTS = ("crash", "hang", "slow", "nan", "wrong_shape", "wrong_keys", "stale", "huge_norm")
@@ -178,7 +179,7 @@ def test_late_updates_count_at_a_discount():
 
 
 def test_the_discount_is_a_factor_on_the_weight():
-    from fedgan_lightning import WeightedMean
+    from fedgan_lightning.aggregators import WeightedMean
     from tests.conftest import finish
 
     late = update(client_id=1, num_examples=30, delta={"g.w": torch.ones(2, 2)}, discount=0.5)
@@ -301,7 +302,7 @@ def test_an_answer_that_claims_the_round_before_keeps_no_private_state(late):
 
 
 def test_a_lost_quorum_ends_the_run_with_a_named_error():
-    with pytest.raises(QuorumError, match=r"needs 100% of its cohort; received fewer in each of 3 tries of round 0"):
+    with pytest.raises(QuorumError, match=r"needs 100% of its cohort; received fewer in each of 3 attempts of round 0"):
         run(executor=faulty(always={0: "hang"}), rules=RoundRules(max_attempts=3))
 
 
@@ -333,29 +334,29 @@ def test_a_cohort_of_fewer_than_a_robust_rule_needs_is_filled_up():
     assert min(drawn) < 5, "a positive control"
 
 
-def invitations(sampler, *, strikes, **options) -> Invitations:
+def invitations(sampler, *, strikes, **options) -> ClientSelection:
     how = {"num_clients": 3, "rules": RoundRules(), "validator": UpdateValidator(strikes=1), "seed": 0, **options}
-    return Invitations(sampler, strikes=strikes, **how)
+    return ClientSelection(sampler, strikes=strikes, **how)
 
 
 def test_a_round_for_which_only_benched_clients_are_there_passes_as_if_nobody_were(tmp_path):
     trace = tmp_path / "trace.csv"
     trace.write_text("client,first_round,last_round\n0,0,0\n1,1,5\n2,1,5\n")
     asked = invitations(AvailableClients(str(trace)), strikes={0: 1})
-    assert asked.ask(0, 0) == ((), [], 0)
-    assert asked.ask(1, 0).cohort == (1, 2)
+    assert asked.select(0, 0) == ((), [], 0)
+    assert asked.select(1, 0).cohort == (1, 2)
     asked.strikes.update({1: 1, 2: 1})
     with pytest.raises(QuorumError, match=r"received 0: 1 updates or more of clients \[1, 2\] were refused"):
-        asked.ask(1, 0)
+        asked.select(1, 0)
 
 
 def test_a_round_that_a_trace_leaves_with_too_few_for_a_robust_rule_ends_the_run_before_anybody_trains(tmp_path):
     trace = tmp_path / "trace.csv"
     trace.write_text("client,first_round,last_round\n0,0,9\n1,0,9\n2,0,0\n")
     asked = invitations(AvailableClients(str(trace)), strikes={}, needed=3)
-    assert asked.ask(0, 0).needed == 3
+    assert asked.select(0, 0).needed == 3
     with pytest.raises(QuorumError, match="at least 3 clients .*received 2. Fix: ask more clients per round"):
-        asked.ask(1, 0)
+        asked.select(1, 0)
 
 
 def test_a_sampler_that_names_one_client_alone_asks_another_when_that_one_is_benched():
@@ -365,11 +366,11 @@ def test_a_sampler_that_names_one_client_alone_asks_another_when_that_one_is_ben
         def sample(self, *, num_clients, round, seed):
             return (0,)
 
-    cohort, _, needed = invitations(Own(), strikes={0: 1}).ask(0, 0)
+    cohort, _, needed = invitations(Own(), strikes={0: 1}).select(0, 0)
     assert (len(cohort), needed) == (1, 1)
     assert cohort[0] in (1, 2)
     with pytest.raises(QuorumError, match=r"received 0: 1 updates or more of clients \[0\]"):
-        invitations(SelectedClients([0]), strikes={0: 1}).ask(0, 0)
+        invitations(SelectedClients([0]), strikes={0: 1}).select(0, 0)
 
 
 def test_a_robust_rule_that_benching_left_with_too_few_says_whom_it_benched():
@@ -399,15 +400,18 @@ class Clock:
 
 def test_tries_of_a_round_are_apart(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(conduct, "time", clock)
+    monkeypatch.setattr(round_rules, "time", clock)
     with pytest.raises(QuorumError):
         run(executor=faulty(always={0: "hang"}), rules=RoundRules(max_attempts=3, retry_delay_seconds=60.0))
     assert clock.now == pytest.approx(120.0), "between tries, and not after the last"
 
 
 def test_a_value_that_some_clients_reported_is_their_mean():
-    records = [ClientRecord(0, 10, {"loss": 1.0, "own": 4.0}, []), ClientRecord(1, 30, {"loss": 3.0}, [])]
-    means = RoundSummary(records, networks=[], drift={}, population=2)._means()
+    clients = (
+        ClientReport(0, "answered", 10, {"loss": 1.0, "own": 4.0}),
+        ClientReport(1, "answered", 30, {"loss": 3.0}),
+    )
+    means = RoundReport(0, 0, True, 2, 0.0, clients, population=2)._means()
     assert means == {"loss": 2.5, "own": 4.0}
 
 
@@ -529,7 +533,7 @@ def test_a_resumed_run_meets_the_same_faults(tmp_path):
     rest.fit(other, datamodule=ring_data(), ckpt_path=str(tmp_path / "half.ckpt"), weights_only=True)
     assert_states_equal(module.model.state_dict(), other.model.state_dict())
     assert orchestrator.ledger.events == resumed.ledger.events
-    assert orchestrator.conductor.invitations.strikes == resumed.conductor.invitations.strikes
+    assert orchestrator.runner.selection.strikes == resumed.runner.selection.strikes
     assert orchestrator.ledger.events["late"] > 0
 
 
@@ -552,8 +556,8 @@ def test_events_are_in_the_metrics_and_the_summary():
     assert [own["round/clients"] for own in seen] == [2, 2], "those whose updates were let in"
     summary = json.loads(json.dumps(orchestrator.ledger.summary()))
     assert summary["events"] == {"failed": 2, "rejected": 2}
-    assert summary["incidents"][0]["client_id"] == 2
-    assert "not finite" in summary["incidents"][1]["reason"]
+    assert [own["client_id"] for own in summary["incidents"]] == [1, 2, 1, 2]
+    assert "not finite" in summary["incidents"][0]["reason"]
 
 
 def test_faults_and_rules_that_cannot_be_are_refused():

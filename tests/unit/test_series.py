@@ -9,17 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from fedgan_lightning import (
-    CSVProfiles,
-    DiscriminativeScore,
-    FederatedDataModule,
-    Natural,
-    PredictiveScore,
-    ProfileCentroids,
-)
+from fedgan_lightning import FederatedDataModule
 from fedgan_lightning.errors import ConfigurationError, DataError
-from fedgan_lightning.evaluation.defaults import default_metrics
+from fedgan_lightning.evaluation.modalities import default_metrics
 from fedgan_lightning.evaluation.series import _sequences, centroids, matched_distance
+from fedgan_lightning.metrics import DiscriminativeScore, PredictiveScore, ProfileCentroids
+from fedgan_lightning.partitions import Natural
+from fedgan_lightning.sources import CSVProfiles
 from tests.fakes import RandomSeries
 
 CPU = torch.device("cpu")

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from fedgan_lightning import R1, Hinge, TrimmedMean
+from fedgan_lightning.aggregators import TrimmedMean
 from fedgan_lightning.checkpoints import AtomicCheckpointIO, read_checkpoint
 from fedgan_lightning.errors import CheckpointError
 from fedgan_lightning.federation.run_fingerprint import check_unchanged, differences, given_to, made_of
+from fedgan_lightning.losses import R1, Hinge
 from tests.conftest import adam, quiet_trainer, ring_data, ring_gan
 from tests.foreign import SomebodysGAN
 

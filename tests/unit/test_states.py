@@ -18,7 +18,7 @@ from fedgan_lightning.federation.aggregation import WeightedMean
 from fedgan_lightning.federation.policy import resolve
 from fedgan_lightning.federation.store import ClientStore, StateFiles
 from fedgan_lightning.packing import Layout, Packed
-from fedgan_lightning.protocol import ClientUpdate, LocalWork
+from fedgan_lightning.protocol import ClientTask, ClientUpdate
 from fedgan_lightning.seeding import derive_seed, isolated_rng
 from fedgan_lightning.states import Kind
 from tests.conftest import finish, ring_gan
@@ -116,9 +116,14 @@ class TestPolicy:
     @pytest.mark.parametrize(
         "options, words",
         [
-            ({"sync": {"encoder": "average"}}, "sync names networks of the module; received encoder. Fix: choose from"),
-            ({"sync": {"generator": "sometimes"}}, "one of average, local, server; received 'sometimes'"),
-            ({"sync": {"generator": "local", "discriminator": "local"}}, "averages at least one network"),
+            (
+                {"sync": {"encoder": "average"}},
+                "sync names networks of the module, or patterns of its entries; received encoder. Fix: choose from",
+            ),
+            (
+                {"sync": {"generator": "sometimes"}},
+                "one of average, local, server, served, exchange; received 'sometimes'",
+            ),
             ({"sync": {"generator": "server"}}, "clients can do without it; received sync.generator: server"),
             ({"optimizer_state": "forget"}, "one of reset, keep, average; received 'forget'"),
             ({"optimizer_state": {"critic": "keep"}}, "optimizer_state names networks"),
@@ -152,10 +157,10 @@ def test_moments_survive_the_round_trip_and_the_next_step_is_the_same(make):
 
     torch.manual_seed(0)
     first = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
-    optimizer = make(first.parameters())
+    optimizer, names = make(first.parameters()), [name for name, _ in first.named_parameters()]
     for _ in range(3):
         step(first, optimizer)
-    moments = optimizer_state.collect(first, [optimizer], {"0": "keep", "1": "keep"})["keep"]
+    moments = optimizer_state.collect(first, [optimizer], dict.fromkeys(names, "keep"))["keep"]
     assert all(name.startswith("optimizer/0/") for name in moments)
     second = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     second.load_state_dict(first.state_dict())
@@ -164,7 +169,8 @@ def test_moments_survive_the_round_trip_and_the_next_step_is_the_same(make):
     step(first, optimizer)
     step(second, fresh)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
-    split = optimizer_state.collect(first, [optimizer], {"0": "reset", "1": "average"})
+    chosen = {name: "average" if name.startswith("1.") else "reset" for name in names}
+    split = optimizer_state.collect(first, [optimizer], chosen)
     assert {name.split("/")[2] for name in split["average"]} == {"1.weight", "1.bias"}
     assert split["keep"] == {}
 
@@ -278,8 +284,8 @@ def test_isolated_rng_restores_all_generators_even_after_an_error():
 
 
 def test_local_work_spans():
-    assert LocalWork(steps=5).span(round=3, steps_per_epoch=100) == (15, 5)
-    assert LocalWork(epochs=2).span(round=3, steps_per_epoch=10) == (60, 20)
+    assert ClientTask(0, 3, 0, {}, steps=5).span(steps_per_epoch=100) == (15, 5)
+    assert ClientTask(0, 3, 0, {}, epochs=2).span(steps_per_epoch=10) == (60, 20)
 
 
 def test_a_tied_parameter_travels_once():

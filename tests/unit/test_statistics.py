@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from fedgan_lightning import GAN, DCGANDiscriminator, DCGANGenerator
+from fedgan_lightning import GAN
 from fedgan_lightning.errors import ConfigurationError
 from fedgan_lightning.gan.sampling import RECALIBRATION_SAMPLES, estimate_statistics, inputs
+from fedgan_lightning.networks import DCGANDiscriminator, DCGANGenerator
 from fedgan_lightning.seeding import make_generator
 from tests.conftest import assert_states_equal, digits_data, federate
 from tests.foreign import SomebodysGAN
@@ -60,7 +61,8 @@ def convolutional(num_classes=0, **options) -> GAN:
 
 @pytest.fixture
 def mnist_like():
-    from fedgan_lightning import FederatedDataModule, Samples, Source
+    from fedgan_lightning import FederatedDataModule
+    from fedgan_lightning.sources import Samples, Source
 
     class Noise(Source):
         sample_shape, num_classes, class_names = (1, 28, 28), 0, ()

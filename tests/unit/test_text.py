@@ -14,34 +14,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedgan_lightning import (
-    BLEU,
     GAN,
-    IID,
     FederatedDataModule,
     FederatedOrchestrator,
-    HeldOutLikelihood,
     LanguageModel,
-    MLPGenerator,
-    Natural,
-    OneHot,
-    RelativisticPairing,
-    SelfBLEU,
     SequentialExecutor,
     ServerModule,
     StartFrom,
-    TemperatureSchedule,
-    TextDiscriminator,
-    TextFile,
-    TextGenerator,
     VectorizedExecutor,
-    Vocabulary,
 )
 from fedgan_lightning.data.vocabulary import END, UNKNOWN, contribution, summed, tokens
 from fedgan_lightning.errors import CheckpointError, ConfigurationError, DataError
-from fedgan_lightning.evaluation.defaults import default_metrics
+from fedgan_lightning.evaluation.modalities import default_metrics
 from fedgan_lightning.evaluation.text import References, drawn, mean_bleu
 from fedgan_lightning.gan.networks.text import counts
 from fedgan_lightning.gan.priors import Gumbel
+from fedgan_lightning.losses import RelativisticPairing
+from fedgan_lightning.metrics import BLEU, HeldOutLikelihood, SelfBLEU
+from fedgan_lightning.networks import MLPGenerator, OneHot, TextDiscriminator, TextGenerator
+from fedgan_lightning.partitions import IID, Natural
+from fedgan_lightning.samplers import SelectedClients
+from fedgan_lightning.schedules import ExponentialRounds
+from fedgan_lightning.sources import TextFile, Vocabulary
 from tests.conftest import ROOT, digits_data, federate, quiet_trainer, ring_data, ring_gan
 
 SENTENCES = str(ROOT / "tests" / "data" / "sentences.txt")
@@ -404,34 +398,42 @@ class TestTraining:
         assert text_gan().sample(7).shape == (7, 10)
 
 
-class Watch(TemperatureSchedule):
-    """Notes what clients are sent."""
+class Watch(SequentialExecutor):
+    """Notes at which temperature clients train, and the server samples."""
 
-    def on_round_start(self, trainer, server, info):
-        self.sent = [*getattr(self, "sent", []), float(server.shared_state()["generator.temperature"])]
+    def setup(self, context):
+        super().setup(context)
+        self.server, self.seen = context.model, []
+
+    def run(self, tasks):
+        for update in super().run(tasks):
+            found = self._local.module.generator.temperature
+            self.seen += [float(found), float(self.server.generator.temperature)]
+            yield update
 
 
 class TestTemperature:
-    def test_closed_forms(self):
-        exponential, linear = TemperatureSchedule(), TemperatureSchedule(end=0.5, kind="linear")
-        assert [exponential.temperature(r, 3) for r in range(3)] == pytest.approx([1, 0.1, 0.01])
-        assert [linear.temperature(r, 3) for r in range(3)] == pytest.approx([1, 0.75, 0.5])
-        assert exponential.temperature(9, 3) == pytest.approx(0.01)
+    @pytest.mark.parametrize("buffers", ["merge", "local"])
+    def test_clients_and_server_have_it_in_every_round(self, buffers):
+        watch, schedules = Watch(), {"generator.temperature": ExponentialRounds(start=1.0, end=0.25)}
+        options = {"schedules": schedules, "buffers": buffers, "clients": SelectedClients([0])}
+        federate(text_gan(), module(), rounds=3, local_steps=1, executor=watch, **options)
+        assert watch.seen == pytest.approx([1.0, 1.0, 0.5, 0.5, 0.25, 0.25])
 
-    def test_clients_get_it_with_the_state_of_every_round(self):
-        watch = Watch(start=1.0, end=0.25)
-        federate(text_gan(), module(), watch, rounds=3, local_steps=1)
-        assert watch.sent == pytest.approx([1.0, 0.5, 0.25])
+    def test_stacked_clients_cool_like_each_alone(self):
+        schedules = {"generator.temperature": ExponentialRounds(start=1.0, end=0.25)}
+        options = {"schedules": schedules, "rounds": 2, "local_steps": 2}
+        one, all_at_once = (
+            federate(text_gan(), module(), executor=executor, **options)[0].model.state_dict()
+            for executor in (SequentialExecutor(), VectorizedExecutor())
+        )
+        for name, value in one.items():
+            torch.testing.assert_close(all_at_once[name], value, rtol=1e-4, atol=1e-5)
 
-    def test_what_cannot_work_is_refused(self):
-        with pytest.raises(ConfigurationError, match="end of TemperatureSchedule .* above 0; received 0"):
-            TemperatureSchedule(end=0)
-        with pytest.raises(ConfigurationError, match="one of exponential, linear; received 'cosine'"):
-            TemperatureSchedule(kind="cosine")
-        with pytest.raises(ConfigurationError, match="received MLPGenerator without one"):
-            federate(ring_gan(), ring_data(), TemperatureSchedule(), rounds=1, local_steps=1)
-        with pytest.raises(ConfigurationError, match="set buffers: merge"):
-            federate(text_gan(), module(), TemperatureSchedule(), rounds=1, local_steps=1, buffers="local")
+    def test_a_network_without_one_is_refused(self):
+        with pytest.raises(ConfigurationError, match="a module's number; received generator.temperature"):
+            schedules = {"generator.temperature": ExponentialRounds()}
+            federate(ring_gan(), ring_data(), schedules=schedules, rounds=1, local_steps=1)
 
 
 class TestStartFrom:

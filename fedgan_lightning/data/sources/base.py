@@ -29,11 +29,14 @@ class Source(ABC):
         class_names: Names of the classes; empty without labels.
         has_shared_metadata: Whether samples mean the same to all clients. Where they depend on something that the
             clients make together, such as a vocabulary, they do after :meth:`with_shared_metadata`.
+        modality: Class path of what measures and draws the samples, a
+            :class:`~fedgan_lightning.evaluation.modalities.Modality`; ``None`` lets the shape of samples decide.
     """
 
     sample_shape: tuple[int, ...]
     class_names: tuple[str, ...] = ()
     has_shared_metadata: bool = True
+    modality: str | None = None
 
     @property
     def num_classes(self) -> int:

@@ -91,6 +91,8 @@ class Interactions(Source):
             numbers, or too few items stay.
     """
 
+    modality = "fedgan_lightning.evaluation.modalities.Interactions"
+
     @checked(num_items="[1, inf)", min_user="[2, inf)", min_item="[1, inf)", holdout_fraction="(0, 1)", seed="[0, inf)")
     def __init__(
         self,

@@ -53,6 +53,8 @@ class TextFile(Source):
         DataError: If a file is missing or has no usable line, or a word stands for two topics.
     """
 
+    modality = "fedgan_lightning.evaluation.modalities.Text"
+
     @checked(max_length="[1, inf)", max_words="[1, inf)", min_support="[1, inf)", test_fraction="(0, 1)")
     def __init__(
         self,

@@ -25,6 +25,8 @@ class GaussianMixture(Source):
         seed: Root seed.
     """
 
+    modality = "fedgan_lightning.evaluation.modalities.KnownModes"
+
     @checked(sigma="[0, inf)", scale="(0, inf)", num_samples="[1, inf)", seed="[0, inf)")
     def __init__(self, centres: Tensor, *, sigma: float, scale: float, num_samples: int, seed: int) -> None:
         self.centres, self.sigma = centres * scale, sigma * scale

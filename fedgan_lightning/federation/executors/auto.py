@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from fedgan_lightning.errors import ConfigurationError
+from fedgan_lightning.federation.client_update import ClientContext
 from fedgan_lightning.federation.executors.sequential import SequentialExecutor
 from fedgan_lightning.federation.executors.vectorized import StackingError, VectorizedExecutor
-from fedgan_lightning.federation.local import ClientContext
 from fedgan_lightning.federation.parity_check import disagreement, trial_context
 from fedgan_lightning.federation.ranks import first_known
 from fedgan_lightning.federation.threads import available_threads, each_with_threads

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from fedgan_lightning.federation.client_update import ClientContext
 from fedgan_lightning.federation.executors.auto import AdaptiveExecutor, ExecutionMode
 from fedgan_lightning.federation.executors.autotuner import Autotuner, MeasuredMode
-from fedgan_lightning.federation.local import ClientContext
 from fedgan_lightning.federation.parity_check import NOTHING_TO_COMPARE, trial_context
 from fedgan_lightning.federation.threads import available_threads
 from fedgan_lightning.files import cache_folder, write_text
@@ -84,12 +84,12 @@ class AutotunedExecutor(AdaptiveExecutor):
         facts.append(described(vars(model)))
         with suppress(Exception):  # a module that asks its trainer is told apart by its settings alone
             facts.append(described(model.configure_optimizers()))
-        facts += [tasks[0].local.steps, tasks[0].local.epochs, data.fingerprint()]
+        facts += [tasks[0].steps, tasks[0].epochs, data.fingerprint()]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     def _measured(self, context: ClientContext, tasks: list[ClientTask]) -> ExecutionMode:
         trial = trial_context(context)
-        _, steps = tasks[0].local.span(round=0, steps_per_epoch=context.data.steps_per_epoch(tasks[0].client_id))
+        _, steps = tasks[0].span(steps_per_epoch=context.data.steps_per_epoch(tasks[0].client_id))
         counts = [self.num_threads] if self.num_threads else sorted({1, available_threads(context.ranks)})
         trials = Autotuner(trial, tasks, steps=steps, counts=counts)
         trials.alone()

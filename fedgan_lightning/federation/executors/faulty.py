@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.federation.client_update import ClientContext
 from fedgan_lightning.federation.executors.auto import AutoExecutor
-from fedgan_lightning.federation.local import ClientContext
 from fedgan_lightning.federation.optimizer_state import SCHEDULE
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import ClientFailure, ClientTask, ClientUpdate, Executor, State, UpdateSum

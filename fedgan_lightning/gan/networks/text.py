@@ -31,8 +31,8 @@ class TextGenerator(nn.Module):
         max_length: T.
         embedding: E.
         hidden: H.
-        temperature: The temperature, > 0, in the buffer ``temperature``; see
-            :class:`~fedgan_lightning.federation.temperature.TemperatureSchedule`.
+        temperature: The temperature, > 0, in the buffer ``temperature``; ``federation.schedules`` changes it by
+            rounds as ``generator.temperature``.
 
     Raises:
         ConfigurationError: If a number is out of range.

@@ -1,4 +1,4 @@
-"""Who is asked in a round: the sampler's cohort without benched clients, and those who stand by."""
+"""Who is asked in a round: the sampler's cohort without benched clients, and the reserves."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from fedgan_lightning.seeding import derive_seed, make_numpy_generator
 ROUNDS_AHEAD = 1000
 
 
-class Invitation(NamedTuple):
-    """Whom to ask, who stands by for those that fail, and how many updates make a round."""
+class Selection(NamedTuple):
+    """Clients to ask, reserves for those that fail, and the number of updates that make a round."""
 
     cohort: tuple[int, ...]
     reserves: list[int]
     needed: int
 
 
-class Invitations:
-    """Says whom to ask, and counts refused updates.
+class ClientSelection:
+    """Selects the clients of a round, and counts rejected updates.
 
     Args:
-        sampler: The cohort, before anybody is benched.
+        sampler: The cohort, before any client is benched.
         num_clients: Clients of the federation.
-        rules: How many stand by.
-        validator: After how many refused updates a client is no longer asked; ``None`` benches nobody.
+        rules: How many reserves there are.
+        validator: After how many rejected updates a client is not asked again; ``None`` benches nobody.
         seed: Root seed of cohorts.
         needed: Updates that the aggregator needs.
-        strikes: Refused updates by client; counted on in place.
+        strikes: Rejected updates by client; counted on in place.
     """
 
     def __init__(
@@ -50,29 +50,29 @@ class Invitations:
         self.limit = None if validator is None else validator.strikes
         self.needed, self.strikes = max(1, needed), strikes
 
-    def ask(self, round: int, attempt: int) -> Invitation:
-        """Return whom to ask in a try of a round; benched clients are in neither part.
+    def select(self, round: int, attempt: int) -> Selection:
+        """Return whom to ask in an attempt of a round; benched clients are neither in the cohort nor in reserve.
 
         A cohort that chance, or benching, has made smaller than the aggregator needs is filled up from the population.
 
         Raises:
-            QuorumError: If fewer are left to be asked than a round needs.
+            QuorumError: If fewer clients are left than a round needs.
         """
         seed = self.seed if attempt == 0 else derive_seed(self.seed, "attempt", attempt)
-        drawn = self.sampler.sample(num_clients=self.num_clients, round=round, seed=seed)
+        sampled = self.sampler.sample(num_clients=self.num_clients, round=round, seed=seed)
         population = self.sampler.population(num_clients=self.num_clients, round=round)
         free = [client_id for client_id in population if not self.is_benched(client_id)]
-        if not drawn or (not free and self._is_anybody_free_after(round)):
-            return Invitation((), [], 0)  # chance, or the trace, leaves nobody to be asked in this round
+        if not sampled or (not free and self._is_anybody_free_after(round)):
+            return Selection((), [], 0)  # chance, or the trace, leaves nobody to be asked in this round
         if len(free) < self.needed:
             raise QuorumError(self._too_few(population, free))
-        cohort = [client_id for client_id in drawn if not self.is_benched(client_id)]
+        cohort = [client_id for client_id in sampled if not self.is_benched(client_id)]
         missing = max(0, self.needed - len(cohort))
         goal = len(cohort) + missing
         wanted = missing + self.rules.num_reserves(goal)
         others = self._shuffled({*free} - {*cohort}, seed=seed, round=round)[:wanted] if wanted else []
         needed = max(self.rules.needed(goal), self.needed)
-        return Invitation(tuple(sorted([*cohort, *others[:missing]])), others[missing:], needed)
+        return Selection(tuple(sorted([*cohort, *others[:missing]])), others[missing:], needed)
 
     @staticmethod
     def _shuffled(clients: set[int], *, seed: int, round: int) -> list[int]:
@@ -82,7 +82,7 @@ class Invitations:
     def _is_anybody_free_after(self, round: int) -> bool:
         """Whether a client that is not benched could be asked in any of the next rounds."""
         later = range(round + 1, round + 1 + ROUNDS_AHEAD)
-        populations = (self.sampler.population(num_clients=self.num_clients, round=own) for own in later)
+        populations = (self.sampler.population(num_clients=self.num_clients, round=number) for number in later)
         return any(not self.is_benched(client_id) for population in populations for client_id in population)
 
     def _too_few(self, population: Sequence[int], free: Sequence[int]) -> str:
@@ -96,10 +96,10 @@ class Invitations:
         )
 
     def is_benched(self, client_id: int) -> bool:
-        """Whether the client is no longer asked."""
+        """Whether the client is not asked any more."""
         return self.limit is not None and self.strikes.get(client_id, 0) >= self.limit
 
     def strike(self, client_id: int) -> bool:
-        """Count a refused update; return whether the client is no longer asked."""
+        """Count a rejected update; return whether the client is not asked any more."""
         self.strikes[client_id] = self.strikes.get(client_id, 0) + 1
         return self.is_benched(client_id)

@@ -15,16 +15,16 @@ from numbers import Real
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.errors import UpdateError
+from fedgan_lightning.federation.client_update import ClientContext
 from fedgan_lightning.federation.costs import bytes_by_network, network_in_ledger
-from fedgan_lightning.federation.local import ClientContext
 from fedgan_lightning.federation.optimizer_state import SCHEDULE, is_optimizer_entry, only_moments
-from fedgan_lightning.federation.rounds import UPDATE_NORM, bytes_up, is_position
+from fedgan_lightning.federation.report import UPDATE_NORM, bytes_up, is_position
 from fedgan_lightning.federation.rules import UpdateValidator
 from fedgan_lightning.federation.schema import LARGEST, MOST_UPDATES, is_whole, printable
-from fedgan_lightning.federation.update_schema import Reference
+from fedgan_lightning.federation.update_schema import UpdateSchema
 from fedgan_lightning.gan.module import GAN
 from fedgan_lightning.packing import Layout
-from fedgan_lightning.protocol import ROUND_TRIP, ClientUpdate, LocalWork, Participant, State, UpdateSum
+from fedgan_lightning.protocol import ROUND_TRIP, ClientReport, ClientTask, ClientUpdate, State, UpdateEntry, UpdateSum
 
 #: Scalars that decide something.
 RELIED_ON = ("steps", "images", "seconds", ROUND_TRIP)
@@ -38,38 +38,42 @@ CLOCKS = 1.0
 UNKNOWN = "unknown"
 
 
-class Admission:
-    """Decides on the answers of a run.
+class UpdateChecks:
+    """Decides on the updates of a run.
 
     Args:
-        context: Module, data and policy.
+        context: Module, data, policy, algorithm and transforms.
         validator: Tighter bounds; ``None`` for none.
     """
 
     def __init__(self, context: ClientContext, *, validator: UpdateValidator | None = None) -> None:
-        self.context, self.validator, self.reference = context, validator, Reference(context)
+        self.context, self.validator, self.update_schema = context, validator, UpdateSchema(context)
         self.began = time.perf_counter()
 
-    def terms(self, *, round: int, state: State, work: LocalWork) -> Terms:
-        """Return what counts in a round, whose clients are sent ``state``."""
-        return Terms(self, round=round, state=state, work=work)
+    def of_round(self, task: ClientTask) -> RoundChecks:
+        """Return what counts in a round, whose clients get ``task``, each with an id and a seed of its own."""
+        return RoundChecks(self, task)
 
 
-class Terms:
-    """What a round's answers must be.
+class RoundChecks:
+    """What a round's updates must be.
 
     Args:
-        admission: What is the same for all rounds.
-        round: Rounds completed before.
-        state: What clients are sent.
-        work: What they are to do.
+        run: What is the same for all rounds.
+        task: What all clients of the round get.
     """
 
-    def __init__(self, admission: Admission, *, round: int, state: State, work: LocalWork) -> None:
-        self.admission, self.round, self.state, self.work = admission, round, state, work
-        self.schema = admission.reference.schema(state)
-        self.moments = only_moments(state)
+    def __init__(self, run: UpdateChecks, task: ClientTask) -> None:
+        self.run, self.task, self.round, self.state = run, task, task.round, task.state
+        self.schema = run.update_schema.schema(task.state)
+        self.moments = only_moments(task.state)
         self.began = time.perf_counter()
+
+    @property
+    def entries(self) -> dict[str, UpdateEntry]:
+        """What is known of the entries of an update before any transform."""
+        context = self.run.context
+        return context.transforms.entries(context.algorithm.entries(context), self.schema.delta, self.schema.extras)
 
     @property
     def optional(self) -> set[str]:
@@ -82,15 +86,14 @@ class Terms:
         Raises:
             UpdateError: If there is no such client.
         """
-        data = self.admission.context.data
+        data = self.run.context.data
         if not is_whole(client_id) or not 0 <= client_id < data.num_clients:
             raise UpdateError(f"client {printable(client_id)}: there is no such client")
         return data.num_examples(client_id)
 
     def steps(self, client_id: int) -> int:
         """Return the client's local steps in this round."""
-        epoch = self.admission.context.data.steps_per_epoch(client_id)
-        return self.work.span(round=self.round, steps_per_epoch=epoch)[1]
+        return self.task.span(steps_per_epoch=self.run.context.data.steps_per_epoch(client_id))[1]
 
     # ------------------------------------------------------------------ single answers
 
@@ -106,8 +109,9 @@ class Terms:
             check_size(who, update.num_examples, size=size)
             metrics = self.metrics(who, update.client_id, update.metrics, is_late=is_late)
             if self.schema.is_open:
-                self.schema = self.admission.reference.learn(self.schema.closed(who, update.extras))
-            delta, extras = self.schema.fitted(who, update.delta, update.extras, known=self.moments)
+                self.schema = self.run.update_schema.learn(self.schema.closed(who, update.extras))
+            plain = self._decoded(who, update)
+            delta, extras = self.schema.fitted(who, plain.delta, plain.extras, known=self.moments)
             most = MOST_UPDATES * self.steps(update.client_id)
             least = None if is_late else 0  # the counts that it was sent were those of a round before
             self.schema.check(who, delta, extras, known=self.moments, steps=(least, most))
@@ -117,9 +121,14 @@ class Terms:
             cause = printable(f"{type(error).__name__}: {error}")
             raise UpdateError(f"{who}: an answer that cannot be read ({cause})") from error
         found = dataclasses.replace(update, num_examples=size, metrics=metrics, delta=delta, extras=extras)
-        if self.admission.validator is not None:
-            self.admission.validator.check(found)
+        if self.run.validator is not None:
+            self.run.validator.check(found)
         return found
+
+    def _decoded(self, who: str, update: ClientUpdate) -> ClientUpdate:
+        """Return an update as it was before transforms."""
+        transforms = self.run.context.transforms
+        return transforms.decoded(who, update, self.entries) if transforms else update
 
     def metrics(
         self, who: str, client_id: int, metrics: Mapping[str, float], *, is_late: bool = False
@@ -129,13 +138,13 @@ class Terms:
         Raises:
             UpdateError: If one is no number of a believable size, has no proper name, or says what is not true.
         """
-        others = not isinstance(self.admission.context.model, GAN)
+        others = not isinstance(self.run.context.model, GAN)
         found, steps = checked_scalars(who, metrics, undefined=others), self.steps(client_id)
         if reserved := [name for name in found if name.startswith(UPDATE_NORM)]:
             raise UpdateError(f"{who}: metric {reserved[0]} is the server's to say")
         if min(found.get("seconds", 0.0), found.get(ROUND_TRIP, 0.0)) < 0:
             raise UpdateError(f"{who}: says that it took less than no time")
-        now = time.perf_counter() - (self.admission.began if is_late else self.began)
+        now = time.perf_counter() - (self.run.began if is_late else self.began)
         if found.get("seconds", 0.0) > min(now, found.get(ROUND_TRIP, math.inf)) + CLOCKS:
             del found["seconds"]
         if found.get("steps", steps) != steps:
@@ -147,7 +156,7 @@ class Terms:
 
     def _images(self, who: str, client_id: int, found: Mapping[str, float], steps: int) -> dict[str, float]:
         """Return the images that a client has seen: of data that say no size of minibatches, by its own account."""
-        data = self.admission.context.data
+        data = self.run.context.data
         batch = data.batch_size if isinstance(data, FederatedDataModule) else None  # its minibatches are all full
         most = steps * max(self.size(client_id), batch or 0)
         claimed = found.get("images", 0.0)
@@ -157,7 +166,7 @@ class Terms:
 
     def _positions(self, who: str, found: Mapping[str, float], steps: int) -> dict[str, float]:
         """Return where a client's schedules stand: those of a :class:`GAN` move with every step, others as it says."""
-        model, before = self.admission.context.model, self.work.schedule_positions
+        model, before = self.run.context.model, self.task.schedule_positions
         claimed = {name: value for name, value in found.items() if is_position(name)}
         if isinstance(model, GAN) and all(getattr(type(model), own) is getattr(GAN, own) for own in SCHEDULES_BY):
             count = sum(own is not None for own in (model.generator_scheduler, model.discriminator_scheduler))
@@ -174,7 +183,7 @@ class Terms:
 
     # ------------------------------------------------------------------ sums
 
-    def participant(self, own: Participant) -> Participant:
+    def member(self, own: ClientReport) -> ClientReport:
         """Return what is known of a client in a sum.
 
         Raises:
@@ -204,13 +213,13 @@ class Terms:
         Raises:
             UpdateError: If it cannot be right: then somebody in it has lied, and nobody can be named.
         """
-        who = f"the sum of clients {sorted(own.client_id for own in total.participants)}"
+        who = f"the sum of clients {sorted(own.client_id for own in total.clients)}"
         try:
             metrics = checked_scalars(who, total.metrics)
             if self.schema.is_open:
-                self.schema = self.admission.reference.learn(self.schema.closed(who, total.extras))
+                self.schema = self.run.update_schema.learn(self.schema.closed(who, total.extras))
             delta, extras = self.schema.fitted(who, total.delta, total.extras, known=self.moments)
-            most = MOST_UPDATES * max(self.steps(own.client_id) for own in total.participants)
+            most = MOST_UPDATES * max(self.steps(own.client_id) for own in total.clients)
             self.schema.check(who, delta, extras, known=self.moments, steps=(0, most))
         except UpdateError:
             raise
@@ -242,7 +251,7 @@ class Terms:
             claims = {name: update.metrics.get(name) for name in ("seconds", ROUND_TRIP)}
         except Exception:  # the reason is given where it is refused
             return {}
-        most = time.perf_counter() - self.admission.began + CLOCKS
+        most = time.perf_counter() - self.run.began + CLOCKS
         believed = {n: float(v) for n, v in claims.items() if isinstance(v, (int, float)) and 0 <= v <= most}
         return {"steps": steps, **believed}
 

@@ -1,0 +1,14 @@
+"""Aggregators: how updates become one."""
+
+from __future__ import annotations
+
+from fedgan_lightning.federation.aggregation import (
+    WeightedMean,
+)
+from fedgan_lightning.federation.robust import (
+    CoordinateMedian,
+    GeometricMedian,
+    Krum,
+    NearestNeighborMixing,
+    TrimmedMean,
+)

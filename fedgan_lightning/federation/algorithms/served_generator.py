@@ -1,0 +1,99 @@
+"""The server trains the generator, clients train the discriminator."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.federation.algorithm import FederatedAlgorithm
+from fedgan_lightning.federation.client_update import ClientContext, Visit
+from fedgan_lightning.federation.policy import Policy
+from fedgan_lightning.federation.rules import RoundRules
+from fedgan_lightning.federation.server import ServerModule
+from fedgan_lightning.options import checked
+from fedgan_lightning.protocol import Aggregate, Aggregator, State
+from fedgan_lightning.seeding import make_generator
+
+
+class ServedGenerator(FederatedAlgorithm):
+    """Clients train D for K steps against the G that they were sent; the server averages D, then trains G for n steps.
+
+    The generator never sees a gradient of a client's: it learns from the averaged discriminator alone, on noise. It is
+    DP-FedAvg-GAN without clipping and noise. Source: Augenstein, McMahan, Ramage, Ramaswamy, Kairouz, Chen, Mathews,
+    Agueera y Arcas 2020, algorithm 2.
+
+    Place the generator with ``sync: {generator: served}``. The server's steps of G use the module's own generator
+    optimizer, whose state is in the checkpoint under the name ``generator``.
+
+    Args:
+        generator_steps: Steps n of G after every round.
+        num_samples: Samples of each step.
+        seed: Root seed of their noise.
+    """
+
+    trains = frozenset({"served"})
+
+    @checked(generator_steps="[1, inf)", num_samples="[1, inf)", seed="[0, inf)")
+    def __init__(self, *, generator_steps: int = 1, num_samples: int = 64, seed: int = 0) -> None:
+        self.generator_steps, self.num_samples, self.seed = generator_steps, num_samples, seed
+
+    def check(
+        self, *, policy: Policy, aggregator: Aggregator, rules: RoundRules, secure: Any, transforms: tuple[Any, ...]
+    ) -> None:
+        super().check(policy=policy, aggregator=aggregator, rules=rules, secure=secure, transforms=transforms)
+        if policy.sync.get("generator") != "served":
+            raise ConfigurationError(
+                message(
+                    "ServedGenerator trains the generator at the server",
+                    received=f"sync.generator: {policy.sync.get('generator')}",
+                    fix="set federation.sync to {generator: served}",
+                )
+            )
+
+    def server_state(self, context: ClientContext) -> State:
+        model: Any = context.model
+        model.generator_loss(2)  # what cannot be trained without real samples is refused before the first round
+        return {}
+
+    def work(self, visit: Visit) -> None:
+        visit.fit_discriminator()
+
+    def server_optimizers(self, server: ServerModule) -> dict[str, Optimizer]:
+        model: Any = server.model
+        if not hasattr(model, "generator_loss") or not hasattr(model, "generator_optimizer"):
+            raise ConfigurationError(
+                message(
+                    "ServedGenerator needs a module with generator_loss and generator_optimizer",
+                    received=f"{type(model).__name__} without them",
+                    fix="add them (see fedgan_lightning.gan.abilities), or use another algorithm",
+                )
+            )
+        return {"generator": model.generator_optimizer(model.generator.parameters())}
+
+    def server_step(self, server: ServerModule, total: Aggregate) -> None:
+        super().server_step(server, total)
+        model: Any = server.model
+        optimizer, parameters = server.optimizer_of("generator"), list(model.generator.parameters())
+        noise = make_generator(self.seed, "generator", server.rounds_completed)
+        training = model.training
+        model.train()
+        for _ in range(self.generator_steps):
+            loss = model.generator_loss(self.num_samples, generator=noise)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            if not math.isfinite(float(loss.detach())):
+                raise ConfigurationError(
+                    message(
+                        "the server's loss of the generator must be finite",
+                        received=f"{float(loss.detach())} in round {server.rounds_completed}",
+                        fix="lower the generator's learning rate, or clip the discriminator's updates",
+                    )
+                )
+            for parameter, gradient in zip(parameters, gradients):
+                parameter.grad = gradient
+            optimizer.step()
+            optimizer.zero_grad()
+        model.train(training)

@@ -1,0 +1,392 @@
+"""A client's round: where it starts, what the algorithm sees of it, and the update that it sends.
+
+This is the one place where an update is formed: for one client, for the rows of a stack, and for the server, which
+expects the same entries (:mod:`.update_schema`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fedgan_lightning import states
+from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.federation import namespaces, optimizer_state
+from fedgan_lightning.federation.algorithm import FederatedAlgorithm
+from fedgan_lightning.federation.policy import Policy
+from fedgan_lightning.federation.ranks import Ranks
+from fedgan_lightning.federation.round_trainer import device_of
+from fedgan_lightning.federation.store import ClientStore
+from fedgan_lightning.federation.transform_chain import TransformChain
+from fedgan_lightning.packing import Layout, Packed, unstack
+from fedgan_lightning.protocol import ClientTask, ClientUpdate, FederatedData, RoundInfo, State, UpdateEntry
+from fedgan_lightning.states import Kind
+
+
+def never() -> bool:
+    """Return False: nobody asks to stop."""
+    return False
+
+
+@dataclass(frozen=True)
+class ClientContext:
+    """What an executor needs to run clients.
+
+    Attributes:
+        model: The global module, from which clients are copied; it is not changed.
+        data: Minibatches by client.
+        policy: What travels and what stays.
+        store: Private state by client.
+        algorithm: What differs from federated averaging.
+        transforms: What becomes of an update before it is sent.
+        trainer_options: Accelerator, devices and precision of per-round Trainers.
+        stop_requested: Asked between minibatches; when true, the round is given up.
+        ranks: The processes that share the run.
+    """
+
+    model: L.LightningModule
+    data: FederatedData
+    policy: Policy
+    store: ClientStore
+    algorithm: FederatedAlgorithm = field(default_factory=FederatedAlgorithm)
+    transforms: TransformChain = field(default_factory=TransformChain)
+    trainer_options: Mapping[str, Any] = field(default_factory=dict)
+    stop_requested: Callable[[], bool] = never
+    ranks: Ranks = field(default_factory=Ranks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where clients are trained."""
+        return device_of(self.trainer_options)
+
+    @cached_property
+    def new_client(self) -> dict[str, Tensor]:
+        """What the algorithm and the transforms keep of a client that has no state yet, on its device."""
+        found = namespaces.under(namespaces.ALGORITHM, self.algorithm.client_state(self))
+        found |= self.transforms.client_state(shared_entries_of(self))
+        return {name: value.to(self.device) for name, value in found.items()}
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """Default values of entries that neither the server nor the client's saved state provides.
+
+    Attributes:
+        initial: Entries of the state dict.
+        passing: Buffers outside the state dict, so that none passes from one client to the next.
+    """
+
+    initial: Mapping[str, Tensor]
+    passing: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, client: L.LightningModule, policy: Policy) -> StartingPoint:
+        """Return the starting point of clients that are copies of ``client``."""
+        state = client.state_dict()
+        stays = {*policy.private, *policy.names(Kind.COUNTER, sync=("average", "served"))}
+        initial = {name: state[name].detach().clone() for name in stays}
+        passing = {n: b.detach().clone() for n, b in client.named_buffers() if n not in state}
+        return cls(initial=initial, passing=passing)
+
+
+class Visit:
+    """The round of one client, or of several in a stack, as an algorithm and the trainers see it.
+
+    In a stack every tensor that differs by client has a leading dimension of clients, and clients that have done their
+    steps leave it: nothing but the visit may hold such tensors from one step to the next.
+
+    Args:
+        tasks: The tasks; several only for a stack, those with most steps first.
+        context: Data, policy, algorithm and store.
+        is_stacked: Whether tensors have the leading dimension.
+
+    Attributes:
+        tasks: Those of the clients that are still at work.
+        infos: Position and number of their minibatches.
+        optimizers: The client's optimizers, while it trains.
+        module: The module, while it trains.
+        path: By parameter the sum of the learning rates of the steps taken in this round.
+        fit: Trains the module for the steps of the round; set by the trainer.
+    """
+
+    def __init__(self, tasks: Sequence[ClientTask], context: ClientContext, *, is_stacked: bool) -> None:
+        self.context, self.is_stacked, self.tasks = context, is_stacked, list(tasks)
+        self.infos = [_info_of(task, context) for task in tasks]
+        self.module: Any = None
+        self.optimizers: Sequence[Optimizer] = ()
+        self.path: dict[str, float] = {}
+        self.fit: Callable[[], None] = _no_trainer
+        self._stored = [_private_state(task.client_id, context) for task in tasks]
+        self._cut: dict[str, dict[str, Tensor]] = {}
+
+    # ------------------------------------------------------------------ for algorithms
+
+    @property
+    def task(self) -> State:
+        """The algorithm's entries of the task; those of single clients with the leading dimension."""
+        return self._once("task", self._task)
+
+    @property
+    def private(self) -> State:
+        """The algorithm's private entries, with the leading dimension."""
+        return self._once("private", self._private)
+
+    @property
+    def start(self) -> State:
+        """Parameters as the server sent them, where the client's are; the same for all clients of a stack."""
+        return self._once("start", self._start)
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The module's parameters as they are now, detached, of the clients of this visit."""
+        found = {name: own.detach() for name, own in self.module.named_parameters()}
+        return {n: own[len(own) - len(self.tasks) :] for n, own in found.items()} if self.is_stacked else found
+
+    def hyperparameter(self, name: str, default: float) -> float:
+        """Return a hyper-parameter of the algorithm for this round: what the task says, or else ``default``."""
+        return float(self.tasks[0].hyperparameters.get(f"algorithm.{name}", default))
+
+    def norms(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Return the Euclidean norm of all tensors taken as one vector: (), or (clients,) in a stack."""
+        squares = [
+            value.square().flatten(1).sum(1) if self.is_stacked else value.square().sum() for value in tensors.values()
+        ]
+        return torch.stack(squares).sum(0).sqrt()
+
+    def scale_(self, tensors: Mapping[str, Tensor], factors: Tensor) -> None:
+        """Multiply all tensors in place by a factor, (), or by one per client, (clients,)."""
+        for value in tensors.values():
+            shape = (-1,) + (1,) * (value.dim() - 1) if self.is_stacked else ()
+            value.mul_(factors.to(value.dtype).reshape(shape))
+
+    def fit_discriminator(self, fakes: tuple[Tensor, Tensor] | None = None) -> None:
+        """Train the discriminator alone for the steps of the round.
+
+        Args:
+            fakes: Samples and labels to train against; by default every step generates its own.
+
+        Raises:
+            ConfigurationError: If the module cannot.
+        """
+        with self._ability("only_discriminator")(fakes):
+            self.fit()
+
+    def feedback(self, samples: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the discriminator's logits, and their gradients with respect to ``samples``.
+
+        Raises:
+            ConfigurationError: If the module cannot.
+        """
+        found: tuple[Tensor, Tensor] = self._ability("feedback")(samples, labels)
+        return found
+
+    def _ability(self, name: str) -> Any:
+        found = getattr(self.module, name, None)
+        if found is None:
+            raise ConfigurationError(
+                message(
+                    f"{type(self.context.algorithm).__name__} needs a module with the method {name}",
+                    received=f"{type(self.module).__name__} without it",
+                    fix="add the method (see fedgan_lightning.gan.abilities), or use another algorithm",
+                )
+            )
+        return found
+
+    # ------------------------------------------------------------------ for trainers
+
+    def module_state(self, initial: State) -> dict[str, Tensor]:
+        """Return every entry of the client's module: the server's, its own, and ``initial`` ones for the rest."""
+        kept = [namespaces.of_module(stored) for stored in self._stored]
+        rows = [{**initial, **namespaces.of_module(task.state), **own} for task, own in zip(self.tasks, kept)]
+        return stack(rows) if self.is_stacked else rows[0]
+
+    @property
+    def moments(self) -> dict[str, Tensor]:
+        """Optimizer moments to start from, the server's and the clients' own."""
+        rows = [
+            optimizer_state.only_moments({**task.state, **stored}) for task, stored in zip(self.tasks, self._stored)
+        ]
+        return stack(rows) if self.is_stacked else rows[0]
+
+    def keep(self, count: int) -> None:
+        """Go on with the first ``count`` clients of the stack."""
+        del self.tasks[count:], self.infos[count:], self._stored[count:]
+        self._cut = {name: value for name, value in self._cut.items() if name == "start"}  # the same for all
+
+    def rows(self, first: int) -> Visit:
+        """Return the visit of the clients from ``first`` on, with the same module and path."""
+        found = Visit((), self.context, is_stacked=self.is_stacked)
+        found.tasks, found.infos, found._stored = self.tasks[first:], self.infos[first:], self._stored[first:]
+        found.module, found.optimizers, found.path = self.module, self.optimizers, self.path
+        return found
+
+    def _once(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        if name not in self._cut:
+            self._cut[name] = make()
+        return self._cut[name]
+
+    def _task(self) -> dict[str, Tensor]:
+        shared = namespaces.inside(namespaces.ALGORITHM, self.tasks[0].state)
+        rows = [namespaces.inside(namespaces.ALGORITHM, task.own) for task in self.tasks]
+        found = {**shared, **(stack(rows) if self.is_stacked else rows[0])}
+        return {name: value.to(self.context.device) for name, value in found.items()}
+
+    def _private(self) -> dict[str, Tensor]:
+        rows = [namespaces.inside(namespaces.ALGORITHM, stored) for stored in self._stored]
+        return stack(rows) if self.is_stacked else rows[0]
+
+    def _start(self) -> dict[str, Tensor]:
+        state, device = self.tasks[0].state, self.context.device
+        dtypes = {} if self.module is None else {n: p.dtype for n, p in self.module.named_parameters()}
+        return {name: state[name].to(device, dtypes.get(name)) for name in self.context.policy.shared_parameters}
+
+
+def _no_trainer() -> None:
+    raise RuntimeError("Visit.fit outside of a trainer. Fix: let an executor run the task.")
+
+
+def _info_of(task: ClientTask, context: ClientContext) -> RoundInfo:
+    first_step, num_steps = task.span(steps_per_epoch=context.data.steps_per_epoch(task.client_id))
+    return RoundInfo(round=task.round, cohort=(task.client_id,), first_step=first_step, num_steps=num_steps)
+
+
+def _private_state(client_id: int, context: ClientContext) -> dict[str, Tensor]:
+    """Return a client's private state where it is trained; what the algorithm keeps begins with declared values."""
+    stored = context.store.read(client_id)
+    arrived = Packed.of(stored).to(context.device)  # in one piece; step counts are needed where they are
+    private = {n: stored[n] if optimizer_state.is_shared_number(n, v) else v for n, v in arrived.items()}
+    return {**context.new_client, **private}
+
+
+# ---------------------------------------------------------------------- what comes up
+
+
+def shared_deltas(policy: Policy, state: State, start: State) -> dict[str, Tensor]:
+    """Return the updates of the parameters that come up: ``state`` after minus ``start`` before local training."""
+    return {name: state[name].detach() - start[name].to(state[name].device) for name in policy.shared_parameters}
+
+
+def shared_buffers(policy: Policy, state: State) -> dict[str, Tensor]:
+    """Return the buffers that come up, in the form that may be averaged."""
+    return states.encode_statistics({name: state[name] for name in policy.shared_buffers}, policy.entries)
+
+
+def shared_entries_of(context: ClientContext) -> dict[str, UpdateEntry]:
+    """Return the entries, moments aside, that come up from every client."""
+    state = context.model.state_dict()
+    delta = Layout.of({name: state[name] for name in context.policy.shared_parameters})
+    extras = Layout.of(shared_buffers(context.policy, state))
+    return context.transforms.entries(context.algorithm.entries(context), delta, extras)
+
+
+def client_updates(
+    visit: Visit, metrics: Sequence[Mapping[str, float]]
+) -> list[tuple[ClientUpdate, dict[str, Tensor] | State]]:
+    """Return the update and the private state of every client of a visit that has done its steps.
+
+    Args:
+        visit: The visit, or its last rows: those of the module's tensors that belong to them.
+        metrics: What each client reports.
+    """
+    context, policy, count = visit.context, visit.context.policy, len(visit.tasks)
+    state, moments = _rows_of(visit)
+    split = _unstacked if visit.is_stacked else _alone
+    delta = shared_deltas(policy, state, visit.tasks[0].state)
+    if context.algorithm.sees_steps:
+        _check_path(visit, delta)
+    deltas = split(delta, count)
+    answer = namespaces.under(namespaces.ALGORITHM, context.algorithm.answer(visit))
+    extras = split({**shared_buffers(policy, state), **moments["average"], **answer}, count)
+    kept = {name: state[name] for name in policy.private}
+    kept = kept if visit.is_stacked else {name: value.detach().clone() for name, value in kept.items()}
+    private = split({**kept, **moments["keep"]}, count)
+    found: list[tuple[ClientUpdate, State]] = []
+    for row, task in enumerate(visit.tasks):
+        update = ClientUpdate(
+            client_id=task.client_id,
+            num_examples=context.data.num_examples(task.client_id),
+            delta=deltas[row],
+            metrics=metrics[row],
+            extras=extras[row],
+            round=task.round,
+        )
+        found.append(_sent(update, private[row], visit._stored[row], context))
+    return found
+
+
+def _check_path(visit: Visit, delta: State) -> None:
+    """Refuse a module that has moved parameters by steps that the algorithm did not see.
+
+    Raises:
+        ConfigurationError: If it has.
+    """
+    unseen = [name for name, value in delta.items() if name not in visit.path and bool(value.any())]
+    if unseen:
+        raise ConfigurationError(
+            message(
+                f"{type(visit.context.algorithm).__name__} changes the gradient of every step of a client's optimizers",
+                received=f"{type(visit.module).__name__}, which moved {unseen[0]} without a step of one of them",
+                fix="return all optimizers from configure_optimizers, and let them alone change parameters",
+            )
+        )
+
+
+def _rows_of(visit: Visit) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Return the module's entries, and its moments by policy, of the clients of a visit."""
+    module, policy = visit.module, visit.context.policy
+    state = module.state_dict()
+    moments = optimizer_state.collect(module, visit.optimizers, policy.moments)
+    if not visit.is_stacked:
+        return state, moments
+    stop = len(next(iter(state.values())))
+    first = stop - len(visit.tasks)
+    rows = {own: optimizer_state.rows(moments[own], first=first, stop=stop) for own in moments}
+    return {name: value.detach()[first:] for name, value in state.items()}, rows
+
+
+def _alone(state: State, count: int) -> list[Packed]:
+    return [Packed.of(state)]
+
+
+def _unstacked(state: State, count: int) -> list[Packed]:
+    return unstack(state) or [Packed.of({})] * count
+
+
+def _sent(update: ClientUpdate, private: State, before: State, context: ClientContext) -> tuple[ClientUpdate, State]:
+    """Return an update as it is sent, and the private state that follows from what the server receives of it."""
+    algorithm, transforms = context.algorithm, context.transforms
+    if not transforms and not algorithm.keeps_state:
+        return update, private
+    sent, received, residuals = transforms.sent(update, before, algorithm.entries(context))
+    own = namespaces.inside(namespaces.ALGORITHM, before)
+    if algorithm.keeps_state:
+        seen = {**received.delta, **namespaces.inside(namespaces.ALGORITHM, received.extras)}
+        own = dict(algorithm.settle(own, seen))
+    return sent, {**private, **namespaces.under(namespaces.ALGORITHM, own), **residuals}
+
+
+def stack(values: Sequence[State]) -> dict[str, Tensor]:
+    """Return tensors with a leading dimension of clients; numbers that all share (step counts) without it.
+
+    A tensor that is the same object for all clients is repeated, not collected.
+
+    Raises:
+        ValueError: If clients have different entries.
+    """
+    stacked = {}
+    for name, first in values[0].items():
+        own = [state[name] for state in values]
+        if optimizer_state.is_shared_number(name, first):
+            stacked[name] = first
+        elif all(value is first for value in own):
+            stacked[name] = first.unsqueeze(0).repeat(len(values), *([1] * first.dim()))
+        else:
+            stacked[name] = torch.stack([value.to(first.device) for value in own])
+    return stacked

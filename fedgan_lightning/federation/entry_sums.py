@@ -1,0 +1,87 @@
+"""Entries that are not the aggregator's business: summed with weights that the server knows, or collected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from fedgan_lightning.federation.ranks import Ranks
+from fedgan_lightning.packing import Packed
+from fedgan_lightning.protocol import Aggregator, ClientUpdate, State, UpdateEntry, UpdateSum
+
+
+class EntrySums:
+    """Adds up entries with the rule ``sum`` in float64, and keeps those with the rule ``collect``.
+
+    Args:
+        entries: All entries of an update by name.
+        weight: The aggregator's weight of N_k examples.
+        population: The sum of these weights over all clients of the federation.
+    """
+
+    def __init__(
+        self, entries: Mapping[str, UpdateEntry], *, weight: Callable[[int], float], population: float
+    ) -> None:
+        self.summed = {name: entry for name, entry in entries.items() if entry.rule == "sum"}
+        self.collected = {name for name, entry in entries.items() if entry.rule == "collect"}
+        self._weight, self._population = weight, population
+        self._sums: dict[str, Tensor] = {}
+        self._arrived = {"one": 0.0, "population": 0.0}
+        self._kept: dict[int, dict[str, Tensor]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.summed or self.collected)
+
+    def add(self, update: ClientUpdate) -> None:
+        """Take this object's entries of an update that counts."""
+        share = self._weight(update.num_examples) / self._population
+        weights = {"one": update.discount, "population": update.discount * share}
+        values = {**update.delta, **update.extras}
+        for name, entry in self.summed.items():
+            self._add(name, values[name], weights[entry.weight])
+        for kind, weight in weights.items():
+            self._arrived[kind] += weight
+        if self.collected:
+            self._kept[update.client_id] = {name: values[name].detach().cpu() for name in sorted(self.collected)}
+
+    def add_sum(self, total: UpdateSum) -> None:
+        """Take the same from the means of several updates, whose weights are the aggregator's."""
+        weight = sum(self._weight(client.num_examples) for client in total.clients) / self._population
+        for name in self.summed:
+            self._add(name, {**total.delta, **total.extras}[name], weight)
+        self._arrived["population"] += weight
+        self._arrived["one"] += len(total.clients)
+
+    def _add(self, name: str, value: Tensor, weight: float) -> None:
+        if name in self._sums:
+            known = self._sums[name]
+            known.add_(value.detach().to(known.device), alpha=weight)
+        else:
+            self._sums[name] = value.detach().double() * weight
+
+    def rest_of(self, state: State) -> State:
+        """Return the entries of a state that are the aggregator's."""
+        if not self:
+            return state
+        others = {n: v for n, v in state.items() if n not in self.summed and n not in self.collected}
+        return state if len(others) == len(state) else Packed.of(others)
+
+    def totals(self, ranks: Ranks) -> tuple[dict[str, Tensor], dict[int, State]]:
+        """Return the sums by name, and what was collected by client, over all ranks."""
+        if not self:
+            return {}, {}
+        arrived = {kind: sum(own[kind] for own in ranks.exchange(self._arrived)) for kind in self._arrived}
+        found = {}
+        for name, entry in self.summed.items():
+            empty = torch.zeros(entry.shape, dtype=torch.float64)
+            total = ranks.sum_(self._sums.get(name, empty))
+            by = arrived[entry.weight] if entry.denominator == "arrived" else entry.denominator
+            found[name] = (total if not by else total / by).to(entry.dtype)
+        return found, dict(ranks.exchange_states(self._kept)) if self.collected else {}
+
+
+def population_weight(aggregator: Aggregator, sizes: list[int]) -> float:
+    """Return the sum of the aggregator's weights over clients of these sizes; robust rules treat all alike."""
+    return sum(aggregator.weight(size) for size in sizes) if aggregator.additive else float(len(sizes))

@@ -1,0 +1,38 @@
+"""Namespaces of entries in tasks, updates and private states: the module's own names, and three prefixes beside them.
+
+Names of a module's entries are those of its ``state_dict``. Optimizer moments lie under ``optimizer/``, what an
+algorithm sends or keeps under ``algorithm/``, what a transform keeps under ``transform/INDEX/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from torch import Tensor
+
+from fedgan_lightning.protocol import State
+
+Value = TypeVar("Value")
+MOMENTS, ALGORITHM, TRANSFORM = "optimizer/", "algorithm/", "transform/"
+PREFIXES = (MOMENTS, ALGORITHM, TRANSFORM)
+
+
+def of_module(state: State) -> dict[str, Tensor]:
+    """Return the entries that belong to the module."""
+    return {name: value for name, value in state.items() if not name.startswith(PREFIXES)}
+
+
+def inside(prefix: str, state: Mapping[str, Value]) -> dict[str, Value]:
+    """Return the entries under ``prefix``, without it."""
+    return {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+
+
+def under(prefix: str, state: Mapping[str, Value]) -> dict[str, Value]:
+    """Return the entries with ``prefix`` before their names."""
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+def of_transform(index: int) -> str:
+    """Return the prefix of the transform at ``index``."""
+    return f"{TRANSFORM}{index}/"

@@ -1,0 +1,6 @@
+"""Transforms of updates between client and aggregator, one file each."""
+
+from fedgan_lightning.federation.transforms.clipping import ClipUpdates
+from fedgan_lightning.federation.transforms.signs import SignCompression
+
+__all__ = ["ClipUpdates", "SignCompression"]

@@ -1,0 +1,43 @@
+"""Clipping of updates on the client: no single client moves the server further than a bound."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+
+from fedgan_lightning.options import checked
+from fedgan_lightning.packing import Packed
+from fedgan_lightning.protocol import State, UpdateEntry, UpdateTransform
+from fedgan_lightning.states import network_of
+
+
+class ClipUpdates(UpdateTransform):
+    """v <- v min(1, C / |v|) for the vectors of an update: parameter updates, and an algorithm's such as controls.
+
+    Statistics and moments are no vectors, and pass as they are. Source: McMahan, Ramage, Talwar, Zhang 2018, algorithm
+    1, FlatClip (``joint``) and PerLayerClip with networks as layers (``network``).
+
+    Args:
+        max_norm: Bound C on the Euclidean norm, > 0.
+        over: ``joint`` clips all vectors by one norm, ``network`` each network's by its own.
+    """
+
+    @checked(max_norm="(0, inf)")
+    def __init__(self, *, max_norm: float, over: Literal["joint", "network"] = "joint") -> None:
+        self.max_norm, self.over = float(max_norm), over
+
+    def client(self, update: State, *, entries: Mapping[str, UpdateEntry], private: State) -> tuple[State, State]:
+        parts: dict[str, list[str]] = {}
+        for name in update:
+            if entries[name].kind == "vector":
+                parts.setdefault("" if self.over == "joint" else network_of(name), []).append(name)
+        clipped = dict(update)
+        for names in parts.values():
+            vectors = Packed.of({name: update[name] for name in names}).vectors.values()
+            norm = torch.stack([torch.linalg.vector_norm(vector.double()) for vector in vectors]).norm()
+            factor = float(self.max_norm / norm) if float(norm) > self.max_norm else 1.0
+            if factor < 1.0:
+                clipped |= {name: update[name] * factor for name in names}
+        return clipped, private

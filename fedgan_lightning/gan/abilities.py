@@ -1,0 +1,124 @@
+"""What federated algorithms ask of a GAN beside ``fit``: small abilities that stacked clients have as well.
+
+An algorithm that needs one of them works with any module that has the method; :class:`GAN` has all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.gan.draws import Draws
+from fedgan_lightning.gan.steps import generator_step, split_heads
+
+Generate = Callable[[Tensor, Tensor], Tensor]
+
+
+class AlgorithmAbilities:
+    """Abilities of a GAN; part of :class:`~fedgan_lightning.gan.module.GAN`."""
+
+    #: Whether local steps train the discriminator alone.
+    trains_only_discriminator = False
+    _given_fakes: tuple[Tensor, Tensor] | None = None
+
+    @contextmanager
+    def only_discriminator(self, fakes: tuple[Tensor, Tensor] | None = None) -> Iterator[None]:
+        """Train the discriminator alone inside the body.
+
+        Args:
+            fakes: Samples and labels to train against in every step, as many as a minibatch; with a leading dimension
+                of clients in a stack. By default each step generates its own.
+        """
+        self.trains_only_discriminator, self._given_fakes = True, fakes
+        try:
+            yield
+        finally:
+            self.trains_only_discriminator, self._given_fakes = False, None
+
+    def with_given_fakes(self, generate: Generate, draws: Draws) -> tuple[Generate, Draws]:
+        """Return what a discriminator's step generates with, and its draws: those given, or as they are."""
+        if self._given_fakes is None:
+            return generate, draws
+        samples, labels = self._given_fakes
+        wanted, given = draws.z.shape[:-1], samples.shape[: draws.z.dim() - 1]
+        if wanted != given:
+            raise ConfigurationError(
+                message(
+                    "given samples must be as many as those of a minibatch",
+                    received=f"{list(given)} for {list(wanted)}",
+                    fix="set the algorithm's number of samples to data.batch_size",
+                )
+            )
+        return lambda z, y: samples, replace(draws, y=labels)
+
+    def feedback(self, samples: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the discriminator's logits l(x) and their gradients dl/dx, of the shape of ``samples``.
+
+        A patch discriminator's logits of one sample are summed for the gradient. The discriminator works as in
+        training, and is not changed but for what a pass in training changes.
+
+        Args:
+            samples: (N, ...), or (clients, N, ...) in a stack.
+            labels: (N,), or (clients, N).
+        """
+        module: Any = self
+        points = samples.detach().requires_grad_()
+        with torch.enable_grad():
+            logits, _ = split_heads(module.discriminate(points, labels, None))
+            (gradients,) = torch.autograd.grad(logits.sum(), points)
+        return logits.detach(), gradients
+
+    def generate_with_graph(self, z: Tensor, labels: Tensor) -> Tensor:
+        """Return G(z, y), through which a gradient with respect to the generator's parameters can flow."""
+        module: Any = self
+        with torch.enable_grad():
+            found: Tensor = module.generate(z, labels)
+        return found
+
+    def generator_loss(
+        self, num_samples: int, *, labels: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Return the generator's loss on ``num_samples`` of its own samples, without real data; it has a graph.
+
+        Args:
+            num_samples: How many.
+            labels: Classes to generate (num_samples,); default all classes in turn.
+            generator: Source of the latents; a seeded CPU generator gives the same latents on every device.
+
+        Raises:
+            ConfigurationError: If the loss compares generated with real samples, or the generator needs conditions made
+                from them.
+        """
+        module: Any = self
+        if module.loss.pairs_real or module.condition is not None:
+            what = type(module.loss if module.loss.pairs_real else module.condition).__name__
+            raise ConfigurationError(
+                message(
+                    "a generator that a server trains must need no real samples",
+                    received=what,
+                    fix="use another loss, such as NonSaturating, and no condition",
+                )
+            )
+        like = next(module.generator.parameters())
+        where = {"device": like.device, "dtype": like.dtype}
+        if labels is None:
+            labels = torch.arange(num_samples, device=like.device) % max(module.num_classes, 1)
+        z = module.prior.sample(num_samples, module.latent_dim, generator=generator, **where)
+        draws = Draws(z=z, y=labels)
+        with torch.enable_grad():
+            loss, _ = generator_step(
+                module.generate,
+                module.discriminate,
+                loss=module.loss,
+                auxiliary_weight=module.auxiliary_weight,
+                x=z,
+                y=labels,
+                draws=draws,
+            )
+        return loss

@@ -1,0 +1,109 @@
+"""Optional hooks of modules and callbacks; whoever has one is asked, nobody needs to inherit anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from fedgan_lightning.protocol import ClientUpdate, RoundInfo
+
+
+@runtime_checkable
+class ClientHook(Protocol):
+    """Optional hook of a client module, called before its per-round ``fit``."""
+
+    def on_client_round_start(self, info: RoundInfo) -> None: ...
+
+
+@runtime_checkable
+class StackHook(Protocol):
+    """Optional hook of a client module: itself for several clients at once, as the vectorized executor trains them.
+
+    The result is a LightningModule with manual optimization whose ``state_dict`` has the names of the client's; the
+    executor gives every tensor a leading dimension of clients, and passes batches with the same.
+
+    Raises:
+        ConfigurationError: If the module cannot be stacked; the message says why.
+    """
+
+    def stacked(self) -> Any: ...
+
+
+class StackedModule(Protocol):
+    """What the vectorized executor asks of a stacked module, beside being a LightningModule."""
+
+    def on_stack_round_start(self, infos: Sequence[RoundInfo], generators: Sequence[torch.Generator]) -> None:
+        """Begin a round of these clients, each with its own source of randomness."""
+
+    def keep_clients(self, count: int) -> None:
+        """Go on with the first ``count`` clients; the others have done their steps."""
+
+    def round_statistics(self) -> Mapping[str, Tensor]:
+        """Return scalars of the round, (clients,) each."""
+
+
+@runtime_checkable
+class StatisticsHook(Protocol):
+    """Optional hook of a client module: its scalars of the round, beside those it logs.
+
+    One call of ``self.log`` takes about a millisecond at the end of an epoch, which a client's round is; this takes
+    none.
+    """
+
+    def round_statistics(self) -> Mapping[str, Tensor]: ...
+
+
+@runtime_checkable
+class ServerHook(Protocol):
+    """Optional hook of the global module, called after every server step.
+
+    ``num_images`` is the weighted mean over clients of images seen in the round: the length of one local path.
+    """
+
+    def on_server_round_end(self, *, num_images: float) -> None: ...
+
+
+@runtime_checkable
+class RecalibrationHook(Protocol):
+    """Optional hook of the global module: make buffers anew from the weights alone, after a server step."""
+
+    def recalibrate(self) -> None: ...
+
+
+class RoundListener(Protocol):
+    """Optional hooks of any callback on the server's Trainer; the orchestrator calls those that exist."""
+
+    def on_round_start(self, trainer: Any, server: Any, info: RoundInfo) -> None: ...
+
+    def on_client_end(self, trainer: Any, server: Any, update: ClientUpdate) -> None: ...
+
+    def on_attempt_end(self, trainer: Any, server: Any, report: Any) -> None: ...
+
+    def on_round_end(self, trainer: Any, server: Any, info: RoundInfo, metrics: Mapping[str, float]) -> None: ...
+
+
+@runtime_checkable
+class SampleSource(Protocol):
+    """A global module that can be sampled, as pictures and metrics need it."""
+
+    def sample(
+        self, num_samples: int, *, labels: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor: ...
+
+
+def listeners(callbacks: Sequence[Any], hook: str) -> list[Any]:
+    """Return the bound ``hook`` of every callback that has one."""
+    return [getattr(callback, hook) for callback in callbacks if hasattr(callback, hook)]
+
+
+def completed_rounds(trainer: Any) -> int:
+    """Return the rounds that the server of a Trainer has completed; without a federation its global steps."""
+    return int(getattr(trainer.lightning_module, "rounds_completed", trainer.global_step))
+
+
+def planned_rounds(trainer: Any) -> int:
+    """Return the rounds that the server of a Trainer is to complete; without a federation its ``max_steps``."""
+    return int(getattr(trainer.lightning_module, "rounds_planned", trainer.max_steps))

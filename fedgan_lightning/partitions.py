@@ -1,0 +1,15 @@
+"""Partitions: which client holds which samples."""
+
+from __future__ import annotations
+
+from fedgan_lightning.data.partition import (
+    IID,
+    ClassesPerClient,
+    ClassLists,
+    ClassMixes,
+    Dirichlet,
+    FeatureShift,
+    Natural,
+    Partition,
+    QuantitySkew,
+)

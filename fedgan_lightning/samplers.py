@@ -1,0 +1,11 @@
+"""Samplers: which clients take part in a round."""
+
+from __future__ import annotations
+
+from fedgan_lightning.federation.sampling import (
+    AllClients,
+    AvailableClients,
+    FractionOfClients,
+    PoissonSampling,
+    SelectedClients,
+)

@@ -1,0 +1,12 @@
+"""Transforms of updates between client and aggregator, and what one is written against."""
+
+from __future__ import annotations
+
+from fedgan_lightning.federation.transforms import (
+    ClipUpdates,
+    SignCompression,
+)
+from fedgan_lightning.protocol import (
+    UpdateEntry,
+    UpdateTransform,
+)

@@ -1,0 +1,258 @@
+"""Where networks live and who trains them: served and exchanged networks, abilities of a GAN, MD-GAN as a prototype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedgan_lightning import ClientError, ConfigurationError, SequentialExecutor, VectorizedExecutor
+from fedgan_lightning.algorithms import FedGAN, ServedGenerator
+from fedgan_lightning.losses import R1, NonSaturating, RelativisticPairing
+from fedgan_lightning.networks import MLPDiscriminator, MLPGenerator
+from fedgan_lightning.samplers import FractionOfClients
+from tests.conftest import adam, assert_states_equal, federate, quiet_trainer, ring_data, ring_gan
+from tests.foreign import SomebodysGAN
+from tests.prototypes.mdgan import MDGAN
+
+EXECUTORS = {"sequential": SequentialExecutor, "vectorized": VectorizedExecutor}
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.05)
+
+
+def run(algorithm, *, gan=None, executor=None, **options):
+    gan = ring_gan(optimizer=sgd).double() if gan is None else gan
+    options = {"rounds": 3, "local_steps": 2, **options}
+    executor = SequentialExecutor() if executor is None else executor
+    return federate(gan, ring_data(), algorithm=algorithm, executor=executor, **options)
+
+
+def discriminators(orchestrator):
+    """The private discriminators by client."""
+    return {
+        int(k): {n: v for n, v in own.items() if n.startswith("discriminator.")}
+        for k, own in orchestrator.store.state_dict().items()
+    }
+
+
+class TestServed:
+    SYNC = {"generator": "served"}
+
+    def test_the_server_trains_the_generator_and_clients_the_discriminator(self):
+        gan = ring_gan(optimizer=sgd)
+        before = {name: value.detach().clone() for name, value in gan.named_parameters()}
+        server, orchestrator, _ = run(ServedGenerator(generator_steps=2), gan=gan, sync=self.SYNC)
+        assert all(not torch.equal(value, before[name]) for name, value in server.model.named_parameters())
+        assert not any(name.startswith("generator") for name in orchestrator.ledger.bytes_up)
+        assert orchestrator.ledger.bytes_down["generator"] > 0
+
+    def test_rounds_are_counted_and_not_steps(self):
+        """Three steps of G and one of D a round were four rounds, when optimizer steps were counted."""
+        server, orchestrator, trainer = run(ServedGenerator(generator_steps=3), sync=self.SYNC, rounds=4)
+        assert (server.rounds_completed, trainer.global_step) == (4, 16)
+        assert orchestrator.ledger.client_steps == 4 * 4 * 2
+
+    def test_clients_leave_the_generator_as_it_is(self):
+        seen = []
+
+        class Watch(SequentialExecutor):
+            def run(self, tasks):
+                for task in tasks:
+                    yield from super().run([task])
+                    state = self._local.module.state_dict()
+                    seen.append(all(torch.equal(state[n], v) for n, v in task.state.items() if n.startswith("gen")))
+
+        run(ServedGenerator(), gan=ring_gan(optimizer=adam), sync=self.SYNC, executor=Watch())
+        assert seen
+        assert all(seen)
+
+    def test_the_server_s_step_is_that_of_a_plain_loop(self):
+        """With nobody's update (learning rate 0), n rounds of one step are n steps against one discriminator."""
+
+        def nothing(parameters):
+            return torch.optim.SGD(parameters, lr=0.0)
+
+        def made():
+            gan = ring_gan(optimizer=sgd).double()
+            gan.discriminator_optimizer = nothing
+            return gan
+
+        server, _, _ = run(ServedGenerator(generator_steps=3, num_samples=8), gan=made(), sync=self.SYNC, rounds=1)
+        gan = made()
+        plain = torch.optim.SGD(gan.generator.parameters(), lr=0.05)
+        from fedgan_lightning.seeding import make_generator
+
+        noise = make_generator(0, "generator", 0)
+        for _ in range(3):
+            z = gan.prior.sample(8, gan.latent_dim, generator=noise, device="cpu", dtype=torch.float64)
+            loss = NonSaturating().generator(gan.discriminator(gan.generator(z, None), None))
+            plain.zero_grad()
+            loss.backward()
+            plain.step()
+        assert_states_equal(server.model.generator.state_dict(), gan.generator.state_dict(), atol=1e-14)
+
+    @pytest.mark.parametrize("executor", EXECUTORS)
+    def test_it_resumes_to_the_bit(self, executor, tmp_path):
+        def options(rounds):
+            return {"sync": self.SYNC, "rounds": rounds, "executor": EXECUTORS[executor]()}
+
+        whole, _, _ = run(ServedGenerator(generator_steps=2), gan=ring_gan(optimizer=adam), **options(5))
+        _, _, trainer = run(ServedGenerator(generator_steps=2), gan=ring_gan(optimizer=adam), **options(2))
+        trainer.save_checkpoint(tmp_path / "cut.ckpt")
+        from fedgan_lightning import FederatedOrchestrator, ServerModule
+
+        again = FederatedOrchestrator(local_steps=2, algorithm=ServedGenerator(generator_steps=2), **options(5))
+        server = ServerModule(ring_gan(optimizer=adam, seed=3))
+        quiet_trainer(again).fit(server, datamodule=ring_data(), ckpt_path=tmp_path / "cut.ckpt")
+        assert_states_equal(server.model.state_dict(), whole.model.state_dict())
+
+    def test_stacked_clients_are_each_alone(self):
+        found = [
+            run(ServedGenerator(), sync=self.SYNC, executor=own())[0].model.state_dict() for own in EXECUTORS.values()
+        ]
+        assert_states_equal(*found, atol=1e-12, rtol=1e-10)
+
+    @pytest.mark.parametrize(
+        "options, words",
+        [
+            ({"sync": {}}, "received sync.generator: average. Fix: set federation.sync to"),
+            (
+                {"gan": ring_gan(optimizer=sgd, loss=RelativisticPairing())},
+                "received RelativisticPairing. Fix: use another",
+            ),
+        ],
+        ids=["averaged", "a loss of pairs"],
+    )
+    def test_what_cannot_be_is_refused(self, options, words):
+        with pytest.raises(ConfigurationError, match=words):
+            run(ServedGenerator(), **{"sync": self.SYNC, **options})
+
+    def test_a_module_without_the_ability_is_refused_by_name(self):
+        torch.manual_seed(0)
+        module = SomebodysGAN()
+        module.generator, module.decoder = module.decoder, None
+        with pytest.raises(ConfigurationError, match="received SomebodysGAN without them. Fix: add them"):
+            run(ServedGenerator(), gan=module, sync=self.SYNC)
+
+
+class TestExchange:
+    SYNC = {"discriminator": "exchange"}
+
+    def test_everybody_goes_on_with_somebody_else_s(self):
+        """After a round networks are where the permutation puts them, and nowhere else."""
+        _, before, _ = run(FedGAN(exchange_every=100), sync=self.SYNC, rounds=1)
+        _, after, _ = run(FedGAN(), sync=self.SYNC, rounds=1)
+        moves = FedGAN().hand_on(round=0, num_clients=4, seed=0)
+        assert sorted(moves.values()) == [0, 1, 2, 3]
+        assert all(moves[k] != k for k in moves)
+        old, new = discriminators(before), discriminators(after)
+        for k, source in moves.items():
+            assert_states_equal(new[k], old[source])
+
+    @pytest.mark.parametrize("num_clients", [2, 3, 7])
+    def test_a_cycle_brings_everything_home(self, num_clients):
+        moves, where = FedGAN().hand_on(round=3, num_clients=num_clients, seed=1), dict(enumerate(range(num_clients)))
+        for _ in range(num_clients):
+            where = {k: where[source] for k, source in moves.items()}
+        assert where == {k: k for k in range(num_clients)}
+
+    def test_moments_move_along_and_stay_elsewhere(self):
+        gan = ring_gan(optimizer=adam)
+        _, before, _ = run(FedGAN(exchange_every=100), gan=gan, sync=self.SYNC, rounds=1, optimizer_state="keep")
+        _, after, _ = run(FedGAN(), gan=ring_gan(optimizer=adam), sync=self.SYNC, rounds=1, optimizer_state="keep")
+        old, new = before.store.state_dict(), after.store.state_dict()
+        for k, source in FedGAN().hand_on(round=0, num_clients=4, seed=0).items():
+            for name, value in new[str(k)].items():
+                owner = source if "discriminator" in name else k
+                assert torch.equal(value, old[str(owner)][name]), name
+
+    def test_only_some_rounds_exchange_and_newcomers_begin_anew(self):
+        _, orchestrator, _ = run(FedGAN(exchange_every=2), sync=self.SYNC, rounds=4, clients=FractionOfClients(0.5))
+        assert len(discriminators(orchestrator)) <= 4
+
+    def test_stacked_clients_are_each_alone(self):
+        found = []
+        for own in EXECUTORS.values():
+            server, orchestrator, _ = run(FedGAN(), sync=self.SYNC, executor=own())
+            private = {f"{k} {n}": v for k, d in discriminators(orchestrator).items() for n, v in d.items()}
+            found.append({**server.model.state_dict(), **private})
+        assert_states_equal(*found, atol=1e-12, rtol=1e-10)
+
+    def test_it_resumes_to_the_bit(self, tmp_path):
+        from fedgan_lightning import FederatedOrchestrator, ServerModule
+
+        whole, whole_orchestrator, _ = run(FedGAN(), sync=self.SYNC, rounds=5)
+        _, _, trainer = run(FedGAN(), sync=self.SYNC, rounds=2)
+        trainer.save_checkpoint(tmp_path / "cut.ckpt")
+        options = {"local_steps": 2, "executor": SequentialExecutor(), "sync": self.SYNC}
+        again, server = FederatedOrchestrator(rounds=5, **options), ServerModule(ring_gan(optimizer=sgd).double())
+        quiet_trainer(again).fit(server, datamodule=ring_data(), ckpt_path=tmp_path / "cut.ckpt")
+        assert_states_equal(server.model.state_dict(), whole.model.state_dict())
+        for k, own in discriminators(whole_orchestrator).items():
+            assert_states_equal(discriminators(again)[k], own)
+
+
+# ---------------------------------------------------------------------- abilities
+
+
+class TestAbilities:
+    def test_feedback_is_the_gradient_of_the_logits(self):
+        gan = ring_gan(penalties=[R1(0.1)]).double()
+        x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+        logits, gradients = gan.feedback(x, torch.zeros(5, dtype=torch.int64))
+        expected = gan.discriminator(x, None)
+        torch.testing.assert_close(logits, expected.detach())
+        torch.testing.assert_close(gradients, torch.autograd.grad(expected.sum(), x)[0])
+        assert all(own.grad is None for own in gan.parameters())
+
+    def test_the_generator_s_loss_needs_no_data(self):
+        gan = ring_gan().double()
+        loss = gan.generator_loss(16, generator=torch.Generator().manual_seed(0))
+        (gradient,) = torch.autograd.grad(loss, gan.generator.parameters(), allow_unused=True)[:1]
+        assert loss.dim() == 0
+        assert float(gradient.abs().sum()) > 0
+
+    def test_given_samples_must_be_as_many_as_a_minibatch(self):
+        with pytest.raises(ClientError, match="as many as those of a minibatch; received .*8.* for .*16"):
+            run(MDGAN(batch_size=8), sync={"generator": "served", "discriminator": "local"})
+
+
+# ---------------------------------------------------------------------- MD-GAN, as a prototype
+
+
+class TestMDGAN:
+    SYNC = {"generator": "served", "discriminator": "local"}
+
+    @pytest.mark.parametrize("executor", EXECUTORS)
+    @pytest.mark.parametrize("num_batches", [1, 2, 4])
+    def test_the_server_s_gradient_is_that_of_one_graph(self, num_batches, executor):
+        """mean_n L(D_n(G(z_n))) with the discriminators that clients have after their steps, in float64."""
+        algorithm, gan = MDGAN(num_batches=num_batches), ring_gan(optimizer=sgd).double()
+        start = {name: value.detach().clone() for name, value in gan.generator.named_parameters()}
+        server, orchestrator, _ = run(algorithm, gan=gan, sync=self.SYNC, rounds=1, executor=EXECUTORS[executor]())
+        generator = MLPGenerator(4, (2,), hidden=(16,), output="linear").double()
+        generator.load_state_dict(start)
+        points, total = algorithm.latents(server.model, 0), 0.0
+        for k, own in discriminators(orchestrator).items():
+            critic = MLPDiscriminator((2,), hidden=(16,)).double()
+            critic.load_state_dict({name.removeprefix("discriminator."): value for name, value in own.items()})
+            samples = generator(points[algorithm.slots(k)[0]], None)
+            total = total + MDGAN.loss(critic(samples, None)) / 4
+        total.backward()
+        for name, value in generator.named_parameters():
+            torch.testing.assert_close(algorithm.gradients[name], value.grad, atol=1e-13, rtol=1e-11)
+        for name, value in server.model.generator.named_parameters():
+            torch.testing.assert_close(value.detach(), start[name] - 0.05 * algorithm.gradients[name])
+
+    def test_somebody_s_silence_changes_the_weight_and_not_the_slots(self):
+        found = [
+            run(MDGAN(num_batches=2), sync=self.SYNC, rounds=4, clients=FractionOfClients(0.5), executor=own())
+            for own in EXECUTORS.values()
+        ]
+        assert_states_equal(*(own[0].model.generator.state_dict() for own in found), atol=1e-12, rtol=1e-9)
+
+    def test_it_learns_the_ring_s_place(self):
+        server, _, _ = run(MDGAN(num_batches=2), gan=ring_gan(optimizer=adam), sync=self.SYNC, rounds=30)
+        assert server.rounds_completed == 30
+        assert torch.isfinite(server.sample(64)).all()
