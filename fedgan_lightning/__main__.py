@@ -67,13 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(str(error))
         return 1 if isinstance(error, (ClientError, QuorumError, RankError, UpdateError)) else 2
     except KeyboardInterrupt:
-        _say("stopped by Ctrl-C; rounds that are complete are in the last checkpoint. Fix: start it again")
+        _say("stopped by Ctrl-C; complete rounds are in the last checkpoint. See --ckpt_path to go on with them")
         return 128 + signal.SIGINT
     except OSError as error:
         named = f"{error.filename}: " if error.filename else ""
         _say(
             message(
-                "files can be read and written",
+                "files must be readable and writable",
                 received=f"{named}{error.strerror or error}",
                 fix="see the path, who may write there, and the space left on the disk",
             )
@@ -104,7 +104,7 @@ def unforeseen(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return (
-        f"{type(error).__name__}: {error}{place}. Fix: if a setting of yours is meant, correct it; "
+        f"{type(error).__name__}: {error}{place}. If a setting of yours is meant, correct it; "
         f"else report this, with what {TRACEBACK}=1 shows"
     )
 
@@ -131,13 +131,13 @@ def check(arguments: Sequence[str]) -> None:
     if not name.startswith("-") and name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         fix = f"write {near[0]}" if near else "see python -m fedgan_lightning --help"
-        raise ConfigurationError(message(f"a command is one of {', '.join(COMMANDS)}", received=name, fix=fix))
+        raise ConfigurationError(message(f"a command must be one of {', '.join(COMMANDS)}", received=name, fix=fix))
     for option, value in zip(arguments, [*arguments[1:], ""]):
         path = value if option == "--config" else option.removeprefix("--config=")
         is_told = option == "--config" or path != option
         is_text = bool({"{", ":", "\n"} & {*path})  # settings may stand in place of a file
         if is_told and not is_text and not Path(path).expanduser().is_file():
-            raise ConfigurationError(message("a configuration is a file", received=path, fix="check the path"))
+            raise ConfigurationError(message("a configuration must be a file", received=path, fix="check the path"))
 
 
 def federate(arguments: Sequence[str]) -> int:

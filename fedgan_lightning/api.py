@@ -81,7 +81,7 @@ class Federation:
         if "default_root_dir" in self._options:
             raise ConfigurationError(
                 message(
-                    "the directory of a run is run_dir",
+                    "the directory of a run must be given as run_dir",
                     received=f"trainer={{'default_root_dir': {str(self._options['default_root_dir'])!r}}}",
                     fix="set run_dir",
                 )
@@ -90,7 +90,7 @@ class Federation:
             if self._options.get(name, -1) not in (-1, None):
                 raise ConfigurationError(
                     message(
-                        "an epoch is a round, and rounds counts them",
+                        "rounds alone must count the epochs, each of which is a round",
                         received=f"trainer={{'{name}': {self._options[name]}}}",
                         fix="set rounds",
                     )

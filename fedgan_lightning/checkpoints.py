@@ -59,7 +59,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except RuntimeError as error:  # torch's word for a disk that is full
             raise CheckpointError(
                 message(
-                    "a checkpoint can be written",
+                    "a checkpoint must be writable",
                     received=f"{target} ({_first_line(error)})",
                     fix="make room on the disk, then go on with --ckpt_path last",
                 )
@@ -94,7 +94,7 @@ def read_checkpoint(path: str | Path, *, map_location: Any = "cpu") -> Any:
             raise _damaged(path, "not the file of a checkpoint") from error
         raise CheckpointError(
             message(
-                "a checkpoint holds tensors and plain values only",
+                "a checkpoint must hold tensors and plain values only",
                 received=f"{path} with something else ({_first_line(error)})",
                 fix="use a checkpoint that this program wrote, from a source you trust",
             )
@@ -122,14 +122,14 @@ def check_federation(contents: Any, path: str | Path, *, whole: bool) -> None:
             return
         raise CheckpointError(
             message(
-                "a run is continued from a whole checkpoint",
+                "a run must be continued from a whole checkpoint",
                 received=f"{path} without {', '.join(missing)}",
                 fix="use checkpoints/last.ckpt of the run; one that was saved with its weights alone can be tested",
             )
         )
     raise CheckpointError(
         message(
-            "a federation resumes from a checkpoint of a federation",
+            "a federation must resume from a checkpoint of a federation",
             received=f"{path} without an orchestrator's state",
             fix="use checkpoints/last.ckpt of the run",
         )
@@ -151,7 +151,7 @@ def _check_is_file(path: Path) -> None:
     if why is not None:
         raise CheckpointError(
             message(
-                "a checkpoint is a file",
+                "a checkpoint must be a file",
                 received=f"{path}, which is {why}",
                 fix="check the path; a run keeps best.ckpt and last.ckpt in its folder checkpoints",
             )
@@ -171,7 +171,7 @@ def _first_line(error: Exception) -> str:
 def _damaged(path: Path, why: str) -> CheckpointError:
     return CheckpointError(
         message(
-            "a checkpoint can be read",
+            "a checkpoint must be readable",
             received=f"{path} ({why})",
             fix="resume from another checkpoint: the file is damaged, or another program's",
         )
@@ -279,10 +279,10 @@ class BestCheckpoint(_InRunDirectory):
         if state is None:
             return
         before, now = (state["monitor"], state["mode"]), (self.monitor, self.mode)
-        if before != now and not self.is_automatic:
+        if before != now and not (self.is_automatic and state["best_model_score"] is None):
             raise CheckpointError(
                 message(
-                    "a continued run keeps its best checkpoint by the same best.monitor and best.mode",
+                    "a continued run must keep its best checkpoint by the same best.monitor and best.mode",
                     received=f"{now[0]}, {now[1]} for a run that went by {before[0]}, {before[1]}",
                     fix=f"set best.monitor to {before[0] or 'null'} and best.mode to {before[1]}, or start a new run",
                 )
@@ -308,7 +308,7 @@ class BestCheckpoint(_InRunDirectory):
         elif self.monitor is not None and self.monitor not in known:
             raise ConfigurationError(
                 message(
-                    "best.monitor names a metric of the evaluation",
+                    "best.monitor must name a metric of the evaluation",
                     received=self.monitor,
                     fix=f"choose from {', '.join(known)}, or set null to keep no best checkpoint",
                 )

@@ -72,7 +72,7 @@ def _folder(root: Path) -> Iterator[None]:
 def _unwritable(root: Path, error: OSError) -> ConfigurationError:
     return ConfigurationError(
         message(
-            "a run directory is a folder that can be written",
+            "a run directory must be a folder that can be written",
             received=f"{root} ({error.strerror or error})",
             fix="choose another --run_dir, or who may write there",
         )
@@ -141,7 +141,7 @@ def _lock(held: int, path: Path) -> None:
         owner = os.pread(held, 200, 0).decode(errors="replace") or "another process"
         raise ConfigurationError(
             message(
-                "one process writes a run directory",
+                "a run directory must be written by one process",
                 received=f"{path.parent}, which {owner} writes",
                 fix="wait until it has ended, or choose another --run_dir",
             )

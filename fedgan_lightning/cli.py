@@ -121,7 +121,7 @@ class FederatedCLI(LightningCLI):
                 if settings.trainer[name] not in (-1, None):
                     raise ConfigurationError(
                         message(
-                            "an epoch is a round, and federation.rounds counts them",
+                            "federation.rounds alone must count the epochs, each of which is a round",
                             received=f"trainer.{name}={settings.trainer[name]}",
                             fix="set federation.rounds",
                         )
@@ -162,7 +162,7 @@ class FederatedCLI(LightningCLI):
         plain, orchestrator = self.plain_settings, self.orchestrator
         orchestrator.settings = {
             group: {name: value for name, value in plain[group].items() if name not in MAY_CHANGE}
-            for group in ("model", "data", "deploy", "server")
+            for group in ("model", "data", "federation", "server")
         }
         is_fit = self.subcommand == "fit"
         run = RunSettings(
@@ -172,7 +172,7 @@ class FederatedCLI(LightningCLI):
             ckpt_path=settings.ckpt_path if is_fit else None,
             num_threads=settings.num_threads,
             config=self.config_text,
-            hyperparameters=flatten({name: plain[name] for name in ("model", "data", "deploy", "server")}),
+            hyperparameters=flatten({name: plain[name] for name in ("model", "data", "federation", "server")}),
         )
         parts = trainer_parts(run, orchestrator=orchestrator, options=dict(config), is_fit=is_fit)
         try:
@@ -182,7 +182,7 @@ class FederatedCLI(LightningCLI):
                 raise
             raise ConfigurationError(
                 message(
-                    "Lightning's Trainer can be made from the settings below trainer:",
+                    "the settings below trainer: must make a Trainer",
                     received=" ".join(str(error).split()).rstrip("."),
                     fix="correct that setting",
                 )
@@ -228,11 +228,13 @@ def check_numbers(*, seed: Any, num_threads: int | None) -> None:
     """
     if isinstance(seed, bool) or not 0 <= int(seed) < 2**32:
         raise ConfigurationError(
-            message("seed_everything is a whole number from 0 to 4294967295", received=seed, fix="write one")
+            message("seed_everything must be a whole number from 0 to 4294967295", received=seed, fix="write one")
         )
     if num_threads is not None and num_threads < 1:
         raise ConfigurationError(
-            message("num_threads is at least 1", received=num_threads, fix="raise it, or set null to have it chosen")
+            message(
+                "num_threads must be at least 1", received=num_threads, fix="raise it, or set null to have it chosen"
+            )
         )
 
 

@@ -20,7 +20,7 @@ def read_settings(path: str | Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or error
         raise ConfigurationError(
-            message("a configuration is a file of text", received=f"{path} ({why})", fix="check the path")
+            message("a configuration must be a file of text", received=f"{path} ({why})", fix="check the path")
         ) from error
     check_settings(text, name=str(path))
     return text
@@ -41,7 +41,7 @@ def check_settings_file(path: str | Path) -> None:
     kind = "empty" if found is None else f"a {'list' if isinstance(found, list) else 'text'}"
     raise ConfigurationError(
         message(
-            "a configuration has groups of settings, such as model: and data:",
+            "a configuration must have groups of settings, such as model: and data:",
             received=f"{path}, which is {kind}" if not listed else f"{path} with a list below {listed[0]}:",
             fix="start from the output of --print_config",
         )
@@ -67,20 +67,20 @@ def check_settings(text: str, *, name: str) -> None:
     except yaml.YAMLError as error:
         raise ConfigurationError(
             message(
-                "settings are YAML",
+                "settings must be YAML",
                 received=f"{name}{_place(error)}",
                 fix="indent with spaces, close brackets and quotes, and write a space after each colon",
             )
         ) from error
     except RecursionError as error:
         raise ConfigurationError(
-            message("settings are nested a few levels deep", received=f"{name} with hundreds", fix="flatten it")
+            message("settings must be nested a few levels deep", received=f"{name} with hundreds", fix="flatten it")
         ) from error
     if found is not None:
         key, first, second = found
         raise ConfigurationError(
             message(
-                "a key of the settings is written once",
+                "a key of the settings must be written once",
                 received=f"{name} with {key} in line {first} and again in line {second}",
                 fix="put both under one key, or remove one",
             )

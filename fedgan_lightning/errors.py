@@ -75,8 +75,14 @@ def _place_of(error: BaseException) -> str:
 
 
 def message(rule: str, *, received: object, fix: str) -> str:
-    """Return ``"RULE; received VALUE. Fix: FIX."``, the one form that all user errors take: always one line."""
-    text = f"{rule}; received {received}. Fix: {fix}."
+    """Return ``"OPTION must RULE; got VALUE. FIX."``, the one form that all user errors take: always one line.
+
+    Args:
+        rule: What an option, a file or an argument must be, named as the user named it.
+        received: What it is.
+        fix: What to do, as an imperative.
+    """
+    text = f"{rule}; got {received}. {fix[:1].upper()}{fix[1:]}."
     return "".join(mark if mark.isprintable() else repr(mark)[1:-1] for mark in text)  # names of files hold anything
 
 

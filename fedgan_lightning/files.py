@@ -30,12 +30,14 @@ def expanded(path: str | Path) -> Path:
     """
     text = os.fspath(path)
     if not text or "\0" in text:
-        raise ConfigurationError(message("a path has a name", received=repr(text), fix="write one"))
+        raise ConfigurationError(message("a path must have a name", received=repr(text), fix="write one"))
     try:
         return Path(text).expanduser().absolute()
     except (RuntimeError, OSError) as error:
         raise ConfigurationError(
-            message("a path can be found", received=f"{text} ({error})", fix="write it in full, from / on")
+            message(
+                "a path must be one that can be found", received=f"{text} ({error})", fix="write it in full, from / on"
+            )
         ) from error
 
 

@@ -112,7 +112,7 @@ def check(option: str, value: Any, hint: Any, *, within: Interval | None = None)
         ConfigurationError: If it is not allowed.
     """
     if not _fits(value, hint, within):
-        rule = f"{option} is {_described(hint, within)}"
+        rule = f"{option} must be {_described(hint, within)}"
         raise ConfigurationError(message(rule, received=_shown(value), fix=_fix(value, hint)))
 
 

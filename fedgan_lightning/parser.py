@@ -26,7 +26,7 @@ SHORT_NAMES = (
     priors,
     *(getattr(fedgan_lightning, name) for name in (*fedgan_lightning.__all__, *fedgan_lightning.SUBMODULES)),
 )
-HELP = "Fix: see --help, or --print_config for all settings."
+HELP = "See --help, or --print_config for all settings."
 #: Lines in which jsonargparse recounts every alternative it tried.
 RECOUNTED = re.compile(
     r"Does not validate against|^Subtypes:|^Errors:?$|<class 'NoneType'>|^Given value type:|NestedArg|not accessible"
@@ -42,7 +42,7 @@ KINDS = {
     "collections.abc.Sequence": "a list",
 }
 #: How a report begins that names a part of what was given.
-PART = re.compile(r"(?!a )[\w.]+ (is|takes|needs) ")
+PART = re.compile(r"(?!a )[\w.]+ must ")
 #: What settings are called that come as one text.
 INLINE = "the value of an option, or the file that it names,"
 
@@ -88,14 +88,14 @@ def one_line(text: str) -> str:
 def explained(text: str) -> str:
     """Return a parser's report as rule, value and fix, or as one line at least."""
     keys = re.findall(r'Parser key "([^"]+)"', text)
-    within = next((line.strip(" -") for line in text.splitlines() if "; received " in line and " Fix: " in line), None)
+    within = next((line.strip(" -") for line in text.splitlines() if "; got " in line), None)
     if within is not None:  # of a part, which has been explained
         key = _joined(keys)
         return within if not key or key in within else f"{key}{'.' if PART.match(within) else ': '}{within}"
     for explain in (_missing, _beside_init_args, _several_of, _wrong_kind, _no_class):
         if keys and (found := explain(_joined(keys), text)):
             return found
-    return text if "Fix: " in text and "\n" not in text else f"{one_line(text)}. {HELP}"
+    return text if "; got " in text and "\n" not in text else f"{one_line(text)}. {HELP}"
 
 
 def _joined(keys: Sequence[str]) -> str:
@@ -110,7 +110,7 @@ def _missing(key: str, text: str) -> str | None:
     """An argument that has no default."""
     found = re.search(r"arguments are required: ([\w, ]+)", text)
     fix = f"set {key}.init_args.{found[1].split(',')[0].strip()}" if found else ""
-    return message(f"{key} needs {found[1]}", received="none", fix=fix) if found else None
+    return message(f"{key} must have {found[1]}", received="none", fix=fix) if found else None
 
 
 def _beside_init_args(key: str, text: str) -> str | None:
@@ -126,7 +126,7 @@ def _beside_init_args(key: str, text: str) -> str | None:
     if not beside:
         return None
     return message(
-        f"arguments of a class go below init_args, in {key}, too",
+        f"arguments of a class must go below init_args, in {key}, too",
         received=f"{', '.join(beside)} beside class_path: {value.get('class_path')}",
         fix=f"write {{class_path: {value.get('class_path')}, init_args: {{{beside[0]}: ...}}}}",
     )
@@ -137,7 +137,7 @@ def _several_of(key: str, text: str) -> str | None:
     found = re.search(r"Not a valid subclass of (\w+)\. Got value: (.*)", text)
     if found is None:
         return None
-    return message(f"{key} is one {found[1]}, by the name of its class", received=found[2], fix="write one name")
+    return message(f"{key} must be one {found[1]}, by the name of its class", received=found[2], fix="write one name")
 
 
 def _wrong_kind(key: str, text: str) -> str | None:
@@ -157,8 +157,8 @@ def _wrong_kind(key: str, text: str) -> str | None:
     known = all(kind in KINDS or kind == "NoneType" for kind in kinds)
     if not allowed or not known or "is not accepted" in text:
         return None
-    received = value[1].split(" Fix: ")[0].rstrip(". >")
-    return message(f"{key} is {' or '.join(allowed)}", received=received, fix="write such a value")
+    received = value[1].split(" See --help")[0].rstrip(". >")
+    return message(f"{key} must be {' or '.join(allowed)}", received=received, fix="write such a value")
 
 
 def _no_class(key: str, text: str) -> str | None:
@@ -167,10 +167,10 @@ def _no_class(key: str, text: str) -> str | None:
     other = re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", text)
     nowhere = re.search(r"Problem with given class_path '([^']+)':\s*(.*)", text)
     if other is not None:
-        return message(f"{key} is a {other[2]}", received=f"{other[1]}, which is none", fix=_where(key))
+        return message(f"{key} must be a {other[2]}", received=f"{other[1]}, which is none", fix=_where(key))
     if nowhere is not None and "Parser key" not in nowhere[2]:
         return message(
-            f"{key} is a class that can be imported", received=f"{nowhere[1]} ({nowhere[2]})", fix=_where(key)
+            f"{key} must be a class that can be imported", received=f"{nowhere[1]} ({nowhere[2]})", fix=_where(key)
         )
     if missing is None:
         return None
@@ -178,12 +178,12 @@ def _no_class(key: str, text: str) -> str | None:
     words = [*dict.fromkeys(re.findall(r"typing\.Literal\['(\w+)'\]", text))]
     if name in names:
         kind = names[name].__mro__[1].__name__ if inspect.isclass(names[name]) else "function"
-        return message(f"{key} takes classes of another kind", received=f"{name}, which is a {kind}", fix=_where(key))
+        return message(f"{key} must be a class of another kind", received=f"{name}, which is a {kind}", fix=_where(key))
     near = difflib.get_close_matches(name.lower(), [*{own.lower() for own in (*names, *words)}], n=1, cutoff=0.7)
     found = [own for own in (*words, *names) if near and own.lower() == near[0]]
     fix = f"write {found[0]}, or see COMMAND --help for others" if found else _where(key)
     choice = f", or {', '.join(words)}" if words else ""
-    return message(f"{key} is the name of a class{choice}", received=f"{name}, which is none", fix=fix)
+    return message(f"{key} must be the name of a class{choice}", received=f"{name}, which is none", fix=fix)
 
 
 def _where(key: str) -> str:

@@ -140,7 +140,7 @@ class ClientReport:
         schedule_positions: Where its learning-rate schedules stand.
         bytes_down: What was sent to it, in bytes by network.
         bytes_up: What it sent, in the same way.
-        reason: Why it did not answer, or was not let in.
+        reason: Why it did not answer, or why its update does not count.
     """
 
     client_id: int

@@ -16,7 +16,7 @@ from fedgan_lightning.jsonl import NAME, entries
 #: What tells a run.
 MARKS = ("config.yaml", "summary.json", "checkpoints")
 #: Groups of settings that make a run this one, and which of theirs a continuation may change.
-GROUPS = ("model", "data", "deploy", "server")
+GROUPS = ("model", "data", "federation", "server")
 MAY_CHANGE = ("rounds",)
 #: Characters of a setting that has changed.
 LONGEST = 160
@@ -31,13 +31,13 @@ def check_run_directory(path: str | Path, *, resuming: bool) -> None:
     root = expanded(path)
     if root.exists() and not root.is_dir():
         raise ConfigurationError(
-            message("a run directory is a folder", received=f"{root}, a file", fix="choose another --run_dir")
+            message("a run directory must be a folder", received=f"{root}, a file", fix="choose another --run_dir")
         )
     found = marks(root)
     if found and not resuming:
         raise ConfigurationError(
             message(
-                "a new run needs a directory without a run in it",
+                "a new run must have a directory without a run in it",
                 received=f"{root} holding {', '.join(found)}",
                 fix="choose another --run_dir, or continue that run with --ckpt_path last",
             )
@@ -64,7 +64,7 @@ def to_continue(
         if held := _holds(root, first_save=first_save, config=config):
             raise CheckpointError(
                 message(
-                    "a run is continued from its last checkpoint",
+                    "a run must be continued from its last checkpoint",
                     received=f"{path}, which is not there, in a directory with {held}",
                     fix="restore the file or continue from another one, or choose another --run_dir",
                 )
@@ -76,7 +76,7 @@ def to_continue(
     if found and not path.resolve().is_relative_to(root.resolve()):
         raise CheckpointError(
             message(
-                "a run is continued from its own checkpoint",
+                "a run must be continued from its own checkpoint",
                 received=f"{path} for {root}, which holds another run ({', '.join(found)})",
                 fix="choose another --run_dir, or put the file into that directory",
             )

@@ -18,50 +18,62 @@ from tests.test_cli import DIGITS, one_line, run, small
 WHOLE = "0 to 4294967295"
 #: Options of ``fit``, and what is said of them.
 OPTIONS = {
-    "a source in small letters": (["--data.source", "digits"], "data.source is the name .* digits.*write Digits"),
-    "a class of another kind": (["--data.source", "IID"], "data.source takes .* another kind; received IID.*Partition"),
-    "a class that is no source": (["--data.source", "torch.nn.Linear"], "data.source is a Source; received torch.nn.L"),
-    "a module that is not there": (["--data.source", "no.such.Thing"], r"received no.such.Thing \(No module named"),
-    "a list for one": (["--data.source", "[Digits]"], "data.source is one Source.*Digits"),
+    "a source in small letters": (["--data.source", "digits"], "data.source must be the name .* digits.*Write Digits"),
+    "a class of another kind": (
+        ["--data.source", "IID"],
+        "must be a class of another kind; got IID.*Partition",
+    ),
+    "a class that is no source": (["--data.source", "torch.nn.Linear"], "data.source must be a Source; got torch.nn.L"),
+    "a module that is not there": (["--data.source", "no.such.Thing"], r"got no.such.Thing \(No module named"),
+    "a list for one": (["--data.source", "[Digits]"], "data.source must be one Source.*Digits"),
     "arguments beside their class": (
         ["--data.partition", "{class_path: ClassesPerClient, num_classes: 2}"],
-        "below init_args.*data.partition.*received num_classes beside class_path: ClassesPerClient",
+        "below init_args.*data.partition.*got num_classes beside class_path: ClassesPerClient",
     ),
-    "an executor that there is not": (["--federation.executor", "sequential"], "write SequentialExecutor"),
-    "a callback that there is not": (["--trainer.callbacks", "Nope"], "trainer.callbacks is the name.*received Nope"),
-    "a logger without its folder": (["--trainer.logger", "[TensorBoardLogger]"], "trainer.logger needs save_dir"),
-    "no number of clients": (["--data.num_clients", "null"], "data.num_clients is a whole number; received None"),
-    "rounds in words": (["--federation.rounds", "many"], "federation.rounds is a whole number; received many"),
-    "rounds and a half": (["--federation.rounds", "1.5"], "federation.rounds is a whole number; received 1.5"),
-    "a rate in words": (["--model.generator_optimizer.lr", "fast"], "lr is a number.*received fast"),
-    "a word that is none of two": (["--federation.client_state", "tape"], "one of memory, disk; received tape"),
-    "a seed below nought": (["--seed_everything", "-1"], f"seed_everything .* {WHOLE}; received -1"),
-    "a seed beyond all": (["--seed_everything", "4294967296"], f"seed_everything .* {WHOLE}; received 4294967296"),
-    "a seed that is drawn": (["--seed_everything", "true"], f"seed_everything .* {WHOLE}; received True"),
-    "no threads": (["--num_threads", "0"], "num_threads is at least 1; received 0. Fix: raise it, or set null"),
-    "pictures never": (["--pictures.every_n_rounds", "0"], "pictures.every_n_rounds .*received 0. Fix: .*or null"),
-    "pictures of no rows": (["--pictures.rows", "0"], "pictures.rows .* of at least 1; received 0. Fix: choose"),
-    "a rate below nought": (["--model.generator_optimizer.lr", "-1"], "optimizers .* of the model.*learning rate: -1"),
+    "an executor that there is not": (["--federation.executor", "sequential"], "Write SequentialExecutor"),
+    "a callback that there is not": (["--trainer.callbacks", "Nope"], "trainer.callbacks must be the name.*got Nope"),
+    "a logger without its folder": (["--trainer.logger", "[TensorBoardLogger]"], "trainer.logger must have save_dir"),
+    "no number of clients": (["--data.num_clients", "null"], "data.num_clients must be a whole number; got None"),
+    "rounds in words": (["--federation.rounds", "many"], "federation.rounds must be a whole number; got many"),
+    "rounds and a half": (["--federation.rounds", "1.5"], "federation.rounds must be a whole number; got 1.5"),
+    "a rate in words": (["--model.generator_optimizer.lr", "fast"], "lr must be a number.*got fast"),
+    "a word that is none of two": (["--federation.client_state", "tape"], "one of memory, disk; got tape"),
+    "a seed below nought": (["--seed_everything", "-1"], f"seed_everything .* {WHOLE}; got -1"),
+    "a seed beyond all": (["--seed_everything", "4294967296"], f"seed_everything .* {WHOLE}; got 4294967296"),
+    "a seed that is drawn": (["--seed_everything", "true"], f"seed_everything .* {WHOLE}; got True"),
+    "no threads": (["--num_threads", "0"], "num_threads must be at least 1; got 0. Raise it, or set null"),
+    "pictures never": (["--pictures.every_n_rounds", "0"], "pictures.every_n_rounds .*got 0. .*or null"),
+    "pictures of no rows": (["--pictures.rows", "0"], "pictures.rows .* of at least 1; got 0. Choose"),
+    "a rate below nought": (
+        ["--model.generator_optimizer.lr", "-1"],
+        "of the model must make its optimizers .*learning rate: -1",
+    ),
     "a server's rate below nought": (
         ["--server.optimizer", "torch.optim.SGD", "--server.optimizer.lr", "-1"],
-        "optimizers .* of the server.*learning rate: -1",
+        "of the server must make its optimizers .*learning rate: -1",
     ),
-    "half precision": (["--trainer.precision", "16-mixed"], "received trainer.precision=16-mixed. Fix: .*bf16-mixed"),
-    "true half precision": (["--trainer.precision", "16-true"], "received trainer.precision=16-true"),
-    "another program's precision": (["--trainer.precision", "transformer-engine"], "received trainer.precision=transf"),
-    "a device that there is not": (["--trainer.accelerator", "abacus"], "below trainer:; received .*abacus"),
-    "fewer than no devices": (["--trainer.devices", "-5"], "below trainer:; received .*should be an int > 0"),
+    "half precision": (["--trainer.precision", "16-mixed"], "got trainer.precision=16-mixed. .*bf16-mixed"),
+    "true half precision": (["--trainer.precision", "16-true"], "got trainer.precision=16-true"),
+    "another program's precision": (["--trainer.precision", "transformer-engine"], "got trainer.precision=transf"),
+    "a device that there is not": (
+        ["--trainer.accelerator", "abacus"],
+        "below trainer: must make a Trainer; got .*abacus",
+    ),
+    "fewer than no devices": (
+        ["--trainer.devices", "-5"],
+        "below trainer: must make a Trainer; got .*should be an int > 0",
+    ),
     "a key that is written twice": (
         ["--federation.sync", "{generator: average, generator: local}"],
-        "federation.sync: a key .* once; received .*generator in line 1 and again in line 1",
+        "federation.sync: a key .* once; got .*generator in line 1 and again in line 1",
     ),
     "stopping by what is measured now and then": (
         ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "fid", "--evaluation.every_n_rounds=2"],
-        "EarlyStopping looks at fid .*every_n_rounds=2.*every round. Fix: set evaluation.every_n_rounds to 1",
+        "EarlyStopping must look at fid .*every_n_rounds=2.*every round. Set evaluation.every_n_rounds to 1",
     ),
     "stopping by what is not measured": (
         ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "fidd"],
-        "EarlyStopping watches a metric.*monitor=fidd. Fix: choose from .*fid, .*fid_test",
+        "EarlyStopping must watch a metric.*monitor=fidd. Choose from .*fid, .*fid_test",
     ),
     "keeping by what is measured now and then": (
         [
@@ -71,13 +83,16 @@ OPTIONS = {
             "fid",
             "--evaluation.every_n_rounds=2",
         ],
-        "ModelCheckpoint looks at fid .*or every_n_epochs of ModelCheckpoint to 2",
+        "ModelCheckpoint must look at fid .*or every_n_epochs of ModelCheckpoint to 2",
     ),
     "a value that is missing": (["--federation.rounds"], "--federation.rounds: expected one argument"),
-    "no directory": (["--run_dir", ""], "a path has a name; received ''"),
-    "nobody's home": (["--run_dir", "~no_such_user/run"], "a path can be found; received ~no_such_user/run"),
-    "a directory where nobody writes": (["--run_dir", "/proc/x/run"], "can be written; received /proc/x/run"),
-    "no checkpoint": (["--ckpt_path", ""], "a path has a name; received ''"),
+    "no directory": (["--run_dir", ""], "a path must have a name; got ''"),
+    "nobody's home": (
+        ["--run_dir", "~no_such_user/run"],
+        "a path must be one that can be found; got ~no_such_user/run",
+    ),
+    "a directory where nobody writes": (["--run_dir", "/proc/x/run"], "can be written; got /proc/x/run"),
+    "no checkpoint": (["--ckpt_path", ""], "a path must have a name; got ''"),
 }
 #: Files of settings beside a good one.
 FILES = {
@@ -93,10 +108,10 @@ FILES = {
     "code": ("run_dir: !!python/object/apply:os.getcwd []\n", "could not determine a constructor"),
     "an unknown key": ("data: {sourc: Digits}\n", "data.sourc"),
     "an unknown group": ("dat: {source: Digits}\n", "dat.source"),
-    "a class in small letters": ("data: {source: digits}\n", "data.source is the name of a class; received digits"),
+    "a class in small letters": ("data: {source: digits}\n", "data.source must be the name of a class; got digits"),
     "arguments beside their class": (
         "data: {partition: {class_path: ClassesPerClient, num_classes: 2}}\n",
-        "data.partition.*received num_classes beside",
+        "data.partition.*got num_classes beside",
     ),
 }
 
@@ -132,7 +147,7 @@ def test_settings_of_a_deployment_are_read_as_strictly(role, tmp_path, capsys):
         "trial": ["--sites=1", "--config", DIGITS, "--site", tmp_path / "twice.yaml", "--run_dir", tmp_path / "run"],
         "site": ["--superlink=a:1", "--ca=a", "--key=b", "--client-id=0", "--config", tmp_path / "twice.yaml"],
     }
-    code, _, err = run("federation", role, *told[role], capsys=capsys)
+    code, _, err = run("deploy", role, *told[role], capsys=capsys)
     assert code == 2
     assert "twice.yaml with data in line 1 and again in line 2" in one_line(err)
     assert not (tmp_path / "run").exists()
@@ -158,15 +173,15 @@ def finished(tmp_path_factory) -> Path:
 
 DAMAGES = {
     "empty": (b"", "which is empty"),
-    "garbage": (bytes(range(256)), "can be read; received .*bad.ckpt"),
-    "text": (b"hello world", "can be read; received .*bad.ckpt"),
-    "the head of an archive": (b"PK\x03\x04" + b"x" * 300, "can be read; received .*bad.ckpt"),
+    "garbage": (bytes(range(256)), "must be readable; got .*bad.ckpt"),
+    "text": (b"hello world", "must be readable; got .*bad.ckpt"),
+    "the head of an archive": (b"PK\x03\x04" + b"x" * 300, "must be readable; got .*bad.ckpt"),
     "a list": ([1], "without an orchestrator's state"),
     "callbacks of another kind": ({"callbacks": [1]}, "without an orchestrator's state"),
     "plain Lightning": ({"state_dict": {}, "callbacks": {}, "global_step": 1}, "without an orchestrator's state"),
     "weights alone": (
         {"state_dict": {}, "callbacks": {"FederatedOrchestrator": {"identity": {}}}},
-        "continued from a whole checkpoint; received .* without global_step, epoch",
+        "continued from a whole checkpoint; got .* without global_step, epoch",
     ),
 }
 
@@ -202,7 +217,7 @@ def test_networks_of_another_run(command, finished, tmp_path, capsys):
     told = ["--ckpt_path", finished / "checkpoints" / "last.ckpt", "--run_dir", tmp_path / "run"]
     code, _, err = run(command, *small("ring8"), *told, capsys=capsys)
     assert code == 2
-    assert "into the networks it came from; received one that differs in model.discriminator" in one_line(err)
+    assert "into the networks it came from; got one that differs in model.discriminator" in one_line(err)
 
 
 @pytest.mark.parametrize("command", ["test", "predict", "partition"])
@@ -211,7 +226,7 @@ def test_a_command_that_writes_looks_first_whether_it_may(command, finished, tmp
     told = [] if command == "partition" else ["--ckpt_path", finished / "checkpoints" / "last.ckpt"]
     code, _, err = run(command, "--config", DIGITS, "--run_dir", tmp_path / "file", *told, capsys=capsys)
     assert code == 2
-    assert "a run directory is a folder that can be written" in one_line(err)
+    assert "a run directory must be a folder that can be written" in one_line(err)
     assert (tmp_path / "file").read_text() == "kept"
 
 
@@ -219,7 +234,7 @@ def test_a_directory_that_another_process_writes(tmp_path, capsys):
     with claimed(tmp_path / "run"):
         code, _, err = run("fit", *small("digits"), "--run_dir", tmp_path / "run", capsys=capsys)
     assert code == 2
-    assert "one process writes a run directory; received" in one_line(err)
+    assert "a run directory must be written by one process; got" in one_line(err)
     assert not (tmp_path / "run").exists()
 
 
@@ -259,7 +274,7 @@ def test_what_nobody_foresaw_is_one_line_too(monkeypatch, capsys):
 
     monkeypatch.setattr("fedgan_lightning.__main__.dispatched", broken)
     assert main(["fit"]) == 2
-    assert re.search(r"error: ZeroDivisionError: one two \(test_bad_input.py:\d+\). Fix: ", capsys.readouterr().err)
+    assert re.search(r"error: ZeroDivisionError: one two \(test_bad_input.py:\d+\). ", capsys.readouterr().err)
     monkeypatch.setenv("FEDGAN_TRACEBACK", "1")
     with pytest.raises(ZeroDivisionError):
         main(["fit"])
@@ -267,7 +282,7 @@ def test_what_nobody_foresaw_is_one_line_too(monkeypatch, capsys):
 
 @pytest.mark.parametrize("raised, code, words", [
     (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
-    (OSError(28, "No space left on device", "/x/last.ckpt"), 2, "received /x/last.ckpt: No space left on device"),
+    (OSError(28, "No space left on device", "/x/last.ckpt"), 2, "got /x/last.ckpt: No space left on device"),
 ])  # fmt: skip
 def test_a_full_disk_and_an_early_ctrl_c(raised, code, words, monkeypatch, capsys):
     def stop(*_):

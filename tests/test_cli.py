@@ -145,10 +145,10 @@ def test_one_callback_or_several_are_added(form, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["fti", "--config", "x"], "a command is one of fit, .*; received fti. Fix: write fit"),
-        (["train"], "received train. Fix: .*--help"),
-        (["fit", "--config", "nope.yaml"], "a configuration is a file; received nope.yaml"),
-        (["test", "--run_dir", "x", "--config=nope.yaml"], "a configuration is a file; received nope.yaml"),
+        (["fti", "--config", "x"], "a command must be one of fit, .*; got fti. Write fit"),
+        (["train"], "got train. .*--help"),
+        (["fit", "--config", "nope.yaml"], "a configuration must be a file; got nope.yaml"),
+        (["test", "--run_dir", "x", "--config=nope.yaml"], "a configuration must be a file; got nope.yaml"),
     ],
 )
 def test_slips_of_the_finger_are_named_before_torch_is_imported(arguments, words):
@@ -204,7 +204,7 @@ class TestCommands:
         for told in ([], ["--ckpt_path", "last"]):
             code, _, err = run(command, "--config", DIGITS, "--run_dir", tmp_path / "typo", *told, capsys=capsys)
             assert code == 2
-            assert "a checkpoint is a file; received" in one_line(err)
+            assert "a checkpoint must be a file; got" in one_line(err)
             assert "not there" in err
         assert not (tmp_path / "typo").exists()
 
@@ -298,42 +298,42 @@ def one_line(err: str) -> str:
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, err
     assert "Traceback" not in err
-    assert "Fix: " in lines[0]
+    assert "; got " in lines[0] or ". See " in lines[0], "what was wrong, or where it is said"
     return lines[0]
 
 
 BAD = {
-    "refused by a constructor": (["--model.d_steps", "0"], "d_steps of GAN is an integer of at least 1; received 0"),
+    "refused by a constructor": (["--model.d_steps", "0"], "d_steps of GAN must be an integer of at least 1; got 0"),
     "unknown key": (["--federation.round", "3"], "unrecognized arguments: --federation.round 3"),
     "unknown nested key": (["--model.init_args.los", "Hinge"], "Option 'los' is not accepted"),
     "wrong type": (["--federation.rounds", "many"], "federation.rounds.*many"),
     "wrong class": (["--model.loss", "Hing"], "loss.*Hing"),
     "shapes that do not fit": (
         ["--data.source.image_size", "16"],
-        r"received \[1, 8, 8\] from the generator, \[1, 16, 16\]",
+        r"got \[1, 8, 8\] from the generator, \[1, 16, 16\]",
     ),
     "classes that do not fit": (
         ["--model.generator.num_classes", "5", "--model.discriminator.num_classes", "5"],
-        "received num_classes=5, data with 10",
+        "got num_classes=5, data with 10",
     ),
-    "too few samples": (["--data.batch_size", "500"], "full minibatch of 500 samples; received client 0 with 146"),
+    "too few samples": (["--data.batch_size", "500"], "full minibatch of 500 samples; got client 0 with 146"),
     "empty client": (
         ["--data.num_clients", "2000", "--data.partition", "IID"],
-        "received client 1438 with 0 under IID",
+        "got client 1438 with 0 under IID",
     ),
     "labels missing": (
         ["--data.source", "SwissRoll", "--data.partition", "Dirichlet"],
-        "Dirichlet splits by label; received a source without labels",
+        "Dirichlet must have labels to split by; got a source without labels",
     ),
-    "sync of no network": (["--federation.sync", "{encoder: local}"], "received encoder. Fix: choose from generator"),
+    "sync of no network": (["--federation.sync", "{encoder: local}"], "got encoder. Choose from generator"),
     "a cut epoch": (
         ["--trainer.limit_train_batches", "3"],
-        "nothing cuts short; received trainer.limit_train_batches=3",
+        "nothing cuts short; got trainer.limit_train_batches=3",
     ),
-    "a trial run": (["--trainer.fast_dev_run", "true"], "nothing cuts short; received trainer.fast_dev_run"),
-    "no rounds": (["--federation.rounds", "0"], "federation.rounds .* at least 1; received 0"),
-    "negative rounds": (["--federation.rounds=-3"], "federation.rounds .* at least 1; received -3"),
-    "monitor of no metric": (["--best.monitor", "fidd"], "names a metric of the evaluation; received fidd"),
+    "a trial run": (["--trainer.fast_dev_run", "true"], "nothing cuts short; got trainer.fast_dev_run"),
+    "no rounds": (["--federation.rounds", "0"], "federation.rounds .* at least 1; got 0"),
+    "negative rounds": (["--federation.rounds=-3"], "federation.rounds .* at least 1; got -3"),
+    "monitor of no metric": (["--best.monitor", "fidd"], "must name a metric of the evaluation; got fidd"),
 }
 
 
@@ -355,22 +355,22 @@ class TestBadInput:
         monkeypatch.setattr(toys.math, "pi", float(bad))
         code, _, err = run("fit", *small("swiss_roll"), "--run_dir", tmp_path / "run", capsys=capsys)
         assert code == 2
-        assert "finite numbers; received NaN or infinity in 40000 of 40000" in one_line(err)
+        assert "finite numbers; got NaN or infinity in 40000 of 40000" in one_line(err)
 
     def test_an_occupied_directory_is_left_as_it_is(self, finished, capsys):
         before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
         code, _, err = run("fit", *small("digits"), "--run_dir", finished, capsys=capsys)
         assert code == 2
-        assert "a new run needs a directory without a run in it" in one_line(err)
+        assert "a new run must have a directory without a run in it" in one_line(err)
         assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
 
     @pytest.mark.parametrize(
         "damage, words",
         [
-            ("truncate", "a checkpoint can be read"),
-            ("pickle", "holds tensors and plain values only"),
+            ("truncate", "a checkpoint must be readable"),
+            ("pickle", "must hold tensors and plain values only"),
             ("plain", "without an orchestrator's state"),
-            ("missing", "a checkpoint is a file; received .*bad.ckpt, which is not there"),
+            ("missing", "a checkpoint must be a file; got .*bad.ckpt, which is not there"),
         ],
     )
     def test_checkpoints_that_cannot_be_trusted(self, damage, words, finished, tmp_path, capsys):
@@ -425,7 +425,7 @@ def test_version_and_help_are_answered_without_torch():
 
 def test_the_short_help_names_every_command():
     own = {*FederatedCLI.subcommands()} - {"site"}  # what a site of a deployment calls, and nobody types
-    assert set(COMMANDS) == own | {"report", "federation"}
+    assert set(COMMANDS) == own | {"report", "deploy"}
 
 
 #: Parses configurations while another thread imports, as Ray's import goes on beside Flower's server.

@@ -119,7 +119,7 @@ class TestCommandLine:
         told = ["fit", *small("digits"), *QUICK, "--run_dir", copy, "--ckpt_path", "last", "--federation.rounds", "3"]
         code, _, err = run(*told, *change, capsys=capsys)
         assert code == 2
-        assert "Fix: set best.monitor to fid and best.mode to min" in one_line(err)
+        assert "Set best.monitor to fid and best.mode to min" in one_line(err)
         assert files(copy) == before
 
     @pytest.mark.parametrize(
@@ -201,15 +201,15 @@ class TestPython:
         held = {"num_clients": data.num_clients, "batch_size": data.batch_size, "partition": data.partition}
         other = OtherNumbers(data.source, seed=data.seed, **held)
         assert [own.tolist() for own in other.indices] == [own.tolist() for own in data.indices]
-        with pytest.raises(CheckpointError, match="with the data it was started with; received other samples"):
+        with pytest.raises(CheckpointError, match="with the data it was started with; got other samples"):
             federation(tmp_path / "run", data=other, rounds=3).fit(ckpt_path="last")
         with pytest.raises(CheckpointError, match="data.batch_size was 16, is 8"):
             federation(tmp_path / "run", data=ring_data(batch_size=8), rounds=3).fit(ckpt_path="last")
 
     def test_one_directory_is_named_once(self, tmp_path):
-        with pytest.raises(ConfigurationError, match="the directory of a run is run_dir"):
+        with pytest.raises(ConfigurationError, match="the directory of a run must be given as run_dir"):
             Federation(ring_gan(), ring_data(), trainer={"default_root_dir": str(tmp_path)})
-        with pytest.raises(ConfigurationError, match="received trainer.precision=16-mixed"):
+        with pytest.raises(ConfigurationError, match="got trainer.precision=16-mixed"):
             Federation(ring_gan(), ring_data(), trainer={"precision": "16-mixed"})
 
     def test_a_start_from_another_run_is_not_repeated_by_a_continuation(self, tmp_path):
@@ -235,7 +235,7 @@ class TestPython:
         saved = read_checkpoint(last)
         del saved["callbacks"]["FederatedOrchestrator"]["strikes"]
         torch.save(saved, last)
-        with pytest.raises(CheckpointError, match="of this version; received one that differs in KeyError: 'strikes'"):
+        with pytest.raises(CheckpointError, match="of this version; got one that differs in KeyError: 'strikes'"):
             federation(tmp_path / "run", rounds=3).fit(ckpt_path="last")
 
 

@@ -20,6 +20,7 @@ from fedgan_lightning.protocol import ClientReport
 from fedgan_lightning.recorder import RunRecorder
 from fedgan_lightning.samplers import FractionOfClients
 from fedgan_lightning.visuals.participation import MOST_COLUMNS, MOST_ROWS, OUTCOMES, Participation
+from fedgan_lightning.visuals.participation_charts import participation_panel
 from fedgan_lightning.visuals.report import write_report
 from fedgan_lightning.visuals.runs import read_run
 from fedgan_lightning.visuals.tensorboard import LAYOUT

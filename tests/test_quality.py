@@ -82,6 +82,7 @@ def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):
     quality.run_cell(grids.GRIDS["digits_k"], "K = 5", 0, tmp_path, shared="")
 
 
+@pytest.mark.slow  # fits and tests in processes of their own
 def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_anew(tmp_path, monkeypatch):
     chosen = dataclasses.replace(grids.GRIDS["digits_k"], cells={"a": ["--federation.rounds", "1", *CHEAP]})
     (tmp_path / "a" / "seed0").mkdir(parents=True)
@@ -112,7 +113,7 @@ def test_cells_are_command_lines_that_parse(grid, tmp_path, capsys, shared):
 def test_curves_of_a_run_end_in_the_table(tmp_path):
     run = quality.Run(
         name="r", path=tmp_path, summary={"test": {"fid": 1.0}}, config={}, config_text="", metrics={}, sizes=[],
-        attendance=Participation(),
+        participation=Participation(),
         scalars={"train/loss_g": ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0], [float(n) for n in range(10)])},
     )  # fmt: skip
     assert quality.ends(run) == {"fid": 1.0, "train/loss_g, first": 0.5, "train/loss_g, last": 8.5}

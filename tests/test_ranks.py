@@ -70,8 +70,25 @@ def result(run_dir: Path) -> dict[str, torch.Tensor]:
     return flat({"weights": saved["state_dict"], "clients": saved["callbacks"]["FederatedOrchestrator"]["store"]})
 
 
-def test_two_ranks_train_like_one_and_resume(tmp_path):
-    rounds = ("--federation.rounds", "5", "--federation.executor", "SequentialExecutor")
+SGD = [
+    f"--model.init_args.{network}_optimizer={{class_path: torch.optim.SGD, init_args: {{lr: 0.02}}}}"
+    for network in ("generator", "discriminator")
+]
+ALGORITHMS = {
+    "FedGAN": [],
+    "SCAFFOLD, clipped, in signs, at a rate that falls": [
+        "--federation.algorithm=Scaffold",
+        "--federation.sync=null",
+        "--federation.transforms=[{class_path: ClipUpdates, init_args: {max_norm: 0.05}}, SignCompression]",
+        "--federation.schedules={learning_rate: {class_path: StepRounds, init_args: {values: {0: 1.0, 4: 0.1}}}}",
+        *SGD,
+    ],
+}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
+def test_two_ranks_train_like_one_and_resume(algorithm, tmp_path):
+    rounds = ("--federation.rounds", "5", "--federation.executor", "SequentialExecutor", *algorithm)
     with (
         start(tmp_path / "one", *rounds, devices=1) as alone,
         start(tmp_path / "interrupted", "--federation.rounds", "3", *rounds[2:]) as begun,
@@ -121,7 +138,7 @@ def test_a_rank_that_is_lost_in_a_collective_of_lightning_s_is_named_too(monkeyp
     with pytest.raises(RuntimeError) as caught:
         nobody = {"init_method": "tcp://127.0.0.1:1", "timeout": datetime.timedelta(seconds=0.2)}
         dist.init_process_group("gloo", rank=1, world_size=2, **nobody)
-    assert "received rank 0 of 2 lost another" in str(lost_rank(caught.value))
+    assert "got rank 0 of 2 lost another" in str(lost_rank(caught.value))
     with pytest.raises(RuntimeError) as caught:
         torch.ones(2) @ torch.ones(3)
     assert lost_rank(caught.value) is None
@@ -134,7 +151,7 @@ def test_a_rank_that_dies_ends_the_run_with_a_named_error_and_a_usable_checkpoin
         (child,) = children(run.process.pid)
         os.kill(child, signal.SIGKILL)
         assert run.finish() == 1, run.said()
-    assert "all processes of a run live until its end; received rank 0 of 2 lost another" in run.said()
+    assert "all processes of a run must live until its end; got rank 0 of 2 lost another" in run.said()
     assert "continue with --ckpt_path last" in run.said()
     done = read_checkpoint(run_dir / "checkpoints" / "last.ckpt")["global_step"]
     assert done >= 1

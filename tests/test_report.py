@@ -140,7 +140,7 @@ def test_the_full_evaluation_is_drawn_by_class_and_client_and_compared_once(runs
 def test_a_damaged_file_is_named(tmp_path, name, content):
     (tmp_path / "summary.json").write_text("{}")
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigurationError, match=rf"as fit wrote them; received .*{name} \(.*move it away"):
+    with pytest.raises(ConfigurationError, match=rf"as fit wrote them; got .*{name} \(.*move it away"):
         read_run(tmp_path)
 
 
@@ -165,7 +165,7 @@ def test_settings_that_differ_are_named(runs):
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path):
-    with pytest.raises(ConfigurationError, match=r"summary.json; received .*nothing"):
+    with pytest.raises(ConfigurationError, match=r"summary.json; got .*nothing"):
         read_run(tmp_path / "nothing")
     (tmp_path / "summary.json").write_text("{ half")
     with pytest.raises(ConfigurationError, match="JSONDecodeError"):
@@ -178,7 +178,7 @@ def test_the_command(runs, tmp_path, capsys):
     assert main(["report"]) == 2
     assert "required: RUN" in capsys.readouterr().err
     assert main(["report", str(tmp_path)]) == 2
-    assert "Fix: name the directory" in capsys.readouterr().err
+    assert "Name the directory" in capsys.readouterr().err
 
 
 def test_a_report_needs_no_torch(runs):

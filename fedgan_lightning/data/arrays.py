@@ -50,7 +50,7 @@ class Arrays:
                 warnings.simplefilter("ignore")  # of old headers
                 return np.asarray(found[name])
         except Exception as error:  # broken members raise anything
-            raise self.unfit(name, "is an array that can be read without unpickling", reason(error)) from error
+            raise self.unfit(name, "must be an array that can be read without unpickling", reason(error)) from error
 
     def labels(self, name: str) -> NDArray[np.int64]:
         """Return class numbers (n,) from an array of shape (n,) or (n, 1).
@@ -60,11 +60,11 @@ class Arrays:
         """
         values = self[name]
         if values.ndim == 2 and values.shape[1] > 1:
-            raise self.unfit(name, "holds single labels, of shape (n,) or (n, 1)", f"multi-label {values.shape}")
+            raise self.unfit(name, "must hold single labels, of shape (n,) or (n, 1)", f"multi-label {values.shape}")
         if values.ndim not in (1, 2):
-            raise self.unfit(name, "holds single labels, of shape (n,) or (n, 1)", f"shape {values.shape}")
+            raise self.unfit(name, "must hold single labels, of shape (n,) or (n, 1)", f"shape {values.shape}")
         flat = values.reshape(-1)
-        rule = "holds whole numbers of classes, from 0"
+        rule = "must hold whole numbers of classes, from 0"
         if flat.dtype.kind not in "buif":
             raise self.unfit(name, rule, f"{flat.dtype}{_first(flat, flat == flat)}")
         whole = np.isfinite(flat) & (flat >= 0) & (flat == np.floor(flat)) & (flat < 2**31)
@@ -86,9 +86,9 @@ class Arrays:
                 f"{values.dtype} of shape {values.shape}",
             )
         if 0 in values.shape:
-            raise self.unfit(name, "holds at least one image", f"shape {values.shape}")
+            raise self.unfit(name, "must hold at least one image", f"shape {values.shape}")
         if values.ndim == 4 and values.shape[3] > 4 and values.shape[1] <= 4:
-            raise self.unfit(name, "has its channels last, (n, h, w, c)", f"shape {values.shape}")
+            raise self.unfit(name, "must have its channels last, (n, h, w, c)", f"shape {values.shape}")
         return values
 
     def columns(self, prefix: str, *, length: int, known: Mapping[str, object] | set[str]) -> dict[str, NDArray[Any]]:
@@ -107,7 +107,7 @@ class Arrays:
             if values.ndim != 1:
                 continue  # masks, means: nothing that divides samples
             if len(values) != length:
-                raise self.unfit(name, f"has a value for each of {length} samples", f"{len(values)} values")
+                raise self.unfit(name, f"must have a value for each of {length} samples", f"{len(values)} values")
             found[name.removeprefix(prefix)] = values
         return found
 

@@ -171,7 +171,9 @@ class FederatedDataModule(L.LightningDataModule):
         """Refuse what is not what the source promises."""
         if not isinstance(samples, Samples):
             raise DataError(
-                message("a source loads Samples", received=type(samples).__name__, fix="return Samples(x, y) from load")
+                message(
+                    "a source must load Samples", received=type(samples).__name__, fix="return Samples(x, y) from load"
+                )
             )
         if (
             samples.y is not None
@@ -180,7 +182,7 @@ class FederatedDataModule(L.LightningDataModule):
         ):
             raise DataError(
                 message(
-                    f"labels are numbers in [0, {self.num_classes}), one for each of class_names",
+                    f"labels must be numbers in [0, {self.num_classes}), one for each of class_names",
                     received=f"{int(samples.y.min())} to {int(samples.y.max())}",
                     fix="give the source a name for every class",
                 )
@@ -188,7 +190,7 @@ class FederatedDataModule(L.LightningDataModule):
         if tuple(samples.x.shape[1:]) != self.sample_shape:
             raise DataError(
                 message(
-                    f"the source promises samples of shape {list(self.sample_shape)}",
+                    f"samples of the source must have the shape {list(self.sample_shape)}",
                     received=list(samples.x.shape[1:]),
                     fix="set the source's image_size and channels to the data's",
                 )
@@ -203,7 +205,7 @@ class FederatedDataModule(L.LightningDataModule):
             without = "test" if samples.y is None else "train"
             raise DataError(
                 message(
-                    "both splits of a source have labels, or neither",
+                    "both splits of a source must have labels, or neither",
                     received=f"a {without} split without",
                     fix="give y for it, or leave it out of the other",
                 )
@@ -317,7 +319,7 @@ def check_shared_metadata(data: FederatedDataModule, found: Mapping[str, Any], *
         sizes = [len(values.get(name, ())) for values in (found, own)]
         raise CheckpointError(
             message(
-                f"a checkpoint is used with the {name} that it was trained with",
+                f"a checkpoint must be used with the {name} that it was trained with",
                 received=f"{path} with another {name} ({sizes[0]} entries, {sizes[1]} here)",
                 fix="use the data settings of that run, or train anew",
             )

@@ -39,7 +39,9 @@ def _walk(folder: Path, extensions: Container[str], *, above: frozenset[tuple[in
         entries = sorted(name for name in os.listdir(folder) if is_shown(name))  # noqa: PTH208 - str sorts faster
     except OSError as error:
         raise DataError(
-            message("every folder can be listed", received=f"{folder} ({reason(error)})", fix="check who may read it")
+            message(
+                "every folder must be listable", received=f"{folder} ({reason(error)})", fix="check who may read it"
+            )
         ) from error
     here = (facts.st_dev, facts.st_ino)
     if here in above:
@@ -51,7 +53,9 @@ def _walk(folder: Path, extensions: Container[str], *, above: frozenset[tuple[in
             yield from _walk(path, extensions, above=above | {here})
         elif path.suffix.lower() in extensions:
             if not stat.S_ISREG(mode):
-                raise DataError(message("what is named as a picture is a file", received=path, fix="move it elsewhere"))
+                raise DataError(
+                    message("what is named as a picture must be a file", received=path, fix="move it elsewhere")
+                )
             yield path
 
 
@@ -61,7 +65,7 @@ def _mode(path: Path) -> int:
     except OSError as error:
         raise DataError(
             message(
-                "everything in a folder of pictures is there, and every link leads somewhere",
+                "everything in a folder of pictures must be there, and every link must lead somewhere",
                 received=f"{path} ({reason(error)})",
                 fix="repair or remove it",
             )
@@ -151,8 +155,8 @@ def _two_readings(root: Path, paths: list[Path], what: str) -> DataError:
     names = ", ".join(str(path.relative_to(root)) for path in paths)
     return DataError(
         message(
-            "folders named train, val or test, or like that, are splits: train with test or val, alone, and directly "
-            "in data.source.root",
+            "folders named train, val or test, or like that, must be splits: train with test or val, alone, and "
+            "directly in data.source.root",
             received=f"{names} in {root}, splits or classes or clients ({what})",
             fix="move or rename folders, or set root to one of them; if they are classes, list all of these in "
             "data.source.class_names",

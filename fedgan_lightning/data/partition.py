@@ -38,14 +38,14 @@ class Partition(ABC):
         """
         if num_clients < 1:
             raise DataError(
-                message("a federation has at least one client", received=num_clients, fix="set num_clients")
+                message("a federation must have at least one client", received=num_clients, fix="set num_clients")
             )
         parts = self.assign(samples, num_clients=num_clients, generator=make_numpy_generator(seed, "partition"))
         for client_id, part in enumerate(parts):
             if len(part) < max(self.min_samples, 1):
                 raise DataError(
                     message(
-                        f"every client holds at least {max(self.min_samples, 1)} samples",
+                        f"every client must hold at least {max(self.min_samples, 1)} samples",
                         received=f"client {client_id} with {len(part)} under {type(self).__name__}",
                         fix="use fewer clients, another seed, a milder skew, or a smaller min_samples",
                     )
@@ -125,7 +125,7 @@ class ClassesPerClient(Partition):
         if not 1 <= self.num_classes <= len(classes):
             raise DataError(
                 message(
-                    f"classes per client lie between 1 and the {len(classes)} classes of the data",
+                    f"classes per client must lie between 1 and the {len(classes)} classes of the data",
                     received=self.num_classes,
                     fix="set the partition's num_classes in that range",
                 )
@@ -159,7 +159,7 @@ class ClassLists(Partition):
         if len(self.classes) != num_clients:
             raise DataError(
                 message(
-                    "ClassLists has one list per client",
+                    "ClassLists must have one list per client",
                     received=f"{len(self.classes)} lists for {num_clients} clients",
                     fix="set data.num_clients to the number of lists",
                 )
@@ -168,7 +168,7 @@ class ClassLists(Partition):
         if unknown:
             raise DataError(
                 message(
-                    "ClassLists names classes of the data",
+                    "ClassLists must name classes of the data",
                     received=f"unknown {unknown}",
                     fix="remove them from the lists",
                 )
@@ -193,7 +193,7 @@ class ClassMixes(Partition):
         if len(sizes) != len(mixes) or min(sizes, default=0) <= 0 or any(min(mix, default=-1) < 0 for mix in mixes):
             raise DataError(
                 message(
-                    "ClassMixes has a positive size and shares of classes for every client",
+                    "ClassMixes must have a positive size and shares of classes for every client",
                     received=f"sizes {list(sizes)}, mixes {[list(mix) for mix in mixes]}",
                     fix="give one size and one list of shares per client",
                 )
@@ -206,7 +206,7 @@ class ClassMixes(Partition):
         if len(self.sizes) != num_clients or any(len(mix) != len(held) or sum(mix) <= 0 for mix in self.mixes):
             raise DataError(
                 message(
-                    f"ClassMixes describes {num_clients} clients by shares of {len(held)} classes",
+                    f"ClassMixes must describe {num_clients} clients by shares of {len(held)} classes",
                     received=f"{len(self.sizes)} clients, mixes {self.mixes}",
                     fix="set data.num_clients, or the lists",
                 )
@@ -217,7 +217,7 @@ class ClassMixes(Partition):
         if absent := [label for label in range(len(held)) if asked[label] > 0 and held[label] == 0]:
             raise DataError(
                 message(
-                    "ClassMixes deals out classes of which there are samples",
+                    "ClassMixes must deal out classes of which there are samples",
                     received=f"shares of classes {absent}, of which there are none",
                     fix="set their shares to 0",
                 )
@@ -251,7 +251,7 @@ class QuantitySkew(Partition):
         if floor * num_clients > len(samples):
             raise DataError(
                 message(
-                    f"{num_clients} clients of at least {floor} samples need {floor * num_clients}",
+                    f"{num_clients} clients of at least {floor} samples must share at least {floor * num_clients}",
                     received=len(samples),
                     fix="use fewer clients or a smaller min_samples",
                 )
@@ -285,7 +285,7 @@ class Natural(Partition):
         else:
             raise DataError(
                 message(
-                    "a natural partition names a column of the data",
+                    "a natural partition must name a column of the data",
                     received=f"{self.column!r}",
                     fix=f"choose one of {sorted([*samples.columns, *(['label'] if samples.y is not None else [])])}",
                 )
@@ -294,7 +294,7 @@ class Natural(Partition):
         if len(values) < num_clients:
             raise DataError(
                 message(
-                    f"a natural partition has at most as many clients as values of {self.column!r}",
+                    f"a natural partition must have at most as many clients as values of {self.column!r}",
                     received=f"{num_clients} clients, {len(values)} values",
                     fix=f"set data.num_clients to {len(values)} or fewer",
                 )
@@ -325,7 +325,9 @@ class FeatureShift(Partition):
         if isinstance(self.base, FeatureShift):
             raise DataError(
                 message(
-                    "a client has one shift", received="FeatureShift of FeatureShift", fix="set both on one of them"
+                    "a client must have one shift",
+                    received="FeatureShift of FeatureShift",
+                    fix="set both on one of them",
                 )
             )
         self.contrast, self.brightness = contrast, brightness
@@ -334,7 +336,7 @@ class FeatureShift(Partition):
         if not (samples.is_image or samples.x.is_floating_point()):
             raise DataError(
                 message(
-                    "a feature shift moves pixels or measurements",
+                    "a feature shift must move pixels or measurements",
                     received=f"samples of {samples.x.dtype}, which are numbers of words or items",
                     fix="use its base alone",
                 )
@@ -357,7 +359,7 @@ def labels_of(samples: Samples, partition: Partition) -> Indices:
     if samples.y is None:
         raise DataError(
             message(
-                f"{type(partition).__name__} splits by label",
+                f"{type(partition).__name__} must have labels to split by",
                 received="a source without labels",
                 fix="use IID or QuantitySkew, or a source with labels",
             )

@@ -45,7 +45,9 @@ def read_picture(path: Path, *, channels: int, background: int = WHITE) -> Tenso
     """
     if channels not in (1, 3):
         raise DataError(
-            message("pictures are read with 1 or 3 channels", received=f"{channels} for {path}", fix="use such a model")
+            message(
+                "pictures must be read with 1 or 3 channels", received=f"{channels} for {path}", fix="use such a model"
+            )
         )
     try:
         with warnings.catch_warnings():  # of Pillow, without the file's name: what it can read is a picture
@@ -56,7 +58,7 @@ def read_picture(path: Path, *, channels: int, background: int = WHITE) -> Tenso
     except Exception as error:  # decoders raise whatever broken bytes make them
         raise DataError(
             message(
-                "every picture can be read",
+                "every picture must be readable",
                 received=f"{path} ({_reason(path, error)})",
                 fix="remove the file, or save it again as PNG",
             )
@@ -64,7 +66,7 @@ def read_picture(path: Path, *, channels: int, background: int = WHITE) -> Tenso
     if picture.mode[0] in "IF":  # Pillow would cut them off at 255: X-rays all white
         raise DataError(
             message(
-                "pictures have 8 bits a channel",
+                "pictures must have 8 bits a channel",
                 received=f"{path} of mode {picture.mode}",
                 fix="rescale the folder's pictures, with one window for all, before they are read",
             )

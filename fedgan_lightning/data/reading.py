@@ -26,12 +26,12 @@ def user_path(path: str | Path) -> Path:
         DataError: If there is no such home, or the path holds a NUL byte.
     """
     if "\0" in str(path):
-        raise DataError(message("a path has no NUL byte in it", received=repr(str(path)), fix="correct the path"))
+        raise DataError(message("a path must have no NUL byte in it", received=repr(str(path)), fix="correct the path"))
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise DataError(
-            message("~ stands for a home directory", received=f"{path} ({error})", fix="write the whole path")
+            message("~ must stand for a home directory", received=f"{path} ({error})", fix="write the whole path")
         ) from error
 
 
@@ -58,7 +58,7 @@ def check_encoding(encoding: str, *, option: str) -> None:
     except (LookupError, ValueError) as error:
         raise DataError(
             message(
-                f"{option} is an encoding that Python knows",
+                f"{option} must be an encoding that Python knows",
                 received=quoted(encoding),
                 fix="set utf-8, latin-1, cp1252 or utf-16, say",
             )
@@ -82,9 +82,11 @@ def read_text(path: Path, *, option: str, what: str, encoding: str = "utf-8", se
         data = path.read_bytes()
     except OSError as error:
         raise DataError(
-            message(f"{option} is {what} that can be read", received=f"{path} ({reason(error)})", fix="check the path")
+            message(
+                f"{option} must be {what} that can be read", received=f"{path} ({reason(error)})", fix="check the path"
+            )
         ) from error
-    rule, save = f"{option} is {what} in {encoding}", "save it as UTF-8"
+    rule, save = f"{option} must be {what} in {encoding}", "save it as UTF-8"
     beside = f", or set {option.rpartition('.')[0]}.encoding: " if settable else ""
     mark = next((name for bom, name in MARKS.items() if data.startswith(bom)), None)
     if mark and not codecs.lookup(encoding).name.startswith(mark):

@@ -38,12 +38,12 @@ class Samples:
     def __post_init__(self) -> None:
         if len(self.x) == 0:
             raise DataError(
-                message("a data set holds at least one sample", received="none", fix="check the source's path")
+                message("a data set must hold at least one sample", received="none", fix="check the source's path")
             )
         if self.y is not None and (self.y.dim() != 1 or self.y.is_floating_point() or self.y.is_complex()):
             raise DataError(
                 message(
-                    "labels are whole numbers of shape (n,), one for each sample",
+                    "labels must be whole numbers of shape (n,), one for each sample",
                     received=f"{self.y.dtype} of shape {tuple(self.y.shape)}",
                     fix="convert them",
                 )
@@ -51,7 +51,7 @@ class Samples:
         if self.y is not None and len(self.y) != len(self.x):
             raise DataError(
                 message(
-                    "every sample has one label",
+                    "every sample must have one label",
                     received=f"{len(self.x)} samples, {len(self.y)} labels",
                     fix="check the label file",
                 )
@@ -60,7 +60,7 @@ class Samples:
             if len(np.atleast_1d(column)) != len(self.x):
                 raise DataError(
                     message(
-                        "every column has a value for each sample",
+                        "every column must have a value for each sample",
                         received=f"{len(self.x)} samples, {len(np.atleast_1d(column))} values of {name}",
                         fix="check the source's columns",
                     )
@@ -69,7 +69,7 @@ class Samples:
             bad = (~torch.isfinite(self.x)).flatten(1).any(1)
             raise DataError(
                 message(
-                    "samples are finite numbers",
+                    "samples must be finite numbers",
                     received=f"NaN or infinity in {int(bad.sum())} of {len(self.x)} samples, "
                     f"first in sample {int(bad.int().argmax())}",
                     fix="clean the data or impute the values",
@@ -265,7 +265,7 @@ def check_batch_size(num_samples: int, *, batch_size: int, client_id: int) -> No
     if num_samples < batch_size:
         raise DataError(
             message(
-                f"every client needs at least one full minibatch of {batch_size} samples",
+                f"every client must have at least one full minibatch of {batch_size} samples",
                 received=f"client {client_id} with {num_samples}",
                 fix="lower data.batch_size, use fewer clients, or raise the partition's min_samples",
             )

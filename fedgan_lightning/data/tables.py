@@ -25,7 +25,7 @@ def check_delimiter(delimiter: str, *, option: str) -> str:
     found = "\t" if delimiter == r"\t" else delimiter
     if len(found) != 1 or found in '"\r\n\0\ufeff':
         raise DataError(
-            message(f"{option} is one character", received=quoted(delimiter), fix=r"set , or ; or | or \t, say")
+            message(f"{option} must be one character", received=quoted(delimiter), fix=r"set , or ; or | or \t, say")
         )
     return found
 
@@ -77,7 +77,7 @@ class Table:
             DataError: If one is missing, or there twice.
         """
         names = [unicodedata.normalize("NFC", name) for name in wanted]
-        rule = f"{self.path} has the columns {', '.join(names)}"
+        rule = f"{self.path} must have the columns {', '.join(names)}"
         missing = [name for name in names if name not in self.header]
         if missing:
             received = ", ".join(name or "(no name)" for name in self.header) or "no header"
@@ -112,7 +112,7 @@ class Table:
             if len(fields) != len(self.header):
                 raise DataError(
                     message(
-                        f"every row of {self.path} has as many fields as the header, {len(self.header)}",
+                        f"every row of {self.path} must have as many fields as the header, {len(self.header)}",
                         received=f"{len(fields)} in line {line}",
                         fix="repair the line; a field with the separator in it stands in double quotes",
                     )
@@ -128,7 +128,7 @@ class Table:
             except csv.Error as error:
                 raise DataError(
                     message(
-                        "a CSV file has quotes that close, and fields of an ordinary length",
+                        "a CSV file must have quotes that close, and fields of an ordinary length",
                         received=f"{self.path}, line {line} ({error})",
                         fix='repair the line; a quote within quotes is written ""',
                     )
@@ -167,7 +167,7 @@ class Table:
         """Return the error that a field is not what its column holds."""
         return DataError(
             message(
-                f"every value of {column} in {self.path} is {what}",
+                f"every value of {column} in {self.path} must be {what}",
                 received=f"{quoted(text) if text.strip() else 'an empty field'} in line {line}",
                 fix="repair or leave out the row",
             )

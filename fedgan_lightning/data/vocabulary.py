@@ -66,7 +66,7 @@ def contribution(
         DataError: If ``min_support`` is below 1.
     """
     if min_support < 1:
-        raise DataError(message("min_support is at least 1", received=min_support, fix="set 1 or more"))
+        raise DataError(message("min_support must be at least 1", received=min_support, fix="set 1 or more"))
     counts: Counter[str] = Counter()
     for sentence in sentences:
         counts.update(set(sentence) if once_per_sentence else sentence)
@@ -98,7 +98,7 @@ class Vocabulary:
         if self.words[:2] != SPECIAL or len(set(self.words)) != len(self.words):
             raise DataError(
                 message(
-                    f"a vocabulary begins with {END} and {UNKNOWN}, and holds every word once",
+                    f"a vocabulary must begin with {END} and {UNKNOWN}, and hold every word once",
                     received=f"{len(self.words)} words, first {', '.join(self.words[:2]) or 'none'}",
                     fix="use a vocabulary.json that a run wrote",
                 )
@@ -114,7 +114,9 @@ class Vocabulary:
         if max_words is not None and max_words <= len(SPECIAL):
             raise DataError(
                 message(
-                    "max_words counts two special words, so it is at least 3", received=max_words, fix="set 2000, say"
+                    "max_words must be at least 3, since it counts two special words",
+                    received=max_words,
+                    fix="set 2000, say",
                 )
             )
         ranked = sorted((word for word in counts if word not in SPECIAL), key=lambda word: (-counts[word], word))

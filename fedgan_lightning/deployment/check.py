@@ -95,17 +95,17 @@ def _reach(superlink: str, ca: Path) -> None:
             answer = client.post(url, content=b"", headers={"content-type": "application/protobuf"})
     except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            rule = f"the SuperLink, or a site's own proxy, has a certificate of {ca} for its name"
+            rule = f"the SuperLink, or a site's own proxy, must have a certificate of {ca} for its name"
             fix = "ask the consortium for its ca.crt, or for a certificate with this name (deploy keys --host)"
         else:
-            rule = "a site reaches the SuperLink, or a proxy in front of it, over TLS"
+            rule = "a site must reach the SuperLink, or a proxy in front of it, over TLS"
             fix = "see whether the server runs, then address, firewall and proxy"
         raise ConfigurationError(message(rule, received=f"{superlink}: {error}", fix=fix)) from error
     if answer.status_code != UNSIGNED or b"SuperNode" not in answer.content:
         fix = "see docs/deployment.md, and whether the server runs Flower 1.41 or 1.42"
         raise ConfigurationError(
             message(
-                "a SuperLink answers what is sent to it",
+                "a SuperLink must answer what is sent to it",
                 received=f"{answer.status_code} from {superlink}",
                 fix=WHY.get(answer.status_code, fix),
             )
@@ -116,7 +116,7 @@ def _check_writable(folder: Path) -> None:
     there = next(own for own in (folder.absolute(), *folder.absolute().parents) if own.exists())
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         fix = "choose another, or who may write there"
-        raise ConfigurationError(message("a site writes to its --state folder", received=folder, fix=fix))
+        raise ConfigurationError(message("the --state folder of a site must be writable", received=folder, fix=fix))
 
 
 def _built(config: Path, *, own: Path | None, client_id: int, state: Path) -> Site:
@@ -130,7 +130,7 @@ def _built(config: Path, *, own: Path | None, client_id: int, state: Path) -> Si
     except (MisconfigurationException, ValueError, IndexError, OSError) as error:
         raise ConfigurationError(
             message(
-                "a site can be built from its settings",
+                "the settings of a site must build it",
                 received=f"{type(error).__name__}: {' '.join(str(error).split())}",
                 fix=f"see {config}, and {own}" if own else f"see {config}, and --client-id",
             )
@@ -152,7 +152,7 @@ def _check_pair(certificate: Path, private: Path, *, authority: Path) -> None:
     if key.public_key() != found.public_key():
         raise ConfigurationError(
             message(
-                "a certificate and its key belong together",
+                "a certificate and its key must belong together",
                 received=f"{certificate} and {private}",
                 fix="take both from the same deploy keys",
             )
@@ -162,7 +162,7 @@ def _check_pair(certificate: Path, private: Path, *, authority: Path) -> None:
     except (InvalidSignature, ValueError, TypeError) as error:
         raise ConfigurationError(
             message(
-                "a site's certificate is of the federation's authority",
+                "a site's certificate must be of the federation's authority",
                 received=f"{certificate}, which {authority} did not sign",
                 fix="ask the consortium for the two that belong together",
             )

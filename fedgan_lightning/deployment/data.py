@@ -38,7 +38,7 @@ def _check_labels(widths: Mapping[int, int], *, num_classes: int) -> None:
     if wrong := sorted(client_id for client_id, width in widths.items() if width != wanted):
         raise ConfigurationError(
             message(
-                f"sites count samples of {wanted} labels",
+                f"sites must count samples of {wanted} labels",
                 received=f"{widths[wrong[0]]} from client {wrong[0]}",
                 fix="give server and sites the same class_names",
             )
@@ -114,7 +114,7 @@ class RemoteDataModule(FederatedDataModule):
         """
         raise ConfigurationError(
             message(
-                "samples of clients never come to the server",
+                "samples of clients must stay where they are",
                 received=f"a metric or picture that asks for those of client {client_id}",
                 fix="take it out of evaluation.metrics in a deployment",
             )

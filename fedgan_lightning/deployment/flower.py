@@ -21,7 +21,7 @@ from fedgan_lightning.protocol import ROUND_TRIP, ClientFailure, ClientTask, Cli
 
 #: Tag of the number of connected sites.
 CONNECTED = "sites/connected"
-#: Where the server notes, among a client's private state, which task it let in last.
+#: Where the server notes, among a client's private state, the last task whose update counted.
 ACCEPTED = "accepted/seed"
 
 
@@ -41,7 +41,7 @@ def refuse_exchange(context: ClientContext) -> None:
     if found := sorted({name for name, sync in context.policy.sync.items() if sync == "exchange"}):
         raise ConfigurationError(
             message(
-                "sites of a deployment keep their own networks",
+                "sites of a deployment must keep their own networks",
                 received=f"federation.sync.{found[0]}: exchange",
                 fix="set it to average or local, or run the federation in simulation",
             )
@@ -64,7 +64,7 @@ class FlowerExecutor(Executor):
         self._overdue: dict[str, Sent] = {}
 
     def setup(self, context: ClientContext) -> None:
-        context.ranks.refuse_several("the server of a deployment is one process")
+        context.ranks.refuse_several("the server of a deployment must be one process")
         refuse_exchange(context)
         self._context = context
 

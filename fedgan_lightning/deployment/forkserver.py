@@ -102,7 +102,7 @@ def serve(path: str) -> None:
 
 
 def _answer(link: socket.socket, program: Any) -> NoReturn:
-    """Be the program that somebody has started: with his arguments, streams, environment, folder, and as long as he."""
+    """Acts as ``flwr-clientapp`` for the calling process: takes its arguments, streams, environment and folder."""
     code = 1
     try:
         end_with_parent(signal.SIGKILL)()

@@ -157,7 +157,7 @@ def _public_half(path: Path) -> bytes:
     key = read_pem(path, lambda data: serialization.load_ssh_private_key(data, password=None))
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ConfigurationError(
-            message("Flower takes node keys on elliptic curves", received=path, fix="ssh-keygen -t ecdsa -b 384")
+            message("node keys of Flower must be on elliptic curves", received=path, fix="ssh-keygen -t ecdsa -b 384")
         )
     public: bytes = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     return public
@@ -178,7 +178,7 @@ def check_valid(path: Path) -> None:
         fix = "the consortium makes another authority with deploy keys, in an empty folder, and gives it to all"
     if end < _now():
         raise ConfigurationError(
-            message("certificates are valid", received=f"{path}, which ended on {end:%Y-%m-%d}", fix=fix)
+            message("certificates must be valid", received=f"{path}, which ended on {end:%Y-%m-%d}", fix=fix)
         )
     if end < _now() + datetime.timedelta(days=NOTICE_DAYS):
         logger.warning(f"{path} ends on {end:%Y-%m-%d}: {fix}")
@@ -197,7 +197,7 @@ def _key_of_site(path: Path) -> Any:
     if not path.with_suffix(".pub").exists():
         raise ConfigurationError(
             message(
-                "a site that makes its own keys gives both public ones",
+                "a site that makes its own keys must give both public ones",
                 received=f"{request} without {path.name}.pub",
                 fix="ask the site for it",
             )
@@ -205,7 +205,7 @@ def _key_of_site(path: Path) -> Any:
     found = read_pem(request, x509.load_pem_x509_csr)
     if not found.is_signature_valid:
         raise ConfigurationError(
-            message("a request is signed with its own key", received=request, fix="ask the site to make it again")
+            message("a request must be signed with its own key", received=request, fix="ask the site to make it again")
         )
     return _strong(found.public_key(), request)
 
@@ -217,7 +217,7 @@ def _strong(public: Any, path: Path) -> Any:
     if bits < (RSA_BITS if isinstance(public, rsa.RSAPublicKey) else CURVE_BITS):
         raise ConfigurationError(
             message(
-                f"keys have {CURVE_BITS} bits on a curve, {RSA_BITS} with RSA",
+                f"keys must have {CURVE_BITS} bits on a curve, {RSA_BITS} with RSA",
                 received=f"{bits} in {path}",
                 fix="ask the site for another request",
             )
@@ -258,7 +258,7 @@ def _authority_in(folder: Path) -> tuple[Any, Any]:
         if not (folder / missing).exists():
             raise ConfigurationError(
                 message(
-                    "an authority signs with its key, and is known by its certificate",
+                    "an authority must have its key and its certificate",
                     received=f"{folder} with {here} and without {missing}",
                     fix=f"bring {missing} from where it is kept, and take ca.key away again afterwards",
                 )
@@ -268,7 +268,7 @@ def _authority_in(folder: Path) -> tuple[Any, Any]:
     if key.public_key() != certificate.public_key():
         raise ConfigurationError(
             message(
-                "an authority's key and certificate belong together",
+                "an authority's key and certificate must belong together",
                 received=f"ca.key and ca.crt of two authorities in {folder}",
                 fix="bring the key of the certificate that the sites have",
             )
@@ -287,7 +287,9 @@ def read_pem(path: Path, reader: Callable[[bytes], Any]) -> Any:
     except (ValueError, TypeError, OSError) as error:
         raise ConfigurationError(
             message(
-                "keys, certificates and requests are PEM files", received=f"{path} ({error})", fix="ask for it again"
+                "keys, certificates and requests must be PEM files",
+                received=f"{path} ({error})",
+                fix="ask for it again",
             )
         ) from error
 

@@ -76,9 +76,9 @@ def _check_flower() -> None:
     if programs.program("flower-superlink") is None:
         raise ConfigurationError(
             message(
-                "a federation between machines runs on Flower",
+                "Flower must be installed for a federation between machines",
                 received="an environment without it",
-                fix="pip install 'fedgan-lightning[flower]' (Python 3.11 or later)",
+                fix="run pip install 'fedgan-lightning[flower]' (Python 3.11 or later)",
             )
         )
 
@@ -107,7 +107,7 @@ def _site(options: argparse.Namespace, others: list[str]) -> int:
     programs.check_address(options.superlink)
     if options.client_id < 0:
         fix = "give each site its number, from 0 on"
-        raise ConfigurationError(message("--client-id is at least 0", received=options.client_id, fix=fix))
+        raise ConfigurationError(message("--client-id must be at least 0", received=options.client_id, fix=fix))
     own = () if options.tls is None else programs.pair(options.tls)
     for path in filter(None, (options.ca, options.key, options.config, options.site, *own)):
         programs.check_file(path)

@@ -132,7 +132,9 @@ def register(home: Path, keys: Path, port: int) -> None:
         if done.returncode and "already" not in (done.stdout + done.stderr):
             raise ConfigurationError(
                 message(
-                    "a site's key can be registered", received=f"{path}: {done.stdout}{done.stderr}", fix="see above"
+                    "a site's key must be fit to be registered",
+                    received=f"{path}: {done.stdout}{done.stderr}",
+                    fix="see above",
                 )
             )
 
@@ -176,7 +178,9 @@ def await_superlink(port: int, keys: Path | None, process: subprocess.Popen) -> 
         time.sleep(0.3)
     raise ConfigurationError(
         message(
-            "the SuperLink starts", received=f"no answer on port {port}", fix="read superlink.log, try another --port"
+            "the SuperLink must start",
+            received=f"no answer on port {port}",
+            fix="read superlink.log, try another --port",
         )
     )
 
@@ -197,7 +201,7 @@ def await_port(host: str, port: int, *, seconds: float | None = None) -> None:
                 if time.monotonic() > deadline:
                     raise ConfigurationError(
                         message(
-                            "one server listens on a port",
+                            "a port must have one server that listens",
                             received=f"{host}:{port} ({error.strerror or error})",
                             fix="end the one that runs there, or choose another --port",
                         )
@@ -286,7 +290,7 @@ def check_file(path: Path) -> None:
         ConfigurationError: If there is none.
     """
     if not path.is_file():
-        raise ConfigurationError(message("files that are named exist", received=path, fix="check the path"))
+        raise ConfigurationError(message("files that are named must exist", received=path, fix="check the path"))
 
 
 def check_address(address: str) -> None:
@@ -298,7 +302,7 @@ def check_address(address: str) -> None:
     host, _, port = address.rpartition(":")
     if not host or not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
         raise ConfigurationError(
-            message("a SuperLink is named HOST:PORT", received=address, fix="write localhost:8000")
+            message("a SuperLink must be named HOST:PORT", received=address, fix="write localhost:8000")
         )
 
 

@@ -40,7 +40,7 @@ class SecureExecutor(Executor):
         self._checks: UpdateChecks | None = None
 
     def setup(self, context: ClientContext) -> None:
-        context.ranks.refuse_several("the server of a deployment is one process")
+        context.ranks.refuse_several("the server of a deployment must be one process")
         refuse_exchange(context)
         self._context, self._checks = context, UpdateChecks(context)
 
@@ -148,7 +148,7 @@ class SecureSurvey:
             causes = [f"client {k} ({stage}: {cause})" for k, (stage, cause) in sorted(found.lost.items())]
             raise QuorumError(
                 message(
-                    "every site is in the sums that the evaluation asks for",
+                    "every site must be in the sums that the evaluation asks for",
                     received="; ".join(causes),
                     fix="look at their logs, and start again with --ckpt_path last",
                 )

@@ -106,11 +106,11 @@ class Session:
         known = self._read(session, ADVERTISED)
         keys = [key for own in members.values() for key in (own.mask, own.seal)]
         if members.get(self.client_id) != known.members[self.client_id] or len(set(keys)) < len(keys):
-            raise _refused("members have keys of their own", "equal ones, or others than this site's")
+            raise _refused("members must have keys of their own", "equal ones, or others than this site's")
         if len(members) < FEWEST:
-            raise _refused(f"a session has at least {FEWEST} members", len(members))
+            raise _refused(f"a session must have at least {FEWEST} members", len(members))
         if min(own.num_examples for own in members.values()) < 1:
-            raise _refused("members count at least one example", min(own.num_examples for own in members.values()))
+            raise _refused("members must count at least one example", min(own.num_examples for own in members.values()))
         needed, seed = self.secure.needed(len(members)), secrets.token_bytes(masking.SEED_BYTES)
         split = [masking.split(secret, needed=needed, number=len(members)) for secret in (seed, known.keys.mask)]
         shares = {k: Shares(*pair) for k, pair in zip(sorted(members), zip(*split))}
@@ -134,9 +134,9 @@ class Session:
         """
         known = self._read(session, SHARED)
         if not {*sealed} <= {*known.members} - {self.client_id}:
-            raise _refused("shares come from other members", sorted(sealed))
+            raise _refused("shares must come from other members", sorted(sealed))
         if len(sealed) + 1 < self.secure.needed(len(known.members)):
-            raise _refused(f"{self.secure.needed(len(known.members))} members are left", len(sealed) + 1)
+            raise _refused(f"{self.secure.needed(len(known.members))} members must be left", len(sealed) + 1)
         told = masking.transcript(session, known.members)
         assert known.own is not None
         held = {self.client_id: known.own}
@@ -145,7 +145,7 @@ class Session:
             try:
                 held[k] = Shares.opened(text, secret, source=k, destination=self.client_id, under=told)
             except ValueError as error:
-                raise _refused("shares are for this session and its members", error) from error
+                raise _refused("shares must be for this session and its members", error) from error
         # From here on nothing but the answer to the last message is left to be asked for: no vector is masked twice.
         self._write(
             Secrets(session, MASKED, known.num_examples, known.keys, known.members, known.seed, known.own, held)
@@ -187,9 +187,9 @@ class Session:
         self.path.unlink()
         left = {*survivors}
         if self.client_id not in left or not left <= {*known.held}:
-            raise _refused("survivors are members whose shares are known", sorted(left))
+            raise _refused("survivors must be members whose shares are known", sorted(left))
         if len(left) < self.secure.needed(len(known.members)):
-            raise _refused(f"{self.secure.needed(len(known.members))} members are left", len(left))
+            raise _refused(f"{self.secure.needed(len(known.members))} members must be left", len(left))
         return {k: own.seed if k in left else own.key for k, own in known.held.items()}
 
     # ------------------------------------------------------------------ on disk
@@ -198,7 +198,7 @@ class Session:
         known = Secrets.from_text(self.path.read_text()) if self.path.exists() else None
         if known is None or known.session != session or known.stage != stage:
             have = "none" if known is None else f"session {known.session}, {known.stage}"
-            raise _refused(f"session {session} is {stage} and goes on from there, once", have)
+            raise _refused(f"session {session} must be {stage} and go on from there, once", have)
         return known
 
     def _write(self, known: Secrets) -> None:

@@ -114,7 +114,7 @@ class Site:
         if part is None and not data.source.has_shared_metadata:
             raise ConfigurationError(
                 message(
-                    "sites agree on what samples mean before they train",
+                    "sites must agree on what samples mean before they train",
                     received=f"a {type(data.source).__name__} without its list of words or items",
                     fix="name the same data.source.vocabulary (text) or items (interactions) everywhere",
                 )
@@ -159,7 +159,7 @@ class Site:
 
         Args:
             task: The task.
-            accepted: Seed of the last task whose update the server let in: the private state goes on from there.
+            accepted: Seed of the last task whose update counted: the private state goes on from there.
             digest: The server's hash of what all share.
 
         Raises:
@@ -169,7 +169,7 @@ class Site:
         if digest != self.digest:
             raise ConfigurationError(
                 message(
-                    f"server and sites share {wire.SHARED}",
+                    f"server and sites must share {wire.SHARED}",
                     received=f"{self.digest} here, {digest} at the server",
                     fix="give all of them the same configuration file, class_names and list of words or items",
                 )
@@ -244,14 +244,18 @@ class Site:
         if asked not in QUESTIONS:
             known = ", ".join(QUESTIONS)
             raise ConfigurationError(
-                message(f"a site answers {known}", received=asked, fix="install the same version everywhere")
+                message(
+                    f"a question to a site must be one of {known}",
+                    received=asked,
+                    fix="install the same version everywhere",
+                )
             )
         respondent = QueryContext(self.data.view, self.whole, self.module)
         found = QUESTIONS[asked].read(facts, state, respondent).answer(respondent)
         if not is_masked and int(found[COUNT]) < FEWEST_SAMPLES:
             raise ConfigurationError(
                 message(
-                    f"a site tells sums over at least {FEWEST_SAMPLES} samples",
+                    f"a site must tell sums over at least {FEWEST_SAMPLES} samples",
                     received=f"{int(found[COUNT])} for {asked}",
                     fix="take the metric out of evaluation.metrics, or raise its number of samples",
                 )
@@ -270,7 +274,7 @@ class Site:
         if options.secure is None:
             raise ConfigurationError(
                 message(
-                    "a site takes part in secure aggregation where its own configuration says so",
+                    "a site's own configuration must say so before it takes part in secure aggregation",
                     received="federation.secure=null",
                     fix="give server and sites the same configuration file",
                 )
@@ -288,7 +292,7 @@ class Site:
         if self.orchestrator.secure is not None:
             raise ConfigurationError(
                 message(
-                    "a site whose configuration has federation.secure answers under masks",
+                    "a site whose configuration has federation.secure must answer under masks",
                     received="a question outside of a session",
                     fix="give server and sites the same configuration file",
                 )
@@ -327,7 +331,7 @@ class Site:
         return load_file(path) if path.exists() else {}
 
     def _keep(self, seed: int, state: State, accepted: int) -> None:
-        """Keep the state after this task; forget old ones, but never the last that the server let in."""
+        """Keep the state after this task; forget old ones, but never the last that counted."""
         if not state:
             return
         self.state_dir.mkdir(parents=True, exist_ok=True)

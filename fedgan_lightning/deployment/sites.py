@@ -83,7 +83,7 @@ class Sites:
         refused = "; ".join(dict.fromkeys(self._refused.values()))
         return QuorumError(
             message(
-                f"a federation begins when its {self.num_clients} sites are there",
+                f"a federation must have its {self.num_clients} sites there to begin",
                 received=f"none for clients {missing} within {JOIN_SECONDS:.0f} s"
                 + (f", and {len(self._refused)} refused: {refused}" if refused else ""),
                 fix=("mend those, " if refused else "") + "start their SuperNodes, or lower data.num_clients",
@@ -285,7 +285,7 @@ def _incomplete(causes: Mapping[int, str]) -> QuorumError:
     """Return the error that sums are not those of all sites, by client and cause."""
     return QuorumError(
         message(
-            "every site answers what the evaluation asks",
+            "every site must answer what the evaluation asks",
             received=f"no sums from clients {sorted(causes)} ({'; '.join(dict.fromkeys(causes.values()))})",
             fix="look at their logs, and start again with --ckpt_path last",
         )

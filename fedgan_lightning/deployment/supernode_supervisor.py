@@ -102,10 +102,10 @@ def kept(command: Sequence[str]) -> list[str]:
 def _hopeless(code: int, *, has_lost_starter: bool) -> ConfigurationError:
     """Return the error of a SuperNode that ended with this code again and again."""
     if has_lost_starter:
-        rule = f"a SuperNode has a {STARTER}, which starts a process for every task"
+        rule = f"a SuperNode must have a {STARTER}, which starts a process for every task"
         fix = "read what it said last; check the installation, and --tls where it is given"
         return ConfigurationError(message(rule, received="one that ended again and again", fix=fix))
-    rule = "a site is let in with a key that the server knows, over a certificate of its authority"
+    rule = "a site must have a key that the server knows, over a certificate of its authority"
     fix = "read what it said last; compare --key with the server's *.pub, and --ca with its ca.crt"
     return ConfigurationError(message(rule, received=f"a SuperNode that ended with {code} again and again", fix=fix))
 

@@ -70,7 +70,7 @@ def from_task(task: ClientTask, *, accepted: int, digest: str) -> Any:
 
     Args:
         task: The task.
-        accepted: Seed of the last task whose update the server let in; -1 for none.
+        accepted: Seed of the last task whose update counted; -1 for none.
         digest: Hash of what both sides must share.
     """
     facts: dict[str, Any] = {
@@ -89,7 +89,7 @@ def from_task(task: ClientTask, *, accepted: int, digest: str) -> Any:
 
 
 def to_task(records: Any) -> tuple[ClientTask, int]:
-    """Return the task, and the seed of the last task whose update was let in."""
+    """Return the task, and the seed of the last task whose update counted."""
     facts = facts_of(records)
     task = ClientTask(
         client_id=int(facts["client_id"]),

@@ -72,7 +72,9 @@ class Evaluation(L.Callback):
         if not isinstance(data, FederatedDataModule):
             raise ConfigurationError(
                 message(
-                    "Evaluation reads a FederatedDataModule", received=type(data).__name__, fix="pass one as datamodule"
+                    "Evaluation must have a FederatedDataModule to read",
+                    received=type(data).__name__,
+                    fix="pass one as datamodule",
                 )
             )
         if data is not self._data:
@@ -226,6 +228,6 @@ def _warn_of_silence(pl_module: L.LightningModule, metrics: Sequence[Metric]) ->
         warnings.warn(
             "a generator that needs conditions makes no samples from noise alone: "
             f"{', '.join(type(own).__name__ for own in metrics)} measure nothing. "
-            "Fix: set evaluation.metrics to what reads the model itself, such as Completion or RankingQuality",
+            "Set evaluation.metrics to what reads the model itself, such as Completion or RankingQuality",
             stacklevel=3,
         )

@@ -54,7 +54,7 @@ class HeldAbsentGap(L.Callback):
         if not hasattr(model, "discriminator") or getattr(data, "num_classes", 0) < 2:
             raise ConfigurationError(
                 message(
-                    "HeldAbsentGap needs a discriminator and labelled data",
+                    "HeldAbsentGap must have a discriminator and labelled data",
                     received=f"{type(model).__name__}, {getattr(data, 'num_classes', 0)} classes",
                     fix="take it out of trainer.callbacks",
                 )
@@ -63,7 +63,7 @@ class HeldAbsentGap(L.Callback):
         if getattr(orchestrator, "secure", None) is not None:
             raise ConfigurationError(
                 message(
-                    "HeldAbsentGap looks at single updates",
+                    "HeldAbsentGap must see single updates",
                     received="secure aggregation, which hides them",
                     fix="take it out of trainer.callbacks",
                 )

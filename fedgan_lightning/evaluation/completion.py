@@ -116,7 +116,7 @@ def pictures_with_holes(
     if len(data.sample_shape) != 3:
         raise ConfigurationError(
             message(
-                "pictures are completed",
+                "what is completed must be pictures",
                 received=f"samples of shape {list(data.sample_shape)}",
                 fix="use an image source",
             )
@@ -145,7 +145,7 @@ def check_completes(model: nn.Module) -> None:
     if not isinstance(condition, InpaintingMask):
         raise ConfigurationError(
             message(
-                "pictures are completed by a GAN whose condition is InpaintingMask",
+                "pictures must be completed by a GAN whose condition is InpaintingMask",
                 received=f"{type(model).__name__} with condition {type(condition).__name__}",
                 fix="set model.condition: InpaintingMask, and InpaintingGenerator; or leave Completion out",
             )

@@ -47,7 +47,7 @@ class SyntheticTraining(Metric):
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
         if data.num_classes < 2 or data.test_samples.y is None:
             raise ConfigurationError(
-                message("SyntheticTraining needs labelled data", received="no labels", fix="leave it out")
+                message("SyntheticTraining must have labelled data", received="no labels", fix="leave it out")
             )
         self.test, self.train, self.num_classes = data.test_samples, data.train_samples, data.num_classes
         return {}
@@ -103,7 +103,7 @@ class ClientAugmentation(Metric):
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
         if data.num_classes < 2 or data.test_samples.y is None:
             raise ConfigurationError(
-                message("ClientAugmentation needs labelled data", received="no labels", fix="leave it out")
+                message("ClientAugmentation must have labelled data", received="no labels", fix="leave it out")
             )
         self.is_image, self.num_classes = data.train_samples.is_image, data.num_classes
         smallest = min(range(data.num_clients), key=data.num_examples)
@@ -111,7 +111,7 @@ class ClientAugmentation(Metric):
             if not 0 <= client_id < data.num_clients:
                 raise ConfigurationError(
                     message(
-                        f"ClientAugmentation names clients 0 to {data.num_clients - 1}",
+                        f"ClientAugmentation must name clients 0 to {data.num_clients - 1}",
                         received=client_id,
                         fix="change its clients",
                     )

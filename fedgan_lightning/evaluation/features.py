@@ -111,7 +111,7 @@ class ClassifierFeatures(FeatureNet):
         if samples.y is None or num_classes < 2:
             raise ConfigurationError(
                 message(
-                    "ClassifierFeatures needs labelled data of at least two classes",
+                    "ClassifierFeatures must have labelled data of at least two classes",
                     received=f"{num_classes} classes",
                     fix="use PixelFeatures or InceptionFeatures",
                 )
@@ -162,7 +162,7 @@ class InceptionFeatures(FeatureNet):
         if not samples.is_image or shape[0] not in (1, 3):
             raise ConfigurationError(
                 message(
-                    "InceptionFeatures needs images of 1 or 3 channels",
+                    "InceptionFeatures must have images of 1 or 3 channels",
                     received=f"{samples.x.dtype} data of shape {list(shape)}",
                     fix="use PixelFeatures",
                 )
@@ -174,9 +174,9 @@ class InceptionFeatures(FeatureNet):
         except (OSError, ModuleNotFoundError, RuntimeError) as error:
             raise ConfigurationError(
                 message(
-                    "InceptionFeatures needs torch-fidelity and the Inception weights",
+                    "InceptionFeatures must have torch-fidelity and the Inception weights",
                     received=f"weights_path={self.weights_path} ({type(error).__name__}: {str(error).splitlines()[0]})",
-                    fix="pip install 'fedgan-lightning[inception]', and set weights_path to a local file where offline",
+                    fix="run pip install 'fedgan-lightning[inception]', and set weights_path where offline",
                 )
             ) from error
         digest = "torch-fidelity"

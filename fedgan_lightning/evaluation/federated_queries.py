@@ -119,7 +119,7 @@ class FederatedQuery(ABC):
         if reason is not None:
             raise ConfigurationError(
                 message(
-                    f"sites answer {self.kind} with finite sums of shapes {wanted}",
+                    f"sites must answer {self.kind} with finite sums of shapes {wanted}",
                     received=f"{reason} from {who}",
                     fix="install the same version everywhere, and look for NaN in the data",
                 )

@@ -61,7 +61,7 @@ def frechet_distance(real: FeatureSums, fake: FeatureSums) -> float:
     if min(real.count, fake.count) < 2:
         raise SampleSizeError(
             message(
-                "a Fréchet distance needs at least two samples on both sides",
+                "a Fréchet distance must have at least two samples on both sides",
                 received=f"{real.count} real, {fake.count} to compare with",
                 fix="raise evaluation.num_samples, or the number of real samples",
             )

@@ -150,7 +150,7 @@ class PrecisionRecall(Metric):
         if len(self.held_out) <= self.k:
             raise SampleSizeError(
                 message(
-                    "PrecisionRecall needs more than k test samples",
+                    "PrecisionRecall must have more than k test samples",
                     received=f"{len(self.held_out)} in the test split, k={self.k}",
                     fix="lower k, raise the source's test_fraction, or add samples",
                 )
@@ -164,7 +164,7 @@ class PrecisionRecall(Metric):
     def compute(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
         if len(samples) <= self.k:
             raise ConfigurationError(
-                message("PrecisionRecall needs more than k samples", received=len(samples), fix="raise num_samples")
+                message("PrecisionRecall must have more than k samples", received=len(samples), fix="raise num_samples")
             )
         fakes = torch.cat(list(self._features(samples.split(CHUNK))))
         reach = neighbours.radii(fakes, k=self.k)
@@ -234,7 +234,7 @@ class IntraClassDistance(Metric):
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
         if data.num_classes < 2:
             raise ConfigurationError(
-                message("IntraClassDistance needs labelled data", received="no labels", fix="leave it out")
+                message("IntraClassDistance must have labelled data", received="no labels", fix="leave it out")
             )
         self.net = suitable(self.features, data).build(data.train_samples, num_classes=data.num_classes).to(device)
         self.real = {}
@@ -248,7 +248,7 @@ class IntraClassDistance(Metric):
         if floor is None:
             raise SampleSizeError(
                 message(
-                    "IntraClassDistance needs a class with two samples in both splits",
+                    "IntraClassDistance must have a class with two samples in both splits",
                     received="none",
                     fix="raise the source's test_fraction, or add samples",
                 )

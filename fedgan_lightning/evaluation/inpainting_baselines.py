@@ -43,7 +43,9 @@ def telea_fill(pictures: Tensor, mask: Tensor) -> Tensor:
     except ImportError as error:
         raise ConfigurationError(
             message(
-                "Telea's method is OpenCV's", received="no module cv2", fix="pip install 'fedgan-lightning[editing]'"
+                "OpenCV must be installed for Telea's method",
+                received="no module cv2",
+                fix="run pip install 'fedgan-lightning[editing]'",
             )
         ) from error
 

@@ -82,7 +82,7 @@ def kernel_sums(batches: Iterable[Tensor], *, num_features: int) -> KernelSums:
     if num_features > MOST_FEATURES:
         raise ConfigurationError(
             message(
-                f"the exact kernel distance over clients takes at most {MOST_FEATURES} features",
+                f"the exact kernel distance over clients must have at most {MOST_FEATURES} features",
                 received=num_features,
                 fix="use ClassifierFeatures or PixelFeatures",
             )
@@ -111,7 +111,7 @@ def kernel_distance(real: KernelSums, fake: KernelSums) -> float:
     if min(real.count, fake.count) < 2:
         raise SampleSizeError(
             message(
-                "a kernel distance needs at least two samples on both sides",
+                "a kernel distance must have at least two samples on both sides",
                 received=f"{real.count} real, {fake.count} to compare with",
                 fix="raise evaluation.num_samples, or the number of real samples",
             )

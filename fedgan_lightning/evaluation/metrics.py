@@ -164,7 +164,7 @@ class ModeCoverage(Metric):
         if not hasattr(source, "centres"):
             raise ConfigurationError(
                 message(
-                    "ModeCoverage needs a source with known modes",
+                    "ModeCoverage must have a source with known modes",
                     received=type(source).__name__,
                     fix="use SlicedWasserstein or FrechetDistance",
                 )
@@ -234,7 +234,7 @@ def is_enough(test: Samples, *, for_what: str, least: int = 2) -> bool:
     if len(test) < least:
         logger.warning(
             f"{for_what} are left out: the test split has {len(test)} of the {least} samples that they need. "
-            "Fix: raise the source's test_fraction, or add samples"
+            "Raise the source's test_fraction, or add samples"
         )
     return len(test) >= least
 
@@ -248,7 +248,7 @@ def check_reals(count: int, *, of: str, least: int = 2, split: str = "training")
     if count < least:
         raise SampleSizeError(
             message(
-                f"{of} needs at least {least} samples in the {split} split",
+                f"{of} must have at least {least} samples in the {split} split",
                 received=count,
                 fix=f"{'raise' if split == 'test' else 'lower'} the source's test_fraction, or add samples",
             )

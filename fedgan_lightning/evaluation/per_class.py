@@ -78,7 +78,7 @@ class ClientDistances(Metric):
         if not data.has_client_sums:
             raise ConfigurationError(
                 message(
-                    "ClientDistances needs sums of features client by client",
+                    "ClientDistances must have sums of features client by client",
                     received="secure aggregation, which hides them",
                     fix="take it out of evaluation.metrics",
                 )

@@ -28,7 +28,7 @@ def to_facts(net: FrozenNet) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return {"kind": "pixels", "side": int(pools[0].output_size) if pools else 0}, {}  # type: ignore[arg-type]
     raise ConfigurationError(
         message(
-            "sites of a federation compute features by the small classifier or by pixels",
+            "sites of a federation must compute features by the small classifier or by pixels",
             received=net.name,
             fix="use ClassifierFeatures or PixelFeatures in evaluation.metrics",
         )

@@ -47,7 +47,7 @@ class RankingQuality(Metric):
         if not int(counts[COUNT]):
             raise ConfigurationError(
                 message(
-                    "some user has training and held-out interactions",
+                    "some user must have training and held-out interactions",
                     received="none of the clients' users",
                     fix="raise data.source.holdout_fraction",
                 )
@@ -184,7 +184,7 @@ def histories_in(view: ClientSamples, data: FederatedDataModule) -> tuple[Tensor
     if users is None or "user" not in data.test_samples.columns:
         raise ConfigurationError(
             message(
-                "RankingQuality needs the same users in both splits, by a column user",
+                "RankingQuality must have the same users in both splits, by a column user",
                 received=type(data.source).__name__,
                 fix="use it with data.source Interactions",
             )
@@ -208,7 +208,7 @@ def preferences(model: nn.Module, purchases: Tensor) -> Tensor:
     if condition is None or sample is None:
         raise ConfigurationError(
             message(
-                "rankings need a GAN whose condition are the user's purchases",
+                "rankings must come from a GAN whose condition are the user's purchases",
                 received=f"{type(model).__name__} without a condition",
                 fix="set model.condition: CFGANCondition, or leave RankingQuality out of evaluation.metrics",
             )

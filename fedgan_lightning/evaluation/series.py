@@ -39,7 +39,7 @@ class ProfileCentroids(Metric):
             if len(rows) < self.k:
                 raise SampleSizeError(
                     message(
-                        f"{self.k} centroids need as many {split} samples",
+                        f"{self.k} centroids must have as many {split} samples",
                         received=len(rows),
                         fix="lower k, change the source's test_fraction, or add samples",
                     )
@@ -52,7 +52,7 @@ class ProfileCentroids(Metric):
         if len(samples) < self.k:
             raise ConfigurationError(
                 message(
-                    f"{self.k} centroids need as many generated samples",
+                    f"{self.k} centroids must have as many generated samples",
                     received=len(samples),
                     fix="raise evaluation.num_samples, or lower k",
                 )

@@ -207,7 +207,7 @@ class HeldOutLikelihood(Metric):
         if network.num_words < self.num_words:
             raise ConfigurationError(
                 message(
-                    "the networks know all words of the vocabulary",
+                    "the networks must know all words of the vocabulary",
                     received=f"num_words={network.num_words}, a vocabulary of {self.num_words}",
                     fix="set num_words of the networks and the codec, and data.source.max_words, to one value",
                 )
@@ -235,7 +235,7 @@ def _vocabulary(data: FederatedDataModule, metric: Metric) -> Vocabulary:
     if found is None:
         raise ConfigurationError(
             message(
-                f"{type(metric).__name__} reads text",
+                f"{type(metric).__name__} must have text to read",
                 received=f"{type(data.source).__name__} without a vocabulary",
                 fix="use it with TextFile",
             )
@@ -250,5 +250,5 @@ def drawn(ids: Tensor, count: int) -> Tensor:
 
 def _positive(count: int) -> int:
     if count < 2:
-        raise ConfigurationError(message("max_sentences is at least 2", received=count, fix="set 500, say"))
+        raise ConfigurationError(message("max_sentences must be at least 2", received=count, fix="set 500, say"))
     return count

@@ -35,7 +35,7 @@ def check_watchers(callbacks: Iterable[Any], *, measured: Collection[str], every
             if not others_log and not watched.startswith("train/") and type(own).__module__.startswith("lightning."):
                 raise ConfigurationError(
                     message(
-                        f"{name} watches a metric of the evaluation, or train/loss_d and the like",
+                        f"{name} must watch a metric of the evaluation, or train/loss_d and the like",
                         received=f"monitor={watched}",
                         fix=f"choose from {', '.join(sorted(measured)) or 'those of training'}",
                     )
@@ -46,7 +46,7 @@ def check_watchers(callbacks: Iterable[Any], *, measured: Collection[str], every
             more = f", or every_n_epochs of {name} to {every_n_rounds}" if isinstance(own, ModelCheckpoint) else ""
             raise ConfigurationError(
                 message(
-                    f"{name} looks at {watched} in rounds in which it is measured",
+                    f"{name} must look at {watched} in rounds in which it is measured",
                     received=f"evaluation.every_n_rounds={every_n_rounds} for a look every "
                     + ("round" if looks == 1 else f"{looks} rounds"),
                     fix=f"set evaluation.every_n_rounds to {looks}{more}",

@@ -169,13 +169,15 @@ def check_layout(who: str, *, expected: Layout | None, received: Layout) -> None
     if mine.keys() != theirs.keys():
         raise UpdateError(
             message(
-                "all updates of a round have the same entries",
+                "all updates of a round must have the same entries",
                 received=f"{who} differing in {sorted(mine.keys() ^ theirs.keys())[:3]}",
                 fix="train the same module on every client",
             )
         )
     wrong = [name for name in mine if mine[name] != theirs[name]]
-    rule = f"entry {wrong[0]!r} has shape {mine[wrong[0]]}" if wrong else "updates have equal dtypes and order"
+    rule = (
+        f"entry {wrong[0]!r} must have shape {mine[wrong[0]]}" if wrong else "updates must have equal dtypes and order"
+    )
     value = f"{theirs[wrong[0]]}" if wrong else "others"
     raise UpdateError(message(rule, received=f"{value} from {who}", fix="train the same module on every client"))
 
@@ -191,7 +193,7 @@ def checked_states(update: ClientUpdate) -> tuple[Packed, Packed]:
     if not 0 < update.discount <= 1:  # NaN is not, either
         raise UpdateError(
             message(
-                "a discount lies in (0, 1]",
+                "a discount must lie in (0, 1]",
                 received=f"{update.discount} for client {update.client_id}",
                 fix="set rules.discount",
             )
@@ -214,7 +216,7 @@ def check_claims(client_id: int, *, num_examples: int) -> None:
     ):
         raise UpdateError(
             message(
-                "an update counts at least one example",
+                "an update must count at least one example",
                 received=f"{num_examples} from client {client_id}",
                 fix="remove the client from the cohort",
             )
@@ -233,7 +235,7 @@ def check_finite(who: str, *states: Packed) -> None:
         name = next(name for name, value in state.items() if not is_finite(value))
         raise UpdateError(
             message(
-                "updates are finite numbers",
+                "updates must be finite numbers",
                 received=f"NaN or infinity in {name!r} from {who}",
                 fix="lower the client's learning rate, add a penalty such as R1, or clip gradients",
             )

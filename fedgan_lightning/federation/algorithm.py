@@ -46,13 +46,13 @@ class FederatedAlgorithm:
         Raises:
             ConfigurationError: If nothing comes up, or a network's placement needs another algorithm.
         """
-        for network, placement in policy.sync.items():
+        for name, placement in {**policy.sync, **policy.placements}.items():  # of networks, and of entries inside one
             if placement in ("served", "exchange") and placement not in self.trains:
                 raise ConfigurationError(
                     message(
                         f"federation.algorithm must be one that knows the placement {placement}",
-                        received=f"{type(self).__name__} with sync.{network}: {placement}",
-                        fix=f"set sync.{network} to average or local",
+                        received=f"{type(self).__name__} with sync.{name}: {placement}",
+                        fix=f"set sync.{name} to average or local",
                     )
                 )
         if not policy.shared_parameters and type(self).entries is FederatedAlgorithm.entries:

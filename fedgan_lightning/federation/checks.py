@@ -31,7 +31,7 @@ def checked_work(*, local_steps: int | None, local_epochs: int | None) -> int | 
     if local_steps is not None and local_epochs is not None:
         raise ConfigurationError(
             message(
-                "local work is counted in steps or in epochs",
+                "local work must be counted in steps or in epochs",
                 received=f"local_steps={local_steps} and local_epochs={local_epochs}",
                 fix="set one of them to null",
             )
@@ -117,7 +117,7 @@ def check_optimizers(server: ServerModule) -> None:
                 continue  # somebody else's module may learn in its ``setup`` what its schedules need
             raise ConfigurationError(
                 message(
-                    f"optimizers and schedules of {owner} can be made from their settings",
+                    f"the settings of {owner} must make its optimizers and schedules",
                     received=" ".join(str(error).split()).rstrip("."),
                     fix="correct that setting",
                 )
@@ -161,7 +161,7 @@ def check_cohort(size: int, *, aggregator: Aggregator) -> None:
     if size < aggregator.needed > 1:
         raise ConfigurationError(
             message(
-                f"{type(aggregator).__name__} needs {aggregator.needed} updates a round",
+                f"{type(aggregator).__name__} must have {aggregator.needed} updates a round",
                 received=f"a cohort of {size}",
                 fix="ask more clients per round, or withstand fewer bad ones",
             )
@@ -176,5 +176,5 @@ def check_device(root: torch.device) -> None:
     """
     if root.type == "mps":
         raise ConfigurationError(
-            message("sums over clients are float64", received="an mps device", fix="set trainer.accelerator: cpu")
+            message("sums over clients must be float64", received="an mps device", fix="set trainer.accelerator: cpu")
         )

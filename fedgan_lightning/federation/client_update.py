@@ -67,6 +67,11 @@ class ClientContext:
         return device_of(self.trainer_options)
 
     @cached_property
+    def entries(self) -> dict[str, UpdateEntry]:
+        """What the algorithm has come up beside the networks, by its own names."""
+        return dict(self.algorithm.entries(self))
+
+    @cached_property
     def new_client(self) -> dict[str, Tensor]:
         """What the algorithm and the transforms keep of a client that has no state yet, on its device."""
         found = namespaces.under(namespaces.ALGORITHM, self.algorithm.client_state(self))
@@ -192,7 +197,7 @@ class Visit:
         if found is None:
             raise ConfigurationError(
                 message(
-                    f"{type(self.context.algorithm).__name__} needs a module with the method {name}",
+                    f"{type(self.context.algorithm).__name__} must have a module with the method {name}",
                     received=f"{type(self.module).__name__} without it",
                     fix="add the method (see fedgan_lightning.gan.abilities), or use another algorithm",
                 )
@@ -283,7 +288,7 @@ def shared_entries_of(context: ClientContext) -> dict[str, UpdateEntry]:
     state = context.model.state_dict()
     delta = Layout.of({name: state[name] for name in context.policy.shared_parameters})
     extras = Layout.of(shared_buffers(context.policy, state))
-    return context.transforms.entries(context.algorithm.entries(context), delta, extras)
+    return context.transforms.entries(context.entries, delta, extras)
 
 
 def client_updates(
@@ -331,7 +336,7 @@ def _check_path(visit: Visit, delta: State) -> None:
     if unseen:
         raise ConfigurationError(
             message(
-                f"{type(visit.context.algorithm).__name__} changes the gradient of every step of a client's optimizers",
+                f"{type(visit.context.algorithm).__name__} must see every step that moves a client's parameters",
                 received=f"{type(visit.module).__name__}, which moved {unseen[0]} without a step of one of them",
                 fix="return all optimizers from configure_optimizers, and let them alone change parameters",
             )
@@ -364,7 +369,7 @@ def _sent(update: ClientUpdate, private: State, before: State, context: ClientCo
     algorithm, transforms = context.algorithm, context.transforms
     if not transforms and not algorithm.keeps_state:
         return update, private
-    sent, received, residuals = transforms.sent(update, before, algorithm.entries(context))
+    sent, received, residuals = transforms.sent(update, before, context.entries)
     own = namespaces.inside(namespaces.ALGORITHM, before)
     if algorithm.keeps_state:
         seen = {**received.delta, **namespaces.inside(namespaces.ALGORITHM, received.extras)}

@@ -200,7 +200,7 @@ def position_of(scheduler: Any) -> int:
     if not hasattr(scheduler, "last_epoch"):
         raise ConfigurationError(
             message(
-                "a federation continues schedules that count their steps",
+                "a federation must have schedules that count their steps",
                 received=type(scheduler).__name__,
                 fix="use SequentialLR, or one schedule",
             )

@@ -79,7 +79,7 @@ class FederatedOrchestrator(L.Callback):
         clients: Which clients take part in a round; default all.
         aggregator: How updates become one; default the mean weighted by N_k.
         rules: When a round counts; default when every client asked has answered.
-        validator: Which updates are let in; by default one that cannot be right ends the run.
+        validator: Validates client updates; by default an invalid one ends the run.
         secure: Secure aggregation between the sites of a deployment; default none, the server sees every update.
         executor: Who runs the clients. ``auto`` decides by a fixed rule whether one after the other or stacked, and on
             how many threads; ``autotune`` measures what is fastest, so that rounding depends on what else the machine
@@ -397,7 +397,7 @@ class FederatedOrchestrator(L.Callback):
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(
                 message(
-                    "a checkpoint has the state of an orchestrator of this version",
+                    "a checkpoint must have the state of an orchestrator of this version",
                     received=f"one that differs in {type(error).__name__}: {error}",
                     fix="continue it with the version that wrote it",
                 )

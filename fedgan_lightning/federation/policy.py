@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple, cast, get_args
 
@@ -167,7 +168,7 @@ def resolve(
     if buffers == "estimate" and not isinstance(module, RecalibrationHook):
         raise ConfigurationError(
             message(
-                "buffers: estimate calls the module's recalibrate()",
+                "buffers: estimate must have a module with recalibrate()",
                 received=f"{type(module).__name__} without it",
                 fix="add the method, or set buffers to merge or local",
             )
@@ -197,7 +198,7 @@ def _of_networks(chosen: Mapping[str, str], known: Iterable[str], defaults: Mapp
     if undeclared:
         raise ConfigurationError(
             message(
-                "a network lives on the server only if the module's default_sync() says that clients can do without it",
+                "default_sync() must say that clients can do without a network that lives on the server only",
                 received=f"sync.{undeclared[0]}: server",
                 fix="set it to average or local",
             )
@@ -208,11 +209,12 @@ def _of_networks(chosen: Mapping[str, str], known: Iterable[str], defaults: Mapp
 def _matching(pattern: str, names: Iterable[str], known: tuple[str, ...]) -> list[str]:
     found = [name for name in names if fnmatchcase(name, pattern)]
     if not found:
+        nearest = get_close_matches(pattern, list(names), n=1, cutoff=0)[0]
         raise ConfigurationError(
             message(
-                "federation.sync names networks of the module, or patterns of its entries",
+                "federation.sync must name networks of the module, or patterns of its entries",
                 received=pattern,
-                fix=f"choose from {', '.join(known)}, or write a pattern such as {known[0]}.*",
+                fix=f"choose from {', '.join(known)}, or write a pattern that matches entries such as {nearest}",
             )
         )
     return found
@@ -223,7 +225,7 @@ def _pattern_value(pattern: str, value: str) -> Sync:
     if found == "server":
         raise ConfigurationError(
             message(
-                "whole networks can be missing on clients, and not parts of one",
+                "what is missing on clients must be a whole network",
                 received=f"sync.{pattern}: server",
                 fix="set it to average or local",
             )
@@ -243,7 +245,7 @@ def _optimizer_states(
     if unknown := sorted(set(named) - set(known)):
         raise ConfigurationError(
             message(
-                "federation.optimizer_state names networks of the module",
+                "federation.optimizer_state must name networks of the module",
                 received=", ".join(unknown),
                 fix=f"choose from {', '.join(known)}",
             )
@@ -256,7 +258,7 @@ def _optimizer_states(
         if value == "average" and resolved[network] != "average":
             raise ConfigurationError(
                 message(
-                    "only the moments of averaged networks can be averaged",
+                    "moments must belong to averaged networks to be averaged",
                     received=f"optimizer_state.{network}: average with sync.{network}: {resolved[network]}",
                     fix="set it to keep or reset",
                 )
@@ -274,7 +276,7 @@ def _checked(value: str, allowed: object, option: str) -> str:
     if value not in get_args(allowed):
         raise ConfigurationError(
             message(
-                f"federation.{option} is one of {', '.join(get_args(allowed))}",
+                f"federation.{option} must be one of {', '.join(get_args(allowed))}",
                 received=repr(value),
                 fix="choose one of them",
             )

@@ -169,7 +169,7 @@ def lost_rank(error: RuntimeError) -> RankError | None:
 def _lost(error: RuntimeError, *, rank: int, world_size: int) -> RankError:
     return RankError(
         message(
-            "all processes of a run live until its end",
+            "all processes of a run must live until its end",
             received=f"rank {rank} of {world_size} lost another ({str(error).splitlines()[0][:120]})",
             fix="find out why it ended (memory?), and continue with --ckpt_path last",
         )

@@ -148,7 +148,7 @@ class Receiver:
     def _entry_sums(self) -> EntrySums:
         if self._sums is None:
             data, weight = self.checks.run.context.data, self.aggregator.weight
-            entries = self.checks.run.context.transforms.rules(self.checks.entries)
+            entries = self.checks.rules
             sizes = [data.num_examples(k) for k in range(data.num_clients)] if _has_sums(entries) else [1]
             population = population_weight(self.aggregator, sizes)
             self._sums = EntrySums(entries, weight=weight, population=population)
@@ -162,8 +162,8 @@ class Receiver:
         """
         if not self.is_validated:
             fix = "mend this client, or have such updates left out by federation.validator"
-            rule = "without a validator an update that cannot be right ends the run"
-            raise UpdateError(reason if "Fix:" in reason else message(rule, received=reason, fix=fix))
+            rule = "an update must be one that can be right, or a validator must leave it out"
+            raise UpdateError(reason if "; got " in reason else message(rule, received=reason, fix=fix))
         if not is_late:
             self.open.discard(report.client_id)
         self._incident(report, "rejected", reason)

@@ -55,7 +55,7 @@ class RobustAggregator(Aggregator):
         if count < self.needed:
             raise UpdateError(
                 message(
-                    f"{type(self).__name__} needs {self.needed} updates a round",
+                    f"{type(self).__name__} must have {self.needed} updates a round",
                     received=count,
                     fix="lower num_bad, or ask more clients per round",
                 )

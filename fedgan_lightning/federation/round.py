@@ -136,6 +136,7 @@ class RoundRunner:
             for client_id in {*receiver.asked} - answered:
                 context.store.forget(client_id)
             context.store.exchange(context.ranks.exchange_states)
-            total = context.transforms.total(receiver.total(context.ranks))
+            total = receiver.total(context.ranks)
+            total = context.transforms.total(total) if context.transforms else total
         seconds, gauges = time.perf_counter() - started, self.executor.gauges()
         return receiver.report(attempt=attempt, clients=clients, total=total, seconds=seconds, gauges=gauges)

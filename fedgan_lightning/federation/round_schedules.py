@@ -102,7 +102,7 @@ class StepRounds(RoundSchedule):
     def __init__(self, values: dict[int, float]) -> None:
         if 0 not in values or min(values) < 0:
             raise ConfigurationError(
-                message("StepRounds.values names rounds from 0 on", received=sorted(values), fix="add round 0")
+                message("StepRounds.values must name rounds from 0 on", received=sorted(values), fix="add round 0")
             )
         self.values = {int(round): float(value) for round, value in sorted(values.items())}
 
@@ -133,7 +133,7 @@ def check_names(schedules: Mapping[str, RoundSchedule], *, module: nn.Module, al
         if not found:
             raise ConfigurationError(
                 message(
-                    f"federation.schedules names {LOCAL_STEPS}, {LEARNING_RATE}, algorithm.NAME or a module's number",
+                    f"federation.schedules must name {LOCAL_STEPS}, {LEARNING_RATE}, algorithm.X or a module's number",
                     received=name,
                     fix="write the dotted path of a number of the module, such as generator.temperature",
                 )

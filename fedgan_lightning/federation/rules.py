@@ -1,4 +1,4 @@
-"""When a round counts, and which updates are let in.
+"""When a round counts, and which updates are valid.
 
 The terms are those of Bonawitz et al. 2019: a goal count, over-selection, a minimum share, abandoned rounds.
 """
@@ -78,7 +78,7 @@ class RoundRules:
         if self.stale_updates == "discount" and not aggregator.additive:
             raise ConfigurationError(
                 message(
-                    "late updates count less where updates are weighed",
+                    "late updates must be weighed to count less",
                     received=f"rules.stale_updates=discount with {type(aggregator).__name__}, which treats all alike",
                     fix="set rules.stale_updates to drop",
                 )
@@ -101,7 +101,7 @@ class RoundRules:
     def too_few(self, round: int, aggregator: Aggregator) -> str:
         """Return what to say where too few clients answered in every attempt of a round."""
         name, needed = type(aggregator).__name__, aggregator.needed
-        rule = f"a round needs {self.min_report_fraction:.0%} of its cohort"
+        rule = f"a round must have {self.min_report_fraction:.0%} of its cohort"
         return message(
             f"{rule}, and {name} {needed} updates" if needed > 1 else rule,
             received=f"fewer in each of {self.max_attempts} attempts of round {round}",
@@ -118,7 +118,7 @@ class RoundRules:
 
 
 class UpdateValidator:
-    """Which updates are let in. One that is not is left out, named with the reason, and counted.
+    """Validates client updates. Invalid ones are dropped, logged with the reason, and counted.
 
     Without a validator an update that cannot be right ends the run, which is what one wants to know while developing.
     What cannot be right is the same in both cases: other entries, shapes or dtypes than the server's module has,

@@ -104,7 +104,7 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     if changed := differences(before, now):
         raise CheckpointError(
             message(
-                "a run is resumed with the settings it was started with",
+                "a run must be resumed with the settings it was started with",
                 received=f"a checkpoint that differs in {'; '.join(changed[:3])}",
                 fix="restore the settings, or start a new run in another directory",
             )
@@ -124,7 +124,7 @@ def check_same_data(before: str, now: str) -> None:
     if before != now:
         raise CheckpointError(
             message(
-                "a run is resumed with the data it was started with",
+                "a run must be resumed with the data it was started with",
                 received=f"other samples, another order, or another division of them among the clients "
                 f"(fingerprint {before} in the checkpoint, {now} here)",
                 fix="restore the data, or start a new run in another directory",

@@ -66,7 +66,7 @@ class SelectedClients(ClientSampler):
         ids = sorted(map(int, clients))
         if not ids or len(set(ids)) != len(ids):
             raise ConfigurationError(
-                message("SelectedClients takes distinct client ids", received=ids, fix="name some, from 0 on")
+                message("SelectedClients must have distinct client ids", received=ids, fix="name some, from 0 on")
             )
         self.clients = tuple(ids)
 
@@ -74,7 +74,7 @@ class SelectedClients(ClientSampler):
         if self.clients[-1] >= num_clients:
             raise ConfigurationError(
                 message(
-                    f"client ids lie below the number of clients, {num_clients}",
+                    f"client ids must lie below the number of clients, {num_clients}",
                     received=self.clients[-1],
                     fix="name other clients, or raise data.num_clients",
                 )
@@ -108,7 +108,7 @@ class AvailableClients(ClientSampler):
         if isinstance(self.among, SelectedClients):
             raise ConfigurationError(
                 message(
-                    "AvailableClients.among draws from however many are there",
+                    "AvailableClients.among must draw from however many are there",
                     received="SelectedClients, which names them",
                     fix="leave the others out of the trace",
                 )
@@ -125,7 +125,7 @@ class AvailableClients(ClientSampler):
             self.spans.append((client, first, last))
         if not self.spans:
             raise DataError(
-                message("a trace says when some client is there", received=f"no row in {trace}", fix="add rows")
+                message("a trace must say when some client is there", received=f"no row in {trace}", fix="add rows")
             )
 
     def population(self, *, num_clients: int, round: int) -> Sequence[int]:
@@ -134,7 +134,9 @@ class AvailableClients(ClientSampler):
         if beyond:
             raise ConfigurationError(
                 message(
-                    f"the trace names clients in [0, {num_clients})", received=beyond[0], fix="raise data.num_clients"
+                    f"the trace must name clients in [0, {num_clients})",
+                    received=beyond[0],
+                    fix="raise data.num_clients",
                 )
             )
         return sorted(there)
@@ -153,5 +155,5 @@ def round_half_up(value: float) -> int:
 
 def _checked(share: float, name: str) -> float:
     if not 0 < share <= 1:
-        raise ConfigurationError(message(f"{name} lies in (0, 1]", received=share, fix="set a share in that range"))
+        raise ConfigurationError(message(f"{name} must lie in (0, 1]", received=share, fix="set a share in that range"))
     return share

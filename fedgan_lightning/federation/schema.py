@@ -287,7 +287,7 @@ def check_numbers(who: str, part: str, state: Packed) -> None:
         largest = float(value.abs().max())
         raise UpdateError(f"{who}: {part} {name} reaches {largest:.4g}, beyond what any network learns with")
     reason = message(
-        "updates are finite numbers",
+        "updates must be finite numbers",
         received=f"NaN or infinity in {name!r} from {who}",
         fix="lower the client's learning rate, add a penalty such as R1, or clip gradients",
     )

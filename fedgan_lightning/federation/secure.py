@@ -106,7 +106,7 @@ class SecureAggregation:
             ConfigurationError: If the aggregator is not additive, updates are validated, late ones count, or the first
                 to answer do.
         """
-        name, rule = type(aggregator).__name__, "under secure aggregation the server sees sums only"
+        name, rule = type(aggregator).__name__, "under secure aggregation everything must work with sums alone"
         found: list[tuple[bool, object, str]] = [
             (not aggregator.additive, f"{name}, which needs single updates", "use WeightedMean"),
             (validator is not None, "a validator of updates", "take it out: clients check their own before masking"),
@@ -134,7 +134,7 @@ class SecureAggregation:
         if not sums_only:
             raise ConfigurationError(
                 message(
-                    "secure aggregation hides sites from their server, so it takes a deployment",
+                    "secure aggregation must have a deployment: it hides sites from their server",
                     received="federation.secure in a simulation, where one process sees everything",
                     fix="use the command deploy, or set federation.secure to null",
                 )
@@ -142,7 +142,7 @@ class SecureAggregation:
         if size < FEWEST:
             raise ConfigurationError(
                 message(
-                    f"secure aggregation hides a client among at least {FEWEST - 1} others",
+                    f"secure aggregation must hide a client among at least {FEWEST - 1} others",
                     received=f"a cohort of {size}",
                     fix="ask more clients per round, or take federation.secure out",
                 )
@@ -257,9 +257,9 @@ def words_of(group: str, name: str) -> int:
 def _refusal(group: str, name: str, largest: float, bound: float) -> str:
     if not math.isfinite(largest):
         fix = "lower the client's learning rate, add a penalty such as R1, or clip gradients"
-        return message("updates are finite numbers", received=f"NaN or infinity in {group} {name!r}", fix=fix)
+        return message("updates must be finite numbers", received=f"NaN or infinity in {group} {name!r}", fix=fix)
     option = {"delta": "federation.secure.max_update", "extras": "federation.secure.max_value"}.get(group)
     others = {"sums": "scale the data, or take the metric out of evaluation.metrics"}
     fix = f"raise {option}" if option else others.get(group, "look at what the client reports")
-    rule = f"entries of {group} are at most {bound:g} in absolute value before they are masked"
+    rule = f"entries of {group} must be at most {bound:g} in absolute value before they are masked"
     return message(rule, received=f"{largest:.4g} in {name!r}", fix=fix)

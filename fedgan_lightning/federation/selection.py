@@ -90,7 +90,7 @@ class ClientSelection:
         why = f": {self.limit} updates or more of clients {benched} were refused" if benched else ""
         fix = "look at the reasons in the log, raise validator.strikes, or loosen its bounds" if benched else ""
         return message(
-            f"at least {self.needed} clients are left to be asked",
+            f"at least {self.needed} clients must be left to be asked",
             received=f"{len(free)}{why}",
             fix=fix or "ask more clients per round, or withstand fewer bad ones",
         )

@@ -81,7 +81,7 @@ class ServerModule(L.LightningModule):
         if self._policy is None:
             raise ConfigurationError(
                 message(
-                    "a ServerModule is trained by a FederatedOrchestrator",
+                    "a ServerModule must be trained by a FederatedOrchestrator",
                     received="a Trainer without one",
                     fix="add FederatedOrchestrator(...) to the Trainer's callbacks, or fit the inner module itself",
                 )
@@ -183,7 +183,7 @@ class ServerModule(L.LightningModule):
         if differing:
             raise CheckpointError(
                 message(
-                    "a checkpoint is loaded into the networks it came from",
+                    "a checkpoint must be loaded into the networks it came from",
                     received=f"one that differs in {', '.join(sorted(differing)[:3])}",
                     fix="restore the model's settings, or use another checkpoint",
                 )
@@ -212,7 +212,7 @@ class ServerModule(L.LightningModule):
         if not isinstance(self.model, SampleSource):
             raise ConfigurationError(
                 message(
-                    "metrics and pictures call model.sample(num_samples, labels=None, generator=None)",
+                    "a model must have sample(num_samples, labels=None, generator=None) for metrics and pictures",
                     received=f"{type(self.model).__name__} without it",
                     fix="add the method, or leave out the evaluation and picture callbacks",
                 )

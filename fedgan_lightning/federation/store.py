@@ -3,7 +3,7 @@
 It lies in memory or, for large populations, in files of which only those in use are read.
 
 Writes take effect only when the round is committed. A round that is interrupted or abandoned leaves no trace, nor does
-a client whose update is not let in, so a checkpoint taken at any time holds the state after the last complete round.
+a client whose update does not count, so a checkpoint taken at any time holds the state after the last complete round.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class ClientStore:
         if missing:
             raise CheckpointError(
                 message(
-                    "a checkpoint with client_state: disk has its clients' states in the folder beside it",
+                    "a checkpoint with client_state: disk must have its clients' states in the folder beside it",
                     received=f"{len(missing)} files missing, such as {folder / missing[0]}",
                     fix="copy the folder along with the checkpoint, or resume from another one",
                 )

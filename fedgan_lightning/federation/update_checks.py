@@ -1,4 +1,4 @@
-"""Which answers are let in, and what is believed of them.
+"""Which updates count, and which of a client's own numbers are taken as they are.
 
 What clients say in numbers are claims. Sizes are those that clients stated when they joined; positions of schedules,
 steps and images follow from the task; seconds are bounded by the server's own clock. A claim that cannot be true is
@@ -73,7 +73,13 @@ class RoundChecks:
     def entries(self) -> dict[str, UpdateEntry]:
         """What is known of the entries of an update before any transform."""
         context = self.run.context
-        return context.transforms.entries(context.algorithm.entries(context), self.schema.delta, self.schema.extras)
+        return context.transforms.entries(context.entries, self.schema.delta, self.schema.extras)
+
+    @property
+    def rules(self) -> dict[str, UpdateEntry]:
+        """The same with the rules that transforms give them; nothing where the aggregator combines everything."""
+        context = self.run.context
+        return context.transforms.rules(self.entries) if context.transforms or context.entries else {}
 
     @property
     def optional(self) -> set[str]:
@@ -245,7 +251,7 @@ class RoundChecks:
         return found
 
     def cost(self, update: ClientUpdate, *, is_first: bool) -> dict[str, float]:
-        """Return steps and seconds of an answer that is not let in, as far as they can be believed."""
+        """Return steps and seconds of a rejected update, as far as they are plausible."""
         try:
             steps = float(self.steps(update.client_id)) if is_first and self.size(update.client_id) else 0.0
             claims = {name: update.metrics.get(name) for name in ("seconds", ROUND_TRIP)}

@@ -69,7 +69,7 @@ def expected_answer(context: ClientContext, state: State) -> Schema:
             is_open = not moments
     sense = Sense(tuple((name, states.mean_name(name)) for name in variances), sense.ratios, sense.sums)
     delta = {name: state[name] for name in policy.shared_parameters}
-    entries = namespaces.under(namespaces.ALGORITHM, context.algorithm.entries(context))
+    entries = namespaces.under(namespaces.ALGORITHM, context.entries)
     zero = torch.zeros(())
     others = {name: zero.to(entry.dtype).expand(entry.shape) for name, entry in entries.items()}
     extras = {**buffers, **moments, **others}

@@ -130,7 +130,7 @@ def stacked_module(client: L.LightningModule) -> Any:
         return StackedGAN(client)
     raise ConfigurationError(
         message(
-            "clients are stacked if their module is a GAN, or has a method stacked()",
+            "clients must have a GAN as their module, or one with a method stacked(), to be stacked",
             received=f"{type(client).__name__} without it",
             fix="use the sequential executor",
         )

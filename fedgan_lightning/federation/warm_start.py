@@ -73,7 +73,7 @@ class StartFrom(L.Callback):
     def _unfit(self, received: str, fix: str) -> CheckpointError:
         return CheckpointError(
             message(
-                "StartFrom takes networks that fit from a checkpoint",
+                "StartFrom must have a checkpoint with networks that fit",
                 received=f"{self.ckpt_path} with {received}",
                 fix=fix,
             )

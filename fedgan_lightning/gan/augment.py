@@ -56,7 +56,7 @@ class Augmentation(FullPrecision):
         if unknown or not operations:
             raise ConfigurationError(
                 message(
-                    f"augmentation operations are some of {', '.join(OPERATIONS)}",
+                    f"augmentation operations must be some of {', '.join(OPERATIONS)}",
                     received=", ".join(unknown) or "none",
                     fix="choose from them, or set augment: null",
                 )

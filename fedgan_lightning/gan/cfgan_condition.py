@@ -48,7 +48,7 @@ class CFGANCondition(Condition):
         if x.shape[-1] != self.items:
             raise ConfigurationError(
                 message(
-                    f"model.condition.items={self.items} is the number of items of the data",
+                    f"model.condition.items={self.items} must be the number of items of the data",
                     received=f"samples of {x.shape[-1]} items",
                     fix="set items of the condition and of both networks to data.source.num_items",
                 )

@@ -45,12 +45,14 @@ def check_settings(gan: Any) -> None:
     shape = next((shape for shape in shapes if shape is not None), None)
     if gan.augment is not None and shape is not None and len(shape) != 3:
         raise ConfigurationError(
-            message("augmentation is for images", received=f"samples of shape {list(shape)}", fix="set augment: null")
+            message(
+                "what is augmented must be images", received=f"samples of shape {list(shape)}", fix="set augment: null"
+            )
         )
     if gan.updates == "simultaneous" and (gan.d_steps, gan.g_steps) != (1, 1):
         raise ConfigurationError(
             message(
-                "simultaneous updates take one step of each network",
+                "simultaneous updates must take one step of each network",
                 received=f"d_steps={gan.d_steps}, g_steps={gan.g_steps}",
                 fix="set both to 1, or updates: alternating",
             )
@@ -59,7 +61,7 @@ def check_settings(gan: Any) -> None:
     if prior is not None and not isinstance(gan.prior, prior):
         raise ConfigurationError(
             message(
-                f"{type(gan.generator).__name__} takes noise from {prior.__name__}",
+                f"{type(gan.generator).__name__} must have noise from {prior.__name__}",
                 received=f"model.prior={type(gan.prior).__name__}",
                 fix=f"set prior: {prior.__name__}",
             )
@@ -72,7 +74,7 @@ def check_settings(gan: Any) -> None:
     if gan.condition is not None and any(aids.values()):
         raise ConfigurationError(
             message(
-                "with a condition, samples are not augmented, and networks see no labels",
+                "with a condition, samples must not be augmented, and networks must see no labels",
                 received=", ".join(name for name, value in aids.items() if value),
                 fix="leave these out",
             )
@@ -88,7 +90,7 @@ def check_minibatch(num_samples: int, *, d_steps: int) -> None:
     if num_samples % d_steps:
         raise DataError(
             message(
-                f"a minibatch is split into d_steps={d_steps} equal parts",
+                f"a minibatch must be divisible into d_steps={d_steps} equal parts",
                 received=f"{num_samples} samples",
                 fix=f"set batch_size to a multiple of {d_steps}",
             )
@@ -105,7 +107,7 @@ def check_precision(gan: Any) -> None:
     if gan.updates == "simultaneous" and getattr(gan.trainer.precision_plugin, "scaler", None) is not None:
         raise ConfigurationError(
             message(
-                "simultaneous updates need one scale for both losses, which Lightning's scaler does not keep",
+                "simultaneous updates must have one scale for both losses, which Lightning's scaler does not keep",
                 received=f"updates='simultaneous' with precision={gan.trainer.precision}",
                 fix="set precision to bf16-mixed or 32-true, or updates to alternating",
             )
@@ -121,7 +123,7 @@ def check_conditions(gan: Any, conditions: torch.Tensor | None) -> None:
     if (gan.condition is None) != (conditions is None):
         raise ConfigurationError(
             message(
-                "a GAN is sampled with conditions exactly if it has been built with one",
+                "a GAN must be sampled with conditions exactly if it has been built with one",
                 received="no conditions" if conditions is None else "conditions without one",
                 fix="pass conditions=condition.make(x, y, u)" if conditions is None else "leave them out",
             )
@@ -137,7 +139,7 @@ def check_networks(gan: Any, *, sample_shape: tuple[int, ...], num_classes: int)
     if gan.num_classes and gan.num_classes != num_classes:
         raise ConfigurationError(
             message(
-                "conditional networks have as many classes as the data",
+                "conditional networks must have as many classes as the data",
                 received=f"num_classes={gan.num_classes}, data with {num_classes}",
                 fix=f"set num_classes of both networks to {num_classes}",
             )
@@ -150,7 +152,7 @@ def check_networks(gan: Any, *, sample_shape: tuple[int, ...], num_classes: int)
     if made != wanted:
         raise ConfigurationError(
             message(
-                "the generator's samples have the shape of the data's",
+                "the generator's samples must have the shape of the data's",
                 received=f"{made} from the generator, {wanted} in the data",
                 fix="set the networks' image_size and channels (or sample_shape), or the source's image_size",
             )

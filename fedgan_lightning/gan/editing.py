@@ -91,7 +91,7 @@ def project(
             if samples[0].shape != x.shape:
                 raise DataError(
                     message(
-                        "samples to project have the shape of the generator's",
+                        "samples to project must have the shape of the generator's",
                         received=f"{list(x.shape[1:])}, of the generator's {list(samples[0].shape[1:])}",
                         fix="resize them",
                     )
@@ -160,7 +160,7 @@ def direction(latents: Tensor, attribute: Tensor) -> Tensor:
     if held.all() or not held.any():
         raise DataError(
             message(
-                "a direction needs latents with the attribute and without",
+                "a direction must have latents with the attribute and without",
                 received=f"{int(held.sum())} of {len(held)} with it",
                 fix="project samples of both kinds",
             )

@@ -55,7 +55,7 @@ class InpaintingMask(Condition):
     ) -> None:
         if not 0 < area[0] <= area[1] < 1:
             raise ConfigurationError(
-                message("a hole's area is a range within (0, 1)", received=f"{list(area)}", fix="set [0.1, 0.4]")
+                message("a hole's area must be a range within (0, 1)", received=f"{list(area)}", fix="set [0.1, 0.4]")
             )
         self.area, self.boxes, self.strokes, self.vertices = (area[0], area[1]), boxes, strokes, vertices
         self.weight = weight

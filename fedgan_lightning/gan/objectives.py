@@ -141,5 +141,5 @@ class RelativisticPairing(AdversarialLoss):
 
     def generator(self, fake: Tensor, real: Tensor | None = None) -> Tensor:
         if real is None:
-            raise ValueError("RelativisticPairing.generator needs the real logits; received None. Fix: pass real=D(x).")
+            raise ValueError("RelativisticPairing.generator must have the real logits; got None. Pass real=D(x).")
         return relativistic_pairing(fake, real)

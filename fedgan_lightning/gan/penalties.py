@@ -163,7 +163,7 @@ class GradientPenalty(Penalty):
 
     def points(self, real: Tensor, fake: Tensor, mix: Tensor | None = None) -> Tensor:
         if mix is None:
-            raise ValueError("GradientPenalty needs mix, one uniform number per sample; received None. Fix: draw it.")
+            raise ValueError("GradientPenalty must have mix, one uniform number per sample; got None. Draw it.")
         return interpolate(real, fake, mix)
 
     def value(self, norms: Tensor) -> Tensor:

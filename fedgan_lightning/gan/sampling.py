@@ -119,7 +119,9 @@ def inputs(
     if labels is not None and len(labels) < len(latents):
         raise ConfigurationError(
             message(
-                "every sample has a label", received=f"{len(labels)} for {len(latents)} samples", fix="give as many"
+                "every sample must have a label",
+                received=f"{len(labels)} for {len(latents)} samples",
+                fix="give as many",
             )
         )
     labels_or_conditions = (

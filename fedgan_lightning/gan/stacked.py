@@ -68,7 +68,7 @@ class StackedGAN(GAN):
         if overridden:
             raise ConfigurationError(
                 message(
-                    "stacked clients train as GAN does",
+                    "stacked clients must train as GAN does",
                     received=f"{type(gan).__name__} with {', '.join(overridden)} of its own",
                     fix="give it a method stacked() as well, or use the sequential executor",
                 )

@@ -71,7 +71,7 @@ class LanguageModel(L.LightningModule):
         if not hasattr(generator, "log_likelihood"):
             raise ConfigurationError(
                 message(
-                    "LanguageModel trains a network with log_likelihood(ids)",
+                    "LanguageModel must have a network with log_likelihood(ids)",
                     received=type(generator).__name__,
                     fix="use TextGenerator",
                 )
@@ -91,7 +91,7 @@ class LanguageModel(L.LightningModule):
         if tuple(sample_shape) != (length,):
             raise ConfigurationError(
                 message(
-                    "the generator's sentences are as long as the data's",
+                    "the generator's sentences must be as long as the data's",
                     received=f"max_length={length}, samples of shape {list(sample_shape)}",
                     fix="set max_length of the generator and of data.source to the same value",
                 )

@@ -152,18 +152,22 @@ def read_folder(folder: str | Path, *, shape: tuple[int, ...]) -> tuple[list[str
         stems = [path.stem for path in files]
         twice = next(path.name for path in files if stems.count(path.stem) > 1)
         raise DataError(
-            message("files of a folder to complete differ before the dot", received=f"{twice} in {place}", fix="rename")
+            message(
+                "files of a folder to complete must differ before the dot", received=f"{twice} in {place}", fix="rename"
+            )
         )
     if not found:
         raise DataError(
-            message("the folder to complete holds pictures NAME.png", received=f"none in {place}", fix="check the path")
+            message(
+                "the folder to complete must hold pictures NAME.png", received=f"none in {place}", fix="check the path"
+            )
         )
     alone = sorted({*found} ^ {*masks})
     if alone:
         lacking = f"{alone[0]}_mask.png" if alone[0] in found else f"{alone[0]}.png"
         raise DataError(
             message(
-                "every picture NAME.png has a mask NAME_mask.png, white in the hole",
+                "every picture NAME.png must have a mask NAME_mask.png, white in the hole",
                 received=f"{len(alone)} without the other, no {lacking} in {place}",
                 fix="add it",
             )
@@ -181,7 +185,7 @@ def _listed(place: Path) -> list[Path]:
     except OSError as error:
         raise DataError(
             message(
-                "the folder to complete can be listed", received=f"{place} ({reason(error)})", fix="check its rights"
+                "the folder to complete must be listable", received=f"{place} ({reason(error)})", fix="check its rights"
             )
         ) from error
 
@@ -192,7 +196,7 @@ def _read(path: Path, *, channels: int, size: tuple[int, int], background: int) 
     if (height, width) != size:
         raise DataError(
             message(
-                f"pictures and masks are {size[1]} x {size[0]} pixels, as the generator's",
+                f"pictures and masks must be {size[1]} x {size[0]} pixels, as the generator's",
                 received=f"{width} x {height} in {path}",
                 fix="resize it",
             )

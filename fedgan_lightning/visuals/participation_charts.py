@@ -26,7 +26,7 @@ STYLE = """
 
 def participation_panel(run: Run, name: str) -> str:
     """Return the part of the page about who took part; nothing for a run without a round log."""
-    seen = run.attendance
+    seen = run.participation
     if not seen.seconds:
         return ""
     asked = sum(own.asked for own in seen.clients.values())

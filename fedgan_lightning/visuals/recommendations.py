@@ -34,7 +34,7 @@ class Recommendations(L.Callback):
         if not isinstance(source, Interactions):
             raise ConfigurationError(
                 message(
-                    "Recommendations are made for the users of Interactions",
+                    "Recommendations must be made for the users of Interactions",
                     received=type(source).__name__,
                     fix="set data.source: Interactions, or take the callback out of trainer.callbacks",
                 )

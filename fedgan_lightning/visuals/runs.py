@@ -33,7 +33,7 @@ class Run:
         metrics: Curves of the evaluation by metric, against rounds.
         scalars: Curves of TensorBoard by tag, against rounds.
         sizes: Samples by client.
-        attendance: Who was asked in which round, and what came of it.
+        participation: Who was asked in which round, and what came of it.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Run:
     metrics: dict[str, Curve]
     scalars: dict[str, Curve]
     sizes: list[int]
-    attendance: Participation
+    participation: Participation
 
     @property
     def bytes_by_round(self) -> Curve:
@@ -84,7 +84,7 @@ def read_run(path: str | Path) -> Run:
     except (OSError, ValueError) as error:
         raise ConfigurationError(
             message(
-                "a report is made of run directories with a summary.json",
+                "a report must be made of run directories with a summary.json",
                 received=f"{path} ({type(error).__name__})",
                 fix="name the directory that fit wrote, after its first evaluation",
             )
@@ -103,7 +103,7 @@ def read_run(path: str | Path) -> Run:
         metrics=metrics,
         scalars=_scalars(root),
         sizes=_sizes(root / "partition.npz"),
-        attendance=_attendance(root / NAME),
+        participation=_participation(root / NAME),
     )
 
 
@@ -123,7 +123,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _attendance(path: Path) -> Participation:
+def _participation(path: Path) -> Participation:
     try:
         return Participation.read(path)
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -148,7 +148,7 @@ def damaged(path: Path, error: Exception) -> ConfigurationError:
     """Return the error that names a file of a run that cannot be read."""
     return ConfigurationError(
         message(
-            "the files of a run are as fit wrote them",
+            "the files of a run must be as fit wrote them",
             received=f"{path} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no more'})",
             fix="restore it, or move it away: the report goes without it",
         )

@@ -92,7 +92,7 @@ class TestContract:
         first, second = (ClientUpdate(k, 10, {"w": torch.zeros(k)}, {}, {}) for k in (2, 3))
         with pytest.raises(UpdateError, match="shape .2,.*from client 3"):
             finish(AGGREGATORS[name], [first, second])
-        with pytest.raises(UpdateError, match="at least one example; received 0 from client 2"):
+        with pytest.raises(UpdateError, match="at least one example; got 0 from client 2"):
             finish(AGGREGATORS[name], [ClientUpdate(2, 0, {}, {}, {})])
 
     def test_merge_equals_one_pass(self, name):

@@ -72,7 +72,7 @@ class TestTwoDimensionalSystem:
         """Of the computation in NumPy, which the framework equals step by step; FedGAN ends at .996, .983, .966."""
         assert toy2d.reference(local_steps, 0.1, 8000, controls=True) == pytest.approx((1.0, 0.0), abs=1e-6)
         expected = toy2d.STATIONARY_OF["FedProx"][local_steps]
-        assert toy2d.reference(local_steps, 0.1, 8000, mu=1.0) == pytest.approx(expected, abs=1e-4)
+        assert toy2d.reference(local_steps, 0.1, toy2d.STEPS_OF["FedProx"], mu=1.0) == pytest.approx(expected, abs=1e-4)
 
     @pytest.mark.parametrize("algorithm", ["FedProx", "Scaffold"])
     def test_with_one_step_a_round_it_is_fedgan(self, algorithm):
@@ -321,7 +321,7 @@ def test_steps_of_raw_optimizers_are_corrected_too():
 @pytest.mark.parametrize("algorithm", [FedProx(mu=0.1), Scaffold()], ids=["FedProx", "Scaffold"])
 def test_parameters_that_move_without_a_step_are_refused(algorithm):
     torch.manual_seed(0)
-    with pytest.raises(ClientError, match="changes the gradient of every step .* which moved bias without a step"):
+    with pytest.raises(ClientError, match="must see every step .* which moved bias without a step"):
         run(algorithm, gan=HiddenOptimizer(), rounds=1)
 
 
@@ -331,13 +331,13 @@ def test_parameters_that_move_without_a_step_are_refused(algorithm):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"gan": ring_gan(optimizer=adam)}, "Scaffold must step by SGD without momentum.*received Adam. Fix: set the"),
+        ({"gan": ring_gan(optimizer=adam)}, "Scaffold must step by SGD without momentum.*got Adam. Set the"),
         (
             {"gan": ring_gan(optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))},
-            "received SGD with momentum 0.9",
+            "got SGD with momentum 0.9",
         ),
-        ({"aggregator": Krum(num_bad=0)}, "must be a weighted mean; received Krum. Fix: use WeightedMean"),
-        ({"rules": RoundRules(stale_updates="discount")}, "received rules.stale_updates=discount. Fix: set"),
+        ({"aggregator": Krum(num_bad=0)}, "must be a weighted mean; got Krum. Use WeightedMean"),
+        ({"rules": RoundRules(stale_updates="discount")}, "got rules.stale_updates=discount. Set"),
     ],
     ids=["Adam", "momentum", "Krum", "late"],
 )
@@ -346,10 +346,13 @@ def test_scaffold_refuses_what_its_controls_are_wrong_for(options, words):
         run(Scaffold(), **options)
 
 
-@pytest.mark.parametrize("placement", ["served", "exchange"])
-def test_a_placement_that_the_algorithm_does_not_serve_is_refused(placement):
-    with pytest.raises(ConfigurationError, match=f"knows the placement {placement}; received FedGAN"):
-        run(FedGAN(), sync={"generator": placement})
+@pytest.mark.parametrize("name", ["generator", "generator.layers.0.*"])
+@pytest.mark.parametrize("algorithm, placement", [(FedGAN, "served"), (Scaffold, "exchange"), (FedProx, "served")])
+def test_a_placement_that_the_algorithm_does_not_serve_is_refused(algorithm, placement, name):
+    with pytest.raises(
+        ConfigurationError, match=f"knows the placement {placement}; got {algorithm.__name__} with sync"
+    ):
+        run(algorithm(), sync={name: placement})
 
 
 def test_something_must_come_up():

@@ -126,7 +126,9 @@ def test_an_answer_from_a_site_is_the_same_and_a_wrong_one_is_refused(name):
     sizes = [data.num_examples(1)]
     question.check(answer, who="client 1", sizes=sizes)
     for wrong in spoiled.values():
-        with pytest.raises(ConfigurationError, match=f"sites answer {question.kind} with finite sums.*from client 1"):
+        with pytest.raises(
+            ConfigurationError, match=f"sites must answer {question.kind} with finite sums.*from client 1"
+        ):
             question.check(wrong, who="client 1", sizes=sizes)
 
 
@@ -179,7 +181,7 @@ def test_a_metric_over_sites_is_that_of_the_simulation_or_says_that_it_needs_sam
     kind, data, (samples, labels) = type(metric), digits_data(), digits_samples()
     module, _ = surveyed(data, sums_only=sums_only)
     if kind.needs_client_samples:
-        with pytest.raises(ConfigurationError, match="samples of clients never come to the server"):
+        with pytest.raises(ConfigurationError, match="samples of clients must stay where they are"):
             kind().prepare(module, device=CPU)
         return
     if kind.__name__ == "ClientDistances" and sums_only:
@@ -234,7 +236,7 @@ class Moody(Metric):
     def inspect(self, model):
         self.now += 1
         if self.now in self.rounds:
-            raise QuorumError("every site answers what the evaluation asks; received no sums from clients [1]")
+            raise QuorumError("every site must answer what the evaluation asks; got no sums from clients [1]")
         return {"mood": float(self.now)}
 
 

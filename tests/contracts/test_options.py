@@ -120,13 +120,17 @@ def refused(name, /, **given) -> str:
     return str(caught.value)
 
 
+#: What is handed to users, and made by nobody but trainers.
+HANDED_OUT = {"Visit"}
+
+
 def test_everything_that_users_make_is_checked():
     unchecked = [
         name
         for name, (_, function, is_public) in CALLABLES.items()
         if is_public and len(inspect.signature(function).parameters) > 1 and not hasattr(function, "intervals")
     ]
-    assert unchecked == []
+    assert set(unchecked) == HANDED_OUT
     assert len(CALLABLES) > 90
 
 
@@ -144,9 +148,9 @@ def test_every_fixed_choice_is_checked():
 @pytest.mark.parametrize("word", ["xyz", 7, True])
 def test_a_word_that_is_no_choice_is_named_with_the_choices(name, parameter, hint, word):
     said = refused(name, **{parameter: nested(word, hint)})
-    assert f"{parameter} of {name} is " in said.split("; received ")[0]
-    assert repr(word) in said.split("; received ")[1]
-    rule, fix = said.split("; received ")[0], said.split(" Fix: ")[1]
+    assert f"{parameter} of {name} must be " in said.split("; got ")[0]
+    assert repr(word) in said.split("; got ")[1]
+    rule, fix = said.split("; got ")[0], said.split("; got ")[1]
     for own in words(hint):
         assert str(own) in rule
         assert str(own) in fix
@@ -168,7 +172,7 @@ def test_numbers_are_finite_of_their_kind_and_in_their_range(name, parameter, hi
         wrong += [low] * (interval.text[0] == "(") + [high] * (interval.text[-1] == ")") + [high + 1]
     for value in wrong:
         said = refused(name, **{parameter: nested(value, hint)})
-        assert f"{parameter} of {name} is " in said.split("; received ")[0], value
+        assert f"{parameter} of {name} must be " in said.split("; got ")[0], value
         assert interval is None or str(interval) in said, value
 
 
@@ -182,7 +186,7 @@ def is_object(hint):
 def test_objects_are_of_their_type(name, parameter, hint):
     for value in ("nonsense", 3, object, object()):
         said = refused(name, **{parameter: nested(value, hint)})
-        assert f"{parameter} of {name} is " in said.split("; received ")[0], value
+        assert f"{parameter} of {name} must be " in said.split("; got ")[0], value
 
 
 def gan(**given):
@@ -196,19 +200,19 @@ def data(**given):
 SLIPS = [
     (
         lambda: WeightedMean("example"),
-        "weighting of WeightedMean is one of examples, uniform",
+        "weighting of WeightedMean must be one of examples, uniform",
         "'example'",
         "write examples",
     ),
     (
         lambda: gan(updates="simultanous"),
-        "updates of GAN is one of alternating, simultaneous",
+        "updates of GAN must be one of alternating, simultaneous",
         "'simultanous'",
         "write simultaneous",
     ),
     (
         lambda: gan(fake_labels="balance"),
-        "fake_labels of GAN is one of held, balanced, all",
+        "fake_labels of GAN must be one of held, balanced, all",
         "'balance'",
         "write balanced",
     ),
@@ -220,13 +224,13 @@ SLIPS = [
     ),
     (
         lambda: DCGANGenerator(norm="batchnorm"),
-        "norm of DCGANGenerator is one of batch, group, none",
+        "norm of DCGANGenerator must be one of batch, group, none",
         "'batchnorm'",
         "write batch",
     ),
     (
         lambda: DCGANDiscriminator(norm="layer"),
-        "norm of DCGANDiscriminator is one of",
+        "norm of DCGANDiscriminator must be one of",
         "'layer'",
         "write batch or group or spectral or none",
     ),
@@ -250,7 +254,7 @@ SLIPS = [
     ),
     (
         lambda: orchestrator(buffers="merged"),
-        "buffers of FederatedOrchestrator is one of merge, local, estimate",
+        "buffers of FederatedOrchestrator must be one of merge, local, estimate",
         "'merged'",
         "write merge",
     ),
@@ -263,7 +267,7 @@ SLIPS = [
     ),
     (
         lambda: orchestrator(rounds=5.0),
-        "rounds of FederatedOrchestrator is an integer of at least 1",
+        "rounds of FederatedOrchestrator must be an integer of at least 1",
         "5.0",
         "choose such a number",
     ),
@@ -274,20 +278,20 @@ SLIPS = [
     (lambda: gan(penalties=R1(0.1)), "a list, each a Penalty", "R1", ""),
     (lambda: gan(penalties=[R1]), "a list, each a Penalty", "R1", ""),
     (lambda: gan(clip_gradient_norm=math.nan), "a finite number above 0 or None", "nan", ""),
-    (lambda: gan(generator_optimizer="Adam"), "generator_optimizer of GAN is a function", "'Adam'", ""),
-    (lambda: R1(-1.0), "gamma of R1 is a finite number of at least 0", "-1.0", ""),
-    (lambda: R1(interval=0), "interval of R1 is an integer of at least 1", "0", ""),
+    (lambda: gan(generator_optimizer="Adam"), "generator_optimizer of GAN must be a function", "'Adam'", ""),
+    (lambda: R1(-1.0), "gamma of R1 must be a finite number of at least 0", "-1.0", ""),
+    (lambda: R1(interval=0), "interval of R1 must be an integer of at least 1", "0", ""),
     (lambda: FractionOfClients(1.5), "a finite number in (0, 1]", "1.5", ""),
     (lambda: Evaluation(metrics=[FrechetDistance]), "a list, each a Metric or None", "FrechetDistance", ""),
     (
         lambda: Federation(gan(), "digits"),
-        "data of Federation is a LightningDataModule",
+        "data of Federation must be a LightningDataModule",
         "'digits'",
         "",
     ),
     (
         lambda: Federation(SomebodysOld(), data()),
-        "model of Federation is a LightningModule",
+        "model of Federation must be a LightningModule",
         "SomebodysOld",
         "take LightningModule from lightning, not",
     ),
@@ -307,9 +311,9 @@ def test_what_is_said_of_common_slips(make, rule, received, fix):
     with pytest.raises(ConfigurationError) as caught:
         make()
     said = str(caught.value)
-    assert rule in said.split("; received ")[0]
-    assert received in said.split("; received ")[1].split(" Fix: ")[0]
-    assert fix in said.split(" Fix: ")[1]
+    assert rule in said.split("; got ")[0]
+    assert received in said.split("; got ")[1]
+    assert fix.lower() in said.split("; got ")[1].lower()
     assert "\n" not in said
 
 
@@ -330,7 +334,7 @@ def test_a_function_is_named_by_its_own_name_and_other_errors_pass():
 
     assert grow(0.5, 2, by=3, x=4) == 3.5
     assert grow.__name__ == "grow"
-    with pytest.raises(ConfigurationError, match=r"size of grow is a finite number in \(0, 1\]; received 0"):
+    with pytest.raises(ConfigurationError, match=r"size of grow must be a finite number in \(0, 1\]; got 0"):
         grow(0)
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'size'"):
         grow()

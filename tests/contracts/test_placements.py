@@ -116,10 +116,10 @@ class TestServed:
     @pytest.mark.parametrize(
         "options, words",
         [
-            ({"sync": {}}, "received sync.generator: average. Fix: set federation.sync to"),
+            ({"sync": {}}, "got sync.generator: average. Set federation.sync to"),
             (
                 {"gan": ring_gan(optimizer=sgd, loss=RelativisticPairing())},
-                "received RelativisticPairing. Fix: use another",
+                "got RelativisticPairing. Use another",
             ),
         ],
         ids=["averaged", "a loss of pairs"],
@@ -132,7 +132,7 @@ class TestServed:
         torch.manual_seed(0)
         module = SomebodysGAN()
         module.generator, module.decoder = module.decoder, None
-        with pytest.raises(ConfigurationError, match="received SomebodysGAN without them. Fix: add them"):
+        with pytest.raises(ConfigurationError, match="got SomebodysGAN without them. Add them"):
             run(ServedGenerator(), gan=module, sync=self.SYNC)
 
 
@@ -214,7 +214,7 @@ class TestAbilities:
         assert float(gradient.abs().sum()) > 0
 
     def test_given_samples_must_be_as_many_as_a_minibatch(self):
-        with pytest.raises(ClientError, match="as many as those of a minibatch; received .*8.* for .*16"):
+        with pytest.raises(ClientError, match="as many as those of a minibatch; got .*8.* for .*16"):
             run(MDGAN(batch_size=8), sync={"generator": "served", "discriminator": "local"})
 
 

@@ -51,7 +51,7 @@ def test_poisson_has_its_inclusion_probability_and_empty_cohorts():
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.5])
 def test_shares_outside_the_unit_interval_are_refused(share):
     for make in (sampling.FractionOfClients, sampling.PoissonSampling):
-        with pytest.raises(ConfigurationError, match=rf"in \(0, 1\]; received {share}"):
+        with pytest.raises(ConfigurationError, match=rf"in \(0, 1\]; got {share}"):
             make(share)
 
 
@@ -65,13 +65,13 @@ def test_the_cohort_is_of_the_population(sampler):
 
 
 def test_a_trace_and_named_clients_do_not_go_together():
-    with pytest.raises(ConfigurationError, match="received SelectedClients, which names them"):
+    with pytest.raises(ConfigurationError, match="got SelectedClients, which names them"):
         sampling.AvailableClients(TRACE, among=sampling.SelectedClients([1]))
 
 
 def test_selected_clients_are_those_that_were_named():
     assert sampling.SelectedClients([4, 1]).sample(num_clients=5, round=7, seed=0) == (1, 4)
-    with pytest.raises(ConfigurationError, match="below the number of clients, 4; received 4"):
+    with pytest.raises(ConfigurationError, match="below the number of clients, 4; got 4"):
         sampling.SelectedClients([4]).sample(num_clients=4, round=0, seed=0)
     for wrong, words in (([], "distinct"), ([1, 1], "distinct"), ([-1], "at least 0")):
         with pytest.raises(ConfigurationError, match=words):
@@ -92,11 +92,11 @@ def test_only_those_that_are_there_are_chosen_and_may_stand_by():
 
 
 def test_traces_that_are_none_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"AvailableClients.trace is a CSV file that can be read; received .*missing"):
+    with pytest.raises(DataError, match=r"AvailableClients.trace must be a CSV file that can be read; got .*missing"):
         sampling.AvailableClients(str(tmp_path / "missing.csv"))
     wrong = tmp_path / "wrong.csv"
     wrong.write_text("client,first_round\n1,2\n")
-    with pytest.raises(DataError, match="received client, first_round. Fix: .*last_round is missing"):
+    with pytest.raises(DataError, match="got client, first_round. .*last_round is missing"):
         sampling.AvailableClients(str(wrong))
-    with pytest.raises(ConfigurationError, match=r"clients in \[0, 5\); received 5"):
+    with pytest.raises(ConfigurationError, match=r"clients in \[0, 5\); got 5"):
         sampling.AvailableClients(TRACE).sample(num_clients=5, round=5, seed=0)

@@ -134,7 +134,7 @@ def test_nobody_who_answers_is_an_error_in_one_line(folder, tmp_path, capsys):
         taken.bind(("127.0.0.1", 0))  # and nobody listens there
         assert checked(folder, tmp_path, taken.getsockname()[1]) == 2
     error = capsys.readouterr().err
-    assert "reaches the SuperLink" in error
+    assert "must reach the SuperLink" in error
     assert error.count("\n") == 1
 
 
@@ -142,7 +142,7 @@ def test_nobody_who_answers_is_an_error_in_one_line(folder, tmp_path, capsys):
 def test_an_address_without_host_or_port_is_refused(folder, tmp_path, capsys, address):
     arguments = ["--ca", str(folder / "ca.crt"), "--key", str(folder / "site0"), "--client-id", "0"]
     assert main(["deploy", "site", "--superlink", address, "--config", CONFIG, *arguments]) == 2
-    assert f"HOST:PORT; received {address}." in capsys.readouterr().err
+    assert f"HOST:PORT; got {address}." in capsys.readouterr().err
 
 
 def test_too_few_samples_for_a_minibatch_are_found_before_the_federation_is_asked(folder, tmp_path, capsys):
@@ -187,8 +187,8 @@ def test_a_key_that_flower_does_not_take_is_refused(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (b"trainer: {accelerator: cuda}\n", "can be built"),
-        (b"trainer: {strategy: foo}\n", "can be made from the settings below trainer:"),
+        (b"trainer: {accelerator: cuda}\n", "must build it"),
+        (b"trainer: {strategy: foo}\n", "the settings below trainer: must make a Trainer"),
         (b"data: {max_samples: \xff}\n", "site.yaml ('utf-8' codec"),
     ],
 )

@@ -78,7 +78,7 @@ def test_a_site_with_a_certificate_uses_tls_among_its_own_processes_too(tmp_path
         (tmp_path / name).write_text("model: {}" if name == "config.yaml" else "")
     site = ["--superlink", "h:1", "--ca", "ca.crt", "--key", "site0", "--client-id", "0", "--config", "config.yaml"]
     assert main(["deploy", "site", *site, "--tls", "site0.tls"]) == 2
-    assert f"files that are named exist; received {tmp_path / 'site0.tls.crt'}" in capsys.readouterr().err
+    assert f"files that are named must exist; got {tmp_path / 'site0.tls.crt'}" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------- a year later
@@ -160,7 +160,7 @@ def test_half_an_authority_signs_nothing(missing, here, keys, capsys):
     (keys / missing).rename(keys.parent / "safe")
     before = contents(keys)
     assert again(keys, sites=3) == 2
-    assert f"received {keys} with {here} and without {missing}. Fix: bring {missing}" in capsys.readouterr().err
+    assert f"got {keys} with {here} and without {missing}. Bring {missing}" in capsys.readouterr().err
     assert contents(keys) == before
 
 
@@ -169,7 +169,7 @@ def test_the_key_of_another_authority_signs_nothing(keys, capsys):
     (keys / "ca.key").write_bytes((keys.parent / "other" / "ca.key").read_bytes())
     before = contents(keys)
     assert again(keys, sites=2) == 2
-    assert "an authority's key and certificate belong together" in capsys.readouterr().err
+    assert "an authority's key and certificate must belong together" in capsys.readouterr().err
     assert contents(keys) == before
 
 
@@ -199,10 +199,10 @@ def forged():
 @pytest.mark.parametrize(
     ("request_", "has_node_key", "rule"),
     [
-        (forged, True, "a request is signed with its own key"),
-        (lambda: b"no request", True, "keys, certificates and requests are PEM files"),
-        (lambda: pem(request_of(rsa.generate_private_key(65537, 1024))), True, "received 1024 in"),
-        (lambda: pem(request_of(ec.generate_private_key(ec.SECP192R1()))), True, "received 192 in"),
+        (forged, True, "a request must be signed with its own key"),
+        (lambda: b"no request", True, "keys, certificates and requests must be PEM files"),
+        (lambda: pem(request_of(rsa.generate_private_key(65537, 1024))), True, "got 1024 in"),
+        (lambda: pem(request_of(ec.generate_private_key(ec.SECP192R1()))), True, "got 192 in"),
         (lambda: pem(request_of(ec.generate_private_key(ec.SECP384R1()))), False, "without site2.pub"),
     ],
 )
@@ -225,10 +225,10 @@ def test_a_certificate_that_has_ended_is_refused_and_one_that_is_about_to_is_nam
     assert "server.crt ends on 2" in caplog.text
     monkeypatch.setattr(making, "VALID_DAYS", -1e-3)  # a minute and a half ago
     assert again(keys, sites=2) == 0
-    with pytest.raises(ConfigurationError, match=r"certificates are valid; received .*server.crt, which ended on 2"):
+    with pytest.raises(ConfigurationError, match=r"certificates must be valid; got .*server.crt, which ended on 2"):
         programs.superlink(keys.parent / "home", keys=keys, host="127.0.0.1", port=0)
     (keys / "server.crt").write_text("none")
-    with pytest.raises(ConfigurationError, match=r"PEM files; received .*server.crt"):
+    with pytest.raises(ConfigurationError, match=r"PEM files; got .*server.crt"):
         making.check_valid(keys / "server.crt")
 
 

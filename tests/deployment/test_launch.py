@@ -34,22 +34,22 @@ def refused(capsys, *arguments: str) -> str:
 def test_without_flower_a_federation_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setattr(programs, "program", lambda name: None)
     text = refused(capsys, "trial", "--sites", "2", "--config", CONFIG, "--run_dir", "r")
-    assert "pip install 'fedgan-lightning[flower]'" in text
+    assert "Run pip install 'fedgan-lightning[flower]'" in text
 
 
 def test_bad_options_are_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(programs, "program", lambda name: name)
-    assert "federation --help" in refused(capsys, "hospital")
+    assert "deploy --help" in refused(capsys, "hospital")
     assert "--sites" in refused(capsys, "keys", "folder")
     site = ["--superlink", "h:1", "--ca", "ca", "--key", "k", "--client-id", "0", "--config", CONFIG]
     assert "unknown options --frobnicate" in refused(capsys, "site", *site, "--frobnicate", "1")
-    assert f"files that are named exist; received {tmp_path / 'ca'}." in refused(capsys, "site", *site)
+    assert f"files that are named must exist; got {tmp_path / 'ca'}." in refused(capsys, "site", *site)
     text = refused(capsys, "trial", "--sites", "2", "--config", "none.yaml", "--run_dir", "r")
-    assert f"received {tmp_path / 'none.yaml'}" in text
+    assert f"got {tmp_path / 'none.yaml'}" in text
     text = refused(capsys, "server", "--keys", "keys", "--config", "none.yaml", "--run_dir", "r")
-    assert f"received {tmp_path / 'none.yaml'}" in text, "before anything is started"
+    assert f"got {tmp_path / 'none.yaml'}" in text, "before anything is started"
     server = ["server", "--keys", "keys", "--config", CONFIG, "--run_dir", "r"]
-    assert f"received {tmp_path / 'keys/ca.crt'}" in refused(capsys, *server)
+    assert f"got {tmp_path / 'keys/ca.crt'}" in refused(capsys, *server)
 
 
 def test_a_site_is_told_its_own_settings_and_nothing_else(tmp_path):
@@ -127,7 +127,7 @@ def test_a_server_waits_for_its_port_and_refuses_one_that_stays_taken(tmp_path, 
         other.bind(("127.0.0.1", port))
         other.listen()
         monkeypatch.setattr(programs, "PORT_SECONDS", 0.0)
-        with pytest.raises(ConfigurationError, match=f"one server listens on a port; received 127.0.0.1:{port}"):
+        with pytest.raises(ConfigurationError, match=f"a port must have one server that listens; got 127.0.0.1:{port}"):
             programs.await_port("127.0.0.1", port)
         monkeypatch.setattr(programs, "PORT_SECONDS", 3600.0)
         threading.Timer(0.5, other.close).start()
@@ -214,7 +214,7 @@ def test_a_site_that_never_has_a_starter_says_so(tmp_path, monkeypatch):
     starter.write_text("#!/bin/sh\nexit 1\n")
     starter.chmod(0o700)
     code = f"import subprocess, time; child = subprocess.Popen([{str(starter)!r}]); time.sleep(600)"
-    with pytest.raises(ConfigurationError, match="a flower-superexec, .* received one that ended again and again"):
+    with pytest.raises(ConfigurationError, match="a flower-superexec, .* got one that ended again and again"):
         supernode_supervisor.keep_running([sys.executable, "-ISc", code], environment=os.environ)
 
 

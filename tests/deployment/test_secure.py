@@ -172,12 +172,12 @@ def test_a_site_answers_each_message_once_and_in_order(tmp_path):
     assert hand.run().means
     first = hand.sessions[0]
     for k, facts, _ in [seen for seen in hand.seen if seen[0] == 0 and seen[1]["ask"] != "advertise"]:
-        with pytest.raises(ProtocolError, match="goes on from there, once; received none"):
+        with pytest.raises(ProtocolError, match="go on from there, once; got none"):
             hand.answer(k, facts)
     first.advertise(1, num_examples=10)
-    with pytest.raises(ProtocolError, match="session 1 is shared and goes on from there, .* session 1, adv"):
+    with pytest.raises(ProtocolError, match="session 1 must be shared and go on from there, .* session 1, adv"):
         first.open(1, {})
-    with pytest.raises(ProtocolError, match="session 2 is advertised .* received session 1, advertised"):
+    with pytest.raises(ProtocolError, match="session 2 must be advertised .* got session 1, advertised"):
         first.share(2, {})
 
 
@@ -190,7 +190,7 @@ def test_no_vector_is_masked_twice(tmp_path):
     def again(k, facts):
         if facts["ask"] == "unmask" and k == 0:
             question = next(own for client, own, _ in hand.seen if client == 0 and own["ask"] == "mask")
-            with pytest.raises(ProtocolError, match="is shared and goes on from there, once; .* masked"):
+            with pytest.raises(ProtocolError, match="must be shared and go on from there, once; .* masked"):
                 sessions[0].open(int(question["session"]), sealed_of_facts(question))
             asked.append("again")
         return facts
@@ -221,9 +221,12 @@ def test_a_server_that_tells_one_client_otherwise_gets_nothing_from_it(tmp_path,
 @pytest.mark.parametrize(
     "edit, reason",
     [
-        (lambda facts: {**facts, "seal_keys": [facts["seal_keys"][0]] * 3}, "members have keys of their own"),
-        (lambda facts: {**facts, "clients": [0, 1], "sizes": [10, 20]}, "a session has at least 3 members; received 2"),
-        (lambda facts: {**facts, "sizes": [10, 20, 0]}, "members count at least one example; received 0"),
+        (lambda facts: {**facts, "seal_keys": [facts["seal_keys"][0]] * 3}, "members must have keys of their own"),
+        (
+            lambda facts: {**facts, "clients": [0, 1], "sizes": [10, 20]},
+            "a session must have at least 3 members; got 2",
+        ),
+        (lambda facts: {**facts, "sizes": [10, 20, 0]}, "members must count at least one example; got 0"),
     ],
 )
 def test_members_that_cannot_be_are_refused(tmp_path, edit, reason):
@@ -235,9 +238,9 @@ def test_members_that_cannot_be_are_refused(tmp_path, edit, reason):
 @pytest.mark.parametrize(
     "survivors, reason",
     [
-        ([0, 1], "3 members are left; received 2"),
-        ([1, 2, 3], "survivors are mem"),
-        ([0, 1, 9], "survivors are mem"),
+        ([0, 1], "3 members must be left; got 2"),
+        ([1, 2, 3], "survivors must be mem"),
+        ([0, 1, 9], "survivors must be mem"),
     ],
 )
 def test_a_server_cannot_have_a_sum_of_too_few_opened(tmp_path, survivors, reason):
@@ -247,7 +250,7 @@ def test_a_server_cannot_have_a_sum_of_too_few_opened(tmp_path, survivors, reaso
     session = int(hand.seen[-1][1]["session"])
     with pytest.raises(ProtocolError, match=reason):
         hand.sessions[0].unmask(session, survivors)
-    with pytest.raises(ProtocolError, match="received none"):
+    with pytest.raises(ProtocolError, match="got none"):
         hand.sessions[0].unmask(session, [0, 1, 2])
 
 
@@ -477,7 +480,7 @@ def test_a_site_refuses_its_own_bad_update_by_name(tmp_path, state):
     deploy(tmp_path, grid_of(state, told={2: hostile(tmp_path, "nan", source="Ring")}), *LENIENT)
     (incident,) = summary(tmp_path, "secure")["incidents"]
     assert incident["client_id"] == 2
-    assert re.search("NaN or infinity in 'generator.* from client 2. Fix: lower", incident["reason"])
+    assert re.search("NaN or infinity in 'generator.* from client 2. Lower", incident["reason"])
     assert all(bool(torch.isfinite(value).all()) for value in weights(tmp_path, "secure").values())
 
 
@@ -518,7 +521,7 @@ def test_a_sum_that_cannot_be_right_counts_for_nobody_and_names_nobody(tmp_path,
 
 def test_krum_is_refused_before_any_site_is_asked(tmp_path, state):
     grid = grid_of(state)
-    with pytest.raises(ConfigurationError, match="received Krum, which needs single updates. Fix: use WeightedMean"):
+    with pytest.raises(ConfigurationError, match="got Krum, which needs single updates. Use WeightedMean"):
         deploy(tmp_path, grid, "--federation.aggregator", "Krum")
     assert grid.asked == []
 
@@ -568,7 +571,9 @@ def test_features_of_all_sites_are_summed_under_masks_too(tmp_path, state):
     grid.away = {101}
     sites.refresh()
     asked = len(grid.asked)
-    with pytest.raises(QuorumError, match=r"every site is in the sums .* client 1 \(advertise: its site is not conn"):
+    with pytest.raises(
+        QuorumError, match=r"every site must be in the sums .* client 1 \(advertise: its site is not conn"
+    ):
         survey.sums(question, {})
     assert len(grid.asked) == asked + 3, "nobody was asked for more than keys: all less all but one is one site's own"
 
@@ -602,7 +607,7 @@ def test_a_metric_whose_sums_cannot_be_masked_is_left_out_by_name(tmp_path, stat
     with caplog.at_level("WARNING", logger="fedgan_lightning"):
         deploy(tmp_path, grid_of(state), *metrics, "--best.monitor", "fid")
     (line,) = [record.message for record in caplog.records if "is not measured" in record.message]
-    assert re.search("KernelDistance is not measured: .*entries of sums are at most 20000 .*Fix: scale the data", line)
+    assert re.search("KernelDistance is not measured: .*entries of sums must be at most 20000 .*Scale the data", line)
     final = summary(tmp_path, "secure")["final"]
     assert {"modes", "fid"} <= final.keys()
     assert "kid" not in final

@@ -77,6 +77,19 @@ def digest_at(grid) -> str:
     return _site(grid.contexts[100]).digest
 
 
+SGD = [
+    part
+    for network in ("generator", "discriminator")
+    for part in (f"--model.init_args.{network}_optimizer", "{class_path: torch.optim.SGD, init_args: {lr: 0.02}}")
+]
+CLIPPED_SIGNS = "[{class_path: ClipUpdates, init_args: {max_norm: 0.5}}, {class_path: SignCompression}]"
+FALLING = (
+    "{learning_rate: {class_path: StepRounds, init_args: {values: {0: 1.0, 1: 0.1}}}, "
+    "local_steps: {class_path: StepRounds, init_args: {values: {0: 2, 1: 1}}}, "
+    "algorithm.mu: {class_path: LinearRounds, init_args: {start: 1.0, end: 0.0}}}"
+)
+
+
 def weights(tmp_path, name):
     return read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"]
 
@@ -95,8 +108,11 @@ def summary(tmp_path, name):
         LOCAL,
         ["--federation.optimizer_state", "keep"],
         ["--federation.local_epochs", "1", "--federation.local_steps", "null"],
+        [*SGD, "--federation.algorithm", "Scaffold", "--federation.transforms", CLIPPED_SIGNS],
+        ["--federation.algorithm", "{class_path: FedProx, init_args: {mu: 0.1}}", "--federation.schedules", FALLING],
+        ["--federation.sync", "{'discriminator.features.1.*': local}"],
     ],
-    ids=["fedgan", "local discriminators", "kept moments", "epochs"],
+    ids=["fedgan", "local discriminators", "kept moments", "epochs", "scaffold", "schedules", "a local layer"],
 )
 def test_a_deployment_computes_what_the_simulation_computes(tmp_path, options):
     """To the bit: same machine, same threads."""
@@ -165,7 +181,7 @@ def test_a_restarted_server_goes_on_without_a_site_it_knows_and_takes_it_back(tm
         deploy(tmp_path, *options, grid=grid)
     told = [record.message for record in caplog.records]
     assert any("going on without client 1, not back within" in own for own in told)
-    assert any("has to wait: every site answers" in own and "clients [1]" in own for own in told)
+    assert any("has to wait: every site must answer" in own and "clients [1]" in own for own in told)
     found = summary(tmp_path, "deployed")
     assert [(own["round"], own["client_id"], own["reason"]) for own in found["incidents"]] == [
         (3, 1, "connect: its site is not connected")
@@ -376,7 +392,7 @@ def test_a_site_of_other_labels_is_named_before_anything_is_trained(tmp_path):
 
     grid = grid_of(tmp_path, SHORT)
     grid.edit = lie
-    with pytest.raises(ConfigurationError, match="sites count samples of 10 labels; received 2 from client 1"):
+    with pytest.raises(ConfigurationError, match="sites must count samples of 10 labels; got 2 from client 1"):
         deploy(tmp_path, grid=grid)
     assert "train" not in {kind for _, kind in grid.asked}
 
@@ -444,7 +460,7 @@ def test_an_operator_sees_who_is_connected_and_how_long_answers_take(tmp_path, c
     assert (lost["outcome"], lost["bytes_down"], lost["reason"]) == ("failed", 0, "connect: its site is not connected")
     assert 0 < answered["seconds"] <= answered["round_trip"] <= second["seconds"]
     assert answered["bytes_down"] > 0
-    counted = sum(own.bytes_down for own in run.attendance.clients.values())
+    counted = sum(own.bytes_down for own in run.participation.clients.values())
     assert counted == sum(run.summary["bytes_down"].values()), "nothing was sent to the site that was away"
 
 
@@ -476,9 +492,7 @@ def test_a_site_with_other_settings_another_s_number_or_no_facts_is_refused(tmp_
         refused("number", told={2: {"client-id": 1}})
     other = tmp_path / "other.yaml"
     other.write_text("model:\n  class_path: GAN\n  init_args:\n    d_steps: 2\n")
-    with pytest.raises(
-        QuorumError, match=r"clients \[0\] within 0 s, and 1 refused: does not share .* Fix: mend those"
-    ):
+    with pytest.raises(QuorumError, match=r"clients \[0\] within 0 s, and 1 refused: does not share .* Mend those"):
         refused("settings", told={0: {"site": str(other)}})
 
     def lie(node, kind, reply):
@@ -509,7 +523,7 @@ def test_a_metric_that_looks_at_samples_is_left_out_and_one_that_tries_anyway_is
     assert "elsewhere: Memorisation" in caplog.text
     assert "fid" in summary(tmp_path, "left_out")["final"]
     own.write_text("evaluation:\n  metrics: [tests.fakes.Curious]\n")
-    with pytest.raises(ConfigurationError, match="samples of clients never come to the server"):
+    with pytest.raises(ConfigurationError, match="samples of clients must stay where they are"):
         deploy(tmp_path, "--config", str(own), name="refused")
 
 
@@ -521,10 +535,10 @@ def test_a_site_answers_what_it_knows_and_only_about_many_samples(tmp_path):
     question = {"question": "feature moments", "kind": "pixels", "side": 0}
     assert int(site.sums({**question, "limit": FEWEST_SAMPLES}, {})["count"]) == FEWEST_SAMPLES
     for limit in (1, FEWEST_SAMPLES - 1):
-        with pytest.raises(ConfigurationError, match=f"over at least 10 samples; received {limit} for feature moments"):
+        with pytest.raises(ConfigurationError, match=f"over at least 10 samples; got {limit} for feature moments"):
             site.sums({**question, "limit": limit}, {})
     assert int(site.sums({**question, "limit": 1}, {}, is_masked=True)["count"]) == 1, "nobody sees it alone"
-    with pytest.raises(ConfigurationError, match="a site answers feature moments, .*; received samples"):
+    with pytest.raises(ConfigurationError, match="must be one of feature moments, .*; got samples"):
         site.sums({"question": "samples"}, {})
 
 
@@ -534,9 +548,13 @@ def test_a_site_answers_what_it_knows_and_only_about_many_samples(tmp_path):
 def test_tasks_and_updates_survive_the_wire():
     state = {"g.w": torch.randn(3, 2), "optimizer/0/g.w/step": torch.tensor(3.0), "g.n": torch.tensor(2)}
     state["g.var"] = torch.rand(2, dtype=torch.float64)
-    task = ClientTask(client_id=2, round=5, seed=2**63 - 1, state=state, epochs=2, schedule_positions=(4, 5))
+    numbers = {"algorithm.mu": 0.5}
+    task = ClientTask(
+        client_id=2, round=5, seed=2**63 - 1, state=state, epochs=2, schedule_positions=(4, 5), hyperparameters=numbers
+    )
     back, accepted = wire.to_task(wire.from_task(task, accepted=17, digest="d"))
-    assert (back.client_id, back.round, back.seed, back.local, accepted) == (2, 5, 2**63 - 1, task.local, 17)
+    assert (back.client_id, back.round, back.seed, back.epochs, back.steps, accepted) == (2, 5, 2**63 - 1, 2, None, 17)
+    assert (back.schedule_positions, dict(back.hyperparameters)) == ((4, 5), {"algorithm.mu": 0.5})
     assert_states_equal(dict(back.state), state)
     assert {n: v.dtype for n, v in back.state.items()} == {n: v.dtype for n, v in state.items()}
     update = ClientUpdate(2, 7, {"g.w": state["g.w"]}, {"loss_d": 0.25}, {"g.var": state["g.var"]}, round=5)

@@ -59,7 +59,7 @@ def test_a_checkpoint_reads_no_client_on_disk_and_holds_all_of_them(tmp_path, mo
         for k in range(6):
             assert_states_equal(dict(again.orchestrator.store.read(k)), states[k])
     next(folder_beside(moved).iterdir()).unlink()
-    with pytest.raises(CheckpointError, match="in the folder beside it; received 1 files missing"):
+    with pytest.raises(CheckpointError, match="in the folder beside it; got 1 files missing"):
         start(tmp_path / "without").fit(ckpt_path=str(moved))
 
 

@@ -382,9 +382,9 @@ class TestRounds:
     @pytest.mark.parametrize(
         "options, words",
         [
-            ({"rounds": 0}, "rounds .* at least 1; received 0"),
+            ({"rounds": 0}, "rounds .* at least 1; got 0"),
             ({"local_steps": 1, "local_epochs": 1}, "in steps or in epochs"),
-            ({"local_steps": 0}, "local_steps .* at least 1 or None; received 0"),
+            ({"local_steps": 0}, "local_steps .* at least 1 or None; got 0"),
         ],
     )
     def test_impossible_settings_are_refused_in_the_constructor(self, options, words):
@@ -392,21 +392,19 @@ class TestRounds:
             FederatedOrchestrator(**options)
 
     def test_what_cannot_be_federated_says_why(self):
-        with pytest.raises(ConfigurationError, match="trains a ServerModule; received GAN"):
+        with pytest.raises(ConfigurationError, match="trains a ServerModule; got GAN"):
             pooled = ring_data().pooled(num_steps=1)
             quiet_trainer(FederatedOrchestrator(rounds=1)).fit(ring_gan(), datamodule=pooled)
-        with pytest.raises(
-            ConfigurationError, match="trained by a FederatedOrchestrator; received a Trainer without one"
-        ):
+        with pytest.raises(ConfigurationError, match="trained by a FederatedOrchestrator; got a Trainer without one"):
             quiet_trainer().fit(ServerModule(ring_gan()), datamodule=ring_data())
         with pytest.raises(
-            ConfigurationError, match=r"received trainer.precision=16-mixed. Fix: set trainer.precision to 32-true"
+            ConfigurationError, match=r"got trainer.precision=16-mixed. Set trainer.precision to 32-true"
         ):
             orchestrator = FederatedOrchestrator(rounds=1)
             uncut = {"fast_dev_run": False, "limit_train_batches": 1.0}
             facts = {"datamodule": ring_data(), "precision": "16-mixed", "world_size": 1, **uncut}
             orchestrator._checked(type("T", (), facts)(), ServerModule(ring_gan()))
-        with pytest.raises(ConfigurationError, match="must be additive; received Median on 2 devices"):
+        with pytest.raises(ConfigurationError, match="must be additive; got Median on 2 devices"):
             facts = {"datamodule": ring_data(), "precision": "32-true", "world_size": 2, **uncut}
             orchestrator.aggregator = type("Median", (), {"additive": False})()
             orchestrator._checked(type("T", (), facts)(), ServerModule(ring_gan()))
@@ -575,7 +573,8 @@ def test_a_mapping_leaves_the_other_networks_at_the_default():
 @pytest.mark.parametrize("option", [{"max_steps": 5}, {"max_epochs": 1}])
 def test_options_that_rounds_overrule_are_refused(option, tmp_path):
     with pytest.raises(
-        ConfigurationError, match=r"rounds counts them; received trainer={'max_\w+': \d}. Fix: set rounds"
+        ConfigurationError,
+        match=r"rounds alone must count the epochs, each of which is a round; got trainer={'max_\w+': \d}. Set rounds",
     ):
         Federation(ring_gan(), ring_data(), rounds=2, local_steps=1, run_dir=str(tmp_path), trainer=option)
 
@@ -608,7 +607,7 @@ def test_a_test_that_fails_leaves_the_account_of_the_run_as_it_was(tmp_path, mon
     with pytest.raises(ArithmeticError):
         federation.test()
     assert federation.summary_path.read_text() == before
-    with pytest.raises(ConfigurationError, match="a new run needs a directory"):
+    with pytest.raises(ConfigurationError, match="a new run must have a directory"):
         federation.fit()
     assert federation.summary_path.read_text() == before
 

@@ -101,7 +101,7 @@ def test_real_samples_of_others_help_a_small_client():
 
 
 def test_only_clients_that_exist_and_labelled_data_are_accepted():
-    with pytest.raises(ConfigurationError, match="clients 0 to 4.*received 7"):
+    with pytest.raises(ConfigurationError, match="clients 0 to 4.*got 7"):
         ClientAugmentation(clients=[7]).prepare(digits_data(), device=CPU)
     with pytest.raises(ConfigurationError, match="labelled"):
         ClientAugmentation().prepare(FederatedDataModule(SwissRoll(), num_clients=2), device=CPU)

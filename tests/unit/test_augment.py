@@ -77,11 +77,11 @@ class TestOperations:
         assert (cut[0, 0, 5:12, 5:12] == 0).all()
 
     def test_arguments(self):
-        with pytest.raises(ConfigurationError, match=r"colour, translation, cutout; received \['rotation'\]"):
+        with pytest.raises(ConfigurationError, match=r"colour, translation, cutout; got \['rotation'\]"):
             Augmentation(["rotation"])
-        with pytest.raises(ConfigurationError, match="received none"):
+        with pytest.raises(ConfigurationError, match="got none"):
             Augmentation([])
-        with pytest.raises(ConfigurationError, match=r"probability .* in .0, 1.; received 1.5"):
+        with pytest.raises(ConfigurationError, match=r"probability .* in .0, 1.; got 1.5"):
             Augmentation(probability=1.5)
 
 
@@ -142,10 +142,10 @@ class TestLeCam:
         assert float(late.anchored(x, z)) == float(early.anchored(x, z))
 
     def test_arguments(self):
-        with pytest.raises(ConfigurationError, match=r"decay of LeCam .* in \[0, 1\); received 1.0"):
+        with pytest.raises(ConfigurationError, match=r"decay of LeCam .* in \[0, 1\); got 1.0"):
             LeCam(decay=1.0)
 
 
 def test_vectors_are_not_augmented():
-    with pytest.raises(ConfigurationError, match=r"augmentation is for images; received samples of shape \[2\]"):
+    with pytest.raises(ConfigurationError, match=r"what is augmented must be images; got samples of shape \[2\]"):
         GAN(MLPGenerator(4, (2,)), MLPDiscriminator((2,)), augment=Augmentation())

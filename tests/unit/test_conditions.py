@@ -60,7 +60,9 @@ def test_terms_train_the_generator_and_are_logged():
     errors = {}
     for weight in (0.0, 3.0):
         gan = hidden_gan(penalties=[])
-        gan.condition.terms = lambda fake, x, c, weight=weight: {"reconstruction": weight * (fake - x).square().mean()}
+        gan.condition.extra_losses = lambda fake, x, c, weight=weight: {
+            "reconstruction": weight * (fake - x).square().mean()
+        }
         trainer = quiet_trainer(max_epochs=1)
         torch.manual_seed(1)
         trainer.fit(gan, datamodule=ring_data().pooled(num_steps=400))

@@ -86,7 +86,7 @@ class TestPartitionContract:
     def test_a_client_below_the_minimum_is_an_error(self, name):
         partition = type(PARTITIONS[name]).__new__(type(PARTITIONS[name]))
         partition.__dict__ = {**PARTITIONS[name].__dict__, "min_samples": 1000}
-        with pytest.raises(DataError, match=r"at least 1000 samples.*(received client 0|received 240|need 4000)"):
+        with pytest.raises(DataError, match=r"at least 1000 samples.*(got client 0|got 240|need 4000)"):
             partition.split(labelled(), num_clients=4, seed=1)
 
 
@@ -121,12 +121,16 @@ def test_classes_per_client_gives_each_client_its_classes():
 @pytest.mark.parametrize(
     "partition, samples, words",
     [
-        (parts.ClassesPerClient(2), Samples(x=torch.zeros(50, 2)), "splits by label; received a source without labels"),
-        (parts.Dirichlet(0.5), Samples(x=torch.zeros(50, 2)), "splits by label"),
-        (parts.Natural("writer"), labelled(), r"received 'writer'. Fix: choose one of \['label', 'site'\]"),
-        (parts.ClassLists([[0], [9], [1], [2]]), labelled(), r"received unknown \[9\]"),
-        (parts.ClassLists([[0], [1]]), labelled(), "received 2 lists for 4 clients"),
-        (parts.ClassesPerClient(7), labelled(), "received 7"),
+        (
+            parts.ClassesPerClient(2),
+            Samples(x=torch.zeros(50, 2)),
+            "labels to split by; got a source without labels",
+        ),
+        (parts.Dirichlet(0.5), Samples(x=torch.zeros(50, 2)), "must have labels to split by"),
+        (parts.Natural("writer"), labelled(), r"got 'writer'. Choose one of \['label', 'site'\]"),
+        (parts.ClassLists([[0], [9], [1], [2]]), labelled(), r"got unknown \[9\]"),
+        (parts.ClassLists([[0], [1]]), labelled(), "got 2 lists for 4 clients"),
+        (parts.ClassesPerClient(7), labelled(), "got 7"),
     ],
 )
 def test_impossible_partitions_say_why(partition, samples, words):
@@ -135,7 +139,7 @@ def test_impossible_partitions_say_why(partition, samples, words):
 
 
 def test_more_clients_than_values_is_an_error_and_fewer_deals_them_out():
-    with pytest.raises(DataError, match="received 6 clients, 5 values"):
+    with pytest.raises(DataError, match="got 6 clients, 5 values"):
         parts.Natural("site").split(labelled(), num_clients=6, seed=0)
     split = parts.Natural("site").split(labelled(), num_clients=2, seed=0)
     assert sorted(len(part) for part in split) == [96, 144]
@@ -166,7 +170,7 @@ class TestSamples:
     def test_not_finite_is_refused_with_the_count(self, bad):
         x = torch.zeros(5, 2)
         x[1, 0] = x[3, 1] = bad
-        with pytest.raises(DataError, match="received NaN or infinity in 2 of 5 samples"):
+        with pytest.raises(DataError, match="got NaN or infinity in 2 of 5 samples"):
             Samples(x=x)
 
     def test_empty_and_mismatched_are_refused(self):
@@ -214,7 +218,7 @@ class TestBatchStream:
 
     def test_a_client_smaller_than_a_minibatch_is_refused(self):
         data = ClientSamples(samples=labelled(), indices=torch.arange(5))
-        with pytest.raises(DataError, match="full minibatch of 8 samples; received client 3 with 5"):
+        with pytest.raises(DataError, match="full minibatch of 8 samples; got client 3 with 5"):
             BatchStream(data, batch_size=8, seed=0, stream=3, first_step=0, num_steps=1)
 
 
@@ -223,16 +227,16 @@ class TestDataModule:
         data = FederatedDataModule(sources.TorchvisionImages("CIFAR10", root="nowhere"))
         assert data.sample_shape == (3, 32, 32)
         assert data.num_classes == 10
-        with pytest.raises(ConfigurationError, match="num_clients .* at least 1; received 0"):
+        with pytest.raises(ConfigurationError, match="num_clients .* at least 1; got 0"):
             FederatedDataModule(sources.Digits(), num_clients=0)
 
     def test_setup_refuses_a_client_that_is_too_small(self):
         data = FederatedDataModule(sources.Digits(), num_clients=40, batch_size=64)
-        with pytest.raises(DataError, match="full minibatch of 64 samples; received client 0 with 36"):
+        with pytest.raises(DataError, match="full minibatch of 64 samples; got client 0 with 36"):
             data.setup()
 
     def test_what_is_no_source_or_loads_no_samples_is_refused_by_name(self):
-        with pytest.raises(ConfigurationError, match="source .* a Source; received 'Digits'. Fix: .* Digits"):
+        with pytest.raises(ConfigurationError, match="source .* a Source; got 'Digits'. .* Digits"):
             FederatedDataModule("Digits")
 
         class Own(sources.Digits):
@@ -243,10 +247,10 @@ class TestDataModule:
 
         own = Own()
         own.found = (torch.zeros(9, 1, 8, 8), torch.zeros(9))
-        with pytest.raises(DataError, match="a source loads Samples; received tuple"):
+        with pytest.raises(DataError, match="a source must load Samples; got tuple"):
             FederatedDataModule(own, num_clients=2).setup()
         own.found = Samples(torch.zeros(99, 1, 8, 8), torch.arange(99) % 12)
-        with pytest.raises(DataError, match=r"labels are numbers in \[0, 10\).*received 0 to 11"):
+        with pytest.raises(DataError, match=r"labels must be numbers in \[0, 10\).*got 0 to 11"):
             FederatedDataModule(own, num_clients=2, batch_size=4).setup()
 
     def test_the_next_epoch_of_a_control_goes_on_where_the_last_one_ended(self):
@@ -358,13 +362,13 @@ class TestSources:
     def test_a_set_of_medmnist_by_its_name(self, shared):
         source = sources.MedMNIST("pneumoniamnist", root=str(shared / "medmnist"))
         assert (source.sample_shape, source.num_classes, len(source.load("train"))) == ((1, 28, 28), 2, 4708)
-        with pytest.raises(DataError, match="pneumoniamnist_64.npz lies in the folder"):
+        with pytest.raises(DataError, match="pneumoniamnist_64.npz must lie in the folder"):
             sources.MedMNIST("pneumoniamnist", root=str(shared / "medmnist"), size=64)
 
     def test_missing_torchvision_data_is_one_clear_error(self):
-        with pytest.raises(DataError, match="MNIST lies in the folder.*root='nowhere', download=False"):
+        with pytest.raises(DataError, match="MNIST must lie in the folder.*root='nowhere', download=False"):
             sources.TorchvisionImages("MNIST", root="nowhere", download=False).load("train")
-        with pytest.raises(DataError, match="CelebA lies in ROOT/celeba"):
+        with pytest.raises(DataError, match="CelebA must lie in ROOT/celeba"):
             sources.CelebA(root="nowhere", download=False).load("train")
 
     def test_cifar10_and_celeba_read_files_as_torchvision_keeps_them(self, tmp_path, monkeypatch):
@@ -423,12 +427,12 @@ class TestSources:
         assert classed.class_names == ("berlin", "paris")
         samples = classed.load("train")
         assert set(samples.x[samples.y == 0].flatten().tolist()) == {10}
-        with pytest.raises(DataError, match="holds pictures.*received nowhere with none"):
+        with pytest.raises(DataError, match="must hold pictures.*got nowhere with none"):
             sources.ImageFolder("nowhere").load("train")
         (tmp_path / "p" / ".cache").mkdir()
         assert sources.ImageFolder(str(tmp_path / "p"), classes=True).class_names == ("berlin", "paris")
         (tmp_path / "p" / "paris" / "broken.png").write_bytes(b"no picture")
-        with pytest.raises(DataError, match="every picture can be read"):
+        with pytest.raises(DataError, match="every picture must be readable"):
             sources.ImageFolder(str(tmp_path / "p")).load("train")
 
     @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
@@ -472,14 +476,14 @@ class TestWhatMakesNoSense:
     def test_shifts_of_shifts_of_words_and_backwards(self):
         with pytest.raises(DataError, match="one shift"):
             parts.FeatureShift(parts.FeatureShift())
-        with pytest.raises(ConfigurationError, match="brightness .* at least 0; received -1"):
+        with pytest.raises(ConfigurationError, match="brightness .* at least 0; got -1"):
             parts.FeatureShift(brightness=-1)
         words = Samples(x=torch.zeros(9, 4, dtype=torch.int64))
-        with pytest.raises(DataError, match="moves pixels or measurements"):
+        with pytest.raises(DataError, match="must move pixels or measurements"):
             parts.FeatureShift().split(words, num_clients=3, seed=0)
 
     def test_a_negative_number_of_samples(self):
-        with pytest.raises(ConfigurationError, match="max_samples .* at least 1 or None; received -5"):
+        with pytest.raises(ConfigurationError, match="max_samples .* at least 1 or None; got -5"):
             FederatedDataModule(sources.Digits(), max_samples=-5)
 
     def test_a_split_without_labels_beside_one_with(self):

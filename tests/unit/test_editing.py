@@ -134,19 +134,19 @@ def test_a_direction_is_the_difference_of_means_and_adds_the_attribute():
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda g: project(g, torch.zeros(2, 4)), DataError, r"received \[4\], of the generator's \[5\]"),
+        (lambda g: project(g, torch.zeros(2, 4)), DataError, r"got \[4\], of the generator's \[5\]"),
         (
             lambda g: project(g, torch.zeros(2, 5), steps=0),
             ConfigurationError,
-            "steps of project .* at least 1; received 0",
+            "steps of project .* at least 1; got 0",
         ),
-        (lambda g: project(g, torch.zeros(2, 5), lr=0), ConfigurationError, "lr of project .* above 0; received 0"),
+        (lambda g: project(g, torch.zeros(2, 5), lr=0), ConfigurationError, "lr of project .* above 0; got 0"),
         (
             lambda g: interpolate(g, torch.zeros(1, 3), torch.ones(1, 3), steps=1),
             ConfigurationError,
-            "steps of interpolate .* at least 2; received 1",
+            "steps of interpolate .* at least 2; got 1",
         ),
-        (lambda g: direction(torch.zeros(3, 2), torch.ones(3)), DataError, "received 3 of 3 with it"),
+        (lambda g: direction(torch.zeros(3, 2), torch.ones(3)), DataError, "got 3 of 3 with it"),
     ],
 )
 def test_bad_input_is_named(call, error, words):

@@ -91,7 +91,7 @@ class TestFrechetDistance:
         assert abs(mean - exact) > 0.2 * exact
 
     def test_one_sample_is_too_few(self):
-        with pytest.raises(DataError, match="at least two samples on both sides; received 1 real"):
+        with pytest.raises(DataError, match="at least two samples on both sides; got 1 real"):
             frechet_distance(feature_sums(net(), [torch.randn(1, 4)]), feature_sums(net(), [torch.randn(5, 4)]))
 
     def test_metric_reports_floor_count_and_hash_and_ranks_damage(self):
@@ -144,9 +144,9 @@ class TestFeatures:
     def test_inception_without_weights_says_what_to_do(self):
         with pytest.raises(ConfigurationError, match="set weights_path to a local file"):
             InceptionFeatures("nowhere.pth").build(digits_data(max_samples=50).train_samples, num_classes=10)
-        with pytest.raises(ConfigurationError, match="InceptionFeatures needs images"):
+        with pytest.raises(ConfigurationError, match="InceptionFeatures must have images"):
             InceptionFeatures().build(ring_data().train_samples, num_classes=8)
-        with pytest.raises(ConfigurationError, match=r"of 1 or 3 channels; received torch.uint8 data of shape \[5"):
+        with pytest.raises(ConfigurationError, match=r"of 1 or 3 channels; got torch.uint8 data of shape \[5"):
             InceptionFeatures().build(RandomImages([5, 8, 8], num_samples=4).load("train"), num_classes=0)
 
     @pytest.mark.parametrize("shape", [[2, 8, 12], [5, 13, 8]])
@@ -159,7 +159,7 @@ class TestFeatures:
         assert grid(samples.take(torch.arange(6))[0], columns=3).shape[2] == 3
 
     def test_the_classifier_needs_labels(self):
-        with pytest.raises(ConfigurationError, match="labelled data of at least two classes; received 0"):
+        with pytest.raises(ConfigurationError, match="labelled data of at least two classes; got 0"):
             ClassifierFeatures().build(digits_data(max_samples=50).train_samples, num_classes=0)
 
 
@@ -243,7 +243,7 @@ class TestModes:
         sliced = SlicedWasserstein()
         floor = sliced.prepare(data, device=CPU)["sliced_wasserstein_floor"]
         assert sliced.compute(torch.zeros(500, 2), None)["sliced_wasserstein"] > 10 * floor
-        with pytest.raises(ConfigurationError, match="known modes; received Digits"):
+        with pytest.raises(ConfigurationError, match="known modes; got Digits"):
             ModeCoverage().prepare(digits_data(), device=CPU)
 
 
@@ -332,7 +332,7 @@ def test_quantise_rounds_to_bytes():
     assert quantise(torch.tensor([-3.0, 3.0])).tolist() == [-1.0, 1.0]
 
 
-@pytest.mark.parametrize("options, words", [({"num_samples": 1}, "received 1"), ({"every_n_rounds": 0}, "received 0")])
+@pytest.mark.parametrize("options, words", [({"num_samples": 1}, "got 1"), ({"every_n_rounds": 0}, "got 0")])
 def test_evaluation_settings(options, words):
     with pytest.raises(ConfigurationError, match=words):
         Evaluation(**options)

@@ -89,10 +89,10 @@ class TestKernelDistance:
         assert abs(np.mean(values)) < 3 * np.std(values) / len(values) ** 0.5
 
     def test_refuses_many_features_and_single_samples(self):
-        with pytest.raises(ConfigurationError, match="at most 64 features; received 65"):
+        with pytest.raises(ConfigurationError, match="at most 64 features; got 65"):
             kernel_sums([], num_features=65)
         one = kernel_sums([features(1, seed=0)], num_features=5)
-        with pytest.raises(DataError, match="received 1 real, 1 to compare with"):
+        with pytest.raises(DataError, match="got 1 real, 1 to compare with"):
             kernel_distance(one, one)
 
     def test_metric_on_real_digits(self, data):
@@ -172,9 +172,9 @@ class TestPrecisionRecall:
         assert set(everything) == {"recall", "precision_test", "recall_test", "density_test", "coverage_test"}
 
     def test_settings(self, data):
-        with pytest.raises(ConfigurationError, match="k of PrecisionRecall .* at least 1; received 0"):
+        with pytest.raises(ConfigurationError, match="k of PrecisionRecall .* at least 1; got 0"):
             PrecisionRecall(k=0)
-        with pytest.raises(ConfigurationError, match="more than k samples; received 3"):
+        with pytest.raises(ConfigurationError, match="more than k samples; got 3"):
             PrecisionRecall(PixelFeatures(), k=3).compute(torch.zeros(3, *data.sample_shape), None)
         with pytest.raises(ConfigurationError, match="more than k test samples"):
             PrecisionRecall(PixelFeatures(), k=400).prepare(data, device=CPU)
@@ -219,7 +219,7 @@ class TestByClass:
     def test_needs_labels(self):
         module = ring_data()
         module.setup("fit")
-        with pytest.raises(ConfigurationError, match="needs labelled data"):
+        with pytest.raises(ConfigurationError, match="must have labelled data"):
             SyntheticTraining().prepare(FederatedDataModuleWithoutLabels(module), device=CPU)
 
 
@@ -304,7 +304,7 @@ def test_only_test_makes_the_full_evaluation(tmp_path):
 
 def test_a_module_of_many_features_is_refused_by_name(data):
     wide = ModuleFeatures(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 100)), 100)
-    with pytest.raises(ConfigurationError, match="at most 64 features; received 100"):
+    with pytest.raises(ConfigurationError, match="at most 64 features; got 100"):
         KernelDistance(wide).prepare(data, device=CPU)
 
 

@@ -51,7 +51,7 @@ class TestJson:
         with pytest.raises(OSError, match="No space left on device") as raised, replacing(tmp_path / "a"):
             raise OSError(28, "No space left on device")
         assert raised.value.filename == str(tmp_path / "a")
-        with pytest.raises(CheckpointError, match="a checkpoint can be written; received .*last.ckpt .*unexpected pos"):
+        with pytest.raises(CheckpointError, match="a checkpoint must be writable; got .*last.ckpt .*unexpected pos"):
             AtomicCheckpointIO().save_checkpoint({"a": _Unwritable()}, tmp_path / "last.ckpt")
         assert not list(tmp_path.iterdir())
 
@@ -158,7 +158,7 @@ class TestClaim:
     def test_what_cannot_be_written_is_refused(self, check, tmp_path):
         (tmp_path / "file").write_text("kept")
         for folder in (tmp_path / "file", tmp_path / "file" / "x", Path("/proc/x/y")):
-            with pytest.raises(ConfigurationError, match="a run directory is a folder that can be written"):
+            with pytest.raises(ConfigurationError, match="a run directory must be a folder that can be written"):
                 check(folder)
         check(tmp_path / "a" / "b")
         assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -68,7 +68,7 @@ def test_step_counts_per_local_step(d_steps, g_steps):
 
 
 def test_a_minibatch_that_cannot_be_split_is_refused():
-    with pytest.raises(DataError, match="split into d_steps=3 equal parts; received 16 samples"):
+    with pytest.raises(DataError, match="divisible into d_steps=3 equal parts; got 16 samples"):
         fit(ring_gan(d_steps=3))
 
 
@@ -178,12 +178,12 @@ def test_fake_labels_are_held_or_all():
 @pytest.mark.parametrize(
     "build, words",
     [
-        (lambda: GAN(nets.MLPGenerator(4, (2,), num_classes=2), nets.MLPDiscriminator((2,))), "received 2 and 0"),
-        (lambda: GAN(nets.MLPGenerator(4, (3,)), nets.MLPDiscriminator((2,))), r"received \[3\] and \[2\]"),
+        (lambda: GAN(nets.MLPGenerator(4, (2,), num_classes=2), nets.MLPDiscriminator((2,))), "got 2 and 0"),
+        (lambda: GAN(nets.MLPGenerator(4, (3,)), nets.MLPDiscriminator((2,))), r"got \[3\] and \[2\]"),
         (lambda: ring_gan(updates="simultaneous", d_steps=2), "d_steps=2, g_steps=1"),
-        (lambda: ring_gan(d_steps=0), "d_steps .* at least 1; received 0"),
-        (lambda: ring_gan(ema_half_life_images=0), "received 0"),
-        (lambda: ring_gan(ema_half_life_images=10, ema_rampup=0), "ema_rampup .* above 0 or None; received 0"),
+        (lambda: ring_gan(d_steps=0), "d_steps .* at least 1; got 0"),
+        (lambda: ring_gan(ema_half_life_images=0), "got 0"),
+        (lambda: ring_gan(ema_half_life_images=10, ema_rampup=0), "ema_rampup .* above 0 or None; got 0"),
     ],
 )
 def test_contradictions_are_refused_in_the_constructor(build, words):
@@ -192,13 +192,13 @@ def test_contradictions_are_refused_in_the_constructor(build, words):
 
 
 def test_networks_and_data_that_do_not_fit_are_refused_before_training():
-    with pytest.raises(ConfigurationError, match=r"received \[2\] from the generator, \[1, 8, 8\] in the data"):
+    with pytest.raises(ConfigurationError, match=r"got \[2\] from the generator, \[1, 8, 8\] in the data"):
         ring_gan().check_data((1, 8, 8), 10)
     conditional = GAN(
         nets.MLPGenerator(4, (2,), num_classes=2),
         nets.MLPDiscriminator((2,), num_classes=2, conditioning="projection"),
     )
-    with pytest.raises(ConfigurationError, match="received num_classes=2, data with 8"):
+    with pytest.raises(ConfigurationError, match="got num_classes=2, data with 8"):
         conditional.check_data((2,), 8)
 
 
@@ -233,7 +233,7 @@ def test_latents_drawn_ahead_are_those_drawn_one_by_one(prior, dtype, count, dim
 
 
 def test_fewer_labels_than_samples_are_refused():
-    with pytest.raises(ConfigurationError, match="every sample has a label; received 2 for 5 samples"):
+    with pytest.raises(ConfigurationError, match="every sample must have a label; got 2 for 5 samples"):
         ring_gan().sample(5, labels=torch.tensor([1, 2]))
 
 
@@ -304,7 +304,7 @@ def test_a_loss_scaler_leaves_alternating_steps_alone_and_is_refused_for_simulta
     scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=1)
     plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
     if updates == "simultaneous":
-        with pytest.raises(ConfigurationError, match="received updates='simultaneous' with precision=16-mixed. Fix: "):
+        with pytest.raises(ConfigurationError, match="got updates='simultaneous' with precision=16-mixed. "):
             trained(plugin)
     else:
         assert_states_equal(trained(plugin), trained(None), atol=1e-2)

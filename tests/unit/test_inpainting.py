@@ -136,11 +136,11 @@ class TestHoles:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            ({"area": (0.5, 0.2)}, r"range within \(0, 1\); received \[0.5, 0.2\]"),
-            ({"area": (0.0, 0.2)}, r"each a finite number in \(0, 1\); received \(0.0, 0.2\)"),
-            ({"boxes": 1.5}, r"boxes .* in \[0, 1\]; received 1.5"),
-            ({"strokes": 0}, "strokes .* at least 1; received 0"),
-            ({"weight": -1.0}, "weight .* at least 0; received -1"),
+            ({"area": (0.5, 0.2)}, r"range within \(0, 1\); got \[0.5, 0.2\]"),
+            ({"area": (0.0, 0.2)}, r"each a finite number in \(0, 1\); got \(0.0, 0.2\)"),
+            ({"boxes": 1.5}, r"boxes .* in \[0, 1\]; got 1.5"),
+            ({"strokes": 0}, "strokes .* at least 1; got 0"),
+            ({"weight": -1.0}, "weight .* at least 0; got -1"),
         ],
     )
     def test_settings_out_of_range_are_refused(self, options, words):
@@ -209,11 +209,11 @@ class TestNetworks:
     @pytest.mark.parametrize(
         ("make", "words"),
         [
-            (lambda: InpaintingGenerator(27), "multiple of 4, for 2 halvings of cells of 1; received 27"),
+            (lambda: InpaintingGenerator(27), "multiple of 4, for 2 halvings of cells of 1; got 27"),
             (lambda: PatchDiscriminator(28, halvings=3), "multiple of 8"),
-            (lambda: InpaintingGenerator(28, width=0), "width .* at least 1; received 0"),
+            (lambda: InpaintingGenerator(28, width=0), "width .* at least 1; got 0"),
             (lambda: InpaintingGenerator(28, cell=2, halvings=2), "multiple of 8"),
-            (lambda: InpaintingGenerator(28, latent_dim=0), "latent_dim .* at least 1; received 0"),
+            (lambda: InpaintingGenerator(28, latent_dim=0), "latent_dim .* at least 1; got 0"),
         ],
     )
     def test_what_cannot_be_built_says_why(self, make, words):
@@ -295,7 +295,7 @@ class TestMetrics:
             assert facts["completion_psnr_telea_fill"] > 5
         monkeypatch.setitem(sys.modules, "cv2", None)
         facts = metric.prepare(digits_data(), device=CPU)
-        assert "Fix: pip install 'fedgan-lightning[editing]'." in facts["completion_telea_fill"]
+        assert "Run pip install 'fedgan-lightning[editing]'." in facts["completion_telea_fill"]
 
     def test_telea_fills_holes_from_their_borders(self):
         pytest.importorskip("cv2", reason="needs OpenCV: pip install 'fedgan-lightning[editing]'")
@@ -311,12 +311,12 @@ class TestMetrics:
 
     def test_other_models_data_and_numbers_are_refused(self):
         with pytest.raises(
-            ConfigurationError, match="whose condition is InpaintingMask; received GAN with condition NoneType"
+            ConfigurationError, match="whose condition is InpaintingMask; got GAN with condition NoneType"
         ):
             Completion().inspect(ring_gan())
-        with pytest.raises(ConfigurationError, match=r"pictures are completed; received samples of shape \[2\]"):
+        with pytest.raises(ConfigurationError, match=r"what is completed must be pictures; got samples of shape \[2\]"):
             Completion().prepare(ring_data(), device=CPU)
-        with pytest.raises(ConfigurationError, match="num_images .* at least 2; received 1"):
+        with pytest.raises(ConfigurationError, match="num_images .* at least 2; got 1"):
             Completion(num_images=1)
 
 
@@ -336,7 +336,7 @@ class TestDefaults:
 
     def test_metrics_that_cannot_see_completed_pictures_are_warned_of(self, tmp_path):
         evaluation = Evaluation(metrics=[FrechetDistance(PixelFeatures())], num_samples=20)
-        with pytest.warns(UserWarning, match="FrechetDistance measure nothing. Fix: .*Completion"):
+        with pytest.warns(UserWarning, match="FrechetDistance measure nothing. .*Completion"):
             federate(digits_gan(), few_digits(batch_size=16), evaluation, rounds=1, local_steps=1)
         assert evaluation.latest == {}
 
@@ -363,13 +363,13 @@ class TestFolders:
                 read_folder(folder, shape=(1, 8, 8))
             assert "\n" not in str(caught.value)
 
-        fails("holds pictures NAME.png; received none in")
+        fails("must hold pictures NAME.png; got none in")
         write(folder, "a.png")
-        fails("has a mask NAME_mask.png.*no a_mask.png")
+        fails("must have a mask NAME_mask.png.*no a_mask.png")
         write(folder, "a_mask.png", side=9)
-        fails("8 x 8 pixels, as the generator's; received 9 x 9 in .*a_mask.png")
+        fails("8 x 8 pixels, as the generator's; got 9 x 9 in .*a_mask.png")
         (folder / "a_mask.png").write_text("no picture")
-        fails("can be read; received .*a_mask.png")
+        fails("must be readable; got .*a_mask.png")
         write(folder, "a_mask.png")
         write(folder, "b_mask.png")
         fails("no b.png")
@@ -409,5 +409,5 @@ class TestFolders:
         assert Image.open("predictions/before_after.png").size == (3 * 50 + 2, 3 * 50 + 2)
 
     def test_settings_of_the_callback_are_checked(self):
-        with pytest.raises(ConfigurationError, match="rows of CompletionPictures .* at least 1; received 0"):
+        with pytest.raises(ConfigurationError, match="rows of CompletionPictures .* at least 1; got 0"):
             CompletionPictures(rows=0)

@@ -88,7 +88,7 @@ def test_labels_matter_to_conditional_networks(name):
     if name != "acgan":
         logits = [discriminator(first, torch.full((2,), label)) for label in (0, 1)]
         assert not torch.equal(*logits)
-    with pytest.raises(ValueError, match="needs labels; received None"):
+    with pytest.raises(ValueError, match="must have labels; got None"):
         generator(z)
 
 
@@ -147,7 +147,7 @@ def test_groups_are_of_the_asked_size_or_smaller_where_it_does_not_divide_the_wi
     [
         (lambda: nets.DCGANGenerator(27), "image_size=27"),
         (lambda: nets.DCGANDiscriminator(128), "image_size=128"),
-        (lambda: nets.MLPDiscriminator((2,), slope=1.0), r"slope .* in \[0, 1\); received 1"),
+        (lambda: nets.MLPDiscriminator((2,), slope=1.0), r"slope .* in \[0, 1\); got 1"),
         (lambda: nets.ACGANGenerator(48), "image_size=48"),
         (lambda: nets.MLPDiscriminator((2,), num_classes=3), "num_classes=3, conditioning=none"),
         (lambda: nets.MLPDiscriminator((2,), conditioning="projection"), "num_classes=0, conditioning=projection"),
@@ -168,7 +168,7 @@ def test_a_class_has_its_own_scale_and_shift_and_others_get_no_gradient():
     with torch.no_grad():
         layer.shift.weight[2] = 7.0
     assert (layer(x, y)[1::2].mean() - layer(x, y)[::2].mean()).item() == pytest.approx(7.0, abs=0.5)
-    with pytest.raises(ValueError, match="needs labels"):
+    with pytest.raises(ValueError, match="must have labels"):
         layer(x, None)
 
 

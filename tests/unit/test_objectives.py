@@ -88,7 +88,7 @@ def test_saturating_gradient_vanishes_where_the_discriminator_is_sure_and_non_sa
 
 
 def test_relativistic_generator_without_real_logits_says_so():
-    with pytest.raises(ValueError, match="needs the real logits; received None"):
+    with pytest.raises(ValueError, match="must have the real logits; got None"):
         objectives.RelativisticPairing().generator(torch.zeros(2, 1))
 
 
@@ -130,7 +130,7 @@ def test_lazy_penalties_are_rarer_and_stronger_by_the_same_factor():
     critic = linear_critic(torch.tensor([3.0, 4.0]).double())
     assert [step for step in range(9) if lazy.is_due(step)] == [0, 4, 8]
     assert float(lazy(critic, x, x, None)) == pytest.approx(4 * 25.0)
-    with pytest.raises(ValueError, match="interval of R1 .* at least 1; received 0"):
+    with pytest.raises(ValueError, match="interval of R1 .* at least 1; got 0"):
         penalties.R1(interval=0)
 
 

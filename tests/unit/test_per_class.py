@@ -131,9 +131,9 @@ def test_the_gap_refuses_what_has_no_classes():
 
     data = FederatedDataModule(Unlabelled(num_samples=640), num_clients=2, batch_size=16)
     data.num_classes = 0
-    with pytest.raises(ConfigurationError, match=r"labelled data.*Fix: take it out"):
+    with pytest.raises(ConfigurationError, match=r"labelled data.*Take it out"):
         federate(ring_gan(), data, HeldAbsentGap(), rounds=1, local_steps=1)
-    with pytest.raises(ConfigurationError, match="every_n_rounds .* at least 1; received 0"):
+    with pytest.raises(ConfigurationError, match="every_n_rounds .* at least 1; got 0"):
         HeldAbsentGap(every_n_rounds=0)
 
 
@@ -188,7 +188,7 @@ def test_neighbours_are_the_client_s_own_and_nearest():
 
 
 def test_inspection_refuses_empty_pictures():
-    with pytest.raises(ConfigurationError, match="inspection.rows .* at least 1; received 0"):
+    with pytest.raises(ConfigurationError, match="inspection.rows .* at least 1; got 0"):
         Inspection(rows=0)
 
 

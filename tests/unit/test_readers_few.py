@@ -47,11 +47,7 @@ def test_a_folder_of_a_few_pictures_is_trained_on_measured_and_tested(tmp_path, 
     assert "fid_test" not in evaluation.latest
     assert ({"FrechetDistance", "KernelDistance"} <= {*evaluation.left_out}) is (count == 2)
     assert {"PrecisionRecall", "MembershipInference"} <= {*evaluation.left_out}
-    said = (
-        "at least 2 samples in the training split; received 1"
-        if count == 2
-        else "the test split has 1 of the 2 samples"
-    )
+    said = "at least 2 samples in the training split; got 1" if count == 2 else "the test split has 1 of the 2 samples"
     assert said in caplog.text
     assert "test_fraction" in caplog.text
 
@@ -68,10 +64,10 @@ def test_a_larger_share_gives_the_floor(tmp_path):
 def test_a_metric_that_was_asked_for_is_refused_by_name(tmp_path):
     data = pictures(tmp_path, 12)
     for metric, said in (
-        (PrecisionRecall(), "more than k test samples; received 1 in the test split, k=5. Fix: .*test_fraction"),
+        (PrecisionRecall(), "more than k test samples; got 1 in the test split, k=5. .*test_fraction"),
         (
             MembershipInference(),
-            "at least 2 samples in the test split; received 1. Fix: raise the source's test_fraction",
+            "at least 2 samples in the test split; got 1. Raise the source's test_fraction",
         ),
     ):
         with pytest.raises(DataError, match=said):
@@ -84,7 +80,7 @@ def test_a_metric_that_was_asked_for_is_refused_by_name(tmp_path):
 
 def test_profiles_of_a_fortnight(tmp_path):
     data = FederatedDataModule(CSVProfiles(write(tmp_path / "a.csv", days=14)), num_clients=1, batch_size=1)
-    with pytest.raises(ConfigurationError, match="9 centroids need as many test samples; received 2. Fix: .*fraction"):
+    with pytest.raises(ConfigurationError, match="9 centroids must have as many test samples; got 2. .*fraction"):
         ProfileCentroids().prepare(data, device=CPU)
 
 

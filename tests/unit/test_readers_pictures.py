@@ -69,11 +69,11 @@ class TestSplits:
     @pytest.mark.parametrize(
         ("names", "said"),
         [
-            (["train/a"], "received train in .*one split without the other"),
-            (["val/a", "test/a"], "received test, val in .*one split without the other"),
+            (["train/a"], "got train in .*one split without the other"),
+            (["val/a", "test/a"], "got test, val in .*one split without the other"),
             (["train/a", "Train/a", "test/a"], "two folders for one split"),
             (["train/a", "val/a", "valid/a"], "two folders for one split"),
-            (["normal", "pneumonia", "train"], "received train, normal in .*splits beside folders that are none"),
+            (["normal", "pneumonia", "train"], "got train, normal in .*splits beside folders that are none"),
             (["berlin/train/a", "berlin/test/a", "paris/train/a"], "berlin/test.*a split within a class or a client"),
             (["normal/test", "pneumonia"], "normal/test.*a split within"),
             (["train/train/a", "test/a"], "a split within"),
@@ -126,7 +126,7 @@ class TestLinks:
     def test_links_that_lead_nowhere_are_named(self, folders, name):
         root = folders("normal", "b")
         (root / name).symlink_to("/nowhere/at/all")
-        with pytest.raises(DataError, match=f"every link leads somewhere; received .*{name}"):
+        with pytest.raises(DataError, match=f"every link must lead somewhere; got .*{name}"):
             read(root, classes=True).load("train")
 
 
@@ -165,19 +165,19 @@ def test_a_picture_that_cannot_be_read_is_named_in_one_line(name, folders):
     data, said = BROKEN[name]
     root = folders("a")
     (root / "a" / name).write_bytes(data)
-    with pytest.raises(DataError, match=f"every picture can be read; received .*({said})") as caught:
+    with pytest.raises(DataError, match=f"every picture must be readable; got .*({said})") as caught:
         read(root).load("train")
     assert name.isprintable() is (name in str(caught.value))
     assert str(caught.value).isprintable()
     draw(root / "a" / "0_mask.png")
-    with pytest.raises(DataError, match="every picture can be read|has a mask"):
+    with pytest.raises(DataError, match="every picture must be readable|must have a mask"):
         read_folder(root / "a", shape=(3, 8, 8))
 
 
 def test_a_queue_that_is_named_as_a_picture_is_not_waited_for(folders):
     root = folders("a")
     os.mkfifo(root / "a" / "x.png")
-    with pytest.raises(DataError, match=r"what is named as a picture is a file; received .*x.png"):
+    with pytest.raises(DataError, match=r"what is named as a picture must be a file; got .*x.png"):
         read(root).load("train")
 
 
@@ -246,10 +246,10 @@ class TestPictures:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            ({"channels": 4}, "channels .* one of 1, 3; received 4"),
-            ({"image_size": 0}, "image_size .* at least 1; received 0"),
-            ({"test_fraction": 1.5}, r"test_fraction .* in \(0, 1\); received 1.5"),
-            ({"classes": True, "class_names": ["a", "a"]}, "class_names are different"),
+            ({"channels": 4}, "channels .* one of 1, 3; got 4"),
+            ({"image_size": 0}, "image_size .* at least 1; got 0"),
+            ({"test_fraction": 1.5}, r"test_fraction .* in \(0, 1\); got 1.5"),
+            ({"classes": True, "class_names": ["a", "a"]}, "class_names must be different"),
         ],
     )
     def test_settings_that_cannot_be(self, folders, options, said):
@@ -263,10 +263,10 @@ class TestPictures:
         assert float(x.min()) == 1.0
         assert float(mask.sum()) == 0, "what is transparent in a mask is no hole"
         draw(tmp_path / "a.jpg")
-        with pytest.raises(DataError, match="differ before the dot; received a.jpg"):
+        with pytest.raises(DataError, match="differ before the dot; got a.jpg"):
             read_folder(tmp_path, shape=(3, 8, 8))
         (tmp_path / "a.jpg").unlink()
-        with pytest.raises(DataError, match="1 or 3 channels; received 5"):
+        with pytest.raises(DataError, match="1 or 3 channels; got 5"):
             read_folder(tmp_path, shape=(5, 8, 8))
 
 
@@ -284,22 +284,22 @@ def twenty(*values):
 
 
 LABELS = {
-    "object": (twenty(0, "a").astype(object), "without unpickling; received ValueError"),
-    "text": (twenty("a", "b"), "whole numbers of classes, from 0; received <U1, a at position 0"),
-    "NaN": (twenty(0, np.nan), "received 10 of 20 others, nan at position 1"),
-    "fractions": (twenty(0.2, 0.9, 1.7), "received 20 of 20 others, 0.2 at position 0"),
+    "object": (twenty(0, "a").astype(object), "without unpickling; got ValueError"),
+    "text": (twenty("a", "b"), "whole numbers of classes, from 0; got <U1, a at position 0"),
+    "NaN": (twenty(0, np.nan), "got 10 of 20 others, nan at position 1"),
+    "fractions": (twenty(0.2, 0.9, 1.7), "got 20 of 20 others, 0.2 at position 0"),
     "negative": (twenty(0, -1), "10 of 20 others, -1 at position 1"),
     "huge": (twenty(0, 10**12), "10 of 20 others, 1000000000000 at position 1"),
-    "gaps": (twenty(0, 1_000_000), "numbers its classes 0, 1, 2, ...; received class 1000000"),
-    "dates": (twenty(np.datetime64("2020-01-01")), "received datetime64"),
-    "several": (np.zeros((20, 3)), r"received multi-label \(20, 3\)"),
-    "scalar": (np.array(3), r"shape \(n,\) or \(n, 1\); received shape \(\)"),
-    "short": (np.zeros(19, int), "has a label for each of 20 images; received 19"),
+    "gaps": (twenty(0, 1_000_000), "must number its classes 0, 1, 2, ...; got class 1000000"),
+    "dates": (twenty(np.datetime64("2020-01-01")), "got datetime64"),
+    "several": (np.zeros((20, 3)), r"got multi-label \(20, 3\)"),
+    "scalar": (np.array(3), r"shape \(n,\) or \(n, 1\); got shape \(\)"),
+    "short": (np.zeros(19, int), "must have a label for each of 20 images; got 19"),
 }
 IMAGES = {
-    "floats": (np.zeros((20, 8, 8)), "holds images, uint8 .*; received float64"),
-    "channels first": (np.zeros((20, 3, 8, 8), np.uint8), "has its channels last"),
-    "flat": (np.zeros((20, 64), np.uint8), r"received uint8 of shape \(20, 64\)"),
+    "floats": (np.zeros((20, 8, 8)), "holds images, uint8 .*; got float64"),
+    "channels first": (np.zeros((20, 3, 8, 8), np.uint8), "must have its channels last"),
+    "flat": (np.zeros((20, 64), np.uint8), r"got uint8 of shape \(20, 64\)"),
     "none": (np.zeros((0, 8, 8), np.uint8), "at least one image"),
     "objects": (np.array([None] * 20), "without unpickling"),
 }
@@ -326,7 +326,7 @@ class TestArrays:
     @pytest.mark.parametrize("length", [5, 25])
     def test_a_column_of_another_length_is_named(self, tmp_path, length):
         source = MedMNISTFile(str(arrays(tmp_path / "a.npz", train_site=np.arange(length))))
-        with pytest.raises(DataError, match=f"array train_site .* each of 20 samples; received {length} values"):
+        with pytest.raises(DataError, match=f"array train_site .* each of 20 samples; got {length} values"):
             source.load("train")
 
     def test_columns_are_vectors_and_what_is_none_is_left(self, tmp_path):
@@ -346,7 +346,7 @@ class TestArrays:
     def test_a_file_that_was_cut_off(self, tmp_path, length):
         path = arrays(tmp_path / "a.npz")
         path.write_bytes(path.read_bytes()[:length])
-        with pytest.raises(DataError, match="MedMNIST's layout; received .*cut off"):
+        with pytest.raises(DataError, match="MedMNIST's layout; got .*cut off"):
             MedMNISTFile(str(path))
 
     def test_a_header_that_promises_more_than_there_is_memory(self, tmp_path):
@@ -376,16 +376,16 @@ def test_a_half_downloaded_mnist_is_one_line(tmp_path, share):
         images = struct.pack(">IIII", 2051, count, 28, 28) + bytes(count * 784)
         (raw / f"{split}-images-idx3-ubyte").write_bytes(images[: int(len(images) * share)])
         (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + bytes(count))
-    with pytest.raises(DataError, match="MNIST lies in the folder data.source.root"):
+    with pytest.raises(DataError, match="MNIST must lie in the folder data.source.root"):
         TorchvisionImages("MNIST", root=str(tmp_path), download=False).load("train")
 
 
 def test_names_and_sizes_that_do_not_exist():
-    with pytest.raises(ConfigurationError, match="name .* one of MNIST, FashionMNIST, CIFAR10; received 'mnist'"):
+    with pytest.raises(ConfigurationError, match="name .* one of MNIST, FashionMNIST, CIFAR10; got 'mnist'"):
         TorchvisionImages("mnist")
-    with pytest.raises(ConfigurationError, match="size .* one of 28, 64, 128, 224; received 32"):
+    with pytest.raises(ConfigurationError, match="size .* one of 28, 64, 128, 224; got 32"):
         MedMNIST("pneumoniamnist", size=32)
-    with pytest.raises(ConfigurationError, match="max_images .* at least 1 or None; received 0"):
+    with pytest.raises(ConfigurationError, match="max_images .* at least 1 or None; got 0"):
         CelebA(max_images=0)
 
 
@@ -399,7 +399,7 @@ class TestSamples:
     @pytest.mark.parametrize(
         ("y", "columns", "said"),
         [
-            (torch.zeros(9), {}, "labels are whole numbers of shape .*received torch.float32"),
+            (torch.zeros(9), {}, "labels must be whole numbers of shape .*got torch.float32"),
             (torch.zeros(9, 1, dtype=torch.int64), {}, r"of shape \(9, 1\)"),
             (None, {"site": np.arange(8)}, "9 samples, 8 values of site"),
         ],

@@ -39,8 +39,8 @@ def message_of(call) -> str:
     with pytest.raises(FedGANError) as caught:
         call()
     assert "\n" not in str(caught.value)
-    assert "; received " in str(caught.value)
-    assert ". Fix: " in str(caught.value)
+    assert "; got " in str(caught.value)
+    assert ". " in str(caught.value)
     return str(caught.value)
 
 
@@ -77,8 +77,8 @@ class TestDates:
             (replaced(50, ROWS[51], ROWS[50])[:51] + ROWS[50:51] + ROWS[52:], "in line 51 and .* in line 52", 60),
             (replaced(50, "2021-03-03 02:30:00,3"), "line 52 of .*, between two steps", 59),
             (ROWS[:50] + ROWS[50 + 48 :], "48 missing between them", 57),
-            (replaced(16, "2021-03-01 16:00:00,nan"), "received 'nan' in line 18", 59),
-            (replaced(16, "2021-03-01 16:00:00,"), "received an empty field in line 18", 59),
+            (replaced(16, "2021-03-01 16:00:00,nan"), "got 'nan' in line 18", 59),
+            (replaced(16, "2021-03-01 16:00:00,"), "got an empty field in line 18", 59),
         ],
     )
     def test_rows_that_do_not_fit_are_named_or_their_days_left_out(self, table, rows, received, left):
@@ -92,11 +92,11 @@ class TestDates:
     @pytest.mark.parametrize(
         ("rows", "said"),
         [
-            (ROWS[::-1], "dates rise; received 2021-04-29 23:00:00 in line 2 and .* sort the rows"),
+            (ROWS[::-1], "dates rise; got 2021-04-29 23:00:00 in line 2 and .* sort the rows"),
             ([f"{when.date()},{when.hour}" for when in HOURS], "lack the time of day"),
-            (replaced(30, "2021-03-02 06:00:00+01:00,3"), "an offset, or none; received .* in line 32"),
-            (replaced(30, "02/03/2021 06:00,3"), "a date in ISO 8601.*; received '02/03/2021 06:00' in line 32"),
-            (replaced(30, ",3"), "a date in ISO 8601.*; received an empty field in line 32"),
+            (replaced(30, "2021-03-02 06:00:00+01:00,3"), "an offset, or none; got .* in line 32"),
+            (replaced(30, "02/03/2021 06:00,3"), "a date in ISO 8601.*; got '02/03/2021 06:00' in line 32"),
+            (replaced(30, ",3"), "a date in ISO 8601.*; got an empty field in line 32"),
         ],
     )
     def test_dates_that_make_no_grid_are_refused_either_way(self, table, rows, said, irregular):
@@ -131,7 +131,7 @@ class TestDates:
         ]
         assert peaks(CSVProfiles(table(rows), length=12)) == {11}
         del rows[100]
-        with pytest.raises(DataError, match=r"1 month\(s\); received 2008-04.* and 2008-06.* 1 missing"):
+        with pytest.raises(DataError, match=r"1 month\(s\); got 2008-04.* and 2008-06.* 1 missing"):
             CSVProfiles(table(rows), length=12).load("train")
         assert peaks(CSVProfiles(table(rows), length=12, irregular="drop")) == {11}
 
@@ -157,34 +157,34 @@ TABLES = {
         "",
     ),
     "byte order mark": ({"encoding": "utf-8-sig"}, {}, ""),
-    "utf-16": ({"encoding": "utf-16"}, {}, "byte order mark of utf-16. Fix: .*encoding: utf-16"),
+    "utf-16": ({"encoding": "utf-16"}, {}, "byte order mark of utf-16. .*encoding: utf-16"),
     "utf-16, told": ({"encoding": "utf-16"}, {"encoding": "utf-16"}, ""),
     "utf-16 without a mark": ({"encoding": "utf-16-le"}, {}, "with a NUL byte in line 1"),
     "latin-1": ({"header": "date,OT [°C]", "encoding": "latin-1"}, {}, "byte 0xb0 at offset 9, line 1"),
     "latin-1, told": ({"header": "date,OT [°C]", "encoding": "latin-1"}, {"encoding": "latin-1"}, ""),
-    "unknown encoding": ({}, {"encoding": "ansi-x"}, "an encoding that Python knows; received 'ansi-x'"),
+    "unknown encoding": ({}, {"encoding": "ansi-x"}, "an encoding that Python knows; got 'ansi-x'"),
     "no text encoding": ({}, {"encoding": "hex"}, "an encoding that Python knows"),
-    "long delimiter": ({}, {"delimiter": "::"}, "delimiter is one character; received '::'"),
+    "long delimiter": ({}, {"delimiter": "::"}, "delimiter must be one character; got '::'"),
     "comments first": ({"before": "# from the sensor\n\n  \n# \n"}, {}, ""),
-    "header in a comment": ({"header": "#date,load"}, {}, r"received 2021-03-01 .*after 1 blank or # lines"),
+    "header in a comment": ({"header": "#date,load"}, {}, r"got 2021-03-01 .*after 1 blank or # lines"),
     "CRLF": ({"end": "\r\n"}, {}, ""),
     "CR": ({"end": "\r"}, {}, ""),
     "rows of nothing": ({"rows": [*ROWS, ",", "", ","]}, {}, ""),
     "blanks around names": ({"header": "date, load "}, {}, ""),
     "decomposed accents": ({"header": "date,cafe\u0301"}, {"variables": ["caf\u00e9"]}, ""),
     "column twice": ({"rows": [f"{row},1" for row in ROWS], "header": "date,load,load"}, {}, "load more than once"),
-    "column without a name": ({"rows": [f"0,{row}" for row in ROWS], "header": ",date,load"}, {}, "1 without. Fix"),
-    "no such column": ({"header": "time,load"}, {}, "received time, load. Fix: .*date is missing"),
-    "short row": ({"rows": replaced(16, "2021-03-01 16:00:00")}, {}, "as the header, 2; received 1 in line 18"),
-    "long row": ({"rows": replaced(16, f"{ROWS[16]},5")}, {}, "as the header, 2; received 3 in line 18"),
+    "column without a name": ({"rows": [f"0,{row}" for row in ROWS], "header": ",date,load"}, {}, "1 without."),
+    "no such column": ({"header": "time,load"}, {}, "got time, load. .*date is missing"),
+    "short row": ({"rows": replaced(16, "2021-03-01 16:00:00")}, {}, "as the header, 2; got 1 in line 18"),
+    "long row": ({"rows": replaced(16, f"{ROWS[16]},5")}, {}, "as the header, 2; got 3 in line 18"),
     "thousands": (
         {"rows": replaced(16, f'{HOURS[16]},"1,234.5"')},
         {},
-        "written 1234.5; received '1,234.5' in line 18",
+        "written 1234.5; got '1,234.5' in line 18",
     ),
-    "infinity": ({"rows": replaced(16, f"{HOURS[16]},inf")}, {}, "a finite number.*; received 'inf' in line 18"),
-    "Python's numbers": ({"rows": replaced(16, f"{HOURS[16]},1_0")}, {}, "received '1_0' in line 18"),
-    "words": ({"rows": replaced(16, f"{HOURS[16]},much")}, {}, "every value of load in .*; received 'much' in line 18"),
+    "infinity": ({"rows": replaced(16, f"{HOURS[16]},inf")}, {}, "a finite number.*; got 'inf' in line 18"),
+    "Python's numbers": ({"rows": replaced(16, f"{HOURS[16]},1_0")}, {}, "got '1_0' in line 18"),
+    "words": ({"rows": replaced(16, f"{HOURS[16]},much")}, {}, "every value of load in .*; got 'much' in line 18"),
     "too large to tell": (
         {"rows": [*ROWS[:20], f"{HOURS[20]},1e308", f"{HOURS[21]},-1e308", *ROWS[22:]]},
         {},
@@ -193,14 +193,14 @@ TABLES = {
     "NUL": ({"rows": replaced(20, "\0\0")}, {}, "a NUL byte in line 22"),
     "open quote": ({"rows": replaced(20, f'{HOURS[20]},"3')}, {}, "quotes that close.*, line 22 "),
     "very long field": ({"rows": replaced(20, f"{HOURS[20]},{'9' * 200_000}")}, {}, "an ordinary length.*, line 22 "),
-    "nothing": ({"rows": [], "header": ""}, {}, "received no header"),
-    "header only": ({"rows": []}, {}, "two profiles of 24 rows or more; received 0 rows"),
-    "constant": ({"rows": [f"{when},1" for when in HOURS]}, {}, "a variable varies.*from 1 to 1"),
-    "unknown label": ({}, {"label": "seasons"}, "label .* one of season, month, weekday or None; received 'seasons'"),
+    "nothing": ({"rows": [], "header": ""}, {}, "got no header"),
+    "header only": ({"rows": []}, {}, "two profiles of 24 rows or more; got 0 rows"),
+    "constant": ({"rows": [f"{when},1" for when in HOURS]}, {}, "a variable must vary.*from 1 to 1"),
+    "unknown label": ({}, {"label": "seasons"}, "label .* one of season, month, weekday or None; got 'seasons'"),
     "unknown remedy": ({}, {"irregular": "dropp"}, "irregular .* one of refuse, drop, consecutive"),
-    "no share": ({}, {"test_fraction": 1.0}, r"test_fraction .* in \(0, 1\); received 1.0"),
-    "no length": ({}, {"length": 0}, "length .* at least 1; received 0"),
-    "dates as values": ({}, {"variables": ["date"]}, "every value of date .* is a finite number"),
+    "no share": ({}, {"test_fraction": 1.0}, r"test_fraction .* in \(0, 1\); got 1.0"),
+    "no length": ({}, {"length": 0}, "length .* at least 1; got 0"),
+    "dates as values": ({}, {"variables": ["date"]}, "every value of date .* must be a finite number"),
 }
 
 
@@ -221,8 +221,8 @@ def test_one_missing_value_among_two_columns_is_one(table):
     rows[40] = f"{HOURS[40]},1.5,nan"
     path = table(rows, "date,load,wind")
     said = message_of(lambda: CSVProfiles(path).load("train"))
-    assert said.startswith(f"every value of wind in {path} is a finite number")
-    assert "received 'nan' in line 42" in said
+    assert said.startswith(f"every value of wind in {path} must be a finite number")
+    assert "got 'nan' in line 42" in said
 
 
 @pytest.mark.parametrize("name", ["folder", "missing.csv", "a\0b", "~nobody_of_that_name/a.csv"])
@@ -247,21 +247,21 @@ class TestInteractions:
         path = table(["1::661::3::978302109"], "1::1193::5::978300760")
         said = message_of(lambda: self.read(path).load("train"))
         assert said == (
-            f"{path} has the columns userId, movieId, rating; received 1::1193::5::978300760. Fix: the file has no "
+            f"{path} must have the columns userId, movieId, rating; got 1::1193::5::978300760. The file has no "
             "header, or another separator: give it a header line, and separate fields by one character."
         )
 
     @pytest.mark.parametrize(
         ("rows", "options", "said"),
         [
-            (["1,1,good,3", *PAIRS], {}, "every value of rating .*received 'good' in line 2"),
-            (["1,1,nan,3", *PAIRS], {}, "every value of rating .*received 'nan' in line 2"),
+            (["1,1,good,3", *PAIRS], {}, "every value of rating .*got 'good' in line 2"),
+            (["1,1,nan,3", *PAIRS], {}, "every value of rating .*got 'nan' in line 2"),
             (["1,1,3,", *PAIRS], {"holdout": "latest"}, "every value of timestamp .*an empty field in line 2"),
             ([",1,3,3", *PAIRS], {}, "every value of userId .*an empty field in line 2"),
             ([f"{'7' * 5000},1,3,3", *PAIRS], {}, r"at most 200 characters; .*\(5000 characters\) in line 2"),
-            ([*PAIRS, "1,2"], {}, "as the header, 4; received 2 in line 68"),
+            ([*PAIRS, "1,2"], {}, "as the header, 4; got 2 in line 68"),
             (PAIRS, {"holdout": "lates"}, "holdout .* one of random, latest"),
-            ([], {}, "received 0 such items"),
+            ([], {}, "got 0 such items"),
         ],
     )
     def test_broken_rows(self, rows, options, said, table):
@@ -288,7 +288,7 @@ class TestInteractions:
         films = [f"{item},Amélie {item}, War | Love" for item in range(1, 7)]
         path = table(films, "movieId,title,genres", encoding="latin-1", name="c.csv")
         with pytest.raises(
-            DataError, match=r"catalogue is a CSV file in utf-8; received .*byte 0xe9 at offset 25, line 2"
+            DataError, match=r"catalogue must be a CSV file in utf-8; got .*byte 0xe9 at offset 25, line 2"
         ):
             self.read(ratings, catalogue=path).load("train")
         told = self.read(ratings, catalogue=path, encoding="latin-1")
@@ -299,7 +299,7 @@ class TestInteractions:
         ("text", "said"),
         [
             (b"[" * 100_000, "RecursionError"),
-            ('["é"]'.encode("latin-1"), "byte 0xe9 at offset 2, line 1 .* Fix: save it as UTF-8[.]"),
+            ('["é"]'.encode("latin-1"), "byte 0xe9 at offset 2, line 1 .* Save it as UTF-8[.]"),
             ('["a"]'.encode("utf-16"), "begins with the byte order mark of utf-16"),
             (b"[NaN]", "not a list of names"),
             (b"", "JSONDecodeError"),
@@ -317,13 +317,13 @@ class TestTraces:
     @pytest.mark.parametrize(
         ("row", "said"),
         [
-            ("0,0,9.5", "every value of last_round .* is a whole number from 0; received '9.5' in line 2"),
-            ("-1,0,9", "every value of client .*received '-1' in line 2"),
-            ("0,1_0,20", "every value of first_round .*received '1_0'"),
-            ("0,0," + "9" * 30, "a whole number from 0; received '9+'"),
-            ("0,9,3", "last_round .* is at least first_round, 9; received '3' in line 2"),
-            ("0,1", "as the header, 3; received 2 in line 2"),
-            ("", "a trace says when some client is there; received no row"),
+            ("0,0,9.5", "every value of last_round .* must be a whole number from 0; got '9.5' in line 2"),
+            ("-1,0,9", "every value of client .*got '-1' in line 2"),
+            ("0,1_0,20", "every value of first_round .*got '1_0'"),
+            ("0,0," + "9" * 30, "a whole number from 0; got '9+'"),
+            ("0,9,3", "last_round .* must be at least first_round, 9; got '3' in line 2"),
+            ("0,1", "as the header, 3; got 2 in line 2"),
+            ("", "a trace must say when some client is there; got no row"),
         ],
     )
     def test_broken_rows(self, row, said, table):

@@ -114,7 +114,7 @@ def test_stacked_clients_follow_them_too(schedules):
 
 @pytest.mark.parametrize("name", ["learning_rate.encoder", "algorithm.mu", "generator.temperature", "", "."])
 def test_a_name_of_nothing_is_refused(name):
-    with pytest.raises(ConfigurationError, match="federation.schedules names local_steps, learning_rate"):
+    with pytest.raises(ConfigurationError, match="federation.schedules must name local_steps, learning_rate"):
         weights(schedules={name: StepRounds({0: 1.0})})
 
 

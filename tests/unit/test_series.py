@@ -46,7 +46,7 @@ class TestSource:
                 assert float(x.min()) == -1
                 assert float(x.max()) <= 1
             else:
-                with pytest.raises(DataError, match="a variable varies.*received rain"):
+                with pytest.raises(DataError, match="a variable must vary.*got rain"):
                     source.load("train")
 
     def test_profiles_are_days_of_one_variable_with_their_dates(self, tmp_path):
@@ -84,9 +84,9 @@ class TestSource:
     @pytest.mark.parametrize(
         ("change", "words"),
         [
-            ({"header": "day,load,temperature"}, "has the columns date"),
-            ({"days": 1}, "two profiles of 24 rows or more; received 24 rows"),
-            ({"broken": 30}, r"load in .* is a finite number.*; received 'much' in line 32"),
+            ({"header": "day,load,temperature"}, "must have the columns date"),
+            ({"days": 1}, "two profiles of 24 rows or more; got 24 rows"),
+            ({"broken": 30}, r"load in .* must be a finite number.*; got 'much' in line 32"),
         ],
     )
     def test_files_that_do_not_fit_are_refused(self, tmp_path, change, words):
@@ -95,9 +95,9 @@ class TestSource:
             CSVProfiles(path, variables=["load"]).load("train")
 
     def test_a_missing_file_or_variable_is_named(self, tmp_path):
-        with pytest.raises(DataError, match="is a CSV file that can be read; received"):
+        with pytest.raises(DataError, match="must be a CSV file that can be read; got"):
             CSVProfiles(str(tmp_path / "none.csv")).load("train")
-        with pytest.raises(DataError, match=r"has the columns wind; received date, load, temperature"):
+        with pytest.raises(DataError, match=r"must have the columns wind; got date, load, temperature"):
             CSVProfiles(write(tmp_path / "a.csv"), variables=["wind"]).load("train")
 
     def test_the_real_file(self, shared):
@@ -115,6 +115,7 @@ def module() -> FederatedDataModule:
 
 
 class TestMetrics:
+    @pytest.mark.slow  # trains two networks of judgement for every metric
     def test_real_series_score_as_the_floor_and_noise_far_worse(self):
         data = module()
         real = data.train_samples.x[torch.randperm(240, generator=torch.Generator().manual_seed(1))]
@@ -161,11 +162,11 @@ class TestMetrics:
         assert names == {"SlicedWasserstein", "ProfileCentroids", "DiscriminativeScore", "PredictiveScore"}
 
     def test_more_centroids_than_samples_are_refused(self):
-        with pytest.raises(ConfigurationError, match="500 centroids need as many test samples; received 240"):
+        with pytest.raises(ConfigurationError, match="500 centroids must have as many test samples; got 240"):
             ProfileCentroids(500).prepare(module(), device=CPU)
-        with pytest.raises(ConfigurationError, match="k of ProfileCentroids .* at least 1; received 0"):
+        with pytest.raises(ConfigurationError, match="k of ProfileCentroids .* at least 1; got 0"):
             ProfileCentroids(0)
         metric = ProfileCentroids(9)
         metric.prepare(module(), device=CPU)
-        with pytest.raises(ConfigurationError, match="as many generated samples; received 5. Fix: raise evaluation"):
+        with pytest.raises(ConfigurationError, match="as many generated samples; got 5. Raise evaluation"):
             metric.compute(torch.zeros(5, 1, 24), None)

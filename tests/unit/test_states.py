@@ -118,20 +118,23 @@ class TestPolicy:
         [
             (
                 {"sync": {"encoder": "average"}},
-                "sync names networks of the module, or patterns of its entries; received encoder. Fix: choose from",
+                "sync must name networks of the module, or patterns of its entries; got encoder. Choose from",
             ),
             (
                 {"sync": {"generator": "sometimes"}},
-                "one of average, local, server, served, exchange; received 'sometimes'",
+                "one of average, local, server, served, exchange; got 'sometimes'",
             ),
-            ({"sync": {"generator": "server"}}, "clients can do without it; received sync.generator: server"),
-            ({"optimizer_state": "forget"}, "one of reset, keep, average; received 'forget'"),
-            ({"optimizer_state": {"critic": "keep"}}, "optimizer_state names networks"),
+            (
+                {"sync": {"generator": "server"}},
+                "clients can do without a network that lives on the server only; got sync.generator: server",
+            ),
+            ({"optimizer_state": "forget"}, "one of reset, keep, average; got 'forget'"),
+            ({"optimizer_state": {"critic": "keep"}}, "optimizer_state must name networks"),
             (
                 {"sync": {"discriminator": "local"}, "optimizer_state": {"discriminator": "average"}},
-                "only the moments of averaged networks",
+                "moments must belong to averaged networks to be averaged",
             ),
-            ({"buffers": "drop"}, "one of merge, local, estimate; received 'drop'"),
+            ({"buffers": "drop"}, "one of merge, local, estimate; got 'drop'"),
         ],
     )
     def test_what_makes_no_sense_is_refused(self, options, words):
@@ -326,5 +329,5 @@ def test_the_clock_keeps_the_start_of_the_round_for_every_client():
 def test_a_schedule_that_does_not_count_is_refused():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     chained = torch.optim.lr_scheduler.ChainedScheduler([torch.optim.lr_scheduler.StepLR(optimizer, 2)])
-    with pytest.raises(ConfigurationError, match="count their steps; received ChainedScheduler"):
+    with pytest.raises(ConfigurationError, match="count their steps; got ChainedScheduler"):
         optimizer_state.ScheduleClock().remember(0, chained)

@@ -130,13 +130,13 @@ class TestVocabulary:
         assert tokens(line) == words
 
     def test_bad_vocabularies_are_refused(self):
-        with pytest.raises(DataError, match="begins with <end> and <unk>"):
+        with pytest.raises(DataError, match="must begin with <end> and <unk>"):
             Vocabulary(("a", "b"))
-        with pytest.raises(DataError, match="holds every word once; received 4 words"):
+        with pytest.raises(DataError, match="hold every word once; got 4 words"):
             Vocabulary((END, UNKNOWN, "a", "a"))
-        with pytest.raises(DataError, match="so it is at least 3; received 2"):
+        with pytest.raises(DataError, match="must be at least 3, since it counts two special words; got 2"):
             Vocabulary.of({"a": 1}, max_words=2)
-        with pytest.raises(DataError, match="min_support is at least 1; received 0"):
+        with pytest.raises(DataError, match="min_support must be at least 1; got 0"):
             contribution([["a"]], min_support=0)
 
 
@@ -184,7 +184,7 @@ class TestSource:
 
         options = ["--config", str(ROOT / "configs" / "text_mle.yaml"), "--data.source.path", SENTENCES]
         options += ["--data.source.test_path", "null"]
-        with pytest.raises(ConfigurationError, match="samples mean before they train; received a TextFile"):
+        with pytest.raises(ConfigurationError, match="samples mean before they train; got a TextFile"):
             Site(options, client_id=0, state_dir=tmp_path)
         (tmp_path / "v.json").write_text(json.dumps([END, UNKNOWN, "jet", "the"]))
         site = Site([*options, "--data.source.vocabulary", str(tmp_path / "v.json")], client_id=0, state_dir=tmp_path)
@@ -200,13 +200,13 @@ class TestSource:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            ({"max_length": 1}, "two sentences of at most 1 words; received 0"),
-            ({"max_length": 0}, "max_length .* at least 1; received 0"),
-            ({"test_fraction": 1.0}, "test_fraction .* in .0, 1.; received 1.0"),
-            ({"topics": {"a": ["jet"], "b": ["Jet"]}}, "stands for one topic; received 'Jet' under a and b"),
-            ({"min_support": 999}, "some client uses some word 999 times"),
-            ({"vocabulary": "none.json"}, "a JSON list of words by id that can be read; received none.json"),
-            ({"test_path": "none.txt"}, "is a text file or a folder of .txt files that can be read; received none.txt"),
+            ({"max_length": 1}, "two sentences of at most 1 words; got 0"),
+            ({"max_length": 0}, "max_length .* at least 1; got 0"),
+            ({"test_fraction": 1.0}, "test_fraction .* in .0, 1.; got 1.0"),
+            ({"topics": {"a": ["jet"], "b": ["Jet"]}}, "must stand for one topic; got 'Jet' under a and b"),
+            ({"min_support": 999}, "some client must use some word 999 times"),
+            ({"vocabulary": "none.json"}, "a JSON list of words by id that can be read; got none.json"),
+            ({"test_path": "none.txt"}, "must be a text file or a folder of .txt files that can be read; got none.txt"),
         ],
     )
     def test_what_does_not_fit_is_refused(self, options, words):
@@ -221,7 +221,7 @@ class TestSource:
         assert len(data.train_samples) + len(data.test_samples) == 6
         told = [text for text in caplog.messages if "left out" in text]
         assert told == [f"2 of 8 sentences in {path} are left out: they have more than max_length=3 words, up to 5"]
-        with pytest.raises(DataError, match=r"received 0 in .*; 8 of 8 sentences .* max_length=1 words, up to 5"):
+        with pytest.raises(DataError, match=r"got 0 in .*; 8 of 8 sentences .* max_length=1 words, up to 5"):
             TextFile(str(path), max_length=1).load("train")
 
     @pytest.mark.parametrize(
@@ -233,8 +233,8 @@ class TestSource:
             (("le café\n" * 9).encode("utf-16"), {}, "byte order mark of utf-16"),
             (("le café\n" * 9).encode("utf-16"), {"encoding": "utf-16"}, ""),
             (b"a b\n" * 9 + b"\0", {}, "NUL byte in line 10"),
-            (b"", {}, "two sentences of at most 16 words; received 0"),
-            (b"a b\nc d", {"test_fraction": 0.9}, "received 2 sentences in .*test_fraction 0.9"),
+            (b"", {}, "two sentences of at most 16 words; got 0"),
+            (b"a b\nc d", {"test_fraction": 0.9}, "got 2 sentences in .*test_fraction 0.9"),
         ],
     )
     def test_files_in_other_encodings(self, data, options, words, tmp_path):
@@ -248,7 +248,7 @@ class TestSource:
             assert set(source.vocabulary.words[2:]) == {"le", "caf\u00e9"}
 
     def test_folders_without_texts_and_topics_in_other_forms(self, tmp_path):
-        with pytest.raises(DataError, match="a folder of .txt files; received .* with none"):
+        with pytest.raises(DataError, match="a folder of .txt files; got .* with none"):
             TextFile(str(tmp_path)).load("train")
         (tmp_path / "a.TXT").write_text(normalize("NFD", "le café\n") * 9, encoding="utf-8")
         source = TextFile(str(tmp_path), topics={"drinks": [normalize("NFD", "Café")]})
@@ -338,13 +338,13 @@ class TestNetworks:
     @pytest.mark.parametrize(
         ("make", "words"),
         [
-            (lambda: TextGenerator(2), "num_words of TextGenerator .* at least 3; received 2"),
-            (lambda: TextGenerator(hidden=0), "hidden .* at least 1; received 0"),
-            (lambda: TextGenerator(temperature=0.0), "temperature .* above 0; received 0.0"),
-            (lambda: TextDiscriminator(9, 4), "between 1 and max_length=4; received .2, 3, 4, 5"),
-            (lambda: OneHot(1), "num_words of OneHot .* at least 3; received 1"),
-            (lambda: text_gan(prior=None), "noise from Gumbel; received model.prior=Normal. Fix: set prior: Gumbel"),
-            (lambda: LanguageModel(MLPGenerator(2, (2,))), "with log_likelihood.*; received MLPGenerator"),
+            (lambda: TextGenerator(2), "num_words of TextGenerator .* at least 3; got 2"),
+            (lambda: TextGenerator(hidden=0), "hidden .* at least 1; got 0"),
+            (lambda: TextGenerator(temperature=0.0), "temperature .* above 0; got 0.0"),
+            (lambda: TextDiscriminator(9, 4), "between 1 and max_length=4; got .2, 3, 4, 5"),
+            (lambda: OneHot(1), "num_words of OneHot .* at least 3; got 1"),
+            (lambda: text_gan(prior=None), "noise from Gumbel; got model.prior=Normal. Set prior: Gumbel"),
+            (lambda: LanguageModel(MLPGenerator(2, (2,))), "with log_likelihood.*; got MLPGenerator"),
         ],
     )
     def test_bad_numbers_are_refused(self, make, words):
@@ -431,7 +431,7 @@ class TestTemperature:
             torch.testing.assert_close(all_at_once[name], value, rtol=1e-4, atol=1e-5)
 
     def test_a_network_without_one_is_refused(self):
-        with pytest.raises(ConfigurationError, match="a module's number; received generator.temperature"):
+        with pytest.raises(ConfigurationError, match="a module's number; got generator.temperature"):
             schedules = {"generator.temperature": ExponentialRounds()}
             federate(ring_gan(), ring_data(), schedules=schedules, rounds=1, local_steps=1)
 
@@ -462,11 +462,9 @@ class TestStartFrom:
             assert torch.equal(model.generator_ema.state_dict()[name], value), name
 
     def test_a_missing_file_or_another_vocabulary_or_network_is_refused(self, checkpoint, tmp_path):
-        with pytest.raises(CheckpointError, match="a checkpoint is a file; received .*none.ckpt, which is not there"):
+        with pytest.raises(CheckpointError, match="a checkpoint must be a file; got .*none.ckpt, which is not there"):
             self.start("none.ckpt")
-        with pytest.raises(
-            CheckpointError, match="the vocabulary that it was trained with; received .*another vocabulary"
-        ):
+        with pytest.raises(CheckpointError, match="the vocabulary that it was trained with; got .*another vocabulary"):
             self.start(checkpoint, data=module(source=source(max_words=30)))
         with pytest.raises(CheckpointError, match="vocabulary .40 entries, 0 here"):
             self.start(checkpoint, data=digits_data())
@@ -566,15 +564,15 @@ class TestMetrics:
         data = module()
         data.setup()
         assert [type(metric) for metric in default_metrics(data)] == [HeldOutLikelihood, BLEU, SelfBLEU]
-        with pytest.raises(ConfigurationError, match="BLEU reads text; received Ring without a vocabulary"):
+        with pytest.raises(ConfigurationError, match="BLEU must have text to read; got Ring without a vocabulary"):
             BLEU().prepare(ring_data(), device=CPU)
-        with pytest.raises(ConfigurationError, match="max_sentences .* at least 2; received 1"):
+        with pytest.raises(ConfigurationError, match="max_sentences .* at least 2; got 1"):
             SelfBLEU(max_sentences=1)
 
     def test_networks_that_do_not_know_all_words_are_refused(self):
         metric = HeldOutLikelihood()
         metric.prepare(module(), device=CPU)
-        with pytest.raises(ConfigurationError, match="received num_words=30, a vocabulary of 40"):
+        with pytest.raises(ConfigurationError, match="got num_words=30, a vocabulary of 40"):
             metric.inspect(LanguageModel(generator(num_words=30)))
 
     def test_mean_over_sentences(self):

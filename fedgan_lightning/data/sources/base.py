@@ -87,7 +87,7 @@ def read_names(path: str | Path, *, option: str, numbered: str) -> list[str]:
     except (ValueError, RecursionError) as error:
         raise DataError(
             message(
-                f"data.source.{option} is a JSON list of {numbered}",
+                f"data.source.{option} must be a JSON list of {numbered}",
                 received=f"{path} ({reason(error)})",
                 fix=f"name a {option}.json that a run wrote",
             )
@@ -112,7 +112,7 @@ def hold_out(count: int, test_fraction: float, *, name: str, what: str) -> tuple
     if cut >= count:
         raise DataError(
             message(
-                "what has no test split of its own is enough for training and test",
+                "what has no test split of its own must be enough for training and test",
                 received=f"{count} {what} with data.source.test_fraction {test_fraction}",
                 fix="add some, or lower test_fraction",
             )
@@ -129,7 +129,7 @@ def to_pixels(images: Tensor) -> Tensor:
     if images.dtype != torch.uint8 or images.dim() not in (3, 4):
         raise DataError(
             message(
-                "images are uint8 of shape (n, h, w) or (n, h, w, c)",
+                "images must be uint8 of shape (n, h, w) or (n, h, w, c)",
                 received=f"{images.dtype} of shape {tuple(images.shape)}",
                 fix="convert the file",
             )

@@ -61,7 +61,7 @@ class TorchvisionImages(Source):
         if len(pixels) != len(dataset.targets):
             raise DataError(
                 message(
-                    f"{self.name} has a label for every image",
+                    f"{self.name} must have a label for every image",
                     received=f"{len(pixels)} images and {len(dataset.targets)} labels in {self.root}",
                     fix="download it again",
                 )
@@ -76,7 +76,7 @@ class TorchvisionImages(Source):
         except Exception as error:  # torchvision reads broken files without looking
             raise DataError(
                 message(
-                    f"{self.name} lies in the folder data.source.root, or can be downloaded",
+                    f"{self.name} must lie in the folder data.source.root, or be downloadable",
                     received=f"root={self.root!r}, download={download} ({reason(error)})",
                     fix="set data.source.root to the folder that holds it whole, or allow the download",
                 )
@@ -135,7 +135,7 @@ class CelebA(Source):
         except Exception as error:  # torchvision reads broken files without looking
             raise DataError(
                 message(
-                    "CelebA lies in ROOT/celeba, or can be downloaded",
+                    "CelebA must lie in ROOT/celeba, or be downloadable",
                     received=f"root={self.root!r}, download={download} ({reason(error)})",
                     fix="set data.source.root, or install gdown and allow the download",
                 )
@@ -181,7 +181,7 @@ class ImageFolder(Source):
         given = tuple(normalize("NFC", name) for name in class_names or ())
         if len(set(given)) != len(given):
             raise DataError(
-                message("data.source.class_names are different", received=list(given), fix="list each class once")
+                message("data.source.class_names must be different", received=list(given), fix="list each class once")
             )
         self._listed = given
         self.splits = Splits(None, None, None)
@@ -198,7 +198,7 @@ class ImageFolder(Source):
         if not files:
             raise DataError(
                 message(
-                    f"an image folder holds pictures ({' '.join(sorted(EXTENSIONS))})",
+                    f"an image folder must hold pictures ({' '.join(sorted(EXTENSIONS))})",
                     received=f"{base} with none",
                     fix="set data.source.root to the folder",
                 )
@@ -220,7 +220,7 @@ class ImageFolder(Source):
         if unknown:
             raise DataError(
                 message(
-                    "every picture lies in the folder of its class",
+                    "every picture must lie in the folder of its class",
                     received=f"{unknown} beside classes {list(self.class_names)}",
                     fix="move the pictures, or set classes: false",
                 )

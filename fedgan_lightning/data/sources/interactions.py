@@ -200,7 +200,7 @@ class Interactions(Source):
         if not len(kept):
             raise DataError(
                 message(
-                    f"some user has {self.min_user} interactions with the {len(items)} items that stay",
+                    f"some user must have {self.min_user} interactions with the {len(items)} items that stay",
                     received=f"none in {self.path}",
                     fix="lower data.source.min_user, raise num_items, or check that items are named as in the file",
                 )
@@ -215,7 +215,7 @@ class Interactions(Source):
         if len(survivors) < num_items:
             raise DataError(
                 message(
-                    f"{num_items} items have {self.min_item} interactions or more",
+                    f"{num_items} items must have {self.min_item} interactions or more",
                     received=f"{len(survivors)} such items in {self.path}",
                     fix="lower data.source.num_items (and both networks' items), or min_item, min_user or threshold",
                 )
@@ -287,7 +287,7 @@ class Interactions(Source):
         if not names:
             raise DataError(
                 message(
-                    "the catalogue names genres of the items",
+                    "the catalogue must name genres of the items",
                     received=f"none for the {len(listed)} items in {self.catalogue}",
                     fix="check data.source.item and data.source.genre, or set catalogue: null",
                 )
@@ -313,7 +313,9 @@ def most_popular(counts: Mapping[str, int], *, num_items: int) -> list[str]:
     if len(counts) < num_items:
         raise DataError(
             message(
-                f"{num_items} items have counts", received=f"{len(counts)} items", fix="lower num_items or min_item"
+                f"{num_items} items must have counts",
+                received=f"{len(counts)} items",
+                fix="lower num_items or min_item",
             )
         )
     ranked = sorted(counts, key=lambda name: (-counts[name], name))
@@ -325,7 +327,7 @@ def _read_items(path: Path, num_items: int) -> list[str]:
     if len(set(names)) != len(names) or len(names) != num_items:
         raise DataError(
             message(
-                f"data.source.items names {num_items} different items",
+                f"data.source.items must name {num_items} different items",
                 received=f"{len(names)} names, {len(set(names))} different, in {path}",
                 fix="set data.source.num_items (and both networks' items) to the length of the list",
             )

@@ -44,7 +44,7 @@ class MedMNIST(Source):
         elif facts is None or not download:
             raise DataError(
                 message(
-                    f"{self.path.name} lies in the folder data.source.root, or is downloaded by its name",
+                    f"{self.path.name} must lie in the folder data.source.root, or be downloadable by its name",
                     received=f"root={root!r}, download={download}" + ("" if facts else ", no package medmnist"),
                     fix="put it there, or set download: true (pip install 'fedgan-lightning[medical]')",
                 )
@@ -63,7 +63,7 @@ class MedMNIST(Source):
             except KeyError as error:
                 raise DataError(
                     message(
-                        "the package medmnist knows the set in this size",
+                        "the package medmnist must know the set in this size",
                         received=f"{self.path.name}, no {error}",
                         fix="update medmnist, or choose another data.source.size",
                     )
@@ -74,7 +74,7 @@ class MedMNIST(Source):
             except (OSError, RuntimeError, HTTPException) as error:
                 raise DataError(
                     message(
-                        "MedMNIST can be reached, and written to data.source.root",
+                        "MedMNIST must be reachable, and data.source.root writable",
                         received=f"{address} ({reason(error)})",
                         fix=f"put it at {self.path}",
                     )
@@ -94,7 +94,7 @@ class MedMNIST(Source):
             single = [flag for flag, own in INFO.items() if "3d" not in flag and "multi-label" not in own["task"]]
             raise DataError(
                 message(
-                    "a 2-D set with single labels",
+                    "the set must be 2-D with single labels",
                     received=self.name,
                     fix=f"choose one of {', '.join(sorted(single))}",
                 )
@@ -127,7 +127,7 @@ class MedMNISTFile(Source):
         if not class_names:
             highest = int(labels.max(initial=0))
             if highest and highest >= len(labels):
-                raise arrays.unfit("train_labels", "numbers its classes 0, 1, 2, ...", f"class {highest}")
+                raise arrays.unfit("train_labels", "must number its classes 0, 1, 2, ...", f"class {highest}")
             class_names = tuple(str(label) for label in range(highest + 1))
         self.class_names = tuple(class_names)
 
@@ -135,7 +135,9 @@ class MedMNISTFile(Source):
         arrays = self._open()
         images, labels = arrays.pixels(f"{split}_images"), arrays.labels(f"{split}_labels")
         if len(images) != len(labels):
-            raise arrays.unfit(f"{split}_labels", f"has a label for each of {len(images)} images", f"{len(labels)}")
+            raise arrays.unfit(
+                f"{split}_labels", f"must have a label for each of {len(images)} images", f"{len(labels)}"
+            )
         known = {f"{split}_images", f"{split}_labels"}
         columns = arrays.columns(f"{split}_", length=len(images), known=known)
         pixels = resize(to_pixels(torch.from_numpy(images)), self.image_size)

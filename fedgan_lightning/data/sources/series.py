@@ -116,7 +116,7 @@ class CSVProfiles(Source):
             if scaled is None or not np.isfinite(scaled).all():
                 raise DataError(
                     message(
-                        "a variable varies, within what numbers can tell",
+                        "a variable must vary, within what numbers can tell",
                         received=f"{names[len(parts)]} of {self.path}, from {profiles.min():g} to {profiles.max():g}",
                         fix="leave its column out, or repair its values",
                     )
@@ -152,7 +152,7 @@ class CSVProfiles(Source):
         if len(kept) < 2:
             raise DataError(
                 message(
-                    f"a file holds two profiles of {self.length} rows or more",
+                    f"a file must hold two profiles of {self.length} rows or more",
                     received=f"{len(values)} rows in {self.path}" + (f", {len(kept)} whole profiles" if total else ""),
                     fix="check the file, or lower data.source.length",
                 )
@@ -168,7 +168,7 @@ class CSVProfiles(Source):
         if "" in names:
             raise DataError(
                 message(
-                    f"every column of {self.path} has a name",
+                    f"every column of {self.path} must have a name",
                     received=f"{len(names)} columns, {names.count('')} without",
                     fix="list those to take in data.source.variables",
                 )
@@ -177,7 +177,9 @@ class CSVProfiles(Source):
         places = table.positions(names, named_by=["data.source.variables"])
         if not places:
             raise DataError(
-                message(f"{self.path} has columns beside the date", received="none", fix="check data.source.delimiter")
+                message(
+                    f"{self.path} must have columns beside the date", received="none", fix="check data.source.delimiter"
+                )
             )
         dates: list[Date] = []
         values: list[list[float]] = []

@@ -105,7 +105,7 @@ class TextFile(Source):
         if not counts:
             raise DataError(
                 message(
-                    f"some client uses some word {self.min_support} times",
+                    f"some client must use some word {self.min_support} times",
                     received="no word that may leave its client",
                     fix="lower data.source.min_support",
                 )
@@ -150,7 +150,7 @@ class TextFile(Source):
         if len(sentences) < 2:
             raise DataError(
                 message(
-                    f"text has two sentences of at most {self.max_length} words",
+                    f"text must have two sentences of at most {self.max_length} words",
                     received=f"{len(sentences)} in {path}" + (f"; {left_out}" if longer else ""),
                     fix="raise data.source.max_length, or check the path",
                 )
@@ -168,7 +168,9 @@ def _files(path: Path, *, option: str) -> list[Path]:
     found = sorted(file for file in path.iterdir() if is_shown(file.name) and file.suffix.lower() == ".txt")
     if not found:
         raise DataError(
-            message(f"{option} is a text file or a folder of .txt files", received=f"{path} with none", fix="check it")
+            message(
+                f"{option} must be a text file or a folder of .txt files", received=f"{path} with none", fix="check it"
+            )
         )
     return found
 
@@ -190,7 +192,7 @@ def _by_word(topics: Mapping[str, Sequence[str]]) -> dict[str, str]:
             if found.setdefault(spelling(word), topic) != topic:
                 raise DataError(
                     message(
-                        "a word stands for one topic",
+                        "a word must stand for one topic",
                         received=f"{word!r} under {found[spelling(word)]} and {topic}",
                         fix="remove it from one of the lists in data.source.topics",
                     )

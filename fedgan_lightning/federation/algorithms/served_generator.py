@@ -48,7 +48,7 @@ class ServedGenerator(FederatedAlgorithm):
         if policy.sync.get("generator") != "served":
             raise ConfigurationError(
                 message(
-                    "ServedGenerator trains the generator at the server",
+                    "ServedGenerator must have the generator at the server",
                     received=f"sync.generator: {policy.sync.get('generator')}",
                     fix="set federation.sync to {generator: served}",
                 )
@@ -67,7 +67,7 @@ class ServedGenerator(FederatedAlgorithm):
         if not hasattr(model, "generator_loss") or not hasattr(model, "generator_optimizer"):
             raise ConfigurationError(
                 message(
-                    "ServedGenerator needs a module with generator_loss and generator_optimizer",
+                    "ServedGenerator must have a module with generator_loss and generator_optimizer",
                     received=f"{type(model).__name__} without them",
                     fix="add them (see fedgan_lightning.gan.abilities), or use another algorithm",
                 )

@@ -100,7 +100,7 @@ class AdaptiveExecutor(Executor):
                 answered.add(answer.client_id)
                 yield answer
         except StackingError as error:  # a choice of other days, or of other data
-            self.plan = dataclasses.replace(self.plan, chunk_size=1, reason=str(error).split(" Fix:")[0])
+            self.plan = dataclasses.replace(self.plan, chunk_size=1, reason=str(error))
             logger.warning(self.plan.describe())
             self.keep(self.plan, listed)
             self._executor.teardown()
@@ -124,7 +124,7 @@ class AdaptiveExecutor(Executor):
         try:
             VectorizedLocalTrainer(context)
         except ConfigurationError as error:
-            return str(error).split(" Fix:")[0]
+            return str(error)
         reason = disagreement(context, tasks)
         self._inner_state["checked"] = reason is None and len(tasks) > 1  # once in a run is enough
         return reason

@@ -114,20 +114,24 @@ class FaultyExecutor(Executor):
         self.always = dict(always or {})
         if min(self.rates.values()) < 0 or sum(self.rates.values()) > 1 + 1e-9:
             raise ConfigurationError(
-                message("rates of faults are at least 0 and sum to at most 1", received=self.rates, fix="lower them")
+                message(
+                    "rates of faults must be at least 0 and sum to at most 1", received=self.rates, fix="lower them"
+                )
             )
         unknown = sorted(set(self.always.values()) - set(self.rates))
         if unknown:
             raise ConfigurationError(
                 message(
-                    "faults have names", received=", ".join(unknown), fix=f"choose from {', '.join(sorted(self.rates))}"
+                    "faults must have known names",
+                    received=", ".join(unknown),
+                    fix=f"choose from {', '.join(sorted(self.rates))}",
                 )
             )
         self.attack_scale = attack_scale
         self._late: list[ClientUpdate] = []
 
     def setup(self, context: ClientContext) -> None:
-        context.ranks.refuse_several("faults are simulated in one process")
+        context.ranks.refuse_several("faults must be simulated in one process")
         self.executor.setup(context)
 
     def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientUpdate | UpdateSum | ClientFailure]:

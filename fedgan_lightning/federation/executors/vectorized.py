@@ -104,7 +104,7 @@ class VectorizedExecutor(Executor):
             return  # and the next ones are looked at again
         if reason is not None:
             raise StackingError(
-                message("stacked training equals sequential training", received=reason, fix="set executor: auto")
+                message("stacked training must equal sequential training", received=reason, fix="set executor: auto")
             )
         self._checked = True
 

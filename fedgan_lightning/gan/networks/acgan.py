@@ -111,7 +111,7 @@ def quarter(image_size: int) -> int:
     if image_size not in (28, 32):
         raise ConfigurationError(
             message(
-                "FedGAN's ACGAN is defined for images of 28 or 32 pixels",
+                "FedGAN's ACGAN must have images of 28 or 32 pixels",
                 received=f"image_size={image_size}",
                 fix="resize the images, or use DCGANGenerator and DCGANDiscriminator",
             )

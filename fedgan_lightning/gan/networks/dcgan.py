@@ -29,7 +29,7 @@ def plan(image_size: int) -> tuple[int, int]:
     if not (8 <= image_size <= 64 and doublings > 0 and side < 8):
         raise ConfigurationError(
             message(
-                "DCGAN works on square images of 8 to 64 pixels whose side is 4, 5, 6 or 7 doubled a few times",
+                "DCGAN must have square images of 8 to 64 pixels whose side is 4, 5, 6 or 7 doubled a few times",
                 received=f"image_size={image_size}",
                 fix="resize the source's images, to 28, 32, 48 or 64 pixels say",
             )

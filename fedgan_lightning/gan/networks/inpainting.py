@@ -150,7 +150,7 @@ def _check(image_size: int, *, width: int, halvings: int, cell: int = 1) -> None
     if image_size < factor or image_size % factor:
         raise ConfigurationError(
             message(
-                f"image_size is a multiple of {factor}, for {halvings} halvings of cells of {cell}",
+                f"image_size must be a multiple of {factor}, for {halvings} halvings of cells of {cell}",
                 received=image_size,
                 fix="resize the source's images, or lower halvings or cell",
             )

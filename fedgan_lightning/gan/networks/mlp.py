@@ -119,7 +119,7 @@ class DiscriminatorHead(nn.Module):
         if (num_classes > 0) != (conditioning != "none"):
             raise ConfigurationError(
                 message(
-                    "a conditional discriminator needs both classes and a kind of conditioning",
+                    "a conditional discriminator must have both classes and a kind of conditioning",
                     received=f"num_classes={num_classes}, conditioning={conditioning}",
                     fix="set num_classes > 0 with conditioning projection or auxiliary, or num_classes 0 with none",
                 )
@@ -140,7 +140,5 @@ def join_label(z: Tensor, y: Tensor | None, num_classes: int) -> Tensor:
     if num_classes == 0:
         return z
     if y is None:
-        raise ValueError(
-            f"a generator of {num_classes} classes needs labels; received None. Fix: pass y of shape (N,)."
-        )
+        raise ValueError(f"a generator of {num_classes} classes must have labels; got None. Pass y of shape (N,).")
     return torch.cat([z, one_hot(y, num_classes).to(z.dtype)], dim=1)

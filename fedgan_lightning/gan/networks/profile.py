@@ -85,7 +85,7 @@ class ProfileDiscriminator(nn.Module):
 def _trunk(channels: int, *, width: int, blocks: int) -> nn.Sequential:
     if min(width, blocks) < 1:
         raise ConfigurationError(
-            message("width and blocks are at least 1", received=f"{width} and {blocks}", fix="raise them")
+            message("width and blocks must be at least 1", received=f"{width} and {blocks}", fix="raise them")
         )
     layers: list[nn.Module] = []
     for index in range(blocks):
@@ -99,6 +99,6 @@ def _join(x: Tensor, y: Tensor | None, num_classes: int) -> Tensor:
     if num_classes == 0:
         return x
     if y is None:
-        raise ValueError(f"a network of {num_classes} classes needs labels; received None. Fix: pass y of shape (N,).")
+        raise ValueError(f"a network of {num_classes} classes must have labels; got None. Pass y of shape (N,).")
     labels = one_hot(y, num_classes).to(x.dtype).unsqueeze(2)
     return torch.cat([x, labels.expand(-1, -1, x.shape[2])], dim=1)

@@ -44,7 +44,7 @@ class ConditionalBatchNorm2d(nn.Module):
         if self.scale is None or self.shift is None:
             return normalised
         if y is None:
-            raise ValueError("conditional BatchNorm needs labels; received None. Fix: pass y of shape (N,).")
+            raise ValueError("conditional BatchNorm must have labels; got None. Pass y of shape (N,).")
         scaled: Tensor = self.scale(y)[:, :, None, None] * normalised + self.shift(y)[:, :, None, None]
         return scaled
 
@@ -102,7 +102,7 @@ class ResNetGenerator(nn.Module):
         """Map latents (N, latent_dim) and labels (N,) to images (N, channels, image_size, image_size) in [-1, 1]."""
         if self.num_classes and y is None:
             raise ValueError(
-                f"a generator of {self.num_classes} classes needs labels; received None. Fix: pass y of shape (N,)."
+                f"a generator of {self.num_classes} classes must have labels; got None. Pass y of shape (N,)."
             )
         h = self.start(z).view(-1, self.width, self.side, self.side)
         for block in self.blocks:

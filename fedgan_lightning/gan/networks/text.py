@@ -145,7 +145,7 @@ class TextDiscriminator(nn.Module):
         if not widths or not 1 <= min(widths) <= max(widths) <= max_length:
             raise ConfigurationError(
                 message(
-                    f"widths of convolutions lie between 1 and max_length={max_length}",
+                    f"widths of convolutions must lie between 1 and max_length={max_length}",
                     received=list(widths),
                     fix="drop the larger ones",
                 )
