@@ -19,7 +19,8 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.grids import GRIDS, SIGNS, Grid
+from benchmarks.cells import SIGNS, Grid
+from benchmarks.grids import GRIDS
 from fedgan_lightning.visuals.runs import Run, read_run
 
 ROOT = Path(__file__).parents[1]

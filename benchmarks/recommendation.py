@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.bare import bare_trainer
-from benchmarks.grids import CENTRALISED
+from benchmarks.cells import CENTRALISED
 from fedgan_lightning.cli import FederatedCLI, built
 from fedgan_lightning.evaluation.ranking import histories, preferences, ranking_values
 from fedgan_lightning.files import write_json

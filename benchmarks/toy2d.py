@@ -164,7 +164,8 @@ def other(options: argparse.Namespace) -> None:
     """Print the stationary points of another algorithm beside those expected."""
     sizes, steps = tuple(options.sizes), options.steps_fast or STEPS_OF[options.algorithm]
     print(f"{described()}\n\n| K | executor | theta | psi | error | seconds |\n|---|---|---|---|---|---|")
-    for local_steps, expected in STATIONARY_OF.get(options.algorithm, {}).items():
+    for local_steps in options.local_steps:
+        expected = STATIONARY_OF[options.algorithm][local_steps]
         if len(set(sizes)) > 1:
             expected = UNEQUAL
         for executor in options.executor:
@@ -183,6 +184,7 @@ def main() -> None:
     parser.add_argument("--steps-slow", type=int, default=12_000, help="local steps at learning rate .02")
     parser.add_argument("--algorithm", default="FedGAN", choices=["FedGAN", *STATIONARY_OF])
     parser.add_argument("--executor", nargs="+", default=["sequential", "vectorized"])
+    parser.add_argument("--local-steps", type=int, nargs="+", default=[1, 5, 20, 50], choices=[1, 5, 20, 50], help="K")
     parser.add_argument("--sizes", type=int, nargs=5, default=[1, 1, 1, 1, 1], help="N_k over 40, of each client")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -95,7 +95,7 @@ def small(name: str) -> list[str]:
 
 def test_the_promised_configurations_are_there():
     promised = "digits mnist fashion_mnist cifar10 celeba medical image_folder hospitals timeseries inpainting"
-    promised += " ring8 grid25 swiss_roll toy2d recommendation text text_mle"
+    promised += " ring8 grid25 swiss_roll toy2d toy2d_fedprox toy2d_scaffold recommendation text text_mle"
     assert {path.stem for path in CONFIGS} >= set(promised.split())
 
 

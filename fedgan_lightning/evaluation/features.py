@@ -176,7 +176,7 @@ class InceptionFeatures(FeatureNet):
                 message(
                     "InceptionFeatures must have torch-fidelity and the Inception weights",
                     received=f"weights_path={self.weights_path} ({type(error).__name__}: {str(error).splitlines()[0]})",
-                    fix="run pip install 'fedgan-lightning[inception]', and set weights_path where offline",
+                    fix="run pip install 'fedgan-lightning[inception]'; offline, set weights_path to a local file",
                 )
             ) from error
         digest = "torch-fidelity"

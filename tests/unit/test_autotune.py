@@ -109,6 +109,7 @@ def test_another_workload_is_measured_anew(tmp_path):
     assert len(list(tmp_path.glob("executor-*.json"))) == 2
 
 
+@pytest.mark.slow  # measures ten times
 def test_another_optimizer_rate_or_loss_is_another_workload(tmp_path):
     """What can be stacked depends on them: a choice made for Adam must not meet an optimizer that cannot be."""
 

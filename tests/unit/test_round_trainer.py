@@ -18,6 +18,12 @@ from fedgan_lightning.federation.round_trainer import RoundTrainer
 OPTIONS = {"accelerator": "cpu", "devices": 1}
 
 
+@pytest.fixture(autouse=True)
+def whatever_the_suite_runs_with(monkeypatch):
+    """These tests say themselves which form they mean; the suite may run with the public one forced."""
+    monkeypatch.delenv("FEDGAN_ROUND_TRAINER", raising=False)
+
+
 @pytest.fixture(params=["fast", "public"])
 def form(request, monkeypatch):
     """Both forms of the Trainer, to the same bits."""
