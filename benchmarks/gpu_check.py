@@ -255,7 +255,7 @@ class Checks:
         run = self.federation(self.mlp(), self.grey(), evaluation=Evaluation(metrics=[FrechetDistance()]), rounds=2)
         run.fit()
         saved = read_checkpoint(Path(run.run_dir) / "checkpoints" / "last.ckpt")
-        names = saved["callbacks"]["FederatedOrchestrator"]["moments"]
+        names = saved["server"]["moments"]
         assert len(names) == 3 * len(list(run.server.model.parameters()))
         return f"{len(saved['state_dict'])} entries, {len(names)} moments"
 

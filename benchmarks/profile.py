@@ -32,10 +32,9 @@ PARTS = {
     "minibatches": ("data/samples.py", "__iter__"),
     "loading a client": ("federation/local.py", "_load"),
     "loading a stack": ("federation/vectorized_trainer.py", "_load"),
-    "forming one update": ("federation/local.py", "on_train_end"),
-    "forming a stack's updates": ("federation/vectorized_trainer.py", "_finish"),
+    "forming updates": ("federation/client_update.py", "client_updates"),
     "aggregation": ("federation/aggregation.py", "accumulate"),
-    "records": ("federation/rounds.py", "of"),
+    "reports": ("federation/receiver.py", "report"),
     "whole rounds": ("federation/orchestrator.py", "on_train_batch_start"),
 }
 

@@ -126,8 +126,8 @@ def chosen_by_auto(workload: Workload) -> tuple[int, int]:
     """Return (clients per stack, threads) as ``executor: auto`` chooses them."""
     auto = AutoExecutor()
     federate(workload, auto, rounds=1, callback=TakeTurns(None))
-    assert auto.plan is not None
-    return auto.plan.chunk_size, auto.plan.num_threads
+    assert auto.mode is not None
+    return auto.mode.chunk_size, auto.mode.num_threads
 
 
 def by_turns(workload: Workload, ways: set[tuple[int, int]], *, repeats: int) -> dict[tuple[int, int], float]:

@@ -10,5 +10,9 @@ from fedgan_lightning.federation.robust import (
     GeometricMedian,
     Krum,
     NearestNeighborMixing,
+    RobustAggregator,
     TrimmedMean,
+)
+from fedgan_lightning.protocol import (
+    Aggregator,
 )

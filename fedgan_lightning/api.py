@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 
-from fedgan_lightning.assembly import TRAINER_DEFAULTS, RunSettings, begun, trainer_parts
+from fedgan_lightning.assembly import TRAINER_DEFAULTS, RunSettings, begun, check_epochs, trainer_parts
 from fedgan_lightning.checkpoints import BestCheckpoint, LastCheckpoint
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.callback import Evaluation
@@ -86,15 +86,7 @@ class Federation:
                     fix="set run_dir",
                 )
             )
-        for name in ("max_steps", "max_epochs"):
-            if self._options.get(name, -1) not in (-1, None):
-                raise ConfigurationError(
-                    message(
-                        "rounds alone must count the epochs, each of which is a round",
-                        received=f"trainer={{'{name}': {self._options[name]}}}",
-                        fix="set rounds",
-                    )
-                )
+        check_epochs(self._options)
 
     def fit(self, *, ckpt_path: str | Path | None = None) -> dict[str, float]:
         """Run the rounds; return the last values of all metrics.

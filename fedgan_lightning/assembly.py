@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from fedgan_lightning.checkpoints import AtomicCheckpointIO, read_checkpoint, rounds_in
 from fedgan_lightning.claim import claimed
+from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation.drift import ClientDrift
 from fedgan_lightning.federation.executors.auto import AdaptiveExecutor
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
@@ -54,6 +55,23 @@ class RunSettings:
     num_threads: int | None = None
     config: str | None = None
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+def check_epochs(options: Mapping[str, Any]) -> None:
+    """Refuse options of a Trainer that count what the rounds count.
+
+    Raises:
+        ConfigurationError: If there are any.
+    """
+    for name in ("max_epochs", "max_steps"):
+        if options.get(name) not in (-1, None):
+            raise ConfigurationError(
+                message(
+                    "federation.rounds alone must count the epochs, each of which is a round",
+                    received=f"trainer.{name}={options[name]}",
+                    fix="set federation.rounds",
+                )
+            )
 
 
 @contextmanager

@@ -326,7 +326,7 @@ class BestCheckpoint(_InRunDirectory):
 
 def rounds_in(checkpoint: Mapping[str, Any]) -> int:
     """Return the rounds that the federation in a checkpoint has completed."""
-    return int(checkpoint.get("rounds_completed", checkpoint["global_step"]))
+    return int(checkpoint.get("rounds_completed", 0))
 
 
 def histories_of(trainer: L.Trainer) -> list[list[dict[str, float]]]:

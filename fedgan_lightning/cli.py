@@ -20,7 +20,7 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from fedgan_lightning.assembly import TRAINER_DEFAULTS, RunSettings, begun, trainer_parts
+from fedgan_lightning.assembly import TRAINER_DEFAULTS, RunSettings, begun, check_epochs, trainer_parts
 from fedgan_lightning.checkpoints import BestCheckpoint, LastCheckpoint
 from fedgan_lightning.claim import check_writable
 from fedgan_lightning.data.datamodule import FederatedDataModule
@@ -117,15 +117,7 @@ class FederatedCLI(LightningCLI):
         torch.set_num_threads(settings.num_threads or 1)
         if self.subcommand == "fit":
             self.resuming = settings.ckpt_path is not None
-            for name in ("max_epochs", "max_steps"):
-                if settings.trainer[name] not in (-1, None):
-                    raise ConfigurationError(
-                        message(
-                            "federation.rounds alone must count the epochs, each of which is a round",
-                            received=f"trainer.{name}={settings.trainer[name]}",
-                            fix="set federation.rounds",
-                        )
-                    )
+            check_epochs(settings.trainer)
             options = {"first_save": settings.checkpoint.every_n_rounds, "config": self.config_text}
             settings.ckpt_path = self._held.enter_context(begun(settings.run_dir, settings.ckpt_path, **options))
         if self.subcommand in ("test", "predict", "partition"):

@@ -6,3 +6,6 @@ from fedgan_lightning.federation.executors import (
     AutotunedExecutor,
     FaultyExecutor,
 )
+from fedgan_lightning.protocol import (
+    Executor,
+)

@@ -20,6 +20,9 @@ from fedgan_lightning.evaluation.features import (
     ModuleFeatures,
     PixelFeatures,
 )
+from fedgan_lightning.evaluation.federated_queries import (
+    FederatedQuery,
+)
 from fedgan_lightning.evaluation.fidelity import (
     ClassifierScore,
     IntraClassDistance,
@@ -32,6 +35,9 @@ from fedgan_lightning.evaluation.metrics import (
     Metric,
     ModeCoverage,
     SlicedWasserstein,
+)
+from fedgan_lightning.evaluation.modalities import (
+    Modality,
 )
 from fedgan_lightning.evaluation.per_class import (
     ClassBreakdown,

@@ -33,8 +33,10 @@ from fedgan_lightning.gan.networks import (
     TextGenerator,
 )
 from fedgan_lightning.gan.priors import (
+    Gumbel,
     Normal,
     Prior,
+    Uniform,
 )
 from fedgan_lightning.gan.text import (
     OneHot,

@@ -58,7 +58,7 @@ class ClientTask:
         round: Rounds completed before this one.
         seed: Seed of all randomness of this client in this round.
         state: Entries that all clients of the round receive: parameters and buffers by name, optimizer moments under
-            ``optimizer/``, the algorithm's own under ``algorithm/``, transforms' under ``transform/``.
+            ``optimizer/``, the algorithm's own under ``algorithm/``.
         steps: Local steps K, minibatches of this round; ``None`` where epochs are counted.
         epochs: Local epochs of this round; ``None`` where steps are counted.
         before: Steps, or epochs, of the rounds before; ``None`` if all rounds have as many as this one.
@@ -258,7 +258,7 @@ class Executor(ABC):
 
     @abstractmethod
     def setup(self, context: Any) -> None:
-        """Prepare for a run; ``context`` is a :class:`fedgan_lightning.federation.local.ClientContext`."""
+        """Prepare for a run; ``context`` is a :class:`fedgan_lightning.federation.client_update.ClientContext`."""
 
     @abstractmethod
     def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientUpdate | UpdateSum | ClientFailure]:
@@ -315,11 +315,11 @@ class Aggregator(ABC):
 
     def weight(self, num_examples: int) -> float:
         """Return the weight of a client that holds so many examples; additive aggregators have one."""
-        raise NotImplementedError(f"{type(self).__name__}.weight. Fix: implement it.")
+        raise NotImplementedError(f"{type(self).__name__}.weight must be implemented")
 
     def accumulate_sum(self, accumulator: Any, total: UpdateSum) -> Any:
         """Return the accumulator with the updates in it of which only the sum is known; for additive aggregators."""
-        raise NotImplementedError(f"{type(self).__name__}.accumulate_sum. Fix: implement it.")
+        raise NotImplementedError(f"{type(self).__name__}.accumulate_sum must be implemented")
 
     def reduce(self, accumulator: Any, ranks: Any) -> Any:
         """Return the accumulator over all ranks; ``ranks`` is a :class:`fedgan_lightning.federation.ranks.Ranks`.
@@ -327,7 +327,7 @@ class Aggregator(ABC):
         Additive aggregators override it; with a single rank it is the accumulator itself.
         """
         if ranks.world_size > 1:
-            raise NotImplementedError(f"{type(self).__name__}.reduce over several ranks. Fix: implement it.")
+            raise NotImplementedError(f"{type(self).__name__}.reduce must be implemented for several ranks")
         return accumulator
 
     @abstractmethod
@@ -343,15 +343,11 @@ class UpdateTransform(ABC):
     names of parameters.
     """
 
-    def check(  # noqa: B027 - most transforms go with everything
-        self, *, aggregator: Aggregator, is_secure: bool, others: Sequence[UpdateTransform]
-    ) -> None:
+    def check(self, *, is_secure: bool) -> None:  # noqa: B027 - most transforms go with everything
         """Refuse what this transform cannot go with.
 
         Args:
-            aggregator: The federation's.
             is_secure: Whether the server sees sums only.
-            others: The other transforms of the chain.
 
         Raises:
             ConfigurationError: If there is something.

@@ -9,3 +9,6 @@ from fedgan_lightning.federation.sampling import (
     PoissonSampling,
     SelectedClients,
 )
+from fedgan_lightning.protocol import (
+    ClientSampler,
+)

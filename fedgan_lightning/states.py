@@ -122,9 +122,9 @@ def load_entries(module: nn.Module, values: State) -> None:
             target[name].copy_(value)
 
 
-def norm(values: Iterable[Tensor]) -> Tensor:
-    """Return the Euclidean norm of all tensors taken as one vector."""
-    norms = [torch.linalg.vector_norm(value.detach().float()) for value in values]
+def norm(values: Iterable[Tensor], *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the Euclidean norm of all tensors taken as one vector, computed in ``dtype``."""
+    norms = [torch.linalg.vector_norm(value.detach().to(dtype)) for value in values]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
 

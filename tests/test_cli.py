@@ -17,6 +17,7 @@ import yaml
 
 from fedgan_lightning.__main__ import COMMANDS, main
 from fedgan_lightning.cli import FederatedCLI
+from fedgan_lightning.visuals import pictures
 from tests.conftest import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -188,6 +189,23 @@ class TestCommands:
         assert arrays["x"].dtype == np.uint8
         assert arrays["y"].tolist() == [index % 10 for index in range(30)]
         assert (tmp_path / "out" / "predictions" / "samples.png").exists()
+
+    def test_predict_draws_as_many_points_as_a_picture_of_the_run(self, tmp_path, monkeypatch, capsys):
+        """Thirty points are stored, and the cloud is drawn with as many as in the run's own pictures."""
+        drawn: list[int] = []
+        scatter = pictures.scatter
+
+        def counted(points, *arguments, **options):
+            drawn.append(len(points))
+            return scatter(points, *arguments, **options)
+
+        monkeypatch.setattr(pictures, "scatter", counted)
+        arguments = [*small("ring8"), "--run_dir", tmp_path / "out", "--pictures.num_points", "77"]
+        assert run("fit", *arguments, "--federation.rounds", "1", capsys=capsys)[0] == 0
+        drawn.clear()
+        assert run("predict", *arguments, "--pictures.predict_samples", "30", capsys=capsys)[0] == 0
+        assert drawn == [77]
+        assert np.load(tmp_path / "out" / "predictions" / "samples.npz")["x"].shape == (30, 2)
 
     def test_predict_writes_recommendations(self, tmp_path, capsys):
         arguments = [*small("recommendation"), "--run_dir", tmp_path / "out"]

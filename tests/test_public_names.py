@@ -26,6 +26,28 @@ def test_every_other_public_name_is_in_one_module():
     assert {name for name, count in homes.items() if count > 1} == {"UpdateEntry"}, "which two interfaces speak of"
 
 
+BASES = ("Adversarial", "Penalty", "Prior", "Condition", "Codec", "Partition", "Source", "Executor", "Aggregator")
+BASES += ("ClientSampler", "UpdateTransform", "RoundSchedule", "Metric", "FeatureNet", "FederatedAlgorithm", "Modality")
+
+
+def test_what_one_extends_is_public_where_its_children_are():
+    """A base class that a public class of a module has is in that module, if it is one of the extension points."""
+    missing = []
+    for module in fedgan_lightning.SUBMODULES:
+        home = getattr(fedgan_lightning, module)
+        for name, value in vars(home).items():
+            if not isinstance(value, type):
+                continue
+            missing += [f"{module}.{base.__name__} of {name}" for base in value.__mro__ if _is_extended(base, home)]
+    assert not missing
+
+
+def _is_extended(base: type, home: object) -> bool:
+    return (
+        base.__name__.startswith(BASES) and base.__module__.startswith("fedgan_") and not hasattr(home, base.__name__)
+    )
+
+
 def test_import_and_version_load_no_torch():
     code = "import sys, fedgan_lightning.__main__ as m; m.main(['--version']); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -19,7 +19,7 @@ from typing import Any
 from fedgan_lightning.deployment import wire
 from fedgan_lightning.deployment.flower import FlowerExecutor
 from fedgan_lightning.deployment.secure import SecureSessions
-from fedgan_lightning.deployment.secure_users import SecureExecutor, SecureSurvey
+from fedgan_lightning.deployment.secure_users import SecureExecutor, SecureQueries
 from fedgan_lightning.deployment.session import members_of_facts, members_to_facts, sealed_of_facts, sealed_to_facts
 from fedgan_lightning.deployment.sites import Sites, only_plain
 from fedgan_lightning.deployment.supernode_supervisor import end_with_parent
@@ -162,7 +162,7 @@ def serve_over(grid: Any, arguments: list[str]) -> None:
         weight = orchestrator.aggregator.weight
         sessions = SecureSessions(sites, secure=orchestrator.secure, weight=weight, timeout=timeout)
         orchestrator.executor = SecureExecutor(sessions)
-        cli.datamodule = RemoteDataModule(cli.datamodule, SecureSurvey(sessions))
+        cli.datamodule = RemoteDataModule(cli.datamodule, SecureQueries(sessions))
 
     try:
         run(["fit", *arguments, "--ckpt_path", "last"], prepare=prepare)

@@ -38,7 +38,7 @@ def refuse_exchange(context: ClientContext) -> None:
     Raises:
         ConfigurationError: If there are any.
     """
-    if found := sorted({name for name, sync in context.policy.sync.items() if sync == "exchange"}):
+    if found := sorted(filter(context.policy.is_exchanged, context.policy.placements)):
         raise ConfigurationError(
             message(
                 "sites of a deployment must keep their own networks",

@@ -30,7 +30,7 @@ from fedgan_lightning.deployment.session import (
 from fedgan_lightning.deployment.sites import ANSWER_SECONDS, Sites
 from fedgan_lightning.errors import UpdateError
 from fedgan_lightning.federation.client_update import never
-from fedgan_lightning.federation.costs import network_in_ledger
+from fedgan_lightning.federation.costs import cost_group
 from fedgan_lightning.federation.schema import printable
 from fedgan_lightning.federation.secure import NARROW, SecureAggregation, Summand, words_of
 from fedgan_lightning.packing import Layout
@@ -345,5 +345,5 @@ def masked_bytes(layouts: Mapping[str, Layout]) -> dict[str, int]:
     for group, layout in layouts.items():
         for name, shape in layout.by_name.items():
             size = (4 if group == NARROW else 8) * words_of(group, name) * math.prod(shape)
-            found[network_in_ledger(name) if group in (NARROW, "extras") else OVERHEAD] += size
+            found[cost_group(name) if group in (NARROW, "extras") else OVERHEAD] += size
     return dict(found)

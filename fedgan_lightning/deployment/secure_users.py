@@ -104,7 +104,7 @@ class SecureExecutor(Executor):
         return {CONNECTED: float(self.sessions.sites.num_connected)}
 
 
-class SecureSurvey:
+class SecureQueries:
     """What the server's data module asks of the sites: sums over the samples of all of them together.
 
     Args:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from fedgan_lightning.evaluation.federated_queries import COUNT, FeatureMoments,
 from fedgan_lightning.evaluation.fidelity import ThirdPowers
 from fedgan_lightning.evaluation.ranking import ItemCounts, Rankings
 from fedgan_lightning.federation.aggregation import checked_states
+from fedgan_lightning.federation.algorithm import FederatedAlgorithm
 from fedgan_lightning.federation.checks import same_precision
 from fedgan_lightning.federation.client_update import ClientContext
 from fedgan_lightning.federation.costs import bytes_by_network
@@ -42,7 +43,7 @@ from fedgan_lightning.version import __version__
 #: Private states that a site keeps, for a server that goes back to an older checkpoint.
 STATES_KEPT = 20
 #: What a site answers about its samples, and nothing else; see :mod:`fedgan_lightning.evaluation.federated_queries`.
-QUESTIONS = {question.kind: question for question in (FeatureMoments, ThirdPowers, ItemCounts, Rankings)}
+QUERIES = {question.kind: question for question in (FeatureMoments, ThirdPowers, ItemCounts, Rankings)}
 #: Sums over fewer samples say nearly what the samples are.
 FEWEST_SAMPLES = 10
 #: Settings of ``federation`` that both sides must share.
@@ -188,7 +189,8 @@ class Site:
             ClientError: If training fails.
             UpdateError: If the update is not finite.
         """
-        context = self._context(ClientStore())
+        # What the algorithm sends beside the networks is the server's to know.
+        context = replace(self._context(ClientStore()), algorithm=FederatedAlgorithm())
         state, sent = self.module.state_dict(), context.policy.downlink_entries
         task = ClientTask(
             client_id=self.client_id,
@@ -241,8 +243,8 @@ class Site:
             ConfigurationError: If the question is not known, or the sums are over fewer than ten samples.
         """
         asked = str(facts["question"])
-        if asked not in QUESTIONS:
-            known = ", ".join(QUESTIONS)
+        if asked not in QUERIES:
+            known = ", ".join(QUERIES)
             raise ConfigurationError(
                 message(
                     f"a question to a site must be one of {known}",
@@ -250,8 +252,8 @@ class Site:
                     fix="install the same version everywhere",
                 )
             )
-        respondent = QueryContext(self.data.view, self.whole, self.module)
-        found = QUESTIONS[asked].read(facts, state, respondent).answer(respondent)
+        context = QueryContext(self.data.view, self.whole, self.module)
+        found = QUERIES[asked].read(facts, state, context).answer(context)
         if not is_masked and int(found[COUNT]) < FEWEST_SAMPLES:
             raise ConfigurationError(
                 message(

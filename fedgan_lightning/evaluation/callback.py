@@ -158,8 +158,8 @@ class Evaluation(L.Callback):
         metrics = [metric for metric in self._ready if trainer.state.fn == "test" or not metric.test_only]
         values: dict[str, float] = {}
         for metric in metrics:
-            if any(pl_module.policy.sync.get(name) == "local" for name in metric.networks):
-                continue  # the server's was never trained
+            if any(map(pl_module.policy.is_private, metric.networks)):
+                continue
             try:
                 values |= metric.inspect(pl_module.model)
             except QuorumError as error:

@@ -88,7 +88,7 @@ class HeldAbsentGap(L.Callback):
         """Look through discriminators that stay on clients, and log."""
         if info.round % self.every_n_rounds != self.every_n_rounds - 1:
             return
-        if server.policy.sync["discriminator"] == "local":
+        if server.policy.is_private("discriminator"):
             orchestrator = next(c for c in trainer.callbacks if isinstance(c, FederatedOrchestrator))  # type: ignore[attr-defined]
             for client_id in info.cohort:
                 own = orchestrator.store.read(client_id)

@@ -68,11 +68,11 @@ class FederatedQuery(ABC):
 
     @classmethod
     @abstractmethod
-    def read(cls, facts: Mapping[str, Any], state: State, respondent: QueryContext) -> FederatedQuery:
+    def read(cls, facts: Mapping[str, Any], state: State, context: QueryContext) -> FederatedQuery:
         """Return the question that was sent."""
 
     @abstractmethod
-    def answer(self, respondent: QueryContext) -> dict[str, Tensor]:
+    def answer(self, context: QueryContext) -> dict[str, Tensor]:
         """Return sums over the client's samples by name, and under ``count`` how many these are."""
 
     @abstractmethod
@@ -127,7 +127,7 @@ class FederatedQuery(ABC):
 
 
 @runtime_checkable
-class SurveyedData(Protocol):
+class RemoteData(Protocol):
     """A data module whose clients' samples are elsewhere: it passes questions on."""
 
     def answers(self, question: FederatedQuery) -> Iterator[State]: ...
@@ -135,7 +135,7 @@ class SurveyedData(Protocol):
 
 def answers(data: FederatedDataModule, question: FederatedQuery) -> Iterator[State]:
     """Yield the answer of every client; where single ones are hidden, one that is the sum of all."""
-    if isinstance(data, SurveyedData):
+    if isinstance(data, RemoteData):
         yield from data.answers(question)
         return
     for client_id in range(data.num_clients):
@@ -170,11 +170,11 @@ class FeatureMoments(FederatedQuery):
         return to_facts(self.net)[1]
 
     @classmethod
-    def read(cls, facts: Mapping[str, Any], state: State, respondent: QueryContext) -> FeatureMoments:
-        return cls(net_of(facts, state, respondent), limit=None if facts["limit"] < 0 else int(facts["limit"]))
+    def read(cls, facts: Mapping[str, Any], state: State, context: QueryContext) -> FeatureMoments:
+        return cls(net_of(facts, state, context), limit=None if facts["limit"] < 0 else int(facts["limit"]))
 
-    def answer(self, respondent: QueryContext) -> dict[str, Tensor]:
-        return sums_to_state(feature_sums(self.net, chunks(respondent.view, self.limit)))
+    def answer(self, context: QueryContext) -> dict[str, Tensor]:
+        return sums_to_state(feature_sums(self.net, chunks(context.view, self.limit)))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         size = self.net.num_features
@@ -200,10 +200,10 @@ class FeatureMoments(FederatedQuery):
         )
 
 
-def net_of(facts: Mapping[str, Any], state: State, respondent: QueryContext) -> FrozenNet:
-    """Return the feature network of a question, for the respondent's samples."""
-    data = respondent.data
-    return from_facts(facts, state, sample_shape=data.sample_shape, is_image=respondent.view.samples.is_image)
+def net_of(facts: Mapping[str, Any], state: State, context: QueryContext) -> FrozenNet:
+    """Return the feature network of a question, for the client's samples."""
+    data = context.data
+    return from_facts(facts, state, sample_shape=data.sample_shape, is_image=context.view.samples.is_image)
 
 
 def chunks(data: ClientSamples, limit: int | None = None) -> Iterator[Tensor]:

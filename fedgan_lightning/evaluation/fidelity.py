@@ -57,11 +57,11 @@ class ThirdPowers(FederatedQuery):
         return to_facts(self.net)[1]
 
     @classmethod
-    def read(cls, facts: Mapping[str, Any], state: State, respondent: QueryContext) -> ThirdPowers:
-        return cls(net_of(facts, state, respondent))
+    def read(cls, facts: Mapping[str, Any], state: State, context: QueryContext) -> ThirdPowers:
+        return cls(net_of(facts, state, context))
 
-    def answer(self, respondent: QueryContext) -> dict[str, Tensor]:
-        features = extracted(self.net, chunks(respondent.view))
+    def answer(self, context: QueryContext) -> dict[str, Tensor]:
+        features = extracted(self.net, chunks(context.view))
         return kernel_sums(features, num_features=self.net.num_features).to_state()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

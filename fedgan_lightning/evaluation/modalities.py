@@ -41,23 +41,30 @@ Belief = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class View:
-    """How much of the samples is shown.
+    """How samples are shown.
 
     Attributes:
         columns: Images per row.
         rows: Rows, where there are no classes.
         num_points: Points of a scatter plot.
         seed: Decides which real samples stand beside generated ones.
+        title: What stands above.
+        belief: What the discriminator makes of points of the plane, where that can be drawn.
     """
 
     columns: int = 10
     rows: int = 8
     num_points: int = 2000
     seed: int = 0
+    title: str = ""
+    belief: Belief | None = None
 
 
 class Modality:
     """Samples of which no more is known than that they are vectors: points, of which two coordinates are drawn."""
+
+    #: Whether ``predict`` draws the very samples that it stores, each of them; else as many as a picture shows.
+    draws_stored = False
 
     def default_metrics(self, data: FederatedDataModule, condition: Any = None) -> list[Metric]:
         """Return what measures such samples unless somebody says otherwise.
@@ -76,20 +83,12 @@ class Modality:
         """Return the classes of the samples in a picture; ``None`` for any."""
         return None
 
-    def render(
-        self,
-        samples: Tensor,
-        data: FederatedDataModule,
-        view: View,
-        *,
-        title: str = "",
-        belief: Belief | None = None,
-    ) -> pictures.Picture:
+    def render(self, samples: Tensor, data: FederatedDataModule, view: View) -> pictures.Picture:
         """Return a picture of generated samples (N, ...), on the CPU."""
         real = data.train_samples.x.flatten(1)[:, :2]
         chosen = torch.randperm(len(real), generator=make_generator(view.seed, "scatter"))[: view.num_points]
         points = samples.flatten(1)[:, :2]
-        return pictures.scatter(points.double(), real[chosen].double(), title=title, belief=belief)
+        return pictures.scatter(points.double(), real[chosen].double(), title=view.title, belief=view.belief)
 
     def lines(self, samples: Tensor, data: FederatedDataModule) -> list[str] | None:
         """Return samples as lines of text; ``None`` of most."""
@@ -110,6 +109,8 @@ class KnownModes(Modality):
 class Images(Modality):
     """Pictures (C, H, W) in [-1, 1]; one class per row where there are classes."""
 
+    draws_stored = True
+
     def default_metrics(self, data: FederatedDataModule, condition: Any = None) -> list[Metric]:
         found: list[Metric] = [FrechetDistance()]
         found += [ClientDistances()] if data.has_client_sums else []
@@ -124,15 +125,7 @@ class Images(Modality):
     def labels_shown(self, data: FederatedDataModule, view: View) -> Tensor | None:
         return torch.arange(data.num_classes).repeat_interleave(view.columns) if data.num_classes else None
 
-    def render(
-        self,
-        samples: Tensor,
-        data: FederatedDataModule,
-        view: View,
-        *,
-        title: str = "",
-        belief: Belief | None = None,
-    ) -> pictures.Picture:
+    def render(self, samples: Tensor, data: FederatedDataModule, view: View) -> pictures.Picture:
         return pictures.grid(samples, columns=view.columns)
 
     def stored(self, samples: Tensor, data: FederatedDataModule) -> Tensor:
@@ -155,18 +148,10 @@ class Series(Modality):
     def num_shown(self, data: FederatedDataModule, view: View) -> int:
         return pictures.SERIES_SHOWN
 
-    def render(
-        self,
-        samples: Tensor,
-        data: FederatedDataModule,
-        view: View,
-        *,
-        title: str = "",
-        belief: Belief | None = None,
-    ) -> pictures.Picture:
+    def render(self, samples: Tensor, data: FederatedDataModule, view: View) -> pictures.Picture:
         order = torch.randperm(len(data.train_samples), generator=make_generator(view.seed, "series"))
         samples = samples[: pictures.SERIES_SHOWN]
-        return pictures.series(samples, data.train_samples.x[order[: len(samples)]], title=title)
+        return pictures.series(samples, data.train_samples.x[order[: len(samples)]], title=view.title)
 
 
 class Text(Modality):
@@ -178,16 +163,8 @@ class Text(Modality):
     def num_shown(self, data: FederatedDataModule, view: View) -> int:
         return view.columns * view.rows
 
-    def render(
-        self,
-        samples: Tensor,
-        data: FederatedDataModule,
-        view: View,
-        *,
-        title: str = "",
-        belief: Belief | None = None,
-    ) -> pictures.Picture:
-        return pictures.page(self.lines(samples[: view.columns * view.rows], data), title=title)
+    def render(self, samples: Tensor, data: FederatedDataModule, view: View) -> pictures.Picture:
+        return pictures.page(self.lines(samples[: view.columns * view.rows], data), title=view.title)
 
     def lines(self, samples: Tensor, data: FederatedDataModule) -> list[str]:
         vocabulary = vocabulary_of(data)
@@ -218,19 +195,17 @@ def modality_of(data: FederatedDataModule, condition: object | None = None) -> M
     home, _, name = named.rpartition(".")
     try:
         found = getattr(importlib.import_module(home), name)()
+        if not isinstance(found, Modality):
+            raise TypeError(f"a {type(found).__name__}")
     except (ImportError, AttributeError, ValueError, TypeError) as error:
-        found, why = None, f" ({error})"
-    else:
-        why = ""
-    if not isinstance(found, Modality):
         owner = type(condition if getattr(condition, "modality", None) else data.source).__name__
         raise ConfigurationError(
             message(
                 f"{owner}.modality must be the class path of a Modality",
-                received=f"{named}{why}",
+                received=f"{named} ({error})",
                 fix="write one such as fedgan_lightning.evaluation.modalities.Images",
             )
-        )
+        ) from error
     return found
 
 

@@ -90,11 +90,11 @@ class ItemCounts(FederatedQuery):
         return {}
 
     @classmethod
-    def read(cls, facts: Mapping[str, Any], state: State, respondent: QueryContext) -> ItemCounts:
+    def read(cls, facts: Mapping[str, Any], state: State, context: QueryContext) -> ItemCounts:
         return cls(int(facts["items"]))
 
-    def answer(self, respondent: QueryContext) -> dict[str, Tensor]:
-        seen, wanted = histories_in(respondent.view, respondent.data)
+    def answer(self, context: QueryContext) -> dict[str, Tensor]:
+        seen, wanted = histories_in(context.view, context.data)
         return {"items": seen.double().sum(0), "wanted": wanted.double().sum(), COUNT: torch.tensor(len(seen))}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -131,16 +131,16 @@ class Rankings(FederatedQuery):
         return {name: value for name, value in entries if not name.startswith("discriminator.")}
 
     @classmethod
-    def read(cls, facts: Mapping[str, Any], state: State, respondent: QueryContext) -> Rankings:
+    def read(cls, facts: Mapping[str, Any], state: State, context: QueryContext) -> Rankings:
         if SCORES in state:
             return cls(int(facts["items"]), scores=state[SCORES])
-        assert respondent.module is not None
-        model = copy.deepcopy(respondent.module)
+        assert context.module is not None
+        model = copy.deepcopy(context.module)
         model.load_state_dict({**model.state_dict(), **state})
         return cls(int(facts["items"]), model=model)
 
-    def answer(self, respondent: QueryContext) -> dict[str, Tensor]:
-        seen, wanted = histories_in(respondent.view, respondent.data)
+    def answer(self, context: QueryContext) -> dict[str, Tensor]:
+        seen, wanted = histories_in(context.view, context.data)
         if not len(seen):
             return {**dict.fromkeys(MEASURES, torch.zeros((), dtype=torch.float64)), COUNT: torch.tensor(0)}
         if self.model is not None:

@@ -8,7 +8,7 @@ tensor that differs by client and nothing else does. The class itself is federat
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -31,16 +31,17 @@ class FederatedAlgorithm:
     from those of the module. A client's private state is written only if its update counts.
 
     Attributes:
+        scheduled: Hyper-parameters that ``federation.schedules`` may change, as ``algorithm.NAME``: those that hooks
+            read by :meth:`Visit.hyperparameter`.
         trains: Placements of networks that this algorithm can serve, beside ``average``, ``local`` and ``server``.
     """
 
+    scheduled: frozenset[str] = frozenset()
     trains: frozenset[str] = frozenset()
 
     # ------------------------------------------------------------------ before the first round
 
-    def check(
-        self, *, policy: Policy, aggregator: Aggregator, rules: RoundRules, secure: Any, transforms: tuple[Any, ...]
-    ) -> None:
+    def check(self, *, policy: Policy, aggregator: Aggregator, rules: RoundRules) -> None:
         """Refuse settings that this algorithm cannot go with.
 
         Raises:
@@ -98,7 +99,10 @@ class FederatedAlgorithm:
     # ------------------------------------------------------------------ on a client
 
     def work(self, visit: Visit) -> None:
-        """Train; the module's own ``fit`` for the steps of the round, unless overridden."""
+        """Train; the module's own ``fit`` for the steps of the round, unless overridden.
+
+        It calls ``visit.fit``, or what calls it, exactly once: clients of a stack answer when their last step is done.
+        """
         visit.fit()
 
     def before_step(self, visit: Visit, gradients: Mapping[str, Tensor]) -> None:

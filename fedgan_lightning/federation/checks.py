@@ -51,17 +51,17 @@ def checked_trainer(
     """
     check_precision(trainer.precision)
     data, several = getattr(trainer, "datamodule", None), trainer.world_size > 1 and not aggregator.additive
-    cut = "an epoch is a round, which nothing cuts short", "set federation.rounds and federation.local_steps"
+    cut = "an epoch must be a whole round, which nothing cuts short", "set federation.rounds and federation.local_steps"
     wrong: list[tuple[bool, str, object, str]] = [
         (
             not isinstance(module, ServerModule),
-            "FederatedOrchestrator trains a ServerModule",
+            "a FederatedOrchestrator must train a ServerModule",
             type(module).__name__,
             "fit ServerModule(your_module)",
         ),
         (
             not isinstance(data, FederatedData),
-            "a federation needs a data module that knows its clients",
+            "a federation must have a data module that knows its clients",
             type(data).__name__,
             "pass datamodule=FederatedDataModule(...)",
         ),
@@ -89,12 +89,11 @@ def check_parts(federation: Any, module: L.LightningModule, policy: Policy) -> N
     Raises:
         ConfigurationError: If they do not.
     """
-    aggregator, secure, chain = federation.aggregator, federation.secure, TransformChain(federation.transforms)
-    federation.algorithm.check(
-        policy=policy, aggregator=aggregator, rules=federation.rules, secure=secure, transforms=tuple(chain)
-    )
-    chain.check(aggregator=aggregator, is_secure=secure is not None)
-    check_names(federation.schedules, module=module, algorithm=federation.algorithm)
+    algorithm = federation.algorithm
+    algorithm.check(policy=policy, aggregator=federation.aggregator, rules=federation.rules)
+    TransformChain(federation.transforms).check(is_secure=federation.secure is not None)
+    has_epochs = federation.local_epochs is not None
+    check_names(federation.schedules, module=module, scheduled=algorithm.scheduled, has_epochs=has_epochs)
 
 
 def check_optimizers(server: ServerModule) -> None:
@@ -138,7 +137,7 @@ def check_precision(precision: Any) -> None:
     if precision is not None and str(precision) not in PRECISIONS:
         raise ConfigurationError(
             message(
-                "a federation computes in float64, float32 or bfloat16: float16 needs a loss scaler, which the "
+                "a federation must compute in float64, float32 or bfloat16: float16 needs a loss scaler, which the "
                 "server's step must not pass through",
                 received=f"trainer.precision={precision}",
                 fix="set trainer.precision to 32-true, bf16-mixed, bf16-true or 64-true",

@@ -22,6 +22,7 @@ from fedgan_lightning.federation import namespaces, optimizer_state
 from fedgan_lightning.federation.algorithm import FederatedAlgorithm
 from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.federation.ranks import Ranks
+from fedgan_lightning.federation.round_schedules import ALGORITHM
 from fedgan_lightning.federation.round_trainer import device_of
 from fedgan_lightning.federation.store import ClientStore
 from fedgan_lightning.federation.transform_chain import TransformChain
@@ -156,7 +157,7 @@ class Visit:
 
     def hyperparameter(self, name: str, default: float) -> float:
         """Return a hyper-parameter of the algorithm for this round: what the task says, or else ``default``."""
-        return float(self.tasks[0].hyperparameters.get(f"algorithm.{name}", default))
+        return float(self.tasks[0].hyperparameters.get(f"{ALGORITHM}.{name}", default))
 
     def norms(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the Euclidean norm of all tensors taken as one vector: (), or (clients,) in a stack."""
@@ -254,7 +255,7 @@ class Visit:
 
 
 def _no_trainer() -> None:
-    raise RuntimeError("Visit.fit outside of a trainer. Fix: let an executor run the task.")
+    raise RuntimeError("Visit.fit must be called in a trainer: let an executor run the task")
 
 
 def _info_of(task: ClientTask, context: ClientContext) -> RoundInfo:

@@ -6,12 +6,15 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from fedgan_lightning.federation.namespaces import ALGORITHM, MOMENTS
 from fedgan_lightning.packing import Layout, Packed
 from fedgan_lightning.protocol import ClientReport, State
 from fedgan_lightning.states import network_of
+
+if TYPE_CHECKING:
+    from fedgan_lightning.federation.report import RoundReport
 
 OPTIMIZER = "optimizer"
 #: What is counted: three outcomes of clients, and one of rounds.
@@ -23,11 +26,11 @@ INCIDENTS_KEPT = 200
 
 
 def bytes_by_network(state: State) -> dict[str, int]:
-    """Return the size of a state in bytes by network; see :func:`network_in_ledger`."""
+    """Return the size of a state in bytes by network; see :func:`cost_group`."""
     return dict(_sizes(state.layout if isinstance(state, Packed) else Layout.of(state)))
 
 
-def network_in_ledger(name: str) -> str:
+def cost_group(name: str) -> str:
     """Return under which name the bytes of an entry are counted: its network, ``optimizer`` for moments, and for an
     algorithm's entries the first part of their names, such as ``control``.
     """
@@ -42,28 +45,9 @@ def network_in_ledger(name: str) -> str:
 def _sizes(layout: Layout) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for name, shape, dtype in zip(layout.names, layout.shapes, layout.dtypes):
-        network = network_in_ledger(name)
+        network = cost_group(name)
         sizes[network] = sizes.get(network, 0) + math.prod(shape) * dtype.itemsize
     return sizes
-
-
-class Attempted(Protocol):
-    """What the ledger reads of a report of a round."""
-
-    @property
-    def round(self) -> int: ...
-
-    @property
-    def counted(self) -> bool: ...
-
-    @property
-    def num_asked(self) -> int: ...
-
-    @property
-    def clients(self) -> tuple[ClientReport, ...]: ...
-
-    @property
-    def gauges(self) -> Mapping[str, float]: ...
 
 
 class CostLedger:
@@ -92,7 +76,7 @@ class CostLedger:
         self.events: dict[str, int] = {}
         self.incidents: list[dict[str, Any]] = []
 
-    def record(self, report: Attempted) -> None:
+    def record(self, report: RoundReport) -> None:
         """Count one attempt of a round."""
         self.client_asks += report.num_asked
         for client in report.clients:
@@ -154,7 +138,7 @@ class CostLedger:
             setattr(self, name, state[name])
 
 
-def cost_metrics(attempts: Sequence[Attempted], ledger: CostLedger) -> dict[str, float]:
+def cost_metrics(attempts: Sequence[RoundReport], ledger: CostLedger) -> dict[str, float]:
     """Return what a round's attempts cost and what came of their clients, and the totals of the run."""
     spent = CostLedger()
     for attempt in attempts:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,22 +13,23 @@ from fedgan_lightning.federation.ranks import Ranks
 from fedgan_lightning.packing import Packed
 from fedgan_lightning.protocol import Aggregator, ClientUpdate, State, UpdateEntry, UpdateSum
 
+Answer = TypeVar("Answer", ClientUpdate, UpdateSum)
+
 
 class EntrySums:
     """Adds up entries with the rule ``sum`` in float64, and keeps those with the rule ``collect``.
 
     Args:
         entries: All entries of an update by name.
-        weight: The aggregator's weight of N_k examples.
-        population: The sum of these weights over all clients of the federation.
+        aggregator: Says what N_k examples weigh; robust rules treat all clients alike.
+        sizes: N_k of all clients of the federation; they are looked at only where something is summed.
     """
 
-    def __init__(
-        self, entries: Mapping[str, UpdateEntry], *, weight: Callable[[int], float], population: float
-    ) -> None:
+    def __init__(self, entries: Mapping[str, UpdateEntry], *, aggregator: Aggregator, sizes: Iterable[int]) -> None:
         self.summed = {name: entry for name, entry in entries.items() if entry.rule == "sum"}
         self.collected = {name for name, entry in entries.items() if entry.rule == "collect"}
-        self._weight, self._population = weight, population
+        self._weight: Callable[[int], float] = aggregator.weight if aggregator.additive else lambda size: 1.0
+        self._population = sum(map(self._weight, sizes)) if self.summed else 1.0
         self._sums: dict[str, Tensor] = {}
         self._arrived = {"one": 0.0, "population": 0.0}
         self._kept: dict[int, dict[str, Tensor]] = {}
@@ -61,10 +64,13 @@ class EntrySums:
         else:
             self._sums[name] = value.detach().double() * weight
 
-    def rest_of(self, state: State) -> State:
-        """Return the entries of a state that are the aggregator's."""
+    def rest_of(self, answer: Answer) -> Answer:
+        """Return an answer with those entries alone that are the aggregator's."""
         if not self:
-            return state
+            return answer
+        return dataclasses.replace(answer, delta=self._rest(answer.delta), extras=self._rest(answer.extras))
+
+    def _rest(self, state: State) -> State:
         others = {n: v for n, v in state.items() if n not in self.summed and n not in self.collected}
         return state if len(others) == len(state) else Packed.of(others)
 
@@ -80,8 +86,3 @@ class EntrySums:
             by = arrived[entry.weight] if entry.denominator == "arrived" else entry.denominator
             found[name] = (total if not by else total / by).to(entry.dtype)
         return found, dict(ranks.exchange_states(self._kept)) if self.collected else {}
-
-
-def population_weight(aggregator: Aggregator, sizes: list[int]) -> float:
-    """Return the sum of the aggregator's weights over clients of these sizes; robust rules treat all alike."""
-    return sum(aggregator.weight(size) for size in sizes) if aggregator.additive else float(len(sizes))

@@ -21,7 +21,7 @@ from fedgan_lightning.federation.client_update import ClientContext, StartingPoi
 from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.federation.round_schedules import set_hyperparameters
 from fedgan_lightning.federation.round_trainer import RoundTrainer, batch_length, schedulers_of
-from fedgan_lightning.federation.step_hooks import StepHooks
+from fedgan_lightning.federation.step_hooks import begin, check_has_trained
 from fedgan_lightning.hooks import ClientHook, StatisticsHook
 from fedgan_lightning.packing import plain
 from fedgan_lightning.protocol import ClientTask, ClientUpdate
@@ -111,6 +111,7 @@ class LocalTrainer:
                 if self._counts_rounds:
                     self.module.on_client_round_start(visit.infos[0])  # type: ignore[operator]
                 self.context.algorithm.work(visit)
+            check_has_trained(self.context.algorithm, bool(callback.metrics))
             attempt.go_on()
             attempt.stage = "update"
             metrics = plain({**callback.metrics, "seconds": attempt.seconds})
@@ -146,11 +147,7 @@ class _InTrainer(L.Callback):
         self.metrics: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        optimizer_state.restore(pl_module, trainer.optimizers, self.visit.moments)
-        self.owner.clock.forward(schedulers_of(trainer), self.visit.tasks[0].schedule_positions)
-        self.visit.optimizers = list(trainer.optimizers)
-        self.visit.context.algorithm.check_optimizers(self.visit.optimizers)
-        StepHooks(self.visit).attach()
+        begin(self.visit, trainer, self.owner.clock)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

@@ -20,7 +20,7 @@ from fedgan_lightning.federation.namespaces import MOMENTS
 from fedgan_lightning.protocol import State
 
 Key = TypeVar("Key")
-#: Metrics under this prefix are the positions of learning-rate schedules; the orchestrator takes them out.
+#: Metrics under this prefix are the positions of learning-rate schedules; reports of clients take them out.
 SCHEDULE = "schedule/"
 
 

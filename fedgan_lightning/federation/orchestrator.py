@@ -34,14 +34,9 @@ from fedgan_lightning.federation.policy import Buffers, OptimizerState, Sync, re
 from fedgan_lightning.federation.ranks import Ranks, leave_at_exit
 from fedgan_lightning.federation.report import RoundReport
 from fedgan_lightning.federation.round import RoundRunner
-from fedgan_lightning.federation.round_schedules import (
-    LOCAL_STEPS,
-    RoundSchedule,
-    local_steps_of,
-    set_hyperparameters,
-)
+from fedgan_lightning.federation.round_schedules import LOCAL_STEPS, RoundSchedule, set_hyperparameters, steps_of
 from fedgan_lightning.federation.rules import RoundRules, UpdateValidator
-from fedgan_lightning.federation.run_fingerprint import check_same_data, check_unchanged, identity_of, settings_of
+from fedgan_lightning.federation.run_fingerprint import RunFingerprint
 from fedgan_lightning.federation.sampling import AllClients
 from fedgan_lightning.federation.secure import SecureAggregation
 from fedgan_lightning.federation.server import ServerModule
@@ -144,6 +139,7 @@ class FederatedOrchestrator(L.Callback):
         self.signals = StopSignals()
         self._schedule_positions: tuple[int, ...] = ()
         self._restored: Mapping[str, Any] | None = None
+        self._fingerprint, self._files_at = RunFingerprint(), Path()
         self._reports: list[RoundReport] = []
         self._round_started = 0.0
         self._cohort: tuple[int, ...] = ()
@@ -157,7 +153,7 @@ class FederatedOrchestrator(L.Callback):
         if trainer.world_size > 1:
             leave_at_exit()
         policy = resolve(server.model, sync=self.sync, optimizer_state=self.optimizer_state, buffers=self.buffers)
-        server.attach(policy, self.algorithm)
+        server.attach(policy, self.algorithm, seed=self.seed)
         check_parts(self, server.model, policy)
         for line in policy.blind_spots():
             warnings.warn(line, stacklevel=2)
@@ -257,7 +253,7 @@ class FederatedOrchestrator(L.Callback):
                 try:
                     self._fire(trainer, server, event)
                 except Exception as error:
-                    events.throw(error)  # type: ignore[attr-defined]  # a hook that fails on one rank ends the round on all
+                    events.throw(error)  # type: ignore[attr-defined]  # what fails on one rank ends the round on all
         except RoundInterrupted:
             self._reports = []
             trainer.should_stop = True
@@ -272,17 +268,14 @@ class FederatedOrchestrator(L.Callback):
         round = server.rounds_completed
         values = {name: schedule.value(round, self.rounds) for name, schedule in self.schedules.items()}
         set_hyperparameters(server.model, values)  # the server's samples are made by the same
-        steps, before = self.local_steps, None
-        if LOCAL_STEPS in self.schedules:
-            *past, steps = (local_steps_of(self.schedules[LOCAL_STEPS], r, self.rounds) for r in range(round + 1))
-            before = sum(past)
+        steps, before = steps_of(self.schedules, round, self.rounds)
         return ClientTask(
             client_id=-1,
             round=round,
             seed=0,
             state=server.shared_state(),
-            steps=steps,
-            epochs=self.local_epochs if steps is None else None,
+            steps=self.local_steps if steps is None else steps,
+            epochs=self.local_epochs,
             before=before,
             schedule_positions=self._schedule_positions,
             hyperparameters={name: value for name, value in values.items() if name != LOCAL_STEPS},
@@ -301,13 +294,12 @@ class FederatedOrchestrator(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Make permanent what the round has changed, and tell everybody."""
+        """Make permanent what the round has changed, and call the hooks."""
         if not self._reports:
             return
         server, _ = self._checked(trainer, pl_module)
         report = self._reports[-1]
         self.store.commit()
-        self._hand_on(server, report)
         for attempt in self._reports:
             self.ledger.record(attempt)
         server.end_round(num_images=report.mean_images)
@@ -327,6 +319,7 @@ class FederatedOrchestrator(L.Callback):
         info = RoundInfo(report.round, cohort=self._cohort)
         for hook in listeners(trainer.callbacks, "on_round_end"):  # type: ignore[attr-defined]
             hook(trainer, server, info, metrics)
+        self._hand_on(server, report)  # after the hooks, which look at what clients have trained
 
     def _hand_on(self, server: ServerModule, report: RoundReport) -> None:
         """Move networks between clients, where the algorithm and their placement say so."""
@@ -339,13 +332,11 @@ class FederatedOrchestrator(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "settings": self._made_of,
-            "identity": self._identity,
+            "settings": self._fingerprint.settings,
+            "identity": self._fingerprint.identity,
             "store": {} if self.store.files is not None else self.store.state_dict(),
             "ledger": self.ledger.state_dict(),
             "schedule_positions": list(self._schedule_positions),
-            "moments": self._of_server("moments"),
-            "algorithm": self._of_server("algorithm_state"),
             "executor": self.executor.state_dict(),
             "strikes": {str(client_id): count for client_id, count in self._strikes.items()},
         }
@@ -367,33 +358,22 @@ class FederatedOrchestrator(L.Callback):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._files_at = folder_beside(trainer.ckpt_path or "")
 
-    _identity: Mapping[str, Any] = {}
-    _made_of: Mapping[str, Any] = {}
-    _files_at = Path()
-    _server: ServerModule | None = None
-
-    def _of_server(self, name: str) -> dict[str, Any]:
-        return {} if self._server is None else dict(getattr(self._server, name))
-
     def _restore(self, server: ServerModule, data: FederatedData) -> None:
         """Take over what a checkpoint holds, after checking that it belongs to this federation.
 
         Raises:
             CheckpointError: If it does not.
         """
-        self._server = server
-        self._identity = identity_of(self, server, data)
-        self._made_of = self.settings or settings_of(self, server, data)
+        self._fingerprint = RunFingerprint.of(self, server, data)
         if self._restored is None:
             self.ledger, self._schedule_positions, self._strikes = CostLedger(), (), {}
-            server.rounds_completed, server.algorithm_state = 0, {}
             self.store.load_state_dict({})
             self.executor.load_state_dict({})
-            server.moments = {}
+            server.begin()
             return
         state, self._restored = self._restored, None
         try:
-            self._take_over(state, server)
+            self._take_over(state)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(
                 message(
@@ -403,17 +383,13 @@ class FederatedOrchestrator(L.Callback):
                 )
             ) from error
 
-    def _take_over(self, state: Mapping[str, Any], server: ServerModule) -> None:
-        known = {group: values for group, values in state["settings"].items() if group in self._made_of}
-        check_unchanged(known, {group: self._made_of[group] for group in known})  # these say what was changed
-        check_same_data(state["identity"]["data"], self._identity["data"])
-        check_unchanged(state["identity"], self._identity)
+    def _take_over(self, state: Mapping[str, Any]) -> None:
+        self._fingerprint.check(RunFingerprint(state["settings"], state["identity"]))
         if "store_files" in state:
             self.store.load_files(state["store_files"], self._files_at)
         else:
             self.store.load_state_dict(state["store"])
         self.ledger.load_state_dict(state["ledger"])
         self._schedule_positions = tuple(state["schedule_positions"])
-        server.moments, server.algorithm_state = dict(state["moments"]), dict(state["algorithm"])
         self.executor.load_state_dict(state["executor"])
         self._strikes = {int(client_id): count for client_id, count in state["strikes"].items()}

@@ -54,7 +54,9 @@ def in_double(context: ClientContext, tasks: Sequence[ClientTask]) -> tuple[Clie
     doubles = {key: doubled(state) for key, state in states.items()}
     store = DoubleStore(context.store)
     converted = dataclasses.replace(context, model=model, store=store, trainer_options=options)
-    return converted, [dataclasses.replace(task, state=doubles[id(task.state)]) for task in tasks]
+    return converted, [
+        dataclasses.replace(task, state=doubles[id(task.state)], own=doubled(task.own)) for task in tasks
+    ]
 
 
 class DoubleStore(ReadOnlyStore):

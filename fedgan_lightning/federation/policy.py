@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Literal, cast, get_args
 
 from torch import nn
 
@@ -37,24 +37,6 @@ Buffers = Literal["merge", "local", "estimate"]
 BUFFERS = (Kind.STATISTIC, Kind.VARIANCE, Kind.INTEGER)
 
 
-class Placement(NamedTuple):
-    """What a placement says of a network."""
-
-    on_clients: bool
-    on_server: bool
-    trained_by: Literal["clients", "server", "nobody"]
-    down: bool
-    up: bool
-    handed_on: bool
-
-
-PLACEMENTS: dict[Sync, Placement] = {
-    "average": Placement(True, True, "clients", down=True, up=True, handed_on=False),
-    "local": Placement(True, False, "clients", down=False, up=False, handed_on=False),
-    "server": Placement(False, True, "nobody", down=False, up=False, handed_on=False),
-    "served": Placement(True, True, "server", down=True, up=False, handed_on=False),
-    "exchange": Placement(True, False, "clients", down=False, up=False, handed_on=True),
-}
 #: Placements of networks that live on clients alone.
 PRIVATE: tuple[Sync, ...] = ("local", "exchange")
 
@@ -119,6 +101,10 @@ class Policy:
             kept += self.names(*BUFFERS, Kind.COUNTER, sync="average")
         return kept
 
+    def is_private(self, network: str) -> bool:
+        """Whether a network lives on clients alone: the server's was never trained."""
+        return self.sync.get(network) in PRIVATE
+
     def is_exchanged(self, name: str) -> bool:
         """Whether a private entry, or an optimizer's moment, belongs to what clients hand on."""
         return self.placements.get(name.split("/")[2] if name.startswith(MOMENTS) else name) == "exchange"
@@ -126,8 +112,9 @@ class Policy:
     def blind_spots(self) -> list[str]:
         """Return warnings about what the server cannot know, and evaluates all the same."""
         found = []
-        if self.sync.get("generator") in PRIVATE:
-            found.append("sync.generator is local: metrics and pictures show the server's, which nobody trains")
+        if self.is_private("generator"):
+            kind = self.sync["generator"]
+            found.append(f"sync.generator is {kind}: metrics and pictures show the server's, which nobody trains")
         kinds = [entry.kind for entry in self.entries.values() if entry.network == "generator"]
         if self.buffers == "local" and Kind.VARIANCE in kinds:
             found.append("buffers are local: the server's generator is evaluated with BatchNorm's initial statistics")
@@ -136,7 +123,7 @@ class Policy:
     @property
     def server_networks(self) -> list[str]:
         """Networks that exist on the server only."""
-        return [network for network, sync in self.sync.items() if not PLACEMENTS[sync].on_clients]
+        return [network for network, sync in self.sync.items() if sync == "server"]
 
 
 def resolve(

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedgan_lightning.errors import UpdateError, message
-from fedgan_lightning.federation.entry_sums import EntrySums, population_weight
+from fedgan_lightning.federation.entry_sums import EntrySums
 from fedgan_lightning.federation.ranks import Ranks, flattened
-from fedgan_lightning.federation.report import RoundReport, lengths, report_of, with_metrics
+from fedgan_lightning.federation.report import RoundReport, lengths, with_metrics
 from fedgan_lightning.federation.rules import RoundRules
 from fedgan_lightning.federation.schema import is_whole, printable
 from fedgan_lightning.federation.update_checks import RoundChecks, sent_moments, without_unsent
@@ -119,7 +119,7 @@ class Receiver:
         update = dataclasses.replace(update, metrics={**update.metrics, **lengths(update.delta, self.networks)})
         self.open.discard(client_id)
         self.num_accepted += 1
-        self.reports.append(report_of(update, bytes_down=report.bytes_down, bytes_up=report.bytes_up))
+        self.reports.append(with_metrics(dataclasses.replace(report, num_examples=update.num_examples), update.metrics))
         return update
 
     def _check_round(self, update: ClientUpdate, *, is_first: bool, is_late: bool) -> None:
@@ -137,21 +137,16 @@ class Receiver:
     def _add(self, update: ClientUpdate) -> None:
         """Aggregate an update that has passed all checks."""
         sums = self._entry_sums
-        rest = update
-        if sums:
-            rest = dataclasses.replace(update, delta=sums.rest_of(update.delta), extras=sums.rest_of(update.extras))
-        self._accumulator = self.aggregator.accumulate(self._accumulator, rest)
+        self._accumulator = self.aggregator.accumulate(self._accumulator, sums.rest_of(update))
         if sums:
             sums.add(update)
 
     @property
     def _entry_sums(self) -> EntrySums:
         if self._sums is None:
-            data, weight = self.checks.run.context.data, self.aggregator.weight
-            entries = self.checks.rules
-            sizes = [data.num_examples(k) for k in range(data.num_clients)] if _has_sums(entries) else [1]
-            population = population_weight(self.aggregator, sizes)
-            self._sums = EntrySums(entries, weight=weight, population=population)
+            data = self.checks.run.context.data
+            sizes = (data.num_examples(k) for k in range(data.num_clients))
+            self._sums = EntrySums(self.checks.rules, aggregator=self.aggregator, sizes=sizes)
         return self._sums
 
     def _refuse(self, report: ClientReport, reason: str, *, is_late: bool) -> None:
@@ -188,8 +183,7 @@ class Receiver:
         try:
             admitted = self.checks.admitted_sum(dataclasses.replace(total, clients=known))
             sums = self._entry_sums
-            rest = dataclasses.replace(admitted, extras=sums.rest_of(admitted.extras)) if sums else admitted
-            self._accumulator = self.aggregator.accumulate_sum(self._accumulator, rest)
+            self._accumulator = self.aggregator.accumulate_sum(self._accumulator, sums.rest_of(admitted))
             if sums:
                 sums.add_sum(admitted)
         except UpdateError as error:
@@ -244,18 +238,10 @@ class Receiver:
         found = self.aggregator.finalize(self.aggregator.reduce(self._accumulator, ranks))
         unsent = set.intersection(*map(set, ranks.exchange(sorted(self._unsent))))
         sums, collected = self._entry_sums.totals(ranks)
-        delta = {
-            **found.delta,
-            **{name: value for name, value in sums.items() if name in self.checks.schema.delta.spans},
-        }
-        extras = {**without_unsent(found.extras, unsent), **{n: v for n, v in sums.items() if n not in delta}}
-        return dataclasses.replace(
-            found,
-            delta=delta if sums else found.delta,
-            extras=extras if sums else without_unsent(found.extras, unsent),
-            collected=collected,
-        )
-
-
-def _has_sums(entries: Mapping[str, Any]) -> bool:
-    return any(entry.rule == "sum" for entry in entries.values())
+        found = dataclasses.replace(found, extras=without_unsent(found.extras, unsent), collected=collected)
+        if not sums:
+            return found
+        known = self.checks.schema.delta.spans
+        delta = {name: value for name, value in sums.items() if name in known}
+        extras = {name: value for name, value in sums.items() if name not in known}
+        return dataclasses.replace(found, delta={**found.delta, **delta}, extras={**found.extras, **extras})

@@ -133,13 +133,6 @@ class RoundReport:
         return found
 
 
-def report_of(update: ClientUpdate, **facts: Any) -> ClientReport:
-    """Return the report of an update that counts; ``facts`` are further fields."""
-    return with_metrics(
-        ClientReport(update.client_id, "answered", num_examples=update.num_examples, **facts), update.metrics
-    )
-
-
 def with_metrics(report: ClientReport, metrics: Mapping[str, float]) -> ClientReport:
     """Return a report with a client's metrics, positions of schedules apart."""
     positions = [int(metrics[name]) for name in sorted(filter(is_position, metrics), key=_index_of)]

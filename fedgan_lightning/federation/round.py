@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from fedgan_lightning.errors import QuorumError, RoundInterrupted
 from fedgan_lightning.federation import namespaces
@@ -54,8 +54,17 @@ class RoundRunner:
     ) -> None:
         self.context, self.executor, self.aggregator, self.rules, self.seed = context, executor, aggregator, rules, seed
         self.checks = UpdateChecks(context, validator=validator)
-        own: dict[str, Any] = {"needed": aggregator.needed, "num_clients": context.data.num_clients}
-        self.selection = ClientSelection(sampler, rules=rules, validator=validator, seed=seed, strikes=strikes, **own)
+        if executor.sums_only:
+            self.checks.check_sums()
+        self.selection = ClientSelection(
+            sampler,
+            rules=rules,
+            validator=validator,
+            seed=seed,
+            strikes=strikes,
+            needed=aggregator.needed,
+            num_clients=context.data.num_clients,
+        )
 
     def run(self, server: ServerModule, task: ClientTask) -> Iterator[Event]:
         """Yield for every attempt of a round its cohort, every update that counts, and its report; the last one counts.

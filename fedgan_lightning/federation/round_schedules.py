@@ -7,7 +7,7 @@ are. What a name means:
 ``local_steps``       local steps K, rounded to a whole number of at least 1
 ``learning_rate``     factor on all learning rates of clients
 ``learning_rate.NET`` factor on those of the network NET
-``algorithm.NAME``    hyper-parameter NAME of the federation's algorithm, such as FedProx's ``mu``
+``algorithm.NAME``    hyper-parameter NAME of the algorithm, one of its ``scheduled``, such as FedProx's ``mu``
 any other             a number of the module by its dotted path: a buffer without dimensions, such as
                       ``generator.temperature``, or an attribute, such as ``penalties.0.gamma``
 ===================== ===================================================================================
@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.federation.sampling import round_half_up
 from fedgan_lightning.options import checked
 
-LOCAL_STEPS, LEARNING_RATE, OF_ALGORITHM = "local_steps", "learning_rate", "algorithm."
+LOCAL_STEPS, LEARNING_RATE, ALGORITHM, MODULE = "local_steps", "learning_rate", "algorithm", "module"
 
 
 class RoundSchedule(ABC):
@@ -115,40 +116,70 @@ def _share(round: int, rounds: int) -> float:
     return min(round / max(rounds - 1, 1), 1.0)
 
 
-def check_names(schedules: Mapping[str, RoundSchedule], *, module: nn.Module, algorithm: object) -> None:
+def target_of(name: str) -> tuple[str, str]:
+    """Return what a hyper-parameter belongs to, and its name there; an empty one for local steps and all rates."""
+    head, _, rest = name.partition(".")
+    if name == LOCAL_STEPS or head == LEARNING_RATE or (head == ALGORITHM and rest):
+        return head, rest
+    return MODULE, name
+
+
+def check_names(
+    schedules: Mapping[str, RoundSchedule], *, module: nn.Module, scheduled: frozenset[str], has_epochs: bool
+) -> None:
     """Refuse schedules of what there is not.
+
+    Args:
+        schedules: By name.
+        module: The clients'.
+        scheduled: Hyper-parameters of the algorithm that may change.
+        has_epochs: Whether local work is counted in epochs.
 
     Raises:
         ConfigurationError: If a name is no hyper-parameter.
     """
+    if has_epochs and LOCAL_STEPS in schedules:
+        raise ConfigurationError(
+            message(
+                "local work must be counted in steps or in epochs",
+                received=f"federation.local_epochs beside a schedule of {LOCAL_STEPS}",
+                fix="take one of the two out",
+            )
+        )
     for name in schedules:
-        if name in (LOCAL_STEPS, LEARNING_RATE):
-            continue
-        if name.startswith(OF_ALGORITHM):
-            found = isinstance(getattr(algorithm, name.removeprefix(OF_ALGORITHM), None), (int, float))
-        elif name.startswith(f"{LEARNING_RATE}."):
-            found = name.removeprefix(f"{LEARNING_RATE}.") in dict(module.named_children())
-        else:
-            found = _number_at(module, name) is not None
-        if not found:
+        kind, rest = target_of(name)
+        known = {LOCAL_STEPS: {""}, LEARNING_RATE: {"", *dict(module.named_children())}, ALGORITHM: scheduled}
+        found = rest in known[kind] if kind in known else _number_at(module, name) is not None
+        if not found or name.endswith("."):
+            own = ", ".join(f"{ALGORITHM}.{one}" for one in sorted(scheduled)) or "nothing of this algorithm"
             raise ConfigurationError(
                 message(
-                    f"federation.schedules must name {LOCAL_STEPS}, {LEARNING_RATE}, algorithm.X or a module's number",
-                    received=name,
+                    f"federation.schedules must name {LOCAL_STEPS}, {LEARNING_RATE}, {own}, or a module's number",
+                    received=name or "an empty name",
                     fix="write the dotted path of a number of the module, such as generator.temperature",
                 )
             )
 
 
-def local_steps_of(schedule: RoundSchedule, round: int, rounds: int) -> int:
-    """Return the local steps of a round, at least 1."""
-    return max(1, int(schedule.value(round, rounds) + 0.5))
+def steps_of(schedules: Mapping[str, RoundSchedule], round: int, rounds: int) -> tuple[int | None, int | None]:
+    """Return the local steps of a round, at least 1, and the sum of those before; ``None`` without a schedule."""
+    if LOCAL_STEPS not in schedules:
+        return None, None
+    values = (schedules[LOCAL_STEPS].value(own, rounds) for own in range(round + 1))
+    *before, steps = (max(1, round_half_up(value)) for value in values)
+    return steps, sum(before)
+
+
+def rates_of(hyperparameters: Mapping[str, float]) -> dict[str, float]:
+    """Return factors on learning rates by network; under an empty name that on all of them."""
+    targets = {target_of(name): value for name, value in hyperparameters.items()}
+    return {network: value for (kind, network), value in targets.items() if kind == LEARNING_RATE}
 
 
 def set_hyperparameters(module: nn.Module, values: Mapping[str, float]) -> None:
     """Set numbers of a module, or of a stack's, by their dotted paths; other hyper-parameters are not its business."""
     for name, value in values.items():
-        if name == LOCAL_STEPS or name.split(".")[0] in (LEARNING_RATE, "algorithm"):
+        if target_of(name)[0] != MODULE:
             continue
         *path, last = name.split(".")
         owner = _walk(module, path)
@@ -157,7 +188,7 @@ def set_hyperparameters(module: nn.Module, values: Mapping[str, float]) -> None:
             with torch.no_grad():
                 current.fill_(value)
         else:
-            setattr(owner, last, type(current)(value))
+            setattr(owner, last, round_half_up(value) if isinstance(current, int) else float(value))
 
 
 def _number_at(module: nn.Module, name: str) -> Any:

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from fedgan_lightning import states
 from fedgan_lightning.errors import ConfigurationError, RoundInterrupted, UpdateError, message
 from fedgan_lightning.federation.optimizer_state import is_optimizer_entry
 from fedgan_lightning.options import checked
@@ -166,7 +167,7 @@ class UpdateValidator:
             raise UpdateError(f"{who}: claims {update.num_examples} examples, above the cap of {self.max_examples}")
         if self.max_norm is not None:
             vectors = Packed.of(update.delta).vectors.values()
-            norm = math.sqrt(sum(float(torch.linalg.vector_norm(vector.double())) ** 2 for vector in vectors))
+            norm = float(states.norm(vectors, dtype=torch.float64))
             if norm > self.max_norm:
                 raise UpdateError(f"{who}: the update's norm is {norm:.4g}, above the bound of {self.max_norm:.4g}")
         if self.max_gradient is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 from numbers import Integral, Real
@@ -111,25 +112,46 @@ def check_unchanged(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
 
 
-def check_same_data(before: str, now: str) -> None:
-    """Refuse to continue a run with other samples, or held by others.
+@dataclass(frozen=True)
+class RunFingerprint:
+    """What a resumed run must share with the one that wrote a checkpoint.
 
-    Args:
-        before: Fingerprint of the data, as the checkpoint has it.
-        now: That of this run.
-
-    Raises:
-        CheckpointError: If they differ.
+    Attributes:
+        settings: Nested plain values, by group and name: the command line's, or what everything was made of.
+        identity: What must be equal whatever settings look like, the fingerprint of the data among it.
     """
-    if before != now:
-        raise CheckpointError(
-            message(
-                "a run must be resumed with the data it was started with",
-                received=f"other samples, another order, or another division of them among the clients "
-                f"(fingerprint {before} in the checkpoint, {now} here)",
-                fix="restore the data, or start a new run in another directory",
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    identity: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, federation: Any, server: Any, data: Any) -> RunFingerprint:
+        """Return that of a federation."""
+        settings = federation.settings or settings_of(federation, server, data)
+        return cls(settings=settings, identity=identity_of(federation, server, data))
+
+    def check(self, before: RunFingerprint) -> None:
+        """Refuse to continue another run.
+
+        Args:
+            before: What the checkpoint says.
+
+        Raises:
+            CheckpointError: If settings, data or anything else differ.
+        """
+        known = {group: values for group, values in before.settings.items() if group in self.settings}
+        check_unchanged(known, {group: self.settings[group] for group in known})  # these say what was changed
+        data, now = before.identity["data"], self.identity["data"]
+        if data != now:
+            raise CheckpointError(
+                message(
+                    "a run must be resumed with the data it was started with",
+                    received=f"other samples, another order, or another division of them among the clients "
+                    f"(fingerprint {data} in the checkpoint, {now} here)",
+                    fix="restore the data, or start a new run in another directory",
+                )
             )
-        )
+        check_unchanged(before.identity, self.identity)
 
 
 def identity_of(federation: Any, server: Any, data: Any) -> dict[str, Any]:

@@ -242,17 +242,17 @@ def repacked(who: str, part: str, state: State, layout: Layout) -> Packed:
     """
     if isinstance(state, Packed) and is_laid_out(state, layout):
         for dtype, length in layout.lengths.items():
-            _check_tensor(f"{who}: {part}", state.vectors.get(dtype), shape=(length,), dtype=dtype)
+            check_tensor(f"{who}: {part}", state.vectors.get(dtype), shape=(length,), dtype=dtype)
         return Packed(layout, {dtype: state.vectors[dtype].detach() for dtype in layout.lengths})
     if differing := names_of(who, part, state) ^ {*layout.names}:
         raise UpdateError(f"{who}: {part} differs in the entries {_few(differing)}")
     for name, (shape, dtype) in _described(layout).items():
-        _check_tensor(f"{who}: {part} {name}", state[name], shape=shape, dtype=dtype)
+        check_tensor(f"{who}: {part} {name}", state[name], shape=shape, dtype=dtype)
     return Packed(layout, layout.flatten(state))
 
 
-def _check_tensor(what: str, value: object, *, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Refuse what is no plain tensor of this shape and dtype.
+def check_tensor(what: str, value: object, *, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return a plain tensor of this shape and dtype, and refuse everything else.
 
     Raises:
         UpdateError: If it is not.
@@ -265,6 +265,17 @@ def _check_tensor(what: str, value: object, *, shape: tuple[int, ...], dtype: to
         raise UpdateError(f"{what} has shape {list(value.shape)}, not {list(shape)}")
     if value.dtype != dtype:
         raise UpdateError(f"{what} is {value.dtype}, not {dtype}")
+    return value
+
+
+def check_bound(what: str, value: Tensor, bound: float | None) -> None:
+    """Refuse numbers beyond an entry's own bound.
+
+    Raises:
+        UpdateError: If there is one.
+    """
+    if bound is not None and value.numel() and float(value.abs().max()) > bound:
+        raise UpdateError(f"{what} reaches {float(value.abs().max()):.4g}, beyond {bound:.4g}")
 
 
 def is_believable(values: Tensor) -> bool:

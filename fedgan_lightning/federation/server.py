@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fedgan_lightning import states
+from fedgan_lightning.checkpoints import rounds_in
 from fedgan_lightning.errors import CheckpointError, ConfigurationError, message
 from fedgan_lightning.federation import namespaces
 from fedgan_lightning.federation.algorithm import FederatedAlgorithm
@@ -55,20 +56,24 @@ class ServerModule(L.LightningModule):
         self.automatic_optimization = False
         self.model = model
         self.optimizer, self.scheduler = optimizer, scheduler
-        #: Averaged optimizer moments by ``optimizer/...`` name; they ride in the orchestrator's state.
+        #: Averaged optimizer moments by ``optimizer/...`` name.
         self.moments: dict[str, Tensor] = {}
         self._optimizer_names: list[str] = []
-        #: The algorithm's server state; it rides in the orchestrator's state, too.
+        #: The algorithm's server state.
         self.algorithm_state: dict[str, Tensor] = {}
         self.algorithm = FederatedAlgorithm()
         #: Rounds completed, and to be completed; steps of optimizers may be more or fewer.
         self.rounds_completed, self.rounds_planned = 0, -1
         self._policy: Policy | None = None
+        self.seed = 0
         self._pending: Aggregate | None = None
 
-    def attach(self, policy: Policy, algorithm: FederatedAlgorithm | None = None) -> None:
-        """Say which entries are shared, and by which algorithm; the orchestrator does so before optimizers are made."""
-        self._policy = policy
+    def attach(self, policy: Policy, algorithm: FederatedAlgorithm | None = None, *, seed: int = 0) -> None:
+        """Say which entries are shared, by which algorithm, and what the server's own randomness follows from.
+
+        The orchestrator does so before optimizers are made.
+        """
+        self._policy, self.seed = policy, seed
         self.algorithm = algorithm if algorithm is not None else FederatedAlgorithm()
 
     @property
@@ -167,15 +172,14 @@ class ServerModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["rounds_completed"] = self.rounds_completed
-        checkpoint["server_optimizers"] = list(self._optimizer_names)
+        checkpoint["server"] = {"moments": dict(self.moments), "algorithm": dict(self.algorithm_state)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the state of other networks or optimizers.
+        """Take over the server's state; refuse that of other networks.
 
         Raises:
             CheckpointError: If entries or shapes differ.
         """
-        self.rounds_completed = int(checkpoint.get("rounds_completed", checkpoint.get("global_step", 0)))
         mine, theirs = self.state_dict(), checkpoint["state_dict"]
         differing = [
             n for n in {*mine, *theirs} if n not in mine or n not in theirs or mine[n].shape != theirs[n].shape
@@ -188,6 +192,12 @@ class ServerModule(L.LightningModule):
                     fix="restore the model's settings, or use another checkpoint",
                 )
             )
+        self.rounds_completed, own = rounds_in(checkpoint), checkpoint.get("server", {})
+        self.moments, self.algorithm_state = dict(own.get("moments", {})), dict(own.get("algorithm", {}))
+
+    def begin(self) -> None:
+        """Forget rounds, moments and the algorithm's state: a new run begins, from the weights that there are."""
+        self.rounds_completed, self.moments, self.algorithm_state = 0, {}, {}
 
     # ------------------------------------------------------------------ sampling
 

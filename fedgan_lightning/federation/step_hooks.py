@@ -5,13 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.federation.algorithm import FederatedAlgorithm
 from fedgan_lightning.federation.client_update import Visit
-from fedgan_lightning.federation.round_schedules import LEARNING_RATE
+from fedgan_lightning.federation.optimizer_state import ScheduleClock, restore
+from fedgan_lightning.federation.round_schedules import rates_of
+from fedgan_lightning.federation.round_trainer import schedulers_of
 from fedgan_lightning.states import network_of
+
+
+def begin(visit: Visit, trainer: L.Trainer, clock: ScheduleClock) -> None:
+    """Prepare the optimizers of a visit's Trainer: moments, positions of schedules, and hooks around every step."""
+    restore(visit.module, trainer.optimizers, visit.moments)
+    clock.forward(schedulers_of(trainer), visit.tasks[0].schedule_positions)
+    visit.optimizers = list(trainer.optimizers)
+    visit.context.algorithm.check_optimizers(visit.optimizers)
+    StepHooks(visit).attach()
 
 
 class StepHooks:
@@ -26,11 +40,7 @@ class StepHooks:
 
     def __init__(self, visit: Visit) -> None:
         self.visit, self.algorithm = visit, visit.context.algorithm
-        self.rates = {
-            name: value
-            for name, value in visit.tasks[0].hyperparameters.items()
-            if name == LEARNING_RATE or name.startswith(f"{LEARNING_RATE}.")
-        }
+        self.rates = rates_of(visit.tasks[0].hyperparameters)
         self._names: dict[int, str] = {}
         self._before: list[float | Tensor] = []
 
@@ -63,7 +73,7 @@ class StepHooks:
         if not self.rates or not group["params"]:
             return 1.0
         network = network_of(self._names.get(id(group["params"][0]), ""))
-        return self.rates.get(LEARNING_RATE, 1.0) * self.rates.get(f"{LEARNING_RATE}.{network}", 1.0)
+        return self.rates.get("", 1.0) * self.rates.get(network, 1.0)
 
     @torch.no_grad()
     def _change(self, optimizer: Optimizer) -> None:
@@ -81,3 +91,19 @@ class StepHooks:
     def _after_step(self, optimizer: Optimizer, arguments: Any, options: Any) -> None:
         for group, rate in zip(optimizer.param_groups, self._before):
             group["lr"] = rate
+
+
+def check_has_trained(algorithm: FederatedAlgorithm, has_trained: bool) -> None:
+    """Refuse an algorithm whose work does not train: its clients would answer with what they were sent.
+
+    Raises:
+        ConfigurationError: If it did not.
+    """
+    if not has_trained:
+        raise ConfigurationError(
+            message(
+                "an algorithm's work must call visit.fit exactly once",
+                received=f"{type(algorithm).__name__}, which does not call it",
+                fix="call visit.fit() in work",
+            )
+        )

@@ -146,7 +146,11 @@ class ClientStore:
         for client_id, source in moves.items():
             stays = {name: value for name, value in before[client_id].items() if not names(name)}
             gets = {name: value for name, value in before[source].items() if names(name)}
-            self.write(client_id, {**stays, **gets})
+            after = {**stays, **gets}
+            if after:
+                self.write(client_id, after)
+            else:  # whoever gets nothing keeps nothing: what it had is with another client now
+                self._committed.pop(client_id, None)
         self.commit()
 
     def __len__(self) -> int:

@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fedgan_lightning.errors import UpdateError
 from fedgan_lightning.federation import namespaces
+from fedgan_lightning.federation.schema import check_bound, check_tensor, is_believable
 from fedgan_lightning.packing import Layout, Packed
-from fedgan_lightning.protocol import Aggregate, Aggregator, ClientUpdate, State, UpdateEntry, UpdateTransform
+from fedgan_lightning.protocol import Aggregate, ClientUpdate, State, UpdateEntry, UpdateTransform
 
 Entries = Mapping[str, UpdateEntry]
 
@@ -34,15 +34,14 @@ class TransformChain:
     def __iter__(self) -> Iterator[UpdateTransform]:
         return iter(self.transforms)
 
-    def check(self, *, aggregator: Aggregator, is_secure: bool) -> None:
-        """Refuse transforms that cannot go with each other, or with the federation.
+    def check(self, *, is_secure: bool) -> None:
+        """Refuse transforms that cannot go with the federation.
 
         Raises:
             ConfigurationError: If there are such.
         """
-        for index, transform in enumerate(self.transforms):
-            others = self.transforms[:index] + self.transforms[index + 1 :]
-            transform.check(aggregator=aggregator, is_secure=is_secure, others=others)
+        for transform in self.transforms:
+            transform.check(is_secure=is_secure)
 
     def entries(self, of_algorithm: Entries, delta: Layout, extras: Layout) -> dict[str, UpdateEntry]:
         """Return what is known of the entries of an update before any transform.
@@ -68,12 +67,17 @@ class TransformChain:
             found.append(transform.schema(found[-1]))
         return found
 
-    def rules(self, entries: Entries) -> dict[str, UpdateEntry]:
+    def stages_of(self, of_algorithm: Entries, delta: Layout, extras: Layout) -> list[Entries]:
+        """Return the stages of updates of these layouts, made once; arguments as in :meth:`entries`."""
+        key = (delta, extras)
+        if key not in self._stages:
+            self._stages[key] = self.stages(self.entries(of_algorithm, delta, extras))
+        return self._stages[key]
+
+    def rules(self, stages: Sequence[Entries]) -> dict[str, UpdateEntry]:
         """Return the entries with the rules that transforms give them: those of the last transform that knows them."""
-        found = dict(entries)
-        for stage in self.stages(entries):
-            found |= {name: entry for name, entry in stage.items() if name in entries}
-        return found
+        entries = stages[0]
+        return {name: entry for stage in stages for name, entry in stage.items() if name in entries}
 
     def client_state(self, entries: Entries) -> dict[str, Tensor]:
         """Return what the transforms keep of a client that has no state yet."""
@@ -86,7 +90,7 @@ class TransformChain:
         self, update: ClientUpdate, private: State, of_algorithm: Entries
     ) -> tuple[ClientUpdate, ClientUpdate, dict[str, Tensor]]:
         """Return an update as it is sent, as the server decodes it, and the transforms' private state after that."""
-        stages = self._stages_of(update, of_algorithm)
+        stages = self.stages_of(of_algorithm, *(Packed.of(part).layout for part in (update.delta, update.extras)))
         values: State = {**update.delta, **update.extras}
         kept: dict[str, Tensor] = {}
         for index, (transform, entering) in enumerate(zip(self.transforms, stages)):
@@ -96,24 +100,25 @@ class TransformChain:
         sent = _grouped(update, values, stages[-1]) if self.transforms else update
         return sent, self._decoded(sent, stages), kept
 
-    def decoded(self, who: str, update: ClientUpdate, entries: Entries) -> ClientUpdate:
+    def decoded(self, who: str, update: ClientUpdate, stages: Sequence[Entries]) -> ClientUpdate:
         """Return what a client sent as the aggregator wants it.
 
         Args:
             who: The sender, in words.
             update: What came.
-            entries: What is known of the entries of an update before any transform.
+            stages: What is known of the entries between transforms.
 
         Raises:
             UpdateError: If an encoded entry is missing, or is no finite tensor of its shape and dtype.
         """
-        if not self.transforms:
-            return update
-        stages = self.stages(entries)
         came: dict[str, Any] = {**update.delta, **update.extras}
         for name, entry in stages[-1].items():
-            if entries.get(name) != entry:
-                _check(who, name, came.get(name), entry)
+            if stages[0].get(name) != entry:
+                what = f"{who}: {name}"
+                value = check_tensor(what, came.get(name), shape=entry.shape, dtype=entry.dtype)
+                if not is_believable(value):
+                    raise UpdateError(f"{what} is not finite, or beyond what any network learns with")
+                check_bound(what, value, entry.bound)
         return self._decoded(update, stages)
 
     def total(self, total: Aggregate) -> Aggregate:
@@ -130,34 +135,9 @@ class TransformChain:
             values = transform.decode(values, entries=entering)
         return _grouped(update, values, stages[0])
 
-    def _stages_of(self, update: ClientUpdate, of_algorithm: Entries) -> list[Entries]:
-        """Return the stages of an update of this layout, made once."""
-        key = (Packed.of(update.delta).layout, Packed.of(update.extras).layout)
-        if key not in self._stages:
-            self._stages[key] = self.stages(self.entries(of_algorithm, *key))
-        return self._stages[key]
-
 
 def _grouped(update: ClientUpdate, values: State, entries: Entries) -> ClientUpdate:
     """Return an update with these values; what nobody knows goes among the extras, where it is refused."""
     delta = {name: value for name, value in values.items() if name in entries and entries[name].group == "delta"}
     extras = {name: value for name, value in values.items() if name not in delta}
     return dataclasses.replace(update, delta=Packed.of(delta), extras=Packed.of(extras))
-
-
-def _check(who: str, name: str, value: object, entry: UpdateEntry) -> None:
-    """Refuse what is no plain tensor of an entry's shape and dtype, with finite numbers within its bound.
-
-    Raises:
-        UpdateError: If it is not.
-    """
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized or value.is_meta:
-        raise UpdateError(f"{who}: {name} is missing, or is no plain tensor")
-    if tuple(value.shape) != entry.shape or value.dtype != entry.dtype:
-        raise UpdateError(
-            f"{who}: {name} is {value.dtype} of shape {list(value.shape)}, not {entry.dtype} of {list(entry.shape)}"
-        )
-    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-        raise UpdateError(f"{who}: {name} is not finite")
-    if entry.bound is not None and value.numel() and float(value.abs().max()) > entry.bound:
-        raise UpdateError(f"{who}: {name} reaches {float(value.abs().max()):.4g}, beyond {entry.bound:.4g}")

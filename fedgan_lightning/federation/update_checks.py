@@ -14,13 +14,14 @@ from collections.abc import Mapping
 from numbers import Real
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
-from fedgan_lightning.errors import UpdateError
+from fedgan_lightning.errors import ConfigurationError, UpdateError, message
+from fedgan_lightning.federation import namespaces
 from fedgan_lightning.federation.client_update import ClientContext
-from fedgan_lightning.federation.costs import bytes_by_network, network_in_ledger
+from fedgan_lightning.federation.costs import bytes_by_network, cost_group
 from fedgan_lightning.federation.optimizer_state import SCHEDULE, is_optimizer_entry, only_moments
 from fedgan_lightning.federation.report import UPDATE_NORM, bytes_up, is_position
 from fedgan_lightning.federation.rules import UpdateValidator
-from fedgan_lightning.federation.schema import LARGEST, MOST_UPDATES, is_whole, printable
+from fedgan_lightning.federation.schema import LARGEST, MOST_UPDATES, check_bound, is_whole, printable
 from fedgan_lightning.federation.update_schema import UpdateSchema
 from fedgan_lightning.gan.module import GAN
 from fedgan_lightning.packing import Layout
@@ -50,6 +51,22 @@ class UpdateChecks:
         self.context, self.validator, self.update_schema = context, validator, UpdateSchema(context)
         self.began = time.perf_counter()
 
+    def check_sums(self) -> None:
+        """Refuse entries that a server which sees sums alone cannot combine.
+
+        Raises:
+            ConfigurationError: If there are any.
+        """
+        for name, entry in self.context.entries.items():
+            if entry.rule == "collect" or (entry.rule == "sum" and entry.weight == "one"):
+                raise ConfigurationError(
+                    message(
+                        "under secure aggregation every entry must be summed with the weights of updates",
+                        received=f"{name} of {type(self.context.algorithm).__name__}, with the rule {entry.rule}",
+                        fix="set federation.secure to null, or use another algorithm",
+                    )
+                )
+
     def of_round(self, task: ClientTask) -> RoundChecks:
         """Return what counts in a round, whose clients get ``task``, each with an id and a seed of its own."""
         return RoundChecks(self, task)
@@ -70,16 +87,16 @@ class RoundChecks:
         self.began = time.perf_counter()
 
     @property
-    def entries(self) -> dict[str, UpdateEntry]:
-        """What is known of the entries of an update before any transform."""
+    def stages(self) -> list[Mapping[str, UpdateEntry]]:
+        """What is known of the entries of an update before, between and after transforms."""
         context = self.run.context
-        return context.transforms.entries(context.entries, self.schema.delta, self.schema.extras)
+        return context.transforms.stages_of(context.entries, self.schema.delta, self.schema.extras)
 
     @property
     def rules(self) -> dict[str, UpdateEntry]:
-        """The same with the rules that transforms give them; nothing where the aggregator combines everything."""
+        """All entries with the rules that transforms give them; nothing where the aggregator combines everything."""
         context = self.run.context
-        return context.transforms.rules(self.entries) if context.transforms or context.entries else {}
+        return context.transforms.rules(self.stages) if context.transforms or context.entries else {}
 
     @property
     def optional(self) -> set[str]:
@@ -121,6 +138,7 @@ class RoundChecks:
             most = MOST_UPDATES * self.steps(update.client_id)
             least = None if is_late else 0  # the counts that it was sent were those of a round before
             self.schema.check(who, delta, extras, known=self.moments, steps=(least, most))
+            self._check_bounds(who, extras)
         except UpdateError:
             raise
         except Exception as error:  # an answer can be anything, and its client has to be named
@@ -131,10 +149,14 @@ class RoundChecks:
             self.run.validator.check(found)
         return found
 
+    def _check_bounds(self, who: str, extras: State) -> None:
+        for name, entry in namespaces.under(namespaces.ALGORITHM, self.run.context.entries).items():
+            check_bound(f"{who}: {name}", extras[name], entry.bound)
+
     def _decoded(self, who: str, update: ClientUpdate) -> ClientUpdate:
         """Return an update as it was before transforms."""
         transforms = self.run.context.transforms
-        return transforms.decoded(who, update, self.entries) if transforms else update
+        return transforms.decoded(who, update, self.stages) if transforms else update
 
     def metrics(
         self, who: str, client_id: int, metrics: Mapping[str, float], *, is_late: bool = False
@@ -227,6 +249,7 @@ class RoundChecks:
             delta, extras = self.schema.fitted(who, total.delta, total.extras, known=self.moments)
             most = MOST_UPDATES * max(self.steps(own.client_id) for own in total.clients)
             self.schema.check(who, delta, extras, known=self.moments, steps=(0, most))
+            self._check_bounds(who, extras)
         except UpdateError:
             raise
         except Exception as error:
@@ -243,7 +266,7 @@ class RoundChecks:
         except Exception:  # it is refused with the reason elsewhere
             return {}
         names = (*self.schema.delta.names, *self.schema.extras.names)
-        known = {*map(network_in_ledger, names), *bytes_by_network(self.state)}
+        known = {*map(cost_group, names), *bytes_by_network(self.state)}
         found: dict[str, int] = {}
         for network, size in sizes.items():
             place = network if network in known else UNKNOWN

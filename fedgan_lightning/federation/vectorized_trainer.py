@@ -20,7 +20,7 @@ from fedgan_lightning.federation.client_update import ClientContext, StartingPoi
 from fedgan_lightning.federation.local import Attempt, client_copy
 from fedgan_lightning.federation.round_schedules import set_hyperparameters
 from fedgan_lightning.federation.round_trainer import RoundTrainer, schedulers_of
-from fedgan_lightning.federation.step_hooks import StepHooks
+from fedgan_lightning.federation.step_hooks import begin, check_has_trained
 from fedgan_lightning.gan.module import GAN
 from fedgan_lightning.gan.stacked import StackedGAN
 from fedgan_lightning.hooks import StackedModule, StackHook
@@ -73,6 +73,7 @@ class VectorizedLocalTrainer:
             with isolated_rng(tasks[0].seed, device=device):
                 cast(StackedModule, self.module).on_stack_round_start(visit.infos, generators)
                 self.context.algorithm.work(visit)
+            check_has_trained(self.context.algorithm, bool(callback.steps))
             attempt.go_on()
             attempt.stage = "update"
             return callback.finished(tasks, seconds=attempt.seconds)
@@ -147,12 +148,7 @@ class _InTrainer(L.Callback):
         self._results: dict[int, tuple[ClientUpdate, State]] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        visit = self.visit
-        optimizer_state.restore(pl_module, trainer.optimizers, visit.moments)
-        self.owner.clock.forward(schedulers_of(trainer), visit.tasks[0].schedule_positions)
-        visit.optimizers = list(trainer.optimizers)
-        visit.context.algorithm.check_optimizers(visit.optimizers)
-        StepHooks(visit).attach()
+        begin(self.visit, trainer, self.owner.clock)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

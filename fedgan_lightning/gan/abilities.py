@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.gan.draws import Draws
-from fedgan_lightning.gan.steps import generator_step, split_heads
+from fedgan_lightning.gan.sampling import inputs
+from fedgan_lightning.gan.steps import split_heads
 
 Generate = Callable[[Tensor, Tensor], Tensor]
 
@@ -81,15 +82,8 @@ class AlgorithmAbilities:
             found: Tensor = module.generate(z, labels)
         return found
 
-    def generator_loss(
-        self, num_samples: int, *, labels: Tensor | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Return the generator's loss on ``num_samples`` of its own samples, without real data; it has a graph.
-
-        Args:
-            num_samples: How many.
-            labels: Classes to generate (num_samples,); default all classes in turn.
-            generator: Source of the latents; a seeded CPU generator gives the same latents on every device.
+    def check_needs_no_reals(self) -> None:
+        """Refuse a generator whose loss cannot be computed without real samples.
 
         Raises:
             ConfigurationError: If the loss compares generated with real samples, or the generator needs conditions made
@@ -97,28 +91,27 @@ class AlgorithmAbilities:
         """
         module: Any = self
         if module.loss.pairs_real or module.condition is not None:
-            what = type(module.loss if module.loss.pairs_real else module.condition).__name__
             raise ConfigurationError(
                 message(
                     "a generator that a server trains must need no real samples",
-                    received=what,
+                    received=type(module.loss if module.loss.pairs_real else module.condition).__name__,
                     fix="use another loss, such as NonSaturating, and no condition",
                 )
             )
-        like = next(module.generator.parameters())
-        where = {"device": like.device, "dtype": like.dtype}
-        if labels is None:
-            labels = torch.arange(num_samples, device=like.device) % max(module.num_classes, 1)
-        z = module.prior.sample(num_samples, module.latent_dim, generator=generator, **where)
-        draws = Draws(z=z, y=labels)
+
+    def generator_loss(self, num_samples: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Return the generator's loss on ``num_samples`` of its own samples, without real data; it has a graph.
+
+        Args:
+            num_samples: How many, of all classes in turn.
+            generator: Source of the latents; a seeded CPU generator gives the same latents on every device.
+
+        Raises:
+            ConfigurationError: As :meth:`check_needs_no_reals`.
+        """
+        self.check_needs_no_reals()
+        module: Any = self
+        z, labels = inputs(module, module.generator, num_samples, generator=generator)
         with torch.enable_grad():
-            loss, _ = generator_step(
-                module.generate,
-                module.discriminate,
-                loss=module.loss,
-                auxiliary_weight=module.auxiliary_weight,
-                x=z,
-                y=labels,
-                draws=draws,
-            )
+            loss: Tensor = module.generator_terms(z, labels, Draws(z=z, y=labels))[0]
         return loss

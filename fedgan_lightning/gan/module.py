@@ -241,20 +241,23 @@ class GAN(AlgorithmAbilities, Sampling, L.LightningModule):
             self.anchor.update_(step.real_logits, step.fake_logits)
 
     def _backward_generator(self, optimizer: Any, x: Tensor, y: Tensor) -> None:
-        labels, draws = self.conditioned(x, y, self.draw(y, dtype=x.dtype))
-        loss, stats = generator_step(
+        loss, stats = self.generator_terms(x, *self.conditioned(x, y, self.draw(y, dtype=x.dtype)))
+        self._backward(optimizer, loss)
+        self._means.add(stats, scale=1.0 / self.g_steps)
+
+    def generator_terms(self, x: Tensor, y: Tensor, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the generator's loss, and scalars of it, for real samples, labels or conditions, and random inputs."""
+        return generator_step(
             self.generate,
             self.discriminate,
             loss=self.loss,
             auxiliary_weight=self.auxiliary_weight,
             x=x,
-            y=labels,
+            y=y,
             draws=draws,
             extra_losses=None if self.condition is None else self.vmap_over_clients(self.condition.extra_losses),
             vmap_over_clients=self.vmap_over_clients,
         )
-        self._backward(optimizer, loss)
-        self._means.add(stats, scale=1.0 / self.g_steps)
 
     def _backward(self, optimizer: Any, loss: Tensor) -> None:
         """Compute the gradients of this optimizer's parameters, and of no others.

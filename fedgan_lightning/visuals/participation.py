@@ -47,15 +47,15 @@ class Totals:
         """How often it did not answer, or not as it should."""
         return sum(self.outcomes[outcome] for outcome in ("failed", "rejected", "late"))
 
-    def add(self, contact: Mapping[str, Any]) -> None:
+    def add(self, client: Mapping[str, Any]) -> None:
         """Count one more."""
-        self.outcomes[contact["outcome"]] += 1
-        self.bytes_down += int(contact["bytes_down"])
-        self.bytes_up += int(contact["bytes_up"])
+        self.outcomes[client["outcome"]] += 1
+        self.bytes_down += int(client["bytes_down"])
+        self.bytes_up += int(client["bytes_up"])
         for name in ("seconds", "round_trip"):
-            if contact.get(name) is not None:
+            if client.get(name) is not None:
                 total, count = getattr(self, name)
-                setattr(self, name, (total + float(contact[name]), count + 1))
+                setattr(self, name, (total + float(client[name]), count + 1))
 
 
 class Participation:
@@ -97,12 +97,12 @@ class Participation:
         self.seconds[round] += float(entry["seconds"] or 0.0)
         self.abandoned += not entry["counted"]
         took = []
-        for contact in entry["clients"]:
-            client_id, outcome = int(contact["client_id"]), str(contact["outcome"])
+        for client in entry["clients"]:
+            client_id, outcome = int(client["client_id"]), str(client["outcome"])
             self.counts[outcome][round] += 1
-            self.clients.setdefault(client_id, Totals()).add(contact)
+            self.clients.setdefault(client_id, Totals()).add(client)
             self._mark(client_id, round - 1 if outcome == "late" else round, outcome)
-            own = contact.get("round_trip", contact.get("seconds"))
+            own = client.get("round_trip", client.get("seconds"))
             if outcome == "answered" and own is not None:
                 took.append(float(own))
         if took:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
-from fedgan_lightning.evaluation.modalities import View, modality_of
+from fedgan_lightning.evaluation.modalities import Belief, View, modality_of
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.files import replacing, write_text
 from fedgan_lightning.gan.steps import split_heads
@@ -84,8 +84,13 @@ class SamplePictures(L.Callback):
 
     def draw(self, data: FederatedDataModule, server: ServerModule, *, title: str = "") -> pictures.Picture:
         """Return the picture of the generator from the fixed z."""
-        belief = _belief(data, server)
-        return modality_of(data).render(self.shown(data, server), data, self.view, title=title, belief=belief)
+        return self._rendered(self.shown(data, server), data, server, title=title)
+
+    def _rendered(
+        self, samples: Tensor, data: FederatedDataModule, server: ServerModule, *, title: str
+    ) -> pictures.Picture:
+        view = dataclasses.replace(self.view, title=title, belief=_belief(data, server))
+        return modality_of(data).render(samples, data, view)
 
     def shown(self, data: FederatedDataModule, server: ServerModule) -> Tensor:
         """Return the samples of a picture, from the fixed z, on the CPU."""
@@ -103,10 +108,9 @@ class SamplePictures(L.Callback):
         if not module.can_sample:
             return
         self._last_round, data = completed_rounds(trainer), _data(trainer)
-        title, tag = f"round {completed_rounds(trainer)}", "samples/generated"
-        samples, modality = self.shown(data, module), modality_of(data)
-        picture = modality.render(samples, data, self.view, title=title, belief=_belief(data, module))
-        lines = modality.lines(samples, data)
+        samples, tag = self.shown(data, module), "samples/generated"
+        picture = self._rendered(samples, data, module, title=f"round {completed_rounds(trainer)}")
+        lines = modality_of(data).lines(samples, data)
         if lines is not None and trainer.is_global_zero:
             write_text((Path(trainer.default_root_dir) / name).with_suffix(".txt"), "\n".join(lines) + "\n")
             for writer in writers(trainer):
@@ -142,8 +146,8 @@ class SamplePictures(L.Callback):
         samples = pl_module.sample(self.predict_samples, labels=labels, generator=self._generator()).cpu()
         folder.mkdir(parents=True, exist_ok=True)
         modality = modality_of(data)
-        picture = modality.render(samples, data, self.view, title="samples", belief=_belief(data, pl_module))
-        pictures.save(picture, folder / "samples.png")
+        drawn = samples if modality.draws_stored else self.shown(data, pl_module)
+        pictures.save(self._rendered(drawn, data, pl_module, title="samples"), folder / "samples.png")
         if (lines := modality.lines(samples, data)) is not None:
             write_text(folder / "samples.txt", "\n".join(lines) + "\n")
             print(f"wrote {folder / 'samples.txt'}")
@@ -154,7 +158,7 @@ class SamplePictures(L.Callback):
         print(f"wrote {folder / 'samples.png'} and {folder / 'samples.npz'}")
 
 
-def _belief(data: FederatedDataModule, server: ServerModule) -> Callable[[Tensor], Tensor] | None:
+def _belief(data: FederatedDataModule, server: ServerModule) -> Belief | None:
     """Return points -> D(x), where the server has an unconditional discriminator of the plane."""
     discriminator = getattr(server.model, "discriminator", None)
     shared = server.policy.sync.get("discriminator") == "average"

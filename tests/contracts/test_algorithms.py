@@ -11,21 +11,24 @@ from fedgan_lightning import (
     ClientError,
     ConfigurationError,
     RoundRules,
+    SecureAggregation,
     SequentialExecutor,
+    UpdateError,
     UpdateValidator,
     VectorizedExecutor,
 )
-from fedgan_lightning.aggregators import Krum, WeightedMean
-from fedgan_lightning.algorithms import FederatedAlgorithm, FedGAN, FedProx, Scaffold
+from fedgan_lightning.aggregators import CoordinateMedian, Krum, WeightedMean
+from fedgan_lightning.algorithms import FederatedAlgorithm, FedGAN, FedProx, Scaffold, UpdateEntry
 from fedgan_lightning.executors import FaultyExecutor
 from fedgan_lightning.losses import Hinge, LeastSquares, NonSaturating, RelativisticPairing
-from fedgan_lightning.networks import MLPDiscriminator, MLPGenerator
+from fedgan_lightning.networks import MLPDiscriminator
 from fedgan_lightning.partitions import Dirichlet
 from fedgan_lightning.samplers import FractionOfClients
 from fedgan_lightning.transforms import ClipUpdates, SignCompression
-from tests.conftest import adam, assert_states_equal, digits_data, federate, ring_data, ring_gan
+from tests.conftest import adam, assert_states_equal, digits_data, federate, ring_data, ring_gan, sgd
 from tests.contracts.test_executors import FAMILIES, gentle
 from tests.foreign import SomebodysGAN
+from tests.unit.test_secure import Summing
 
 ALGORITHMS = {"FedGAN": FedGAN, "FedProx": lambda: FedProx(mu=0.5), "Scaffold": Scaffold}
 EXECUTORS = {
@@ -33,10 +36,6 @@ EXECUTORS = {
     "vectorized": VectorizedExecutor,
     "stacks of two": lambda: VectorizedExecutor(chunk_size=2),
 }
-
-
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.05)
 
 
 def run(algorithm, executor=None, *, gan=None, data=None, **options):
@@ -159,7 +158,7 @@ class TestStacks:
             {"transforms": [ClipUpdates(max_norm=0.05)], "clients": FractionOfClients(0.5), "rounds": 4},
             {"transforms": [SignCompression()], "local_steps": None, "local_epochs": 1},
             {"sync": {"discriminator": "local"}},
-            {"sync": {"discriminator.blocks.0.*": "local"}},
+            {"sync": {"discriminator.features.1.*": "local"}},
         ],
         ids=["ragged", "newcomers beside veterans", "clipped", "signs", "local network", "local layer"],
     )
@@ -170,9 +169,6 @@ class TestStacks:
             torch.manual_seed(0)
             gan = ring_gan(optimizer=sgd, clip_gradient_norm=1.0)
             gan.discriminator = MLPDiscriminator((2,), hidden=(4, 4))
-            if "discriminator.blocks.0.*" in options.get("sync", {}):
-                layer = next(name for name, _ in gan.named_parameters() if name.startswith("discriminator"))
-                options = {**options, "sync": {f"{layer.rsplit('.', 1)[0]}.*": "local"}}
             data = ring_data(partition=Dirichlet(0.5, min_samples=16))
             found.append(everything(run(ALGORITHMS[algorithm](), executor(), gan=gan.double(), data=data, **options)))
         for other in found[1:]:
@@ -369,6 +365,61 @@ def test_weights_of_the_mean_may_be_uniform():
         torch.testing.assert_close(control.double(), mean, atol=1e-6, rtol=1e-5)
 
 
-def test_networks_have_the_generator_that_tests_name():
-    """A control: the ring's generator is small enough that its first dimension can be the number of clients."""
-    assert MLPGenerator(4, (2,), hidden=(4,), output="linear").latent_dim == 4
+def test_every_group_of_an_optimizer_is_looked_at():
+    a, b = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b], "momentum": 0.9}], lr=0.1)
+    with pytest.raises(ConfigurationError, match="got SGD with momentum 0.9"):
+        Scaffold().check_optimizers([optimizer])
+
+
+class Told(FedGAN):
+    """Clients say a number beside their updates: summed, or collected."""
+
+    def __init__(self, rule="sum", *, bound=None, value=2.0):
+        super().__init__()
+        self.entry = UpdateEntry((), torch.float64, rule=rule, denominator="arrived", bound=bound)
+        self.value, self.totals = value, []
+
+    def entries(self, context):
+        return {"told": self.entry}
+
+    def answer(self, visit):
+        value = torch.tensor(self.value, dtype=torch.float64)
+        return {"told": value.expand(len(visit.tasks)).clone() if visit.is_stacked else value}
+
+    def server_step(self, server, total):
+        super().server_step(server, total)
+        self.totals.append((total.extras.get("algorithm/told"), total.collected))
+
+
+@pytest.mark.parametrize("aggregator", [WeightedMean(), CoordinateMedian(), Krum(num_bad=0)])
+def test_robust_rules_combine_updates_and_leave_sums_alone(aggregator):
+    algorithm = Told()
+    run(algorithm, aggregator=aggregator, rounds=1)
+    assert float(algorithm.totals[0][0]) == 2.0
+    collecting = Told("collect")
+    run(collecting, aggregator=aggregator, rounds=1)
+    collected = {k: float(own["algorithm/told"]) for k, own in collecting.totals[0][1].items()}
+    assert collected == dict.fromkeys(range(4), 2.0)
+
+
+def test_a_number_beyond_its_own_bound_is_refused_by_name():
+    run(Told(bound=2.0), rounds=1)
+    with pytest.raises(UpdateError, match=r"client \d.*algorithm/told reaches 2, beyond 1.5"):
+        run(Told(bound=1.5), rounds=1)
+
+
+@pytest.mark.parametrize("algorithm", [Told(), Told("collect")], ids=["sum", "collect"])
+def test_what_no_sum_can_show_is_refused_under_secure_aggregation(algorithm):
+    with pytest.raises(ConfigurationError, match="must be summed with the weights of updates; got told of Told"):
+        run(algorithm, executor=Summing(), secure=SecureAggregation(), rounds=1)
+
+
+@pytest.mark.parametrize("executor", [SequentialExecutor, VectorizedExecutor])
+def test_work_that_does_not_train_is_nobody_s_crash(executor):
+    class Idle(FedGAN):
+        def work(self, visit):
+            pass
+
+    with pytest.raises(ClientError, match="work must call visit.fit exactly once; got Idle"):
+        run(Idle(), executor=executor(), rounds=1)

@@ -11,7 +11,7 @@ import torch
 from fedgan_lightning import Evaluation, FederatedDataModule
 from fedgan_lightning.data.samples import ClientSamples
 from fedgan_lightning.deployment.data import RemoteDataModule
-from fedgan_lightning.deployment.site import QUESTIONS
+from fedgan_lightning.deployment.site import QUERIES
 from fedgan_lightning.errors import ConfigurationError, QuorumError
 from fedgan_lightning.evaluation.federated_queries import FeatureMoments, QueryContext, answers, summed
 from fedgan_lightning.evaluation.fidelity import ThirdPowers
@@ -47,7 +47,7 @@ class Survey:
 
     def sums(self, facts, state):
         self.asked.append(facts["question"])
-        kind = QUESTIONS[facts["question"]]
+        kind = QUERIES[facts["question"]]
         who = [QueryContext(self.data.client_samples(k), self.data, self.module) for k in range(self.data.num_clients)]
         found = [kind.read(facts, state, own).answer(own) for own in who]
         if not self.sums_only:
@@ -66,7 +66,7 @@ def pixels(data, side: int = 8):
     return PixelFeatures(side).build(data.train_samples, num_classes=data.num_classes)
 
 
-QUESTIONS_BY_NAME = {
+QUERIES_BY_NAME = {
     "feature moments": lambda: (digits_data(), lambda data: FeatureMoments(pixels(data))),
     "third powers": lambda: (digits_data(), lambda data: ThirdPowers(pixels(data, 4))),
     "item counts": lambda: (users_data(), lambda data: ItemCounts(30)),
@@ -76,12 +76,12 @@ QUESTIONS_BY_NAME = {
 
 
 def test_every_question_that_a_site_answers_is_tested():
-    assert {name.removesuffix(" by a model") for name in QUESTIONS_BY_NAME} == {*QUESTIONS}
+    assert {name.removesuffix(" by a model") for name in QUERIES_BY_NAME} == {*QUERIES}
 
 
-@pytest.mark.parametrize("name", QUESTIONS_BY_NAME)
+@pytest.mark.parametrize("name", QUERIES_BY_NAME)
 def test_the_sum_of_all_answers_is_the_answer_of_the_pooled_samples(name):
-    data, make = QUESTIONS_BY_NAME[name]()
+    data, make = QUERIES_BY_NAME[name]()
     question = make(data)
     found = summed(data, question)
     everybody = torch.cat([data.client_samples(k).indices for k in range(data.num_clients)]).sort().values
@@ -96,9 +96,9 @@ def test_the_sum_of_all_answers_is_the_answer_of_the_pooled_samples(name):
     assert not torch.allclose(parts[0][first], found[first]), "one client's is not all's"
 
 
-@pytest.mark.parametrize("name", QUESTIONS_BY_NAME)
+@pytest.mark.parametrize("name", QUERIES_BY_NAME)
 def test_an_answer_from_a_site_is_the_same_and_a_wrong_one_is_refused(name):
-    data, make = QUESTIONS_BY_NAME[name]()
+    data, make = QUERIES_BY_NAME[name]()
     question, other = make(data), gan()
     own = QueryContext(data.client_samples(1), data, other)
     answer = question.read(question.facts(), question.state(), own).answer(own)

@@ -108,6 +108,14 @@ def test_the_bytes_of_a_round_are_those_that_the_second_round_has(tmp_path):
     assert set(found.bytes_down) == {"generator", "discriminator", "optimizer"}
 
 
+def test_a_site_is_tried_under_an_algorithm_that_sends_entries_of_its_own(tmp_path):
+    """SCAFFOLD's controls come from the server, which a site that tries itself has not met."""
+    options = ["--federation.algorithm", "Scaffold", "--model.generator_optimizer", "torch.optim.SGD"]
+    options += ["--model.discriminator_optimizer", "torch.optim.SGD"]
+    found = Site.of(CONFIG, own=None, client_id=0, state_dir=tmp_path / "state", options=options).rehearse()
+    assert found.bytes_up.keys() == {"generator", "discriminator"}
+
+
 def test_another_authority_is_named_after_the_data_were_tried(folder, tmp_path, capsys):
     keys.make_authority(tmp_path)
     with superlink(folder, is_asked=False) as port:

@@ -23,7 +23,7 @@ from fedgan_lightning.checkpoints import read_checkpoint
 from fedgan_lightning.deployment import masking, wire
 from fedgan_lightning.deployment.apps import STAGES, _site, serve_over
 from fedgan_lightning.deployment.secure import SecureSessions
-from fedgan_lightning.deployment.secure_users import SecureSurvey
+from fedgan_lightning.deployment.secure_users import SecureQueries
 from fedgan_lightning.deployment.session import Session, sealed_of_facts, summand_to_content
 from fedgan_lightning.deployment.site import SHARED, digest_of
 from fedgan_lightning.deployment.sites import Sites
@@ -436,7 +436,7 @@ def test_a_secure_round_is_the_round(tmp_path, state):
         other = theirs["state_dict"][name]
         rounding = torch.finfo(torch.float32).eps * float(other.abs().max())
         assert float((value.double() - other.double()).abs().max()) <= bound + rounding, name
-    moments = [checkpoint["callbacks"]["FederatedOrchestrator"]["moments"] for checkpoint in (mine, theirs)]
+    moments = [checkpoint["server"]["moments"] for checkpoint in (mine, theirs)]
     assert moments[0]
     assert_states_equal(*moments, atol=1e-15, rtol=2e-7)
 
@@ -561,7 +561,7 @@ def test_features_of_all_sites_are_summed_under_masks_too(tmp_path, state):
     question = {"question": "feature moments", "kind": "pixels", "side": 0, "limit": 50}
     site_of = {k: _site(grid.contexts[100 + k]) for k in range(4)}
     sites = Sites(grid, num_clients=4, digest=site_of[0].digest)
-    survey = SecureSurvey(SecureSessions(sites, secure=SecureAggregation(), weight=float))
+    survey = SecureQueries(SecureSessions(sites, secure=SecureAggregation(), weight=float))
     for asked, names in ((question, ("total", "outer")), ({**question, "question": "third powers"}, ("third", "own"))):
         (found,) = survey.sums(asked, {})
         exact = [own.sums(asked, {}) for own in site_of.values()]
@@ -595,7 +595,7 @@ def test_sums_without_a_site_that_is_lost_on_the_way_are_not_opened(state):
     sites = Sites(grid, num_clients=4, digest=_site(grid.contexts[100]).digest)
     sessions = SecureSessions(sites, secure=SecureAggregation(), weight=float, timeout=1.0)
     with pytest.raises(QuorumError, match=r"client 1 \(reply: no answer within 1 s"):
-        SecureSurvey(sessions).sums({"question": "feature moments", "kind": "pixels", "side": 0, "limit": 50}, {})
+        SecureQueries(sessions).sums({"question": "feature moments", "kind": "pixels", "side": 0, "limit": 50}, {})
     assert grid.kinds.count("sums") == 4
     assert "unmask" not in grid.kinds
 

@@ -35,8 +35,8 @@ def small_images(**options):
 
 def test_short_steps_are_stacked_and_the_reason_is_said(caplog):
     with caplog.at_level(logging.INFO, logger="fedgan_lightning"):
-        plan, _ = planned(AutoExecutor())
-    assert (plan.chunk_size, plan.num_threads) == (64, 1)
+        mode, _ = planned(AutoExecutor())
+    assert (mode.chunk_size, mode.num_threads) == (64, 1)
     assert "64 clients stacked at a time" in caplog.text
     assert "million operations per client step: overhead, which stacking saves" in caplog.text
 
@@ -44,10 +44,10 @@ def test_short_steps_are_stacked_and_the_reason_is_said(caplog):
 def test_long_steps_run_one_after_the_other_on_all_cores(monkeypatch):
     monkeypatch.setitem(auto.BUSY_FLOPS, "cpu", 1e4)
     monkeypatch.setattr(auto, "PARALLEL_FLOPS", 1e4)
-    plan, _ = planned(AutoExecutor(), small_images(), digits_data())
-    assert plan.chunk_size == 1
-    assert plan.num_threads == available_threads(Ranks())
-    assert "arithmetic, which stacking does not save" in plan.reason
+    mode, _ = planned(AutoExecutor(), small_images(), digits_data())
+    assert mode.chunk_size == 1
+    assert mode.num_threads == available_threads(Ranks())
+    assert "arithmetic, which stacking does not save" in mode.reason
 
 
 def test_the_operations_of_a_step_are_counted_exactly(monkeypatch):
@@ -85,8 +85,8 @@ def test_neither_clock_nor_cache_has_a_say(tmp_path, monkeypatch):
         monkeypatch.setattr(Autotuner, "__init__", lambda *own, **options: pytest.fail("something was timed"))
         monkeypatch.setattr("time.perf_counter", iter(range(0, 10**9, 7)).__next__)
         results.append(planned(AutoExecutor(), rounds=2))
-    (plan, found), (again, others) = results
-    assert plan == again
+    (mode, found), (again, others) = results
+    assert mode == again
     assert_same(found, others, rtol=0.0)
     assert not (tmp_path / "cache").exists()
 
@@ -101,17 +101,17 @@ def test_updates_do_not_depend_on_the_choice():
 
 @pytest.mark.parametrize("model, said", [(SomebodysGAN, "SomebodysGAN without it"), (None, "differs by")])
 def test_what_cannot_be_stacked_runs_one_by_one_for_a_reason(model, said):
-    plan, _ = planned(AutoExecutor(), ring_gan(optimizer=normalised) if model is None else model())
-    assert plan.chunk_size == 1
-    assert said in plan.reason
+    mode, _ = planned(AutoExecutor(), ring_gan(optimizer=normalised) if model is None else model())
+    assert mode.chunk_size == 1
+    assert said in mode.reason
 
 
 def test_a_network_with_randomness_of_its_own_is_not_stacked():
     gan = ring_gan()
     gan.discriminator.features.append(torch.nn.Dropout(0.5))
-    plan, _ = planned(AutoExecutor(), gan)
-    assert plan.chunk_size == 1
-    assert "random" in plan.reason
+    mode, _ = planned(AutoExecutor(), gan)
+    assert mode.chunk_size == 1
+    assert "random" in mode.reason
 
 
 class Coupled(torch.optim.SGD):
@@ -182,7 +182,7 @@ def test_a_choice_given_up_in_the_middle_of_a_round_asks_nobody_twice():
                 raise StackingError("it differs. None")
 
     executor = Own()
-    executor.load_state_dict({"plan": {"chunk_size": 2, "num_threads": 1, "reason": "of other days"}})
+    executor.load_state_dict({"mode": {"chunk_size": 2, "num_threads": 1, "reason": "of other days"}})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedgan_lightning.federation.executors.auto.VectorizedExecutor", Late)
         _, found = planned(executor, ring_gan().double())
@@ -203,8 +203,8 @@ def test_threads_can_be_set_and_do_not_leak_to_whoever_takes_the_answers():
         inside.append(found)
         assert torch.get_num_threads() == before, "a callback between two answers keeps its threads"
     assert inside == [before + 1] * 3
-    plan, _ = planned(AutoExecutor(num_threads=2))
-    assert plan.num_threads == 2
+    mode, _ = planned(AutoExecutor(num_threads=2))
+    assert mode.num_threads == 2
     assert torch.get_num_threads() == before
 
 
@@ -212,7 +212,7 @@ def test_auto_is_the_default_and_its_choice_rides_in_the_checkpoint():
     _, orchestrator, _ = federate(ring_gan(), ring_data(), rounds=1, local_steps=2, executor="auto")
     assert isinstance(orchestrator.executor, AutoExecutor)
     state = orchestrator.state_dict()["executor"]
-    assert ExecutionMode(**state["plan"]) == orchestrator.executor.plan
+    assert ExecutionMode(**state["mode"]) == orchestrator.executor.mode
     assert state["executor"] == {"checked": True, "largest": 64}
     _, orchestrator, _ = federate(ring_gan(), ring_data(), rounds=1, local_steps=2, executor="autotune")
     assert isinstance(orchestrator.executor, AutotunedExecutor)
@@ -225,7 +225,7 @@ def test_a_resumed_run_takes_the_plan_and_the_verdict_of_its_checkpoint(monkeypa
     resumed.load_state_dict(first.state_dict())
     monkeypatch.setattr(auto, "disagreement", lambda *own: pytest.fail("compared again"))
     monkeypatch.setattr(vectorized, "disagreement", lambda *own: pytest.fail("compared again"))
-    assert planned(resumed)[0] == first.plan
+    assert planned(resumed)[0] == first.mode
 
 
 def test_an_error_while_choosing_reaches_every_rank():

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fedgan_lightning import SequentialExecutor, VectorizedExecutor
+from fedgan_lightning.algorithms import FedProx, Scaffold
 from fedgan_lightning.errors import UpdateError
 from fedgan_lightning.executors import AutotunedExecutor
 from fedgan_lightning.federation.executors import autotuner
@@ -19,6 +20,7 @@ from fedgan_lightning.federation.parity_check import NOTHING_TO_COMPARE
 from fedgan_lightning.federation.ranks import Ranks
 from fedgan_lightning.federation.threads import available_threads
 from fedgan_lightning.losses import R1, Hinge
+from fedgan_lightning.protocol import ClientTask
 from tests.conftest import adam, ring_data, ring_gan
 from tests.contracts.test_executors import assert_same, updates
 from tests.foreign import SomebodysGAN
@@ -48,15 +50,15 @@ def normalised(parameters):
 
 def planned(executor, model=None, data=None, **options):
     found = updates(executor, ring_gan() if model is None else model, ring_data() if data is None else data, **options)
-    return executor.plan, found
+    return executor.mode, found
 
 
 def test_many_small_clients_are_stacked_and_the_reason_is_said(tmp_path, caplog):
     executor = AutotunedExecutor(cache=str(tmp_path))
     with caplog.at_level(logging.INFO, logger="fedgan_lightning"):
-        plan, _ = planned(executor, data=ring_data(num_clients=32, num_samples=4096))
-    assert plan.chunk_size > 1
-    assert 1 <= plan.num_threads <= available_threads(Ranks())
+        mode, _ = planned(executor, data=ring_data(num_clients=32, num_samples=4096))
+    assert mode.chunk_size > 1
+    assert 1 <= mode.num_threads <= available_threads(Ranks())
     assert "clients stacked at a time" in caplog.text
     assert "ms per client step, one by one" in caplog.text
 
@@ -75,29 +77,29 @@ def test_what_cannot_be_stacked_runs_one_by_one_for_a_reason(tmp_path, model, sa
         gan = ring_gan(optimizer=normalised)
     else:
         gan = model()
-    plan, _ = planned(AutotunedExecutor(cache=str(tmp_path)), gan)
-    assert plan.chunk_size == 1
-    assert said in plan.reason
+    mode, _ = planned(AutotunedExecutor(cache=str(tmp_path)), gan)
+    assert mode.chunk_size == 1
+    assert said in mode.reason
 
 
 def test_a_network_with_randomness_of_its_own_is_not_stacked(tmp_path):
     gan = ring_gan()
     gan.discriminator.features.append(torch.nn.Dropout(0.5))
-    plan, _ = planned(AutotunedExecutor(cache=str(tmp_path)), gan)
-    assert plan.chunk_size == 1
-    assert "random" in plan.reason
+    mode, _ = planned(AutotunedExecutor(cache=str(tmp_path)), gan)
+    assert mode.chunk_size == 1
+    assert "random" in mode.reason
 
 
 def test_the_choice_is_kept_for_the_machine_and_for_a_resumed_run(tmp_path):
     first = AutotunedExecutor(cache=str(tmp_path))
-    plan, _ = planned(first)
+    mode, _ = planned(first)
     (kept,) = tmp_path.glob("executor-*.json")
     kept.write_text(json.dumps({**json.loads(kept.read_text()), "chunk_size": 3, "reason": "kept"}))
     again, _ = planned(AutotunedExecutor(cache=str(tmp_path)))
     assert (again.chunk_size, again.reason) == (3, "kept")
     resumed = AutotunedExecutor(cache=str(tmp_path))
     resumed.load_state_dict(first.state_dict())
-    assert planned(resumed)[0] == plan
+    assert planned(resumed)[0] == mode
     assert planned(first)[0].reason == "kept", "an object that runs again begins anew"
     kept.write_text("{not json")
     assert planned(AutotunedExecutor(cache=str(tmp_path)))[0].reason != "kept"
@@ -126,10 +128,10 @@ def test_another_optimizer_rate_or_loss_is_another_workload(tmp_path):
 
 def test_a_choice_that_does_not_fit_any_more_is_given_up_with_a_warning(tmp_path, caplog):
     executor = AutotunedExecutor(cache=str(tmp_path))
-    executor.load_state_dict({"plan": {"chunk_size": 4, "num_threads": 1, "reason": "of other days"}})
+    executor.load_state_dict({"mode": {"chunk_size": 4, "num_threads": 1, "reason": "of other days"}})
     model = ring_gan(optimizer=normalised).double()
-    plan, found = planned(executor, model)
-    assert plan.chunk_size == 1
+    mode, found = planned(executor, model)
+    assert mode.chunk_size == 1
     assert "one client after the other" in caplog.text
     assert "differs by" in caplog.text
     (kept,) = tmp_path.glob("executor-*.json")
@@ -144,7 +146,7 @@ def test_clients_that_diverge_alone_tell_nothing_of_stacks(tmp_path):
     executor = AutotunedExecutor(cache=str(tmp_path))
     with pytest.raises(UpdateError, match="finite"):
         planned(executor, ring_gan(optimizer=wild))
-    assert executor.plan.reason == NOTHING_TO_COMPARE
+    assert executor.mode.reason == NOTHING_TO_COMPARE
     assert not list(tmp_path.iterdir()), "it says nothing of the next run"
     stacked = VectorizedExecutor()
     with pytest.raises(UpdateError, match="finite"):
@@ -154,8 +156,8 @@ def test_clients_that_diverge_alone_tell_nothing_of_stacks(tmp_path):
 
 def test_threads_can_be_set_and_are_restored(tmp_path):
     before = torch.get_num_threads()
-    plan, _ = planned(AutotunedExecutor(num_threads=2, cache=str(tmp_path)))
-    assert plan.num_threads == 2
+    mode, _ = planned(AutotunedExecutor(num_threads=2, cache=str(tmp_path)))
+    assert mode.num_threads == 2
     assert torch.get_num_threads() == before
 
 
@@ -169,8 +171,8 @@ def test_a_trial_leaves_no_trace_in_the_clients_state(tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(tmp_path):
     (tmp_path / "file").write_text("")
-    plan, _ = planned(AutotunedExecutor(cache=str(tmp_path / "file")))
-    assert isinstance(plan, ExecutionMode)
+    mode, _ = planned(AutotunedExecutor(cache=str(tmp_path / "file")))
+    assert isinstance(mode, ExecutionMode)
 
 
 class Slow(Autotuner):
@@ -205,3 +207,18 @@ def test_a_clear_winner_is_not_tried_again(monkeypatch):
     slow.costs[MeasuredMode(1, 1)] = Cost(fixed=0.0, step=0.001)
     slow.run_off()
     assert not slow.ran
+
+
+def test_another_algorithm_is_another_workload(tmp_path):
+    """Its hooks run in every step; a choice made without them would be kept for a run with them."""
+    executor = AutotunedExecutor(cache=str(tmp_path))
+    names = set()
+    for algorithm in (FedProx(mu=0.1), FedProx(mu=0.1), FedProx(mu=0.2), Scaffold()):
+        context = SimpleNamespace(
+            model=ring_gan(), data=ring_data(), device=torch.device("cpu"), ranks=Ranks(), trainer_options={},
+            algorithm=algorithm,
+        )  # fmt: skip
+        task = ClientTask(client_id=0, round=0, seed=0, state={}, steps=2)
+        context.data.setup()
+        names.add(executor._path(context, [task]).name)
+    assert len(names) == 3

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from fedgan_lightning import ConfigurationError, SequentialExecutor, VectorizedExecutor
-from fedgan_lightning.algorithms import FedProx
+from fedgan_lightning.algorithms import FedGAN, FedProx
+from fedgan_lightning.federation.round_schedules import set_hyperparameters
 from fedgan_lightning.losses import R1
 from fedgan_lightning.schedules import CosineRounds, ExponentialRounds, LinearRounds, StepRounds
-from tests.conftest import adam, federate, ring_data, ring_gan, sgd
+from tests.conftest import federate, ring_data, ring_gan, sgd
 
 
 def values(schedule, rounds=3):
@@ -56,11 +57,15 @@ def test_a_factor_for_one_network_leaves_the_other_alone():
     assert_equal(found, weights(gan=gan)[0])
 
 
-@pytest.mark.parametrize("optimizer", [sgd, adam])
-def test_rates_are_put_back_after_every_step(optimizer):
-    """A factor of one, round by round, changes nothing; nor does one that ends at one."""
-    plain, _ = weights(optimizer=optimizer)
-    assert_equal(plain, weights(optimizer=optimizer, schedules={"learning_rate": StepRounds({0: 1.0})})[0])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_rates_are_put_back_after_every_step(kind):
+    """After three steps a factor of one half is still one half, and no eighth; powers of two are exact."""
+
+    def at(rate):
+        return lambda parameters: kind(parameters, lr=rate)
+
+    half, _ = weights(optimizer=at(0.125), local_steps=4, schedules={"learning_rate": StepRounds({0: 0.5})})
+    assert_equal(half, weights(optimizer=at(0.0625), local_steps=4)[0])
 
 
 def test_local_steps_follow_the_schedule_and_no_minibatch_is_skipped():
@@ -110,6 +115,27 @@ def test_stacked_clients_follow_them_too(schedules):
     stacked, _ = weights(VectorizedExecutor(), gan=gan(), **options)
     for name in alone:
         torch.testing.assert_close(stacked[name], alone[name], rtol=1e-4, atol=1e-6)
+
+
+def test_whole_numbers_of_a_module_are_rounded_half_up():
+    class Every(torch.nn.Module):
+        every_n_steps = 4
+
+    module = Every()
+    set_hyperparameters(module, {"every_n_steps": 2.5})
+    assert module.every_n_steps == 3
+    set_hyperparameters(module, {"every_n_steps": 1.49})
+    assert module.every_n_steps == 1
+
+
+def test_a_number_that_the_algorithm_never_reads_by_round_is_refused():
+    with pytest.raises(ConfigurationError, match="federation.schedules must name local_steps.*got algorithm.exchange"):
+        weights(algorithm=FedGAN(exchange_every=2), schedules={"algorithm.exchange_every": StepRounds({0: 1.0})})
+
+
+def test_steps_by_schedule_beside_epochs_are_refused():
+    with pytest.raises(ConfigurationError, match="in steps or in epochs; got federation.local_epochs beside"):
+        weights(local_steps=None, local_epochs=1, schedules={"local_steps": StepRounds({0: 1.0})})
 
 
 @pytest.mark.parametrize("name", ["learning_rate.encoder", "algorithm.mu", "generator.temperature", "", "."])

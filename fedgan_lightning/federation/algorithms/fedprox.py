@@ -22,6 +22,8 @@ class FedProx(FederatedAlgorithm):
         mu: Weight of the term, at least 0; 0 is FedGAN. ``federation.schedules`` may change it as ``algorithm.mu``.
     """
 
+    scheduled = frozenset({"mu"})
+
     @checked(mu="[0, inf)")
     def __init__(self, *, mu: float = 0.01) -> None:
         self.mu = float(mu)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.federation import namespaces
 from fedgan_lightning.federation.algorithm import FederatedAlgorithm
 from fedgan_lightning.federation.client_update import ClientContext, Visit
 from fedgan_lightning.federation.policy import Policy
@@ -41,10 +41,8 @@ class Scaffold(FederatedAlgorithm):
 
     # ------------------------------------------------------------------ before the first round
 
-    def check(
-        self, *, policy: Policy, aggregator: Aggregator, rules: RoundRules, secure: Any, transforms: tuple[Any, ...]
-    ) -> None:
-        super().check(policy=policy, aggregator=aggregator, rules=rules, secure=secure, transforms=transforms)
+    def check(self, *, policy: Policy, aggregator: Aggregator, rules: RoundRules) -> None:
+        super().check(policy=policy, aggregator=aggregator, rules=rules)
         if not aggregator.additive:
             raise ConfigurationError(
                 message(
@@ -64,16 +62,16 @@ class Scaffold(FederatedAlgorithm):
 
     def check_optimizers(self, optimizers: list[Optimizer]) -> None:
         for optimizer in optimizers:
-            group = optimizer.param_groups[0]
-            plain = type(optimizer) is torch.optim.SGD and not group["momentum"] and not group["maximize"]
-            if not plain:
-                name = type(optimizer).__name__
+            name = type(optimizer).__name__
+            for group in optimizer.param_groups:
+                if type(optimizer) is torch.optim.SGD and not group["momentum"] and not group["maximize"]:
+                    continue
                 raise ConfigurationError(
                     message(
                         "clients under Scaffold must step by SGD without momentum: controls are gradients, and steps "
                         f"of {name} are none",
                         received=f"{name} with momentum {group['momentum']}" if name == "SGD" else name,
-                        fix="set the client's optimizers to torch.optim.SGD with momentum 0",
+                        fix="set the client's optimizers to torch.optim.SGD with momentum 0, and maximize to false",
                     )
                 )
 
@@ -120,10 +118,9 @@ class Scaffold(FederatedAlgorithm):
 
     def server_step(self, server: ServerModule, total: Aggregate) -> None:
         super().server_step(server, total)
+        changes = namespaces.inside(namespaces.ALGORITHM, total.extras)
         for name, control in server.algorithm_state.items():
-            change = total.extras.get(f"algorithm/{name}")
-            if change is not None:  # an empty cohort changes nothing
-                server.algorithm_state[name] = control + change.to(control)
+            server.algorithm_state[name] = control + changes[name].to(control)
 
 
 def _controls(context: ClientContext) -> dict[str, Tensor]:

@@ -10,12 +10,12 @@ from torch.optim import Optimizer
 
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation.algorithm import FederatedAlgorithm
-from fedgan_lightning.federation.client_update import ClientContext, Visit
+from fedgan_lightning.federation.client_update import Visit
 from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.federation.rules import RoundRules
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.options import checked
-from fedgan_lightning.protocol import Aggregate, Aggregator, State
+from fedgan_lightning.protocol import Aggregate, Aggregator
 from fedgan_lightning.seeding import make_generator
 
 
@@ -31,20 +31,17 @@ class ServedGenerator(FederatedAlgorithm):
 
     Args:
         generator_steps: Steps n of G after every round.
-        num_samples: Samples of each step.
-        seed: Root seed of their noise.
+        num_samples: Samples of each step; their noise follows from the federation's seed and the round.
     """
 
     trains = frozenset({"served"})
 
-    @checked(generator_steps="[1, inf)", num_samples="[1, inf)", seed="[0, inf)")
-    def __init__(self, *, generator_steps: int = 1, num_samples: int = 64, seed: int = 0) -> None:
-        self.generator_steps, self.num_samples, self.seed = generator_steps, num_samples, seed
+    @checked(generator_steps="[1, inf)", num_samples="[1, inf)")
+    def __init__(self, *, generator_steps: int = 1, num_samples: int = 64) -> None:
+        self.generator_steps, self.num_samples = generator_steps, num_samples
 
-    def check(
-        self, *, policy: Policy, aggregator: Aggregator, rules: RoundRules, secure: Any, transforms: tuple[Any, ...]
-    ) -> None:
-        super().check(policy=policy, aggregator=aggregator, rules=rules, secure=secure, transforms=transforms)
+    def check(self, *, policy: Policy, aggregator: Aggregator, rules: RoundRules) -> None:
+        super().check(policy=policy, aggregator=aggregator, rules=rules)
         if policy.sync.get("generator") != "served":
             raise ConfigurationError(
                 message(
@@ -53,11 +50,6 @@ class ServedGenerator(FederatedAlgorithm):
                     fix="set federation.sync to {generator: served}",
                 )
             )
-
-    def server_state(self, context: ClientContext) -> State:
-        model: Any = context.model
-        model.generator_loss(2)  # what cannot be trained without real samples is refused before the first round
-        return {}
 
     def work(self, visit: Visit) -> None:
         visit.fit_discriminator()
@@ -72,13 +64,15 @@ class ServedGenerator(FederatedAlgorithm):
                     fix="add them (see fedgan_lightning.gan.abilities), or use another algorithm",
                 )
             )
+        if hasattr(model, "check_needs_no_reals"):
+            model.check_needs_no_reals()
         return {"generator": model.generator_optimizer(model.generator.parameters())}
 
     def server_step(self, server: ServerModule, total: Aggregate) -> None:
         super().server_step(server, total)
         model: Any = server.model
         optimizer, parameters = server.optimizer_of("generator"), list(model.generator.parameters())
-        noise = make_generator(self.seed, "generator", server.rounds_completed)
+        noise = make_generator(server.seed, "served generator", server.rounds_completed)
         training = model.training
         model.train()
         for _ in range(self.generator_steps):

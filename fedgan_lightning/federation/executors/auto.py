@@ -63,7 +63,7 @@ class AdaptiveExecutor(Executor):
     @checked(num_threads="[1, inf)")
     def __init__(self, *, num_threads: int | None = None) -> None:
         self.num_threads = num_threads
-        self.plan: ExecutionMode | None = None
+        self.mode: ExecutionMode | None = None
         self.context: ClientContext | None = None
         self._executor: VectorizedExecutor | SequentialExecutor | None = None
         self._inner_state: dict[str, Any] = {}
@@ -73,43 +73,43 @@ class AdaptiveExecutor(Executor):
     def choose(self, context: ClientContext, tasks: list[ClientTask]) -> ExecutionMode:
         """Return how to run rounds like that of these tasks, of which there is at least one."""
 
-    def keep(self, plan: ExecutionMode, tasks: list[ClientTask]) -> None:
-        """Keep a plan beyond this run; nothing unless overridden."""
+    def keep(self, mode: ExecutionMode, tasks: list[ClientTask]) -> None:
+        """Keep a mode beyond this run; nothing unless overridden."""
 
     def setup(self, context: ClientContext) -> None:
         known, self._restored = self._restored, {}
         self.context, self._executor = context, None
-        self.plan = ExecutionMode(**known["plan"]) if known else None  # an object that has run before begins anew
+        self.mode = ExecutionMode(**known["mode"]) if known else None  # an object that has run before begins anew
         self._inner_state = dict(known.get("executor", {}))
 
     def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
         if self.context is None:
             raise RuntimeError(f"{type(self).__name__}.run before setup; fix: call setup first.")
         listed = list(tasks)
-        if self.plan is None:
-            self.plan = self._chosen(self.context, listed)
-            if self.plan is None:
+        if self.mode is None:
+            self.mode = self._chosen(self.context, listed)
+            if self.mode is None:
                 return
             if self.context.ranks.rank == 0:
-                logger.info(self.plan.describe())
+                logger.info(self.mode.describe())
         if self._executor is None:
-            self._executor = self._made(self.plan, self.context)
+            self._executor = self._made(self.mode, self.context)
         answered: set[int] = set()
         try:
-            for answer in each_with_threads(self.plan.num_threads, self._executor.run(listed)):
+            for answer in each_with_threads(self.mode.num_threads, self._executor.run(listed)):
                 answered.add(answer.client_id)
                 yield answer
         except StackingError as error:  # a choice of other days, or of other data
-            self.plan = dataclasses.replace(self.plan, chunk_size=1, reason=str(error))
-            logger.warning(self.plan.describe())
-            self.keep(self.plan, listed)
+            self.mode = dataclasses.replace(self.mode, chunk_size=1, reason=str(error))
+            logger.warning(self.mode.describe())
+            self.keep(self.mode, listed)
             self._executor.teardown()
-            self._executor = self._made(self.plan, self.context)
+            self._executor = self._made(self.mode, self.context)
             left = [task for task in listed if task.client_id not in answered]
-            yield from each_with_threads(self.plan.num_threads, self._executor.run(left))
+            yield from each_with_threads(self.mode.num_threads, self._executor.run(left))
 
     def _chosen(self, context: ClientContext, tasks: list[ClientTask]) -> ExecutionMode | None:
-        """Return one plan for all ranks: that of the first that has clients; ``None`` where none has."""
+        """Return one mode for all ranks: that of the first that has clients; ``None`` where none has."""
         own, failure = None, None
         try:
             own = self.choose(context, tasks) if tasks else None
@@ -129,9 +129,9 @@ class AdaptiveExecutor(Executor):
         self._inner_state["checked"] = reason is None and len(tasks) > 1  # once in a run is enough
         return reason
 
-    def _made(self, plan: ExecutionMode, context: ClientContext) -> VectorizedExecutor | SequentialExecutor:
-        stacked = plan.chunk_size > 1
-        executor = VectorizedExecutor(chunk_size=plan.chunk_size) if stacked else SequentialExecutor()
+    def _made(self, mode: ExecutionMode, context: ClientContext) -> VectorizedExecutor | SequentialExecutor:
+        stacked = mode.chunk_size > 1
+        executor = VectorizedExecutor(chunk_size=mode.chunk_size) if stacked else SequentialExecutor()
         executor.load_state_dict(self._inner_state)
         executor.setup(context)
         return executor
@@ -143,13 +143,13 @@ class AdaptiveExecutor(Executor):
         self.context = self._executor = None
 
     def state_dict(self) -> dict[str, Any]:
-        if self.plan is None:
+        if self.mode is None:
             return {}
         inner = self._inner_state if self._executor is None else self._executor.state_dict()
-        return {"plan": dataclasses.asdict(self.plan), "executor": inner}
+        return {"mode": dataclasses.asdict(self.mode), "executor": inner}
 
     def facts(self) -> dict[str, Any]:
-        return {} if self.plan is None else dataclasses.asdict(self.plan)
+        return {} if self.mode is None else dataclasses.asdict(self.mode)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._restored = dict(state)

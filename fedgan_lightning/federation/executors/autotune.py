@@ -1,4 +1,4 @@
-"""``executor: autotune``: the fastest way to run clients here, by measurement."""
+"""``executor: autotune``: the fastest mode to run clients here, by measurement."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from fedgan_lightning.version import __version__
 
 logger = logging.getLogger("fedgan_lightning")
 
-#: A way that is more involved must be faster by this factor, for what it takes in memory.
+#: A mode that is more involved must be faster by this factor, for what it takes in memory.
 WORTH_IT = 1.02
 #: A step as long as this keeps a CPU busy with arithmetic.
 BUSY_SECONDS = 0.1
 
 
 class AutotunedExecutor(AdaptiveExecutor):
-    """Trains the first clients for a few steps in each way, without effect on the federation, and takes the fastest.
+    """Trains the first clients for a few steps in each mode, without effect on the federation, and takes the fastest.
 
     The choice depends on what else the machine does in that second, and with it the rounding of results. It is kept,
     by workload and machine, in a cache as well as in checkpoints.
@@ -55,18 +55,18 @@ class AutotunedExecutor(AdaptiveExecutor):
         try:
             return ExecutionMode(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError):
-            plan = self._measured(context, tasks)
-        if plan.reason != NOTHING_TO_COMPARE:
-            self._write(plan, path)
-        return plan
+            mode = self._measured(context, tasks)
+        if mode.reason != NOTHING_TO_COMPARE:
+            self._write(mode, path)
+        return mode
 
-    def keep(self, plan: ExecutionMode, tasks: list[ClientTask]) -> None:
+    def keep(self, mode: ExecutionMode, tasks: list[ClientTask]) -> None:
         if self.context is not None:
-            self._write(plan, self._path(self.context, tasks))
+            self._write(mode, self._path(self.context, tasks))
 
-    def _write(self, plan: ExecutionMode, path: Path) -> None:
+    def _write(self, mode: ExecutionMode, path: Path) -> None:
         try:
-            write_text(path, json.dumps(dataclasses.asdict(plan)))
+            write_text(path, json.dumps(dataclasses.asdict(mode)))
         except OSError:  # a cache that cannot be written is no reason to stop
             logger.warning(f"the choice of executor could not be kept in {path}")
 
@@ -81,7 +81,7 @@ class AutotunedExecutor(AdaptiveExecutor):
         facts.append(torch.cuda.get_device_name(device) if device.type == "cuda" else str(device))
         facts.append(available_threads(context.ranks))
         facts += [dict(context.trainer_options), self.num_threads, repr(model), shapes, len(tasks)]
-        facts.append(described(vars(model)))
+        facts += [described(vars(model)), type(context.algorithm).__qualname__, described(vars(context.algorithm))]
         with suppress(Exception):  # a module that asks its trainer is told apart by its settings alone
             facts.append(described(model.configure_optimizers()))
         facts += [tasks[0].steps, tasks[0].epochs, data.fingerprint()]
@@ -91,14 +91,16 @@ class AutotunedExecutor(AdaptiveExecutor):
         trial = trial_context(context)
         _, steps = tasks[0].span(steps_per_epoch=context.data.steps_per_epoch(tasks[0].client_id))
         counts = [self.num_threads] if self.num_threads else sorted({1, available_threads(context.ranks)})
-        trials = Autotuner(trial, tasks, steps=steps, counts=counts)
-        trials.alone()
-        obstacle = self._obstacle(trial, tasks, seconds_per_step=min(cost.step for cost in trials.costs.values()))
+        tuner = Autotuner(trial, tasks, steps=steps, counts=counts)
+        tuner.alone()
+        obstacle = self._obstacle(trial, tasks, seconds_per_step=min(cost.step for cost in tuner.costs.values()))
         if obstacle is None:
-            trials.stacked()
-        trials.run_off()
-        seconds = trials.seconds()
-        best = min(seconds, key=lambda way: seconds[way] * WORTH_IT ** ((way.chunk_size > 1) + (way.num_threads > 1)))
+            tuner.stacked()
+        tuner.run_off()
+        seconds = tuner.seconds()
+        best = min(
+            seconds, key=lambda mode: seconds[mode] * WORTH_IT ** ((mode.chunk_size > 1) + (mode.num_threads > 1))
+        )
         reason = obstacle or _comparison(seconds, best, client_steps=len(tasks) * steps)
         return ExecutionMode(chunk_size=best.chunk_size, num_threads=best.num_threads, reason=reason)
 
@@ -134,8 +136,8 @@ def described(value: Any, *, depth: int = 4) -> Any:
 
 
 def _comparison(seconds: Mapping[MeasuredMode, float], best: MeasuredMode, *, client_steps: int) -> str:
-    """Return what the best way costs, and the best of the other kind."""
-    other = min(value for way, value in seconds.items() if (way.chunk_size == 1) != (best.chunk_size == 1))
+    """Return what the best mode costs, and the best of the other kind."""
+    other = min(value for mode, value in seconds.items() if (mode.chunk_size == 1) != (best.chunk_size == 1))
     name = "one by one" if best.chunk_size > 1 else "stacked"
     own, others = (1e3 * value / client_steps for value in (seconds[best], other))
     return f"{own:.2g} ms per client step, {name} {others:.2g}"

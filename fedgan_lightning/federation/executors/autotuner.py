@@ -22,7 +22,7 @@ STACK_SIZES, STACK_BYTES = (16, 64, 256), 2 * 1024**3
 WARM_UP = 1
 #: Ways that cost up to this much more than the best one in short trials are tried again, in longer ones.
 CLOSE = 1.3
-#: Of these, taking turns: the seconds that one turn of one way aims at, and all of them together.
+#: Of these, taking turns: the seconds that one turn of one mode aims at, and all of them together.
 TURN_SECONDS, RUN_OFF_SECONDS = 0.5, 6.0
 TURNS = 5
 
@@ -46,7 +46,7 @@ class Cost(NamedTuple):
 
 
 class Autotuner:
-    """Measures ways to run a round of ``tasks``.
+    """Measures modes to run a round of ``tasks``.
 
     Args:
         context: What clients are trained with; its store is not to be written (:func:`trial_context`).
@@ -61,7 +61,7 @@ class Autotuner:
         self.context, self.tasks, self.steps, self.counts = context, tasks, steps, counts
         self.costs: dict[MeasuredMode, Cost] = {}
         self._alone = LocalTrainer(context)
-        self._cohort: VectorizedLocalTrainer | None = None  # made only where clients can be stacked
+        self._stack_trainer: VectorizedLocalTrainer | None = None  # made only where clients can be stacked
 
     def alone(self) -> None:
         """Measure one client after the other."""
@@ -85,39 +85,40 @@ class Autotuner:
                 raise
         else:
             return True
-        self._cohort = None
+        self._stack_trainer = None
         release(self.context.device)
         return False
 
     def run_off(self) -> None:
-        """Measure again, taking turns, the ways that short trials leave within :data:`CLOSE` of the best.
+        """Measure again, taking turns, the modes that short trials leave within :data:`CLOSE` of the best.
 
-        A turn trains about as many clients in every way. The best turn counts: others on the machine only add time.
+        A turn trains about as many clients in every mode. The best turn counts: others on the machine only add time.
         """
         seconds = self.seconds()
-        close = [way for way, value in seconds.items() if value <= CLOSE * min(seconds.values())]
+        close = [mode for mode, value in seconds.items() if value <= CLOSE * min(seconds.values())]
         if len(close) == 1:
             return
-        clients = max(way.chunk_size for way in close)
+        clients = max(mode.chunk_size for mode in close)
         per_step = min(seconds.values()) / len(self.tasks) / self.steps
         steps = min(self.steps, max(2, round(TURN_SECONDS / (clients * per_step))))
-        stacks = {way: clients // way.chunk_size for way in close}
+        stacks = {mode: clients // mode.chunk_size for mode in close}
         best = dict.fromkeys(close, math.inf)
         deadline = time.perf_counter() + RUN_OFF_SECONDS
         for turn in range(TURNS):
-            for way, number in stacks.items():
-                with threads(way.num_threads):
-                    best[way] = min(best[way], _timed(lambda: self._run(way.chunk_size, number, steps)) / number)  # noqa: B023
+            for mode, number in stacks.items():
+                with threads(mode.num_threads):
+                    best[mode] = min(best[mode], _timed(lambda: self._run(mode.chunk_size, number, steps)) / number)  # noqa: B023
             if turn and time.perf_counter() > deadline:
                 break
-        for way, value in best.items():
-            fixed = min(self.costs[way].fixed, value)
-            self.costs[way] = Cost(fixed=fixed, step=max((value - fixed) / steps, 1e-9))
+        for mode, value in best.items():
+            fixed = min(self.costs[mode].fixed, value)
+            self.costs[mode] = Cost(fixed=fixed, step=max((value - fixed) / steps, 1e-9))
 
     def seconds(self) -> dict[MeasuredMode, float]:
-        """Return the seconds of a round in every way measured."""
+        """Return the seconds of a round in every mode measured."""
         return {
-            way: math.ceil(len(self.tasks) / way.chunk_size) * cost.of(self.steps) for way, cost in self.costs.items()
+            mode: math.ceil(len(self.tasks) / mode.chunk_size) * cost.of(self.steps)
+            for mode, cost in self.costs.items()
         }
 
     def _run(self, size: int, stacks: int, steps: int) -> None:
@@ -127,10 +128,10 @@ class Autotuner:
             for task in tasks:
                 self._alone.run(task)
             return
-        if self._cohort is None:
-            self._cohort = VectorizedLocalTrainer(self.context)
+        if self._stack_trainer is None:
+            self._stack_trainer = VectorizedLocalTrainer(self.context)
         for first in range(0, len(tasks), size):
-            self._cohort.run(tasks[first : first + size])
+            self._stack_trainer.run(tasks[first : first + size])
 
 
 def stack_sizes(context: ClientContext, cohort: int) -> list[int]:

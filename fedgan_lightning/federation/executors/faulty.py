@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedgan_lightning import states
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation.client_update import ClientContext
 from fedgan_lightning.federation.executors.auto import AutoExecutor
@@ -239,7 +240,7 @@ def _noise(update: ClientUpdate, round: int, seed: int) -> ClientUpdate:
 
 
 def _length(state: State) -> float:
-    return float(sum(float(value.double().square().sum()) for value in state.values()) ** 0.5)
+    return float(states.norm(state.values(), dtype=torch.float64))
 
 
 #: (update, round, seed) -> what is sent instead.

@@ -42,14 +42,14 @@ class VectorizedExecutor(Executor):
     def __init__(self, *, chunk_size: int = 64) -> None:
         self.chunk_size = chunk_size
         self._context: ClientContext | None = None
-        self._cohort: VectorizedLocalTrainer | None = None
+        self._stack_trainer: VectorizedLocalTrainer | None = None
         self._alone: LocalTrainer | None = None
         self._restored: Mapping[str, Any] = {}
         self._checked, self._largest = False, chunk_size
 
     def setup(self, context: ClientContext) -> None:
         known, self._restored = self._restored, {}
-        self._context, self._cohort, self._alone = context, VectorizedLocalTrainer(context), None
+        self._context, self._stack_trainer, self._alone = context, VectorizedLocalTrainer(context), None
         self._checked = bool(known.get("checked", False))
         self._largest = min(self.chunk_size, int(known.get("largest", self.chunk_size)))
 
@@ -76,7 +76,7 @@ class VectorizedExecutor(Executor):
             if not out_of_memory(error):
                 raise
         # Only here, where no traceback holds the stack's tensors any more, can they be released.
-        self._cohort = None
+        self._stack_trainer = None
         release(context.device)
         self._largest = len(tasks) // 2
         logger.warning(f"no memory for a stack of {len(tasks)} clients; going on with {self._largest} at a time")
@@ -84,9 +84,9 @@ class VectorizedExecutor(Executor):
         return [update for part in parts for update in self._updates(context, part)]
 
     def _stacked(self, context: ClientContext, tasks: list[ClientTask]) -> list[ClientUpdate]:
-        if self._cohort is None:
-            self._cohort = VectorizedLocalTrainer(context)
-        return self._cohort.run(tasks)
+        if self._stack_trainer is None:
+            self._stack_trainer = VectorizedLocalTrainer(context)
+        return self._stack_trainer.run(tasks)
 
     def _one(self, context: ClientContext, task: ClientTask) -> ClientUpdate:
         if self._alone is None:
@@ -115,4 +115,4 @@ class VectorizedExecutor(Executor):
         self._restored = dict(state)
 
     def teardown(self) -> None:
-        self._context = self._cohort = self._alone = None
+        self._context = self._stack_trainer = self._alone = None

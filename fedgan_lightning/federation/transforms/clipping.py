@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from fedgan_lightning import states
 from fedgan_lightning.options import checked
 from fedgan_lightning.packing import Packed
 from fedgan_lightning.protocol import State, UpdateEntry, UpdateTransform
@@ -36,7 +37,7 @@ class ClipUpdates(UpdateTransform):
         clipped = dict(update)
         for names in parts.values():
             vectors = Packed.of({name: update[name] for name in names}).vectors.values()
-            norm = torch.stack([torch.linalg.vector_norm(vector.double()) for vector in vectors]).norm()
+            norm = states.norm(vectors, dtype=torch.float64)
             factor = float(self.max_norm / norm) if float(norm) > self.max_norm else 1.0
             if factor < 1.0:
                 clipped |= {name: update[name] * factor for name in names}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.options import checked
-from fedgan_lightning.protocol import Aggregator, State, UpdateEntry, UpdateTransform
+from fedgan_lightning.protocol import State, UpdateEntry, UpdateTransform
 
 SIGNS, SCALE, RESIDUAL = "/signs", "/scale", "residual/"
 #: Place values of the bits of a byte.
@@ -32,7 +32,7 @@ class SignCompression(UpdateTransform):
     def __init__(self, *, error_feedback: bool = True) -> None:
         self.error_feedback = error_feedback
 
-    def check(self, *, aggregator: Aggregator, is_secure: bool, others: Sequence[UpdateTransform]) -> None:
+    def check(self, *, is_secure: bool) -> None:
         if is_secure:
             raise ConfigurationError(
                 message(
