@@ -129,7 +129,7 @@ def outcome(run_dir: Path) -> dict[str, Any]:
         "weights": checkpoint["state_dict"],
         "server optimizer": checkpoint["optimizer_states"],
         "clients": {**orchestrator["store"], **orchestrator.get("store_files", {})},
-        "schedules": orchestrator["schedule_positions"],
+        "schedules": orchestrator["clock"],
         "bytes": [orchestrator["ledger"]["bytes_up"], orchestrator["ledger"]["bytes_down"]],
         "round": checkpoint["global_step"],
         "metrics": history,

@@ -7,7 +7,14 @@ from typing import Any
 
 import lightning as L
 
-from fedgan_lightning.assembly import TRAINER_DEFAULTS, RunSettings, begun, check_epochs, trainer_parts
+from fedgan_lightning.assembly import (
+    TRAINER_DEFAULTS,
+    RunSettings,
+    begun,
+    check_epochs,
+    trainer_parts,
+    with_client_options,
+)
 from fedgan_lightning.checkpoints import BestCheckpoint, LastCheckpoint
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.callback import Evaluation
@@ -69,14 +76,14 @@ class Federation:
         self.server = (
             ServerModule(model) if server_optimizer is None else ServerModule(model, optimizer=server_optimizer)
         )
-        self.orchestrator = FederatedOrchestrator(rounds=rounds, **federation)
+        self._options, client_trainer = with_client_options(trainer or {}, federation.pop("client_trainer", None))
+        self.orchestrator = FederatedOrchestrator(rounds=rounds, client_trainer=client_trainer, **federation)
         self.evaluation = evaluation if evaluation is not None else Evaluation()
         self.pictures = pictures if pictures is not None else SamplePictures()
         self.inspection = inspection if inspection is not None else Inspection()
         self.checkpoint = checkpoint if checkpoint is not None else LastCheckpoint()
         self.best = best if best is not None else BestCheckpoint()
         self.num_threads = num_threads
-        self._options = dict(trainer or {})
         check_precision(self._options.get("precision"))
         if "default_root_dir" in self._options:
             raise ConfigurationError(

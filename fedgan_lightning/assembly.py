@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from fedgan_lightning.checkpoints import AtomicCheckpointIO, read_checkpoint, rounds_in
 from fedgan_lightning.claim import claimed
 from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.federation.checks import CLIENT_TRAINER
 from fedgan_lightning.federation.drift import ClientDrift
 from fedgan_lightning.federation.executors.auto import AdaptiveExecutor
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
@@ -72,6 +73,20 @@ def check_epochs(options: Mapping[str, Any]) -> None:
                     fix="set federation.rounds",
                 )
             )
+
+
+def with_client_options(
+    options: Mapping[str, Any], of_clients: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the options of the server's Trainer, and those of clients': what the server has no use for is theirs.
+
+    Args:
+        options: What the user says of the Trainer.
+        of_clients: What the user says of clients' Trainers; it counts.
+    """
+    theirs = {name: options[name] for name in CLIENT_TRAINER if name in options and name != "detect_anomaly"}
+    servers = {name: value for name, value in options.items() if name not in theirs}
+    return servers, {**theirs, **(of_clients or {})}
 
 
 @contextmanager

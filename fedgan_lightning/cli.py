@@ -20,13 +20,20 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from fedgan_lightning.assembly import TRAINER_DEFAULTS, RunSettings, begun, check_epochs, trainer_parts
+from fedgan_lightning.assembly import (
+    TRAINER_DEFAULTS,
+    RunSettings,
+    begun,
+    check_epochs,
+    trainer_parts,
+    with_client_options,
+)
 from fedgan_lightning.checkpoints import BestCheckpoint, LastCheckpoint
 from fedgan_lightning.claim import check_writable
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.errors import ConfigurationError, FedGANError, message
 from fedgan_lightning.evaluation.callback import Evaluation
-from fedgan_lightning.federation.checks import check_precision
+from fedgan_lightning.federation.checks import CLIENT_TRAINER, check_precision, checked_client_trainer
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.files import expanded
@@ -166,7 +173,11 @@ class FederatedCLI(LightningCLI):
             config=self.config_text,
             hyperparameters=flatten({name: plain[name] for name in ("model", "data", "federation", "server")}),
         )
-        parts = trainer_parts(run, orchestrator=orchestrator, options=dict(config), is_fit=is_fit)
+        servers, theirs = with_client_options(config, orchestrator.client_trainer)
+        orchestrator.client_trainer = checked_client_trainer(theirs)
+        orchestrator.settings["federation"]["client_trainer"] = dict(orchestrator.client_trainer)
+        parts = trainer_parts(run, orchestrator=orchestrator, options=servers, is_fit=is_fit)
+        parts |= {name: CLIENT_TRAINER[name] for name in config if name not in servers}
         try:
             return super().instantiate_trainer(**kwargs, **parts)
         except (ValueError, TypeError, ImportError, RuntimeError) as error:  # Lightning's own words

@@ -1,9 +1,13 @@
-"""Optional hooks of modules and callbacks; whoever has one is asked, nobody needs to inherit anything."""
+"""Optional hooks of modules and callbacks; whoever has one is asked, nobody needs to inherit anything.
+
+A method is a hook if it can be called as one: somebody's ``sample(batch_size, steps)`` is a method of that name.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,14 +15,29 @@ from torch import Tensor
 from fedgan_lightning.protocol import ClientUpdate, RoundInfo
 
 
-@runtime_checkable
+def offers(owner: Any, hook: type) -> bool:
+    """Return whether an object has all methods of a protocol, and they can be called as the protocol says."""
+    for name, wanted in vars(hook).items():
+        if name.startswith("_") or not inspect.isfunction(wanted):
+            continue
+        method = getattr(owner, name, None)
+        if not callable(method):
+            return False
+        parameters = list(inspect.signature(wanted).parameters.values())[1:]
+        keywords = {own.name: None for own in parameters if own.kind is inspect.Parameter.KEYWORD_ONLY}
+        try:
+            inspect.signature(method).bind(*[None] * (len(parameters) - len(keywords)), **keywords)
+        except (TypeError, ValueError):  # it wants other arguments, or nobody knows which
+            return False
+    return True
+
+
 class ClientHook(Protocol):
     """Optional hook of a client module, called before its per-round ``fit``."""
 
     def on_client_round_start(self, info: RoundInfo) -> None: ...
 
 
-@runtime_checkable
 class StackHook(Protocol):
     """Optional hook of a client module: itself for several clients at once, as the vectorized executor trains them.
 
@@ -45,7 +64,6 @@ class StackedModule(Protocol):
         """Return scalars of the round, (clients,) each."""
 
 
-@runtime_checkable
 class StatisticsHook(Protocol):
     """Optional hook of a client module: its scalars of the round, beside those it logs.
 
@@ -56,7 +74,6 @@ class StatisticsHook(Protocol):
     def round_statistics(self) -> Mapping[str, Tensor]: ...
 
 
-@runtime_checkable
 class ServerHook(Protocol):
     """Optional hook of the global module, called after every server step.
 
@@ -66,11 +83,25 @@ class ServerHook(Protocol):
     def on_server_round_end(self, *, num_images: float) -> None: ...
 
 
-@runtime_checkable
 class RecalibrationHook(Protocol):
     """Optional hook of the global module: make buffers anew from the weights alone, after a server step."""
 
     def recalibrate(self) -> None: ...
+
+
+class PlacementHook(Protocol):
+    """Optional hook of a module: where its networks live unless settings say otherwise; see :mod:`.policy`.
+
+    A network that it names with ``server`` is ``None`` on clients.
+    """
+
+    def default_sync(self) -> Mapping[str, str]: ...
+
+
+class DataHook(Protocol):
+    """Optional hook of a module, called before the first round: refuse data that do not fit its networks."""
+
+    def check_data(self, sample_shape: Sequence[int], num_classes: int) -> None: ...
 
 
 class RoundListener(Protocol):
@@ -85,7 +116,6 @@ class RoundListener(Protocol):
     def on_round_end(self, trainer: Any, server: Any, info: RoundInfo, metrics: Mapping[str, float]) -> None: ...
 
 
-@runtime_checkable
 class SampleSource(Protocol):
     """A global module that can be sampled, as pictures and metrics need it."""
 

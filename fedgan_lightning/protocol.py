@@ -29,7 +29,7 @@ class UpdateEntry:
         dtype: Its dtype.
         group: ``delta`` for parameter updates, ``extras`` for everything else.
         rule: ``aggregator`` combines the entry by the federation's aggregator, ``sum`` adds it with ``weight`` over
-            ``denominator``, ``collect`` hands all clients' tensors to the algorithm.
+            ``denominator``, ``max`` takes the largest, ``collect`` hands all clients' tensors to the algorithm.
         weight: Weight of a client under ``sum``: ``one``, or ``population`` for pi_k, the aggregator's weight of client
             k over that of all clients of the federation, whether they were asked or not.
         denominator: What a ``sum`` is divided by: ``None`` for nothing, ``arrived`` for the sum of the weights of all
@@ -42,7 +42,7 @@ class UpdateEntry:
     shape: tuple[int, ...]
     dtype: torch.dtype
     group: Literal["delta", "extras"] = "extras"
-    rule: Literal["aggregator", "sum", "collect"] = "aggregator"
+    rule: Literal["aggregator", "sum", "max", "collect"] = "aggregator"
     weight: Literal["one", "population"] = "one"
     denominator: Literal["arrived"] | float | None = None
     kind: Literal["vector", "value"] = "value"
@@ -65,6 +65,9 @@ class ClientTask:
         schedule_positions: Steps already taken by each learning-rate schedule of the client module, by index.
         own: Entries that only this client receives.
         hyperparameters: Values of this round by name, such as ``learning_rate``.
+        rounds: Rounds of the whole run; 0 where that is not known.
+        total: Steps, or epochs, of the whole run; ``None`` if all rounds have as many as this one.
+        stepping: Steps of optimizers per minibatch in the rounds before.
     """
 
     client_id: int
@@ -77,12 +80,21 @@ class ClientTask:
     schedule_positions: tuple[int, ...] = ()
     own: State = field(default_factory=dict)
     hyperparameters: Mapping[str, float] = field(default_factory=dict)
+    rounds: int = 0
+    total: int | None = None
+    stepping: float = 1.0
 
     def span(self, *, steps_per_epoch: int) -> tuple[int, int]:
         """Return (first step, number of steps) of this round on the client's endless stream of minibatches."""
         unit, count = (1, self.steps) if self.steps is not None else (steps_per_epoch, self.epochs or 0)
         before = self.round * count if self.before is None else self.before
         return before * unit, count * unit
+
+    def planned(self, *, steps_per_epoch: int) -> int:
+        """Return the minibatches of the whole run; those up to the end of this round where that is not known."""
+        unit, count = (1, self.steps) if self.steps is not None else (steps_per_epoch, self.epochs or 0)
+        total = self.total if self.total is not None else max(self.rounds, self.round + 1) * count
+        return total * unit
 
 
 @dataclass(frozen=True)

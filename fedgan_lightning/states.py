@@ -32,10 +32,11 @@ class Kind(str, Enum):
     """What an entry of a state dict is."""
 
     PARAMETER = "parameter"
+    CONSTANT = "constant"  # nobody trains it: it does not travel
     STATISTIC = "statistic"  # floating buffer: mean, or anything else that can be averaged as it is
     VARIANCE = "variance"  # running variance, with a running mean beside it
     INTEGER = "integer"  # integer or boolean buffer: the mean, rounded, is what clients have where they agree
-    COUNTER = "counter"  # BatchNorm's count of minibatches, which decides nothing where its momentum is set
+    COUNTER = "counter"  # BatchNorm's count of minibatches, where its momentum is set and the count decides nothing
     SPECTRAL = "spectral"  # power-iteration vector
 
 
@@ -52,28 +53,91 @@ def network_of(name: str) -> str:
     return name.split(".", 1)[0] if "." in name else ROOT
 
 
-def describe(module: nn.Module) -> dict[str, Entry]:
-    """Return an :class:`Entry` for every name in ``module.state_dict()``, in the same order, tied parameters once."""
+def describe(module: nn.Module, *, constants: frozenset[str] = frozenset()) -> dict[str, Entry]:
+    """Return an :class:`Entry` for every name in ``module.state_dict()``, in the same order, tied parameters once.
+
+    Args:
+        module: The module.
+        constants: Names of the entries that nobody trains.
+    """
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
     first_names = {name for name, _ in module.named_parameters()}
-    spectral = _spectral_names(module)
+    spectral, cumulative = _spectral_names(module), _cumulative_counts(module)
     state = module.state_dict()
     entries = {}
     for name, value in state.items():
         if name in parameters - first_names:
             continue  # a tied parameter travels once, under its first name
-        if name in parameters:
+        if name in constants:
+            kind = Kind.CONSTANT
+        elif name in parameters:
             kind = Kind.PARAMETER
         elif name in spectral:
             kind = Kind.SPECTRAL
         elif not torch.is_floating_point(value):
-            kind = Kind.COUNTER if name.endswith("num_batches_tracked") else Kind.INTEGER
+            is_count = name.endswith("num_batches_tracked") and name not in cumulative
+            kind = Kind.COUNTER if is_count else Kind.INTEGER
         elif name.endswith("running_var") and mean_name(name) in state:
             kind = Kind.VARIANCE
         else:
             kind = Kind.STATISTIC
         entries[name] = Entry(network=network_of(name), kind=kind)
     return entries
+
+
+def _cumulative_counts(module: nn.Module) -> set[str]:
+    """Return the counts by which BatchNorm without a momentum weighs a minibatch."""
+    return {
+        f"{prefix}.num_batches_tracked" if prefix else "num_batches_tracked"
+        for prefix, child in module.named_modules()
+        if getattr(child, "num_batches_tracked", None) is not None and getattr(child, "momentum", 0) is None
+    }
+
+
+def frozen(module: nn.Module) -> frozenset[str]:
+    """Return the entries of a module that nobody trains: its constants.
+
+    They are parameters without gradients, and the buffers of a child in evaluation mode that has no others. A copy of
+    something that is trained, with parameters of the same names and shapes in the same order, is none: it is a moving
+    average or a target, and changes.
+    """
+    names = {name for name, own in module.named_parameters() if not own.requires_grad}
+    if not names:
+        return frozenset()
+    found = {name for name in names if "." not in name}
+    trained = {
+        _signature(child)
+        for prefix, child in module.named_modules()
+        if _is_network(prefix, child) and any(own.requires_grad for own in child.parameters())
+    }
+    _collect_frozen(module, "", names, trained, found)
+    return frozenset(found)
+
+
+def _is_network(prefix: str, child: nn.Module) -> bool:
+    """Whether a child is one that somebody may copy: at the first level, or at the second with children of its own."""
+    depth = prefix.count(".") + 1 if prefix else 0
+    return depth == 1 or (depth == 2 and next(child.children(), None) is not None)
+
+
+def _signature(module: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((name.rpartition(".")[2], tuple(own.shape)) for name, own in module.named_parameters())
+
+
+def _collect_frozen(module: nn.Module, prefix: str, names: set[str], trained: set[Any], found: set[str]) -> None:
+    """Add the constants below a module, of which some parts may be trained and others be copies of those."""
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        own = [f"{path}.{inner}" for inner, _ in child.named_parameters()]
+        is_frozen = bool(own) and names.issuperset(own)
+        if is_frozen and _signature(child) in trained:
+            continue  # a copy
+        copies = any(_signature(part) in trained for _, part in child.named_modules() if part is not child)
+        if is_frozen and not (copies and _is_network(path, child)):
+            found.update(own if child.training else (f"{path}.{inner}" for inner in child.state_dict()))
+        else:
+            found.update(inner for inner in own if inner in names and "." not in inner.removeprefix(f"{path}."))
+            _collect_frozen(child, f"{path}.", names, trained, found)
 
 
 def mean_name(variance_name: str) -> str:

@@ -19,7 +19,7 @@ from fedgan_lightning.packing import Layout
 from fedgan_lightning.protocol import ROUND_TRIP, ClientFailure, ClientReport, ClientTask, Executor, State, UpdateSum
 
 #: Scalars that sites say in the clear: they follow from sizes and clocks, not from data.
-CLEAR = ("images", "steps", "seconds")
+CLEAR = ("images", "steps", "optimizer_steps", "seconds")
 #: Stages at which a client that is lost has not been sent its task.
 BEFORE_THE_TASK = ("advertise", "share")
 

@@ -32,10 +32,10 @@ from fedgan_lightning.federation.client_update import ClientContext
 from fedgan_lightning.federation.costs import bytes_by_network
 from fedgan_lightning.federation.local import LocalTrainer
 from fedgan_lightning.federation.optimizer_state import only_moments
-from fedgan_lightning.federation.policy import resolve
 from fedgan_lightning.federation.report import is_position, lengths
 from fedgan_lightning.federation.store import ClientStore
 from fedgan_lightning.federation.transform_chain import TransformChain
+from fedgan_lightning.hooks import DataHook, offers
 from fedgan_lightning.protocol import ClientTask, ClientUpdate, State
 from fedgan_lightning.states import network_of
 from fedgan_lightning.version import __version__
@@ -126,8 +126,9 @@ class Site:
             view = data.client_samples(part)
         self.whole, self.digest = data, digest_of(cli.plain_settings, data)
         self.data = SiteData(view, client_id=client_id, batch_size=data.batch_size, seed=data.seed)
-        if hasattr(self.module, "check_data"):
-            self.module.check_data(data.sample_shape, data.num_classes)
+        self.preview, self.prepared = self.orchestrator.begin(self.trainer, self.module, self.data, "fit")
+        if offers(self.module, DataHook):
+            self.module.check_data(data.sample_shape, data.num_classes)  # type: ignore[operator]
 
     @classmethod
     def of(
@@ -209,12 +210,8 @@ class Site:
 
     def _context(self, store: ClientStore) -> ClientContext:
         options = self.orchestrator
-        policy = resolve(
-            self.module, sync=options.sync, optimizer_state=options.optimizer_state, buffers=options.buffers
-        )
+        policy = options.policy_of(self.module)
         root = self.trainer.strategy.root_device
-        trainer_options: dict[str, Any] = {"accelerator": root.type, "precision": self.trainer.precision}
-        trainer_options["devices"] = [root.index] if root.type == "cuda" else 1
         return ClientContext(
             model=self.module,
             data=self.data,
@@ -222,12 +219,22 @@ class Site:
             store=store,
             algorithm=options.algorithm,
             transforms=TransformChain(options.transforms),
-            trainer_options=trainer_options,
+            trainer_options=options.client_options(root, precision=self.trainer.precision),
+            prepared=self.prepared,
+            preview=self.preview,
+            callbacks=options.client_callbacks,
+            attributes=options.client_attributes,
+            logs=self.state_dir / "client_logs",
+            num_logged=self.client_id + 1 if options.client_logs else 0,
         )
 
     @staticmethod
     def _run(task: ClientTask, context: ClientContext) -> ClientUpdate:
-        update = LocalTrainer(context).run(task)
+        trainer = LocalTrainer(context)
+        try:
+            update = trainer.run(task)
+        finally:
+            trainer.close()
         checked_states(update)
         return update
 

@@ -82,6 +82,9 @@ def from_task(task: ClientTask, *, accepted: int, digest: str) -> Any:
         "before": task.before if task.before is not None else -1,
         "schedule_positions": list(task.schedule_positions),
         "hyperparameters": json.dumps(dict(task.hyperparameters)),
+        "rounds": task.rounds,
+        "total": task.total if task.total is not None else -1,
+        "stepping": task.stepping,
         "accepted": accepted,
         "digest": digest,
     }
@@ -102,6 +105,9 @@ def to_task(records: Any) -> tuple[ClientTask, int]:
         schedule_positions=tuple(int(position) for position in facts["schedule_positions"]),
         own=state_of(records, "own"),
         hyperparameters={str(n): float(v) for n, v in json.loads(str(facts["hyperparameters"])).items()},
+        rounds=int(facts["rounds"]),
+        total=_known(facts["total"]),
+        stepping=float(facts["stepping"]),
     )
     return task, int(facts["accepted"])
 

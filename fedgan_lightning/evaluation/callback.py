@@ -19,8 +19,11 @@ from fedgan_lightning.errors import ConfigurationError, OutOfRangeError, QuorumE
 from fedgan_lightning.evaluation.metrics import Metric
 from fedgan_lightning.evaluation.modalities import default_metrics
 from fedgan_lightning.evaluation.watchers import check_watchers
+from fedgan_lightning.federation.preparation import is_foreign
+from fedgan_lightning.federation.sample_source import SampleWith, sampler_of, trial
 from fedgan_lightning.federation.server import ServerModule
-from fedgan_lightning.hooks import SampleSource, completed_rounds, planned_rounds
+from fedgan_lightning.gan.module import GAN
+from fedgan_lightning.hooks import completed_rounds, planned_rounds
 from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import make_generator
 
@@ -36,6 +39,9 @@ class Evaluation(L.Callback):
         num_samples: Generated samples per evaluation.
         seed: Seed of the latents: the same in every evaluation, so that curves compare.
         raw: Also evaluate the raw weights where there is a moving average, as ``NAME_raw``.
+        sample_with: How somebody else's module is sampled: a function of the module and the number of samples. Without
+            one it is looked for: ``sample`` with whatever names its arguments have, or ``forward(z)`` with a
+            ``latent_dim``.
 
     Attributes:
         facts: What is true of the whole run: floors, sample counts, hash of the feature network.
@@ -54,10 +60,12 @@ class Evaluation(L.Callback):
         num_samples: int = 2500,
         seed: int = 0,
         raw: bool = False,
+        sample_with: SampleWith | None = None,
     ) -> None:
         self.metrics = None if metrics is None else list(metrics)
         self._asked = metrics is not None
         self.every_n_rounds, self.num_samples, self.seed, self.raw = every_n_rounds, num_samples, seed, raw
+        self.sample_with = sample_with
         self.facts: dict[str, Any] = {}
         self.history: list[dict[str, float]] = []
         self.latest: dict[str, float] = {}
@@ -70,13 +78,8 @@ class Evaluation(L.Callback):
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, FederatedDataModule):
-            raise ConfigurationError(
-                message(
-                    "Evaluation must have a FederatedDataModule to read",
-                    received=type(data).__name__,
-                    fix="pass one as datamodule",
-                )
-            )
+            self._go_without_samples(data)
+            return
         if data is not self._data:
             self._data, self._ready, self.facts, self.left_out = data, [], {}, []
         if self.metrics is None:
@@ -85,9 +88,42 @@ class Evaluation(L.Callback):
             self.metrics = [own for own in self.metrics if own not in blind]
             self.left_out = [type(own).__name__ for own in blind]
             logger.info(f"not measured, because clients' samples are elsewhere: {', '.join(self.left_out)}")
+        if self.metrics and isinstance(pl_module, ServerModule):
+            self._find_samples(pl_module, data)
         _warn_of_silence(pl_module, self.metrics)
         self.facts["num_samples"] = self.num_samples
         self._prepare(trainer, patient=stage == "fit")
+
+    def _go_without_samples(self, data: Any) -> None:
+        """Measure nothing, where nobody can say what real samples are.
+
+        Raises:
+            ConfigurationError: If metrics were asked for.
+        """
+        if self.metrics:
+            raise ConfigurationError(
+                message(
+                    "metrics must have data whose samples are at hand, as a FederatedDataModule has them",
+                    received=f"evaluation.metrics of {type(data).__name__}",
+                    fix="set evaluation.metrics to []",
+                )
+            )
+        logger.info(f"nothing is measured: {type(data).__name__} has no samples at hand to compare with")
+        self.metrics, self._data, self._ready = [], None, []
+
+    def _find_samples(self, server: ServerModule, data: FederatedDataModule) -> None:
+        """Find out how the module is sampled, and go without samples where they are of no use."""
+        server.sample_with, server.cannot_sample = self.sample_with, ""
+        if isinstance(server.model, GAN) or not server.can_sample:
+            return
+        sampler = sampler_of(server.model, self.sample_with)
+        assert sampler is not None
+        server.cannot_sample = trial(sampler, data.sample_shape) or ""
+        if server.cannot_sample:
+            logger.warning(
+                f"no samples of {type(server.model).__name__} are measured or drawn: {server.cannot_sample}. "
+                "Set evaluation.sample_with to a function of the module and the number of samples"
+            )
 
     def _prepare(self, trainer: L.Trainer, *, patient: bool) -> None:
         """Prepare the metrics that are not ready, and leave out those that cannot be taken here.
@@ -128,7 +164,8 @@ class Evaluation(L.Callback):
             self._log(trainer, pl_module, self.evaluate(trainer, pl_module), monitor=False)
         measured = {name for entry in self.history for name in entry} - {"rounds"}
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        check_watchers(callbacks, measured=measured, every_n_rounds=self.every_n_rounds)
+        is_known = isinstance(pl_module, ServerModule) and not is_foreign(pl_module.model)
+        check_watchers(callbacks, measured=measured, every_n_rounds=self.every_n_rounds, is_known=is_known)
 
     def on_round_end(self, trainer: L.Trainer, server: ServerModule, info: Any, metrics: Any) -> None:
         """Score the generator every ``every_n_rounds``, and at the end."""
@@ -167,7 +204,7 @@ class Evaluation(L.Callback):
                     raise
                 name = type(metric).__name__
                 logger.warning(f"{name} is not measured after round {completed_rounds(trainer)}: {error}")
-        if pl_module.can_sample:
+        if pl_module.can_sample and metrics:
             data: FederatedDataModule = trainer.datamodule  # type: ignore[attr-defined]
             values |= self._score_samples(metrics, data, pl_module)
         same_everywhere: dict[str, float] = trainer.strategy.broadcast(values)  # hosts may round differently
@@ -221,9 +258,13 @@ def _condition(pl_module: L.LightningModule) -> Any:
 
 def _warn_of_silence(pl_module: L.LightningModule, metrics: Sequence[Metric]) -> None:
     """Say so where nothing will be measured."""
-    if isinstance(pl_module, ServerModule) and not isinstance(pl_module.model, SampleSource):
+    if isinstance(pl_module, ServerModule) and sampler_of(pl_module.model, pl_module.sample_with) is None:
         name = type(pl_module.model).__name__
-        warnings.warn(f"{name} has no sample method: there are no sample metrics and no pictures of it", stacklevel=3)
+        warnings.warn(
+            f"{name} has no sample method that can be called with a number of samples: there are no sample metrics and "
+            "no pictures of it. Set evaluation.sample_with to a function that draws them",
+            stacklevel=3,
+        )
     if metrics and _condition(pl_module) and all(type(own).inspect is Metric.inspect for own in metrics):
         warnings.warn(
             "a generator that needs conditions makes no samples from noise alone: "

@@ -13,19 +13,22 @@ from fedgan_lightning.errors import ConfigurationError, message
 KNOWN = ("fedgan_lightning.", "lightning.")
 
 
-def check_watchers(callbacks: Iterable[Any], *, measured: Collection[str], every_n_rounds: int) -> None:
+def check_watchers(
+    callbacks: Iterable[Any], *, measured: Collection[str], every_n_rounds: int, is_known: bool = True
+) -> None:
     """Refuse callbacks that would miss their metric, or take that of an earlier round for this one's.
 
     Args:
         callbacks: Those of the Trainer.
         measured: What the evaluation measures.
         every_n_rounds: Rounds between evaluations.
+        is_known: Whether it is known what clients log: somebody else's module may log anything.
 
     Raises:
         ConfigurationError: If one watches a metric that is not measured, or in rounds in which it is not.
     """
     listed = list(callbacks)
-    others_log = any(not type(own).__module__.startswith(KNOWN) for own in listed)
+    others_log = not is_known or any(not type(own).__module__.startswith(KNOWN) for own in listed)
     for own in listed:
         watched = getattr(own, "monitor", None)
         if not isinstance(own, (EarlyStopping, ModelCheckpoint)) or watched is None:

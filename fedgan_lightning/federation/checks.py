@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import lightning as L
@@ -11,6 +10,7 @@ import torch
 from fedgan_lightning.errors import ConfigurationError, FedGANError, message
 from fedgan_lightning.federation.optimizer_state import optimizers_in
 from fedgan_lightning.federation.policy import Policy
+from fedgan_lightning.federation.preparation import client_copy
 from fedgan_lightning.federation.round_schedules import check_names
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.federation.transform_chain import TransformChain
@@ -96,14 +96,21 @@ def check_parts(federation: Any, module: L.LightningModule, policy: Policy) -> N
     check_names(federation.schedules, module=module, scheduled=algorithm.scheduled, has_epochs=has_epochs)
 
 
-def check_optimizers(server: ServerModule) -> None:
+def check_optimizers(server: ServerModule, preview: L.Trainer | None) -> None:
     """Refuse settings of optimizers and schedules that they refuse themselves, before a client trains with them.
+
+    Args:
+        server: The server.
+        preview: What a module of somebody else's finds as its Trainer.
 
     Raises:
         ConfigurationError: If the module's, or the server's, cannot be made.
     """
-    ours = isinstance(server.model, GAN)
-    for owner, module in (("the model", server.model if ours else copy.deepcopy(server.model)), ("the server", server)):
+    ours, model = isinstance(server.model, GAN), server.model
+    if not ours:
+        model = client_copy(server.model, server.policy)
+        model.trainer = preview  # type: ignore[assignment]
+    for owner, module in (("the model", model), ("the server", server)):
         try:
             with isolated_rng(0):
                 made = optimizers_in(module.configure_optimizers())
@@ -123,6 +130,59 @@ def check_optimizers(server: ServerModule) -> None:
             ) from error
         except Exception:  # a module may ask its Trainer, which it has in a round only
             continue
+
+
+#: Options of a Trainer that reach the clients', by the value that changes nothing.
+CLIENT_TRAINER: dict[str, Any] = {
+    "gradient_clip_val": None,
+    "gradient_clip_algorithm": None,
+    "accumulate_grad_batches": 1,
+    "detect_anomaly": False,
+}
+
+
+def checked_client_trainer(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of clients' Trainers that change something.
+
+    Raises:
+        ConfigurationError: If one is not theirs to have.
+    """
+    if unknown := sorted({*options} - {*CLIENT_TRAINER}):
+        raise ConfigurationError(
+            message(
+                f"federation.client_trainer must have options among {', '.join(CLIENT_TRAINER)}",
+                received=", ".join(unknown),
+                fix="set accelerator, devices and precision by trainer, and local work by federation.local_steps",
+            )
+        )
+    every = options.get("accumulate_grad_batches") or 1
+    if not isinstance(every, int) or every < 1:
+        raise ConfigurationError(
+            message(
+                "federation.client_trainer.accumulate_grad_batches must be a whole number of at least 1",
+                received=repr(every),
+                fix="write one",
+            )
+        )
+    return {name: value for name, value in options.items() if value is not None and value != CLIENT_TRAINER[name]}
+
+
+def check_client_trainer(options: dict[str, Any], module: L.LightningModule) -> None:
+    """Refuse options of automatic optimization for a module that optimizes by itself.
+
+    Raises:
+        ConfigurationError: If there are any.
+    """
+    automatic = sorted({*options} - {"detect_anomaly"})
+    if automatic and not module.automatic_optimization:
+        own = "model.clip_gradient_norm" if isinstance(module, GAN) else "self.clip_gradients in its training_step"
+        raise ConfigurationError(
+            message(
+                "options of automatic optimization must have a module that leaves its optimization to Lightning",
+                received=f"{automatic[0]} for {type(module).__name__}, which optimizes by itself",
+                fix=f"take it out, and use {own}",
+            )
+        )
 
 
 def check_precision(precision: Any) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -23,7 +24,7 @@ from fedgan_lightning.federation.algorithm import FederatedAlgorithm
 from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.federation.ranks import Ranks
 from fedgan_lightning.federation.round_schedules import ALGORITHM
-from fedgan_lightning.federation.round_trainer import device_of
+from fedgan_lightning.federation.round_trainer import TrainerClock, clock_of, device_of
 from fedgan_lightning.federation.store import ClientStore
 from fedgan_lightning.federation.transform_chain import TransformChain
 from fedgan_lightning.packing import Layout, Packed, unstack
@@ -50,6 +51,12 @@ class ClientContext:
         trainer_options: Accelerator, devices and precision of per-round Trainers.
         stop_requested: Asked between minibatches; when true, the round is given up.
         ranks: The processes that share the run.
+        prepared: Hooks of the module that were called before the first round, and are not called on clients.
+        preview: What a module finds as its Trainer outside of a round; ``None`` for none.
+        callbacks: The user's callbacks on clients.
+        attributes: Dotted names of plain attributes of the module that every client keeps.
+        logs: Folder of what clients log; ``None`` for nothing.
+        num_logged: Clients that log: those with smaller numbers.
     """
 
     model: L.LightningModule
@@ -61,6 +68,12 @@ class ClientContext:
     trainer_options: Mapping[str, Any] = field(default_factory=dict)
     stop_requested: Callable[[], bool] = never
     ranks: Ranks = field(default_factory=Ranks)
+    prepared: frozenset[str] = frozenset()
+    preview: L.Trainer | None = None
+    callbacks: Sequence[L.Callback] = ()
+    attributes: Sequence[str] = ()
+    logs: Path | None = None
+    num_logged: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -93,10 +106,19 @@ class StartingPoint:
     passing: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, client: L.LightningModule, policy: Policy) -> StartingPoint:
-        """Return the starting point of clients that are copies of ``client``."""
+    def of(cls, client: L.LightningModule, policy: Policy, *, constants: bool = False) -> StartingPoint:
+        """Return the starting point of clients that are copies of ``client``.
+
+        Args:
+            client: The copy.
+            policy: What travels and what stays.
+            constants: Whether entries that nobody trains are needed, too: a stack has them once per client.
+        """
         state = client.state_dict()
+        kinds = [kind for kind in Kind if kind is not Kind.CONSTANT]
         stays = {*policy.private, *policy.names(Kind.COUNTER, sync=("average", "served"))}
+        stays |= {*policy.names(*kinds, sync="server")} & state.keys()  # of what does not travel, clients have a copy
+        stays |= {*policy.constants} if constants else set()
         initial = {name: state[name].detach().clone() for name in stays}
         passing = {n: b.detach().clone() for n, b in client.named_buffers() if n not in state}
         return cls(initial=initial, passing=passing)
@@ -206,6 +228,18 @@ class Visit:
         return found
 
     # ------------------------------------------------------------------ for trainers
+
+    @property
+    def clock(self) -> TrainerClock:
+        """Where the Trainer of the first client stands."""
+        task, info, data = self.tasks[0], self.infos[0], self.context.data
+        planned = task.planned(steps_per_epoch=data.steps_per_epoch(task.client_id))
+        return clock_of(task, info, planned=planned, options=self.context.trainer_options)
+
+    @property
+    def stored(self) -> State:
+        """Everything that the first client keeps."""
+        return self._stored[0]
 
     def module_state(self, initial: State) -> dict[str, Tensor]:
         """Return every entry of the client's module: the server's, its own, and ``initial`` ones for the rest."""

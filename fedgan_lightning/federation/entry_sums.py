@@ -1,4 +1,4 @@
-"""Entries that are not the aggregator's business: summed with weights that the server knows, or collected."""
+"""Entries that are not the aggregator's business: summed with weights that the server knows, the largest, collected."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Answer = TypeVar("Answer", ClientUpdate, UpdateSum)
 
 
 class EntrySums:
-    """Adds up entries with the rule ``sum`` in float64, and keeps those with the rule ``collect``.
+    """Adds up entries with the rule ``sum`` in float64, takes the largest under ``max``, keeps those to ``collect``.
 
     Args:
         entries: All entries of an update by name.
@@ -27,15 +27,17 @@ class EntrySums:
 
     def __init__(self, entries: Mapping[str, UpdateEntry], *, aggregator: Aggregator, sizes: Iterable[int]) -> None:
         self.summed = {name: entry for name, entry in entries.items() if entry.rule == "sum"}
+        self.maxima = {name for name, entry in entries.items() if entry.rule == "max"}
         self.collected = {name for name, entry in entries.items() if entry.rule == "collect"}
         self._weight: Callable[[int], float] = aggregator.weight if aggregator.additive else lambda size: 1.0
         self._population = sum(map(self._weight, sizes)) if self.summed else 1.0
         self._sums: dict[str, Tensor] = {}
         self._arrived = {"one": 0.0, "population": 0.0}
         self._kept: dict[int, dict[str, Tensor]] = {}
+        self._largest: dict[str, Tensor] = {}
 
     def __bool__(self) -> bool:
-        return bool(self.summed or self.collected)
+        return bool(self.summed or self.maxima or self.collected)
 
     def add(self, update: ClientUpdate) -> None:
         """Take this object's entries of an update that counts."""
@@ -46,6 +48,7 @@ class EntrySums:
             self._add(name, values[name], weights[entry.weight])
         for kind, weight in weights.items():
             self._arrived[kind] += weight
+        self._largest = _larger(self._largest, {name: values[name].detach().cpu() for name in self.maxima})
         if self.collected:
             self._kept[update.client_id] = {name: values[name].detach().cpu() for name in sorted(self.collected)}
 
@@ -71,7 +74,7 @@ class EntrySums:
         return dataclasses.replace(answer, delta=self._rest(answer.delta), extras=self._rest(answer.extras))
 
     def _rest(self, state: State) -> State:
-        others = {n: v for n, v in state.items() if n not in self.summed and n not in self.collected}
+        others = {n: v for n, v in state.items() if n not in {*self.summed, *self.maxima, *self.collected}}
         return state if len(others) == len(state) else Packed.of(others)
 
     def totals(self, ranks: Ranks) -> tuple[dict[str, Tensor], dict[int, State]]:
@@ -85,4 +88,12 @@ class EntrySums:
             total = ranks.sum_(self._sums.get(name, empty))
             by = arrived[entry.weight] if entry.denominator == "arrived" else entry.denominator
             found[name] = (total if not by else total / by).to(entry.dtype)
+        for own in ranks.exchange_states({ranks.rank: self._largest}).values() if self.maxima else ():
+            self._largest = _larger(self._largest, own)
+        found |= self._largest
         return found, dict(ranks.exchange_states(self._kept)) if self.collected else {}
+
+
+def _larger(first: State, second: State) -> dict[str, Tensor]:
+    """Return the larger of two values of every entry; that of one where the other has none."""
+    return {**first, **{n: torch.maximum(first[n], own) if n in first else own for n, own in second.items()}}

@@ -11,7 +11,7 @@ callbacks can see is the same: the same hooks in the same order, and ``self.log`
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,13 +45,13 @@ class FastTrainer:
         self._trainer._signal_connector = _NoSignals(self._trainer)  # signals are the outer Trainer's business
         self._external_callbacks = list(self._trainer.callbacks)  # type: ignore[attr-defined]
 
-    def renewed(self, callback: L.Callback) -> L.Trainer:
-        """Return the Trainer, ready for a fit."""
+    def renewed(self, callbacks: Sequence[L.Callback]) -> Any:
+        """Return the Trainer, ready for a fit with these callbacks."""
         trainer = self._trainer
         trainer.fit_loop = _KnownLength(trainer, max_epochs=1)
         trainer.fit_loop.epoch_loop = QuietEpochLoop(trainer)
         trainer.should_stop = False
-        trainer.callbacks = [*self._external_callbacks, callback]  # type: ignore[attr-defined]
+        trainer.callbacks = [*self._external_callbacks, *callbacks]  # type: ignore[attr-defined]
         return trainer
 
 
@@ -143,11 +143,14 @@ TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_af
 
 
 class QuietEpochLoop(_TrainingEpochLoop):
-    """Passes minibatches to ``training_step`` of a module with manual optimization; others take Lightning's way."""
+    """Passes minibatches to ``training_step`` of a module with manual optimization and without validation; others take
+    Lightning's way.
+    """
 
     def run(self, data_fetcher: Any) -> None:
         module: Any = self.trainer.lightning_module
-        if module.automatic_optimization or isinstance(data_fetcher, _DataLoaderIterDataFetcher):
+        plain = not isinstance(data_fetcher, _DataLoaderIterDataFetcher) and not self.trainer.enable_validation
+        if module.automatic_optimization or not plain:
             super().run(data_fetcher)
             return
         self.reset()

@@ -5,24 +5,29 @@ Whoever runs clients in this way, in one process or on a machine of their own, u
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor
 
 from fedgan_lightning import states
-from fedgan_lightning.errors import ClientError, RoundInterrupted
+from fedgan_lightning.errors import ClientError, ConfigurationError, RoundInterrupted, message
 from fedgan_lightning.federation import optimizer_state
+from fedgan_lightning.federation.client_data import datamodule_of
+from fedgan_lightning.federation.client_log import SILENT, ClientLogger
 from fedgan_lightning.federation.client_update import ClientContext, StartingPoint, Visit, client_updates
+from fedgan_lightning.federation.kept_state import KeptState, restore_plateaus
 from fedgan_lightning.federation.policy import Policy
+from fedgan_lightning.federation.preparation import client_copy, is_foreign, own_hook
 from fedgan_lightning.federation.round_schedules import set_hyperparameters
-from fedgan_lightning.federation.round_trainer import RoundTrainer, batch_length, schedulers_of
+from fedgan_lightning.federation.round_trainer import Fit, RoundTrainer, TrainerClock, batch_length, schedulers_of
 from fedgan_lightning.federation.step_hooks import begin, check_has_trained
-from fedgan_lightning.hooks import ClientHook, StatisticsHook
+from fedgan_lightning.gan.module import GAN
+from fedgan_lightning.hooks import ClientHook, StatisticsHook, offers
 from fedgan_lightning.packing import plain
 from fedgan_lightning.protocol import ClientTask, ClientUpdate
 from fedgan_lightning.seeding import isolated_rng
@@ -78,8 +83,8 @@ class Attempt:
 class LocalTrainer:
     """Trains one client at a time on one resident copy of the module.
 
-    Parameters, buffers, gradients and optimizer state never pass from one client to the next. Plain Python attributes
-    that a foreign module changes while training do: keep such state in buffers.
+    Nothing passes from one client to the next: neither parameters, buffers, gradients and optimizer state, nor plain
+    attributes of the module. What a client keeps of the latter is the user's to name.
 
     Args:
         context: Module, data, policy, algorithm and store.
@@ -87,12 +92,21 @@ class LocalTrainer:
 
     def __init__(self, context: ClientContext) -> None:
         self.context = context
-        self.module = client_copy(context.model, context.policy)
+        self.module = client_copy(context.model, context.policy, context.prepared)
         self.clock = optimizer_state.ScheduleClock()
         self.trainer = RoundTrainer(context.trainer_options)
         self.start = StartingPoint.of(self.module, context.policy)
-        self._counts_rounds = isinstance(self.module, ClientHook)  # such a check takes as long as a small layer
-        self.reports = isinstance(self.module, StatisticsHook)
+        self.kept = KeptState(
+            self.module,
+            attributes=context.attributes,
+            callbacks=context.callbacks,
+            ignored=GAN.round_attributes if isinstance(self.module, GAN) else frozenset(),
+        )
+        self.constants = Constants(self.module, context.policy)
+        self._is_foreign = is_foreign(self.module)
+        self._counts_rounds = offers(self.module, ClientHook)  # such a check takes as long as a small layer
+        self.reports = offers(self.module, StatisticsHook)
+        self._log = None if context.logs is None or not self._is_foreign else ClientLogger(context.logs)
 
     def run(self, task: ClientTask) -> ClientUpdate:
         """Return the client's update.
@@ -114,14 +128,22 @@ class LocalTrainer:
             check_has_trained(self.context.algorithm, bool(callback.metrics))
             attempt.go_on()
             attempt.stage = "update"
+            self.constants.check()
             metrics = plain({**callback.metrics, "seconds": attempt.seconds})
             ((update, private),) = client_updates(visit, [metrics])
-            self.context.store.write(task.client_id, private)
+            own = self.kept.private(callback.schedulers)
+            self.context.store.write(task.client_id, {**private, **own} if own else private)
             return update
+
+    def close(self) -> None:
+        """End what the client has begun."""
+        if self._log is not None:
+            self._log.close()
 
     def _load(self, visit: Visit) -> None:
         """Put the module where this client starts."""
         visit.module = self.module
+        self.kept.load(visit.stored)
         states.load_entries(self.module, visit.module_state(self.start.initial))
         set_hyperparameters(self.module, visit.tasks[0].hyperparameters)
         with torch.no_grad():
@@ -131,23 +153,40 @@ class LocalTrainer:
         self.module.zero_grad(set_to_none=True)
 
     def _fit(self, visit: Visit, callback: _InTrainer) -> None:
-        (task,), (info,) = visit.tasks, visit.infos
-        batches = self.context.data.client_batches(task.client_id, first_step=info.first_step, num_steps=info.num_steps)
-        trainer = self.trainer.fit(self.module, batches, callback=callback)
-        counts = {"images": callback.num_images, "steps": info.num_steps}
+        (task,), (info,), data = visit.tasks, visit.infos, self.context.data
+        fit = Fit(
+            batches=data.client_batches(task.client_id, first_step=info.first_step, num_steps=info.num_steps),
+            callback=callback,
+            clock=visit.clock,
+            validation=validation_batches(data, task.client_id, self.module),
+            callbacks=self.kept.callbacks,
+            logger=self._logger(task, visit.clock),
+            datamodule=datamodule_of(data, task.client_id) if self._is_foreign else None,
+        )
+        trainer = self.trainer.fit(self.module, fit)
+        counts = {"images": callback.num_images, "steps": info.num_steps, "optimizer_steps": callback.optimizer_steps}
         callback.metrics = {**trainer.callback_metrics, **callback.metrics, **counts}
+
+    def _logger(self, task: ClientTask, clock: TrainerClock) -> Logger:
+        if self._log is None or task.client_id >= self.context.num_logged:
+            return SILENT
+        self._log.begin(task.client_id, round=task.round, step=clock.global_step)
+        return self._log
 
 
 class _InTrainer(L.Callback):
-    """A visit inside its Trainer: restore moments, count images, read the module's statistics."""
+    """A visit inside its Trainer: restore moments, count images, read the module's statistics, end with the epoch."""
 
     def __init__(self, owner: LocalTrainer, visit: Visit, attempt: Attempt) -> None:
         self.owner, self.visit, self.attempt = owner, visit, attempt
         self.num_images = 0
+        self.optimizer_steps = 0
+        self.schedulers: list[Any] = []
         self.metrics: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         begin(self.visit, trainer, self.owner.clock)
+        restore_plateaus(schedulers_of(trainer), self.visit.stored)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -155,24 +194,51 @@ class _InTrainer(L.Callback):
         self.attempt.go_on()
         self.num_images += batch_length(batch)
 
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.should_stop = True  # the next round is another fit
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.optimizer_steps = trainer.global_step - self.visit.clock.global_step
+        self.schedulers = schedulers_of(trainer)
         if self.owner.reports:
             found: Mapping[str, Tensor] = pl_module.round_statistics()  # type: ignore[operator]
             self.metrics |= found
-        self.metrics |= self.owner.clock.positions(schedulers_of(trainer))
+        self.metrics |= self.owner.clock.positions(self.schedulers)
 
 
-def client_copy(model: L.LightningModule, policy: Policy) -> L.LightningModule:
-    """Return a copy of the global module as clients have it: without networks that live on the server only.
+class Constants:
+    """Entries that nobody trains, and a look at whether that is true.
 
-    Such a network is ``None`` on clients.
+    Args:
+        module: The clients' module.
+        policy: Says which they are.
     """
-    trainer = model._trainer
-    model.trainer = None  # a copy of the module must not copy the server's Trainer
-    try:
-        copied = copy.deepcopy(model)
-    finally:
-        model.trainer = trainer
-    for network in policy.server_networks:
-        setattr(copied, network, None)
-    return copied
+
+    def __init__(self, module: L.LightningModule, policy: Policy) -> None:
+        state = module.state_dict()
+        self._values = {name: (state[name], state[name].detach().clone()) for name in policy.constants if name in state}
+
+    def check(self) -> None:
+        """Refuse training that has changed one: it would be lost with the round.
+
+        Raises:
+            ConfigurationError: If one has changed.
+        """
+        for name, (value, before) in self._values.items():
+            if not torch.equal(value, before.to(value.device)):
+                part = name.rpartition(".")[0] or name
+                raise ConfigurationError(
+                    message(
+                        "what training changes must be trained, or have a placement",
+                        received=f"{name}, which has no gradient when the run begins",
+                        fix=f"set federation.sync.{part} to average, local (every client its own), or server",
+                    )
+                )
+
+
+def validation_batches(data: Any, client_id: int, module: L.LightningModule) -> Any:
+    """Return the minibatches of a client's held-out share; ``None`` without one, or without ``validation_step``."""
+    held_out = getattr(data, "client_validation_batches", None)
+    if held_out is None or not own_hook(module, "validation_step"):
+        return None
+    return held_out(client_id)

@@ -1,7 +1,9 @@
-"""Namespaces of entries in tasks, updates and private states: the module's own names, and three prefixes beside them.
+"""Namespaces of entries in tasks, updates and private states: the module's own names, and prefixes beside them.
 
 Names of a module's entries are those of its ``state_dict``. Optimizer moments lie under ``optimizer/``, what an
-algorithm sends or keeps under ``algorithm/``, what a transform keeps under ``transform/INDEX/``.
+algorithm sends or keeps under ``algorithm/``, what a transform keeps under ``transform/INDEX/``. A client keeps
+plain attributes under ``attribute/NAME/``, states of callbacks under ``callback/INDEX/`` and of schedules that follow a
+metric under ``plateau/INDEX/``.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from fedgan_lightning.protocol import State
 
 Value = TypeVar("Value")
 MOMENTS, ALGORITHM, TRANSFORM = "optimizer/", "algorithm/", "transform/"
-PREFIXES = (MOMENTS, ALGORITHM, TRANSFORM)
+ATTRIBUTE, CALLBACK, PLATEAU = "attribute/", "callback/", "plateau/"
+PREFIXES = (MOMENTS, ALGORITHM, TRANSFORM, ATTRIBUTE, CALLBACK, PLATEAU)
 
 
 def of_module(state: State) -> dict[str, Tensor]:
@@ -31,6 +34,13 @@ def inside(prefix: str, state: Mapping[str, Value]) -> dict[str, Value]:
 def under(prefix: str, state: Mapping[str, Value]) -> dict[str, Value]:
     """Return the entries with ``prefix`` before their names."""
     return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+def of_moment(name: str) -> tuple[str, str, str]:
+    """Return the optimizer's index, the parameter's name, which may have slashes, and the key of a moment."""
+    index, _, rest = name.removeprefix(MOMENTS).partition("/")
+    parameter, _, key = rest.rpartition("/")
+    return index, parameter, key
 
 
 def of_transform(index: int) -> str:

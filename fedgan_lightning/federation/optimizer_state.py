@@ -14,8 +14,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ChainedScheduler, ReduceLROnPlateau
 
 from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.federation import namespaces
 from fedgan_lightning.federation.namespaces import MOMENTS
 from fedgan_lightning.protocol import State
 
@@ -64,6 +66,15 @@ def with_counts_on_cpu(moments: State) -> dict[str, Tensor]:
     return {**moments, **together(counts, torch.device("cpu"))}
 
 
+def has_moments(optimizer: Optimizer) -> bool:
+    """Whether what an optimizer keeps are tensors and numbers by parameter; histories of LBFGS are lists, and reset."""
+    return all(
+        value is None or isinstance(value, (Tensor, int, float))
+        for state in optimizer.state.values()
+        for value in state.values()
+    )
+
+
 def collect(
     module: nn.Module, optimizers: Sequence[Optimizer], policy: Mapping[str, str]
 ) -> dict[str, dict[str, Tensor]]:
@@ -79,8 +90,12 @@ def collect(
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     found: dict[str, dict[str, Tensor]] = {"average": {}, "keep": {}}
     for index, optimizer in enumerate(optimizers):
+        if not has_moments(optimizer):
+            continue
         for parameter, state in optimizer.state.items():
-            name = names[id(parameter)]
+            name = names.get(id(parameter))
+            if name is None:
+                continue  # of a parameter that the module does not register: it is nobody's but the client's
             chosen = found.get(policy[name])
             if chosen is None:
                 continue
@@ -130,7 +145,7 @@ def restore(module: nn.Module, optimizers: Sequence[Optimizer], moments: State) 
         return
     by_parameter: dict[tuple[int, str], dict[str, Tensor]] = {}
     for entry, value in with_counts_on_cpu(moments).items():
-        _, number, name, key = entry.split("/")
+        number, name, key = namespaces.of_moment(entry)
         # Copied: optimizers load tensors as they are, and would train on moments that belong to all clients.
         by_parameter.setdefault((int(number), name), {})[key] = value.clone()
     names = {id(parameter): name for name, parameter in module.named_parameters()}
@@ -139,7 +154,7 @@ def restore(module: nn.Module, optimizers: Sequence[Optimizer], moments: State) 
         places = ((own, group) for group in optimizer.param_groups for own in group["params"])
         on_device: dict[torch.device, dict[int, Tensor]] = {}
         for position, (parameter, group) in enumerate(places):
-            state = by_parameter.get((index, names[id(parameter)]))
+            state = by_parameter.get((index, names.get(id(parameter), "")))
             if state is not None:
                 packed["state"][position] = {key: laid_out_like(parameter, value) for key, value in state.items()}
                 if "step" in state and (group.get("fused") or group.get("capturable")):
@@ -163,6 +178,8 @@ class ScheduleClock:
     def forward(self, schedulers: Sequence[Any], positions: Sequence[int]) -> None:
         """Advance ``schedulers``, just constructed, to ``positions``."""
         for index, (scheduler, position) in enumerate(zip(schedulers, positions)):
+            if isinstance(scheduler, ReduceLROnPlateau):
+                continue  # it follows a metric, and every client keeps its own
             known = self._known.get((index, position))
             if known is not None:
                 scheduler.load_state_dict(known["scheduler"])
@@ -197,6 +214,8 @@ def position_of(scheduler: Any) -> int:
     Raises:
         ConfigurationError: If it does not count them.
     """
+    if isinstance(scheduler, ChainedScheduler):
+        return position_of(scheduler._schedulers[0])
     if not hasattr(scheduler, "last_epoch"):
         raise ConfigurationError(
             message(

@@ -9,10 +9,12 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
 
 from fedgan_lightning.checkpoints import FILES, AtomicCheckpointIO, folder_beside
 from fedgan_lightning.errors import CheckpointError, RoundInterrupted, message
@@ -20,21 +22,27 @@ from fedgan_lightning.federation.aggregation import WeightedMean
 from fedgan_lightning.federation.algorithm import FederatedAlgorithm
 from fedgan_lightning.federation.algorithms import FedGAN
 from fedgan_lightning.federation.checks import (
+    check_client_trainer,
     check_cohort,
     check_device,
     check_optimizers,
     check_parts,
+    checked_client_trainer,
     checked_trainer,
     checked_work,
 )
+from fedgan_lightning.federation.client_data import ClientDataModule
 from fedgan_lightning.federation.client_update import ClientContext
 from fedgan_lightning.federation.costs import CostLedger, cost_metrics
 from fedgan_lightning.federation.executors import AutoExecutor, AutotunedExecutor
-from fedgan_lightning.federation.policy import Buffers, OptimizerState, Sync, resolve
+from fedgan_lightning.federation.kept_state import check_attributes
+from fedgan_lightning.federation.policy import Buffers, IntegerBuffers, OptimizerState, Policy, Sync, resolve
+from fedgan_lightning.federation.preparation import finish, is_foreign, prepare, warn_of_loaders
 from fedgan_lightning.federation.ranks import Ranks, leave_at_exit
-from fedgan_lightning.federation.report import RoundReport
+from fedgan_lightning.federation.report import ClientClock, RoundReport
 from fedgan_lightning.federation.round import RoundRunner
 from fedgan_lightning.federation.round_schedules import LOCAL_STEPS, RoundSchedule, set_hyperparameters, steps_of
+from fedgan_lightning.federation.round_trainer import RoundTrainer, TrainerClock
 from fedgan_lightning.federation.rules import RoundRules, UpdateValidator
 from fedgan_lightning.federation.run_fingerprint import RunFingerprint
 from fedgan_lightning.federation.sampling import AllClients
@@ -43,7 +51,7 @@ from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.federation.stop_signals import StopSignals
 from fedgan_lightning.federation.store import ClientStore, StateFiles
 from fedgan_lightning.federation.transform_chain import TransformChain
-from fedgan_lightning.hooks import listeners
+from fedgan_lightning.hooks import DataHook, listeners, offers
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import (
     Aggregator,
@@ -87,6 +95,16 @@ class FederatedOrchestrator(L.Callback):
         buffers: Buffers of averaged networks: ``merge`` (BatchNorm with pooled variance, integers by their rounded
             mean), ``local`` (FedBN), or
             ``estimate``: local, and the server's generator gets statistics from its own samples.
+        integer_buffers: What integer buffers (counters, such as those of moving averages) are merged into: their
+            rounded ``mean``, weighted as updates are, or the ``max`` over clients.
+        client_attributes: Plain attributes of somebody else's module that every client keeps from round to round, by
+            dotted name: pools, counters. All others are put back before every client.
+        client_callbacks: Lightning callbacks on clients' Trainers; each client keeps their state. Those on the server's
+            Trainer are ``trainer.callbacks``.
+        client_trainer: Options of clients' Trainers for modules with automatic optimization: ``gradient_clip_val``,
+            ``gradient_clip_algorithm``, ``accumulate_grad_batches``; and ``detect_anomaly``.
+        client_logs: Clients that log beside the run, in the folder ``client_logs`` of the run directory: those with
+            numbers below this. What a module writes by ``self.log`` and ``self.logger`` is dropped for the others.
         client_state: Where private states of clients (local networks, kept moments) lie between rounds: ``memory``, or
             ``disk`` for large populations, in the folder ``clients`` of the run directory. Checkpoints hold all of it:
             what lies on disk, in the folder ``NAME.ckpt.files`` beside ``NAME.ckpt``.
@@ -96,7 +114,14 @@ class FederatedOrchestrator(L.Callback):
         ConfigurationError: If a setting cannot work.
     """
 
-    @checked("federation", rounds="[1, inf)", local_steps="[1, inf)", local_epochs="[1, inf)", seed="[0, inf)")
+    @checked(
+        "federation",
+        rounds="[1, inf)",
+        local_steps="[1, inf)",
+        local_epochs="[1, inf)",
+        client_logs="[0, inf)",
+        seed="[0, inf)",
+    )
     def __init__(
         self,
         *,
@@ -115,6 +140,11 @@ class FederatedOrchestrator(L.Callback):
         sync: dict[str, Sync] | None = None,
         optimizer_state: OptimizerState | dict[str, OptimizerState] = "average",
         buffers: Buffers = "merge",
+        integer_buffers: IntegerBuffers = "mean",
+        client_attributes: list[str] | None = None,
+        client_callbacks: list[L.Callback] | None = None,
+        client_trainer: dict[str, Any] | None = None,
+        client_logs: int = 8,
         client_state: Literal["memory", "disk"] = "memory",
         seed: int = 0,
     ) -> None:
@@ -132,18 +162,22 @@ class FederatedOrchestrator(L.Callback):
         named = {"auto": AutoExecutor, "autotune": AutotunedExecutor}
         self.executor: Executor = named[executor]() if isinstance(executor, str) else executor
         self.sync, self.optimizer_state, self.buffers, self.seed = sync, optimizer_state, buffers, seed
-        self.client_state = client_state
+        self.integer_buffers, self.client_state, self.client_logs = integer_buffers, client_state, client_logs
+        self.client_attributes, self.client_callbacks = list(client_attributes or ()), list(client_callbacks or ())
+        self.client_trainer = checked_client_trainer(client_trainer or {})
         self.ledger, self.store = CostLedger(), ClientStore()
         #: Settings that a resumed run must share, as nested plain values; without them, what everything was made of.
         self.settings: dict[str, Any] = {}
         self.signals = StopSignals()
-        self._schedule_positions: tuple[int, ...] = ()
+        self._clock = ClientClock()
         self._restored: Mapping[str, Any] | None = None
         self._fingerprint, self._files_at = RunFingerprint(), Path()
         self._reports: list[RoundReport] = []
         self._round_started = 0.0
         self._cohort: tuple[int, ...] = ()
         self._strikes: dict[int, int] = {}
+        self._preview: L.Trainer | None = None
+        self._prepared: frozenset[str] = frozenset()
         self.ranks = Ranks()
 
     # ------------------------------------------------------------------ before the first round
@@ -152,7 +186,8 @@ class FederatedOrchestrator(L.Callback):
         server, data = self._checked(trainer, pl_module)
         if trainer.world_size > 1:
             leave_at_exit()
-        policy = resolve(server.model, sync=self.sync, optimizer_state=self.optimizer_state, buffers=self.buffers)
+        self._preview, self._prepared = self.begin(trainer, server.model, data, stage)
+        policy = self.policy_of(server.model)
         server.attach(policy, self.algorithm, seed=self.seed)
         check_parts(self, server.model, policy)
         for line in policy.blind_spots():
@@ -165,17 +200,59 @@ class FederatedOrchestrator(L.Callback):
         if self.secure is not None:
             self.secure.check_cohort(size, sums_only=self.executor.sums_only)
         model: Any = server.model
-        if hasattr(model, "check_data") and hasattr(data, "sample_shape"):
+        if offers(model, DataHook) and hasattr(data, "sample_shape"):
             model.check_data(data.sample_shape, getattr(data, "num_classes", 0))
         self._restored = None  # a checkpoint that was looked at is none to continue from: that is read after this
         if stage == "fit":
-            check_optimizers(server)
+            check_optimizers(server, self._preview)
+            check_attributes(server.model, self.client_attributes)
+            if is_foreign(server.model):
+                warn_of_loaders(server.model, validates=bool(getattr(data, "validation_share", 0)))
             if trainer.precision == "64-true":
                 server.double()  # Lightning does so after it has read a checkpoint, whose doubles pass through float32
             trainer.limit_val_batches = 0  # rounds are evaluated where they end, by callbacks
             trainer.fit_loop.max_epochs = -1
             trainer.fit_loop.epoch_loop.max_steps = -1  # rounds are counted, and not steps of optimizers
             server.rounds_planned = self.rounds
+
+    def policy_of(self, module: L.LightningModule) -> Policy:
+        """Return what travels of a module and what stays, as the settings say."""
+        return resolve(
+            module,
+            sync=self.sync,
+            optimizer_state=self.optimizer_state,
+            buffers=self.buffers,
+            integer_buffers=self.integer_buffers,
+        )
+
+    def client_options(self, root: torch.device, *, precision: Any) -> dict[str, Any]:
+        """Return the options of clients' Trainers on a device."""
+        options: dict[str, Any] = {"accelerator": root.type, "precision": precision}
+        options["devices"] = 1 if root.index is None else [root.index]
+        return {**options, **self.client_trainer}
+
+    def begin(
+        self, trainer: L.Trainer, module: L.LightningModule, data: FederatedData, stage: str
+    ) -> tuple[L.Trainer | None, frozenset[str]]:
+        """Call the hooks that Lightning calls once in a fit, on the global module.
+
+        Args:
+            trainer: The server's; its device and precision are the clients'.
+            module: The global module.
+            data: The clients' data.
+            stage: ``fit``, ``test``, ...
+
+        Returns:
+            What a module of somebody else's finds as its Trainer outside of a round, and the hooks that were called.
+        """
+        check_client_trainer(self.client_trainer, module)
+        if not is_foreign(module):
+            return None, frozenset()
+        steps = data.steps_per_epoch(0) * self.local_epochs if self.local_epochs else self.local_steps or 0
+        options = self.client_options(trainer.strategy.root_device, precision=trainer.precision)
+        clock = TrainerClock(rounds=self.rounds, max_steps=self.rounds * steps)
+        preview = RoundTrainer(options).preview(clock, ClientDataModule(data))
+        return preview, prepare(module, stage=stage, trainer=preview)
 
     def _checked(self, trainer: L.Trainer, module: L.LightningModule) -> tuple[ServerModule, FederatedData]:
         return checked_trainer(trainer, module, aggregator=self.aggregator)
@@ -194,8 +271,6 @@ class FederatedOrchestrator(L.Callback):
         check_device(root)
         local = getattr(trainer, "num_devices", 1)
         self.ranks = Ranks(rank=trainer.global_rank, world_size=trainer.world_size, local_world_size=local, device=root)
-        options: dict[str, Any] = {"accelerator": root.type, "precision": trainer.precision}
-        options["devices"] = 1 if root.index is None else [root.index]
         context = ClientContext(
             model=server.model,
             data=data,
@@ -203,9 +278,15 @@ class FederatedOrchestrator(L.Callback):
             store=self.store,
             algorithm=self.algorithm,
             transforms=TransformChain(self.transforms),
-            trainer_options=options,
+            trainer_options=self.client_options(root, precision=trainer.precision),
             stop_requested=self.signals.is_set,
             ranks=self.ranks,
+            prepared=self._prepared,
+            preview=self._preview,
+            callbacks=self.client_callbacks,
+            attributes=self.client_attributes,
+            logs=Path(trainer.default_root_dir) / "client_logs",
+            num_logged=self.client_logs,
         )
         if not server.algorithm_state:
             server.algorithm_state = dict(self.algorithm.server_state(context))
@@ -238,6 +319,8 @@ class FederatedOrchestrator(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.executor.teardown()
+        if self._preview is not None and isinstance(pl_module, ServerModule):
+            finish(pl_module.model, self._prepared, stage=stage, trainer=self._preview)
 
     # ------------------------------------------------------------------ a round
 
@@ -260,7 +343,7 @@ class FederatedOrchestrator(L.Callback):
             return
         report = self._reports[-1]
         assert report.total is not None
-        self._schedule_positions = report.schedule_positions or self._schedule_positions
+        self._clock.move(report)
         server.receive(report.total)
 
     def _task(self, server: ServerModule) -> ClientTask:
@@ -268,18 +351,20 @@ class FederatedOrchestrator(L.Callback):
         round = server.rounds_completed
         values = {name: schedule.value(round, self.rounds) for name, schedule in self.schedules.items()}
         set_hyperparameters(server.model, values)  # the server's samples are made by the same
-        steps, before = steps_of(self.schedules, round, self.rounds)
-        return ClientTask(
+        common = ClientTask(
             client_id=-1,
             round=round,
             seed=0,
             state=server.shared_state(),
-            steps=self.local_steps if steps is None else steps,
+            steps=self.local_steps,
             epochs=self.local_epochs,
-            before=before,
-            schedule_positions=self._schedule_positions,
+            schedule_positions=self._clock.schedules,
             hyperparameters={name: value for name, value in values.items() if name != LOCAL_STEPS},
+            rounds=self.rounds,
+            stepping=self._clock.stepping,
         )
+        of_schedule: dict[str, Any] = steps_of(self.schedules, round, self.rounds)
+        return replace(common, **of_schedule)
 
     def _fire(self, trainer: L.Trainer, server: ServerModule, event: RoundInfo | ClientUpdate | RoundReport) -> None:
         """Call the hooks of all callbacks for what happens in a round."""
@@ -310,7 +395,9 @@ class FederatedOrchestrator(L.Callback):
         if every and server.rounds_completed % every == 0:
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=server.rounds_completed)
-        shown = {name: metrics[name] for name in metrics if name.startswith("train/loss")}
+        shown = {name: value for name, value in metrics.items() if name.startswith("train/")}
+        if self._preview is not None:  # somebody else's callbacks know the names that the module logs
+            shown |= {name.removeprefix("train/"): value for name, value in shown.items()}
         server.log_dict(
             shown, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=trainer.world_size > 1
         )
@@ -336,7 +423,7 @@ class FederatedOrchestrator(L.Callback):
             "identity": self._fingerprint.identity,
             "store": {} if self.store.files is not None else self.store.state_dict(),
             "ledger": self.ledger.state_dict(),
-            "schedule_positions": list(self._schedule_positions),
+            "clock": self._clock.state_dict(),
             "executor": self.executor.state_dict(),
             "strikes": {str(client_id): count for client_id, count in self._strikes.items()},
         }
@@ -366,7 +453,7 @@ class FederatedOrchestrator(L.Callback):
         """
         self._fingerprint = RunFingerprint.of(self, server, data)
         if self._restored is None:
-            self.ledger, self._schedule_positions, self._strikes = CostLedger(), (), {}
+            self.ledger, self._clock, self._strikes = CostLedger(), ClientClock(), {}
             self.store.load_state_dict({})
             self.executor.load_state_dict({})
             server.begin()
@@ -390,6 +477,6 @@ class FederatedOrchestrator(L.Callback):
         else:
             self.store.load_state_dict(state["store"])
         self.ledger.load_state_dict(state["ledger"])
-        self._schedule_positions = tuple(state["schedule_positions"])
+        self._clock = ClientClock.of(state["clock"])
         self.executor.load_state_dict(state["executor"])
         self._strikes = {int(client_id): count for client_id, count in state["strikes"].items()}

@@ -12,7 +12,8 @@ from torch import Tensor
 from fedgan_lightning.errors import ClientError, RoundInterrupted
 from fedgan_lightning.federation import optimizer_state
 from fedgan_lightning.federation.client_update import ClientContext
-from fedgan_lightning.federation.local import LocalTrainer, client_copy
+from fedgan_lightning.federation.local import LocalTrainer
+from fedgan_lightning.federation.preparation import client_copy
 from fedgan_lightning.federation.report import norms
 from fedgan_lightning.federation.store import ReadOnlyStore
 from fedgan_lightning.federation.transform_chain import TransformChain
@@ -50,7 +51,8 @@ def stack_key(task: ClientTask, private: State) -> object:
 def in_double(context: ClientContext, tasks: Sequence[ClientTask]) -> tuple[ClientContext, list[ClientTask]]:
     """Return the same clients, tasks and private states in float64."""
     options = {**context.trainer_options, "precision": "64-true"}
-    model, states = client_copy(context.model, context.policy).double(), {id(task.state): task.state for task in tasks}
+    model = client_copy(context.model, context.policy, context.prepared).double()
+    states = {id(task.state): task.state for task in tasks}
     doubles = {key: doubled(state) for key, state in states.items()}
     store = DoubleStore(context.store)
     converted = dataclasses.replace(context, model=model, store=store, trainer_options=options)

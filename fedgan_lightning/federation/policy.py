@@ -26,13 +26,14 @@ from typing import Literal, cast, get_args
 from torch import nn
 
 from fedgan_lightning.errors import ConfigurationError, message
-from fedgan_lightning.federation.namespaces import MOMENTS
-from fedgan_lightning.hooks import RecalibrationHook
-from fedgan_lightning.states import Entry, Kind, describe, networks
+from fedgan_lightning.federation.namespaces import MOMENTS, of_moment
+from fedgan_lightning.hooks import PlacementHook, RecalibrationHook, offers
+from fedgan_lightning.states import Entry, Kind, describe, frozen, networks
 
 Sync = Literal["average", "local", "server", "served", "exchange"]
 OptimizerState = Literal["reset", "keep", "average"]
 Buffers = Literal["merge", "local", "estimate"]
+IntegerBuffers = Literal["mean", "max"]
 #: Buffers that travel where they are merged.
 BUFFERS = (Kind.STATISTIC, Kind.VARIANCE, Kind.INTEGER)
 
@@ -51,8 +52,10 @@ class Policy:
         placements: The placement of every entry: its network's, unless a pattern says otherwise.
         optimizer_state: For every network what becomes of its optimizer's moments at a sync.
         moments: The same for every parameter.
-        buffers: Buffers of averaged networks: ``merge`` (BatchNorm with pooled variance, integers by their rounded
-            mean), ``local`` (FedBN), or ``estimate`` (local on clients; the server makes its own from noise).
+        buffers: Buffers of averaged networks: ``merge`` (BatchNorm with pooled variance), ``local`` (FedBN), or
+            ``estimate`` (local on clients; the server makes its own from noise).
+        integer_buffers: What integers are merged into: their rounded ``mean``, or the ``max`` over clients.
+        absent_networks: Networks on the server alone that the module does without on clients.
     """
 
     entries: Mapping[str, Entry]
@@ -61,6 +64,8 @@ class Policy:
     optimizer_state: Mapping[str, OptimizerState]
     moments: Mapping[str, OptimizerState]
     buffers: Buffers
+    integer_buffers: IntegerBuffers = "mean"
+    absent_networks: tuple[str, ...] = ()
 
     def names(self, *kinds: Kind, sync: Sync | tuple[Sync, ...]) -> list[str]:
         """Return entries of these kinds with this placement, or one of these."""
@@ -96,7 +101,7 @@ class Policy:
     @property
     def private(self) -> list[str]:
         """Entries that each client keeps for itself from round to round."""
-        kept = self.names(*Kind, sync=PRIVATE)
+        kept = self.names(*(kind for kind in Kind if kind is not Kind.CONSTANT), sync=PRIVATE)
         if self.buffers != "merge":
             kept += self.names(*BUFFERS, Kind.COUNTER, sync="average")
         return kept
@@ -107,7 +112,7 @@ class Policy:
 
     def is_exchanged(self, name: str) -> bool:
         """Whether a private entry, or an optimizer's moment, belongs to what clients hand on."""
-        return self.placements.get(name.split("/")[2] if name.startswith(MOMENTS) else name) == "exchange"
+        return self.placements.get(of_moment(name)[1] if name.startswith(MOMENTS) else name) == "exchange"
 
     def blind_spots(self) -> list[str]:
         """Return warnings about what the server cannot know, and evaluates all the same."""
@@ -121,9 +126,15 @@ class Policy:
         return found
 
     @property
-    def server_networks(self) -> list[str]:
-        """Networks that exist on the server only."""
-        return [network for network, sync in self.sync.items() if sync == "server"]
+    def constants(self) -> list[str]:
+        """Entries that nobody trains: clients have them, and they do not travel."""
+        return [name for name, entry in self.entries.items() if entry.kind is Kind.CONSTANT]
+
+    @property
+    def maxima(self) -> list[str]:
+        """Buffers that come up of which the server takes the largest."""
+        found = self.names(Kind.INTEGER, sync="average") if self.integer_buffers == "max" else []
+        return found if self.buffers == "merge" else []
 
 
 def resolve(
@@ -132,27 +143,36 @@ def resolve(
     sync: Mapping[str, str] | None,
     optimizer_state: str | Mapping[str, str],
     buffers: str,
+    integer_buffers: str = "mean",
 ) -> Policy:
     """Return the policy for ``module``.
 
     Networks not named in ``sync`` follow the module's ``default_sync()`` if it has one, else they are averaged. Keys of
-    ``sync`` that are no networks are patterns of entries, such as ``generator.style.*``; the last one that matches
-    counts. A single ``optimizer_state`` applies to averaged networks, and ``average`` to those that a mapping does not
-    name; local networks keep their moments unless named in a mapping.
+    ``sync`` that are no networks are parts of networks, such as ``generator.style``, or patterns of entries, such as
+    ``*.bias``; the last one that matches counts. What nobody trains is a constant, unless ``sync`` names it.
+
+    A single ``optimizer_state`` applies to averaged networks, and ``average`` to those that a mapping does not name;
+    local networks keep their moments unless named in a mapping.
 
     Raises:
         ConfigurationError: If a name is no network of the module and matches no entry, or a value is no policy.
     """
     entries, known = describe(module), networks(module)
-    defaults = module.default_sync() if hasattr(module, "default_sync") else {}  # type: ignore[operator]
+    defaults: Mapping[str, str] = module.default_sync() if offers(module, PlacementHook) else {}  # type: ignore[operator]
     chosen = dict(sync or {})
+    constants = frozen(module)
+    constants -= {n for n in constants if entries[n].network in {*defaults} | {*chosen}} if constants else set()
     resolved = _of_networks({name: own for name, own in chosen.items() if name in known}, known, defaults)
     patterns = {name: own for name, own in chosen.items() if name not in known}
     placements = {name: resolved[entry.network] for name, entry in entries.items()}
     for pattern, value in patterns.items():
-        placements |= dict.fromkeys(_matching(pattern, placements, known), _pattern_value(pattern, value))
+        matching = _matching(pattern, placements, known)
+        placements |= dict.fromkeys(matching, _pattern_value(pattern, value))
+        constants -= {*matching}
+    if constants:
+        entries = describe(module, constants=constants)
     moments = _optimizer_states(optimizer_state, resolved, known)
-    if buffers == "estimate" and not isinstance(module, RecalibrationHook):
+    if buffers == "estimate" and not offers(module, RecalibrationHook):
         raise ConfigurationError(
             message(
                 "buffers: estimate must have a module with recalibrate()",
@@ -168,6 +188,8 @@ def resolve(
         optimizer_state=moments,
         moments={name: _moment(moments[entries[name].network], placements[name]) for name in parameters},
         buffers=cast(Buffers, _checked(buffers, Buffers, "buffers")),
+        integer_buffers=cast(IntegerBuffers, _checked(integer_buffers, IntegerBuffers, "integer_buffers")),
+        absent_networks=tuple(n for n, own in resolved.items() if own == "server" and defaults.get(n) == "server"),
     )
 
 
@@ -175,49 +197,30 @@ def _of_networks(chosen: Mapping[str, str], known: Iterable[str], defaults: Mapp
     """Return the placement of every network.
 
     Raises:
-        ConfigurationError: If a value is no placement, or clients cannot do without a network.
+        ConfigurationError: If a value is no placement.
     """
-    resolved: dict[str, Sync] = {
+    return {
         network: cast(Sync, _checked(chosen.get(network, defaults.get(network, "average")), Sync, f"sync.{network}"))
         for network in known
     }
-    undeclared = [network for network in known if resolved[network] == "server" and defaults.get(network) != "server"]
-    if undeclared:
-        raise ConfigurationError(
-            message(
-                "default_sync() must say that clients can do without a network that lives on the server only",
-                received=f"sync.{undeclared[0]}: server",
-                fix="set it to average or local",
-            )
-        )
-    return resolved
 
 
 def _matching(pattern: str, names: Iterable[str], known: tuple[str, ...]) -> list[str]:
-    found = [name for name in names if fnmatchcase(name, pattern)]
+    found = [name for name in names if fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")]
     if not found:
         nearest = get_close_matches(pattern, list(names), n=1, cutoff=0)[0]
         raise ConfigurationError(
             message(
                 "federation.sync must name networks of the module, or patterns of its entries",
                 received=pattern,
-                fix=f"choose from {', '.join(known)}, or write a pattern that matches entries such as {nearest}",
+                fix=f"choose from {', '.join(known)}, or write a part of one, or a pattern such as {nearest}",
             )
         )
     return found
 
 
 def _pattern_value(pattern: str, value: str) -> Sync:
-    found = cast(Sync, _checked(value, Sync, f"sync.{pattern}"))
-    if found == "server":
-        raise ConfigurationError(
-            message(
-                "what is missing on clients must be a whole network",
-                received=f"sync.{pattern}: server",
-                fix="set it to average or local",
-            )
-        )
-    return found
+    return cast(Sync, _checked(value, Sync, f"sync.{pattern}"))
 
 
 def _optimizer_states(

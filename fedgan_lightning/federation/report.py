@@ -22,7 +22,7 @@ MAX_CLIENT_CURVES = 32
 #: The metrics that say how long an update is begin with this; a network's name follows.
 UPDATE_NORM = "update_norm/"
 #: Counts that are no curves.
-HIDDEN = ("images", "steps")
+HIDDEN = ("images", "steps", "optimizer_steps")
 #: What is shown of a population too large for curves of its own.
 QUANTILES: dict[str, Callable[[Sequence[float]], float]] = {"min": min, "median": statistics.median, "max": max}
 
@@ -87,6 +87,14 @@ class RoundReport:
         return tuple(statistics.median_low(column) for column in columns)
 
     @property
+    def optimizer_steps(self) -> tuple[int, int]:
+        """Steps of a client's optimizers in this round, and its minibatches: of those with most, by their median."""
+        known = [own.metrics for own in self.answered if {"optimizer_steps", "steps"} <= own.metrics.keys()]
+        most = max((int(own["steps"]) for own in known), default=0)
+        leading = [int(own["optimizer_steps"]) for own in known if own["steps"] == most]
+        return (statistics.median_low(leading), most) if leading else (0, 0)
+
+    @property
     def mean_images(self) -> float:
         """Mean over clients, weighted by N_k, of images seen: the length of one local path."""
         return self._means().get("images", 0.0)
@@ -131,6 +139,41 @@ class RoundReport:
         for client in self.answered:
             found[client.client_id] |= {n: value for n, value in client.metrics.items() if n not in HIDDEN}
         return found
+
+
+@dataclass
+class ClientClock:
+    """How far clients have come in all rounds so far, as the server knows it from what they report.
+
+    Attributes:
+        schedules: Steps that every learning-rate schedule has taken.
+        optimizer_steps: Steps of a client's optimizers.
+        minibatches: The minibatches that they were taken in.
+    """
+
+    schedules: tuple[int, ...] = ()
+    optimizer_steps: int = 0
+    minibatches: int = 0
+
+    @property
+    def stepping(self) -> float:
+        """Steps of optimizers per minibatch; 1 before any is known."""
+        return self.optimizer_steps / self.minibatches if self.minibatches else 1.0
+
+    def move(self, report: RoundReport) -> None:
+        """Go on by a round."""
+        steps, minibatches = report.optimizer_steps
+        self.schedules = report.schedule_positions or self.schedules
+        self.optimizer_steps, self.minibatches = self.optimizer_steps + steps, self.minibatches + minibatches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return {**vars(self), "schedules": list(self.schedules)}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> ClientClock:
+        """Return the clock of a :meth:`state_dict`."""
+        return cls(tuple(state["schedules"]), int(state["optimizer_steps"]), int(state["minibatches"]))
 
 
 def with_metrics(report: ClientReport, metrics: Mapping[str, float]) -> ClientReport:

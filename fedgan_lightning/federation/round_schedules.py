@@ -161,13 +161,16 @@ def check_names(
             )
 
 
-def steps_of(schedules: Mapping[str, RoundSchedule], round: int, rounds: int) -> tuple[int | None, int | None]:
-    """Return the local steps of a round, at least 1, and the sum of those before; ``None`` without a schedule."""
+def steps_of(schedules: Mapping[str, RoundSchedule], round: int, rounds: int) -> dict[str, int]:
+    """Return the fields of a task about local steps: those of this round, at least 1, before it and in all.
+
+    Without a schedule of theirs there are none.
+    """
     if LOCAL_STEPS not in schedules:
-        return None, None
-    values = (schedules[LOCAL_STEPS].value(own, rounds) for own in range(round + 1))
-    *before, steps = (max(1, round_half_up(value)) for value in values)
-    return steps, sum(before)
+        return {}
+    values = (schedules[LOCAL_STEPS].value(own, rounds) for own in range(max(rounds, round + 1)))
+    steps = [max(1, round_half_up(value)) for value in values]
+    return {"steps": steps[round], "before": sum(steps[:round]), "total": sum(steps)}
 
 
 def rates_of(hyperparameters: Mapping[str, float]) -> dict[str, float]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedgan_lightning.errors import UpdateError, message
+from fedgan_lightning.federation.namespaces import of_moment
 from fedgan_lightning.federation.optimizer_state import is_optimizer_entry
 from fedgan_lightning.packing import Layout, Packed
 from fedgan_lightning.protocol import State
@@ -102,7 +103,7 @@ class Schema:
         """
         shapes, moments = self.delta.by_name, {}
         for name in sorted(filter(is_optimizer_entry, names_of(who, "extras", extras))):
-            owner, value = name.split("/")[2] if name.count("/") == 3 else "", extras[name]
+            owner, value = of_moment(name)[1], extras[name]
             if not isinstance(value, Tensor) or tuple(value.shape) not in ((), shapes.get(owner)):
                 raise UpdateError(f"{who}: extras {_few([name])} is no moment of a parameter")
             moments[name] = torch.zeros_like(value)
@@ -193,16 +194,16 @@ class Schema:
 
     @cached_property
     def _nonnegative(self) -> tuple[str, ...]:
-        named = [(name, name.split("/")) for name in self.untouched]
-        sums = [n for n, parts in named if parts[-1] == "sum" and parts[1] in self.sense.sums]
-        return tuple([n for n, parts in named if parts[-1] in NONNEGATIVE] + sums)
+        named = [(name, *of_moment(name)) for name in self.untouched if is_optimizer_entry(name)]
+        sums = [name for name, index, _, key in named if key == "sum" and index in self.sense.sums]
+        return tuple([name for name, _, _, key in named if key in NONNEGATIVE] + sums)
 
     @cached_property
     def _bounded(self) -> dict[float, list[tuple[str, str]]]:
         """Pairs of squares and means by factor, with mean^2 <= factor * squares."""
         found = {1.0: list(self.sense.variances)} if self.sense.variances else {}
         for name, value in self.untouched.items():
-            mean, factor = name.removesuffix("_sq"), self.sense.ratios.get(name.split("/")[1])
+            mean, factor = name.removesuffix("_sq"), self.sense.ratios.get(of_moment(name)[0])
             is_pair = name.endswith("/exp_avg_sq") and mean in self.untouched
             if is_pair and factor is not None and value.dtype != torch.float16:  # whose squares are zero below 2e-4
                 found.setdefault(factor, []).append((name, mean))
@@ -215,7 +216,7 @@ class Schema:
 
 def parameter_of(moment: str) -> str:
     """Return the parameter to which a moment belongs."""
-    return moment.split("/")[2]
+    return of_moment(moment)[1]
 
 
 def is_laid_out(state: object, layout: Layout) -> bool:

@@ -22,7 +22,8 @@ from fedgan_lightning.federation import namespaces
 from fedgan_lightning.federation.algorithm import FederatedAlgorithm
 from fedgan_lightning.federation.optimizer_state import only_moments, with_counts_on_cpu
 from fedgan_lightning.federation.policy import Policy
-from fedgan_lightning.hooks import RecalibrationHook, SampleSource, ServerHook
+from fedgan_lightning.federation.sample_source import SampleWith, sampler_of
+from fedgan_lightning.hooks import RecalibrationHook, ServerHook, offers
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import Aggregate, State
 
@@ -66,6 +67,9 @@ class ServerModule(L.LightningModule):
         self.rounds_completed, self.rounds_planned = 0, -1
         self._policy: Policy | None = None
         self.seed = 0
+        #: The user's way to sample the module, and why samples are of no use here.
+        self.sample_with: SampleWith | None = None
+        self.cannot_sample = ""
         self._pending: Aggregate | None = None
 
     def attach(self, policy: Policy, algorithm: FederatedAlgorithm | None = None, *, seed: int = 0) -> None:
@@ -130,8 +134,8 @@ class ServerModule(L.LightningModule):
         if scheduler is not None:
             scheduler.step()
         self._load_extras(aggregate.extras)
-        if self.policy.buffers == "estimate" and isinstance(self.model, RecalibrationHook):
-            self.model.recalibrate()
+        if self.policy.buffers == "estimate" and offers(self.model, RecalibrationHook):
+            self.model.recalibrate()  # type: ignore[operator]
         self.rounds_completed += 1
 
     def step_on(self, delta: State) -> None:
@@ -157,8 +161,8 @@ class ServerModule(L.LightningModule):
 
     def end_round(self, *, num_images: float) -> None:
         """Tell the module that the server has stepped, so that it can move its average."""
-        if isinstance(self.model, ServerHook):
-            self.model.on_server_round_end(num_images=num_images)
+        if offers(self.model, ServerHook):
+            self.model.on_server_round_end(num_images=num_images)  # type: ignore[operator]
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Nothing: callbacks evaluate."""
@@ -171,6 +175,10 @@ class ServerModule(L.LightningModule):
         return batch_idx
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.model.on_save_checkpoint(checkpoint)
+        kept = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY)
+        if kept is not None:  # what is no plain value could not be read without running its code
+            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {n: own for n, own in kept.items() if _is_plain(own)}
         checkpoint["rounds_completed"] = self.rounds_completed
         checkpoint["server"] = {"moments": dict(self.moments), "algorithm": dict(self.algorithm_state)}
 
@@ -192,6 +200,7 @@ class ServerModule(L.LightningModule):
                     fix="restore the model's settings, or use another checkpoint",
                 )
             )
+        self.model.on_load_checkpoint(checkpoint)
         self.rounds_completed, own = rounds_in(checkpoint), checkpoint.get("server", {})
         self.moments, self.algorithm_state = dict(own.get("moments", {})), dict(own.get("algorithm", {}))
 
@@ -199,12 +208,43 @@ class ServerModule(L.LightningModule):
         """Forget rounds, moments and the algorithm's state: a new run begins, from the weights that there are."""
         self.rounds_completed, self.moments, self.algorithm_state = 0, {}, {}
 
+    # ------------------------------------------------------------------ the module that it holds
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        """Return what the global module makes of this, as callbacks expect of a module that is trained."""
+        return self.model(*arguments, **options)
+
+    @property
+    def hparams(self) -> Any:
+        """The global module's hyper-parameters."""
+        return self.model.hparams
+
+    @property
+    def _hparams_name(self) -> Any:
+        """The argument that they came in, where it was one; Lightning asks for it."""
+        return self.model._hparams_name
+
+    @property
+    def hparams_initial(self) -> Any:
+        """The global module's hyper-parameters as it was built."""
+        return self.model.hparams_initial
+
+    def state_dict(self, *arguments: Any, **options: Any) -> Any:
+        """Return the global module's: checkpoints of a federation load into the module itself."""
+        return self.model.state_dict(*arguments, **options)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *arguments: Any, **options: Any) -> Any:
+        """Load the global module's."""
+        return self.model.load_state_dict(state_dict, *arguments, **options)
+
     # ------------------------------------------------------------------ sampling
 
     @property
     def can_sample(self) -> bool:
-        """Whether the module has ``sample``, and needs no conditions for it."""
-        return isinstance(self.model, SampleSource) and getattr(self.model, "condition", None) is None
+        """Whether somebody knows how the module is sampled, and it needs no conditions for it."""
+        if getattr(self.model, "condition", None) is not None or self.cannot_sample:
+            return False
+        return sampler_of(self.model, self.sample_with) is not None
 
     def sample(
         self,
@@ -219,12 +259,21 @@ class ServerModule(L.LightningModule):
         Raises:
             ConfigurationError: If the module cannot be sampled.
         """
-        if not isinstance(self.model, SampleSource):
+        sampler = sampler_of(self.model, self.sample_with)
+        if sampler is None:
             raise ConfigurationError(
                 message(
                     "a model must have sample(num_samples, labels=None, generator=None) for metrics and pictures",
                     received=f"{type(self.model).__name__} without it",
-                    fix="add the method, or leave out the evaluation and picture callbacks",
+                    fix="add the method, set evaluation.sample_with, or leave out evaluation and picture callbacks",
                 )
             )
-        return self.model.sample(num_samples, labels=labels, generator=generator, **options)
+        return sampler(num_samples, labels=labels, generator=generator, **options)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(name, str) and _is_plain(own) for name, own in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str, Tensor))

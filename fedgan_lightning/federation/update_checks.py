@@ -28,7 +28,7 @@ from fedgan_lightning.packing import Layout
 from fedgan_lightning.protocol import ROUND_TRIP, ClientReport, ClientTask, ClientUpdate, State, UpdateEntry, UpdateSum
 
 #: Scalars that decide something.
-RELIED_ON = ("steps", "images", "seconds", ROUND_TRIP)
+RELIED_ON = ("steps", "optimizer_steps", "images", "seconds", ROUND_TRIP)
 #: Scalars that one answer may bring, and letters of their names.
 MOST_METRICS, MOST_LETTERS = 1000, 200
 #: What of a GAN decides where its schedules stand.
@@ -57,8 +57,16 @@ class UpdateChecks:
         Raises:
             ConfigurationError: If there are any.
         """
+        if maxima := self.context.policy.maxima:
+            raise ConfigurationError(
+                message(
+                    "under secure aggregation integer buffers must be merged by their mean",
+                    received=f"federation.integer_buffers=max, and {maxima[0]}",
+                    fix="set federation.integer_buffers to mean, or federation.secure to null",
+                )
+            )
         for name, entry in self.context.entries.items():
-            if entry.rule == "collect" or (entry.rule == "sum" and entry.weight == "one"):
+            if entry.rule in ("collect", "max") or (entry.rule == "sum" and entry.weight == "one"):
                 raise ConfigurationError(
                     message(
                         "under secure aggregation every entry must be summed with the weights of updates",
@@ -95,8 +103,9 @@ class RoundChecks:
     @property
     def rules(self) -> dict[str, UpdateEntry]:
         """All entries with the rules that transforms give them; nothing where the aggregator combines everything."""
-        context = self.run.context
-        return context.transforms.rules(self.stages) if context.transforms or context.entries else {}
+        context, maxima = self.run.context, self.run.context.policy.maxima
+        found = context.transforms.rules(self.stages) if context.transforms or context.entries or maxima else {}
+        return found | {name: dataclasses.replace(found[name], rule="max") for name in maxima}
 
     @property
     def optional(self) -> set[str]:
@@ -178,6 +187,7 @@ class RoundChecks:
         if found.get("steps", steps) != steps:
             raise UpdateError(f"{who}: says that it took {found['steps']:.6g} steps, and was asked for {steps}")
         found |= {**self._images(who, client_id, found, steps), "steps": float(steps)}
+        found |= self._optimizer_steps(who, found, steps)
         if is_late:  # where schedules were in the round before is not known here any more, and nobody goes on from it
             return {name: value for name, value in found.items() if not is_position(name)}
         return found | self._positions(who, found, steps)
@@ -191,6 +201,13 @@ class RoundChecks:
         if not 0 <= claimed <= most:
             raise UpdateError(f"{who}: says that it saw {claimed:.6g} images, not between 0 and {most}")
         return {"images": float(steps * batch if batch else claimed)}
+
+    def _optimizer_steps(self, who: str, found: Mapping[str, float], steps: int) -> dict[str, float]:
+        """Return the steps of a client's optimizers as it says; ``steps`` minibatches bound them."""
+        claimed = found.get("optimizer_steps", float(steps))
+        if claimed != int(claimed) or not 0 <= claimed <= MOST_UPDATES * steps:
+            raise UpdateError(f"{who}: says that it took {claimed:.6g} steps of optimizers in {steps} minibatches")
+        return {"optimizer_steps": claimed}
 
     def _positions(self, who: str, found: Mapping[str, float], steps: int) -> dict[str, float]:
         """Return where a client's schedules stand: those of a :class:`GAN` move with every step, others as it says."""

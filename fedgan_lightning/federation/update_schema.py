@@ -13,7 +13,7 @@ from torch.optim import NAdam, Optimizer, RAdam
 from fedgan_lightning import states
 from fedgan_lightning.federation import namespaces, optimizer_state
 from fedgan_lightning.federation.client_update import ClientContext, shared_buffers
-from fedgan_lightning.federation.local import client_copy
+from fedgan_lightning.federation.preparation import client_copy
 from fedgan_lightning.federation.schema import Schema, Sense
 from fedgan_lightning.protocol import State
 from fedgan_lightning.seeding import isolated_rng
@@ -80,11 +80,14 @@ def _first_moments(context: ClientContext) -> tuple[dict[str, Tensor], Sense]:
     """Return the moments that optimizers have after one step, here one on zero gradients, and what bounds them."""
     precision = str(context.trainer_options.get("precision"))
     with isolated_rng(0), _default_dtype(torch.float64 if precision == "64-true" else torch.get_default_dtype()):
-        client = client_copy(context.model, context.policy)
+        client = client_copy(context.model, context.policy, context.prepared)
+        client.trainer = context.preview  # type: ignore[assignment] # what it may ask for a schedule
         optimizers = list(optimizer_state.optimizers_in(client.configure_optimizers()))
         if own := [type(one).__name__ for one in optimizers if not type(one).__module__.startswith("torch.optim")]:
             raise LookupError(f"only {own[0]} knows when it begins to keep what")
         for optimizer in optimizers:
+            if isinstance(optimizer, torch.optim.LBFGS):
+                continue  # it keeps no moments, but a history
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     if parameter.requires_grad:  # what nobody differentiates has no moments

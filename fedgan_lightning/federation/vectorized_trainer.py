@@ -17,13 +17,14 @@ from torch.optim import Optimizer
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation import optimizer_state
 from fedgan_lightning.federation.client_update import ClientContext, StartingPoint, Visit, client_updates
-from fedgan_lightning.federation.local import Attempt, client_copy
+from fedgan_lightning.federation.local import Attempt
+from fedgan_lightning.federation.preparation import client_copy
 from fedgan_lightning.federation.round_schedules import set_hyperparameters
-from fedgan_lightning.federation.round_trainer import RoundTrainer, schedulers_of
+from fedgan_lightning.federation.round_trainer import Fit, RoundTrainer, schedulers_of
 from fedgan_lightning.federation.step_hooks import begin, check_has_trained
 from fedgan_lightning.gan.module import GAN
 from fedgan_lightning.gan.stacked import StackedGAN
-from fedgan_lightning.hooks import StackedModule, StackHook
+from fedgan_lightning.hooks import StackedModule, StackHook, offers
 from fedgan_lightning.protocol import (
     ClientBatches,
     ClientTask,
@@ -48,9 +49,17 @@ class VectorizedLocalTrainer:
 
     def __init__(self, context: ClientContext) -> None:
         self.context = context
-        client = client_copy(context.model, context.policy)
+        if context.callbacks or context.attributes:
+            raise ConfigurationError(
+                message(
+                    "clients that keep attributes, or have callbacks of their own, must train one after the other",
+                    received="federation.client_callbacks" if context.callbacks else "federation.client_attributes",
+                    fix="use the sequential executor",
+                )
+            )
+        client = client_copy(context.model, context.policy, context.prepared)
         self.module: Any = stacked_module(client)
-        self.start = StartingPoint.of(client, context.policy)
+        self.start = StartingPoint.of(client, context.policy, constants=True)
         self.clock = optimizer_state.ScheduleClock()
         self.trainer = RoundTrainer(context.trainer_options)
 
@@ -67,7 +76,7 @@ class VectorizedLocalTrainer:
             batches = stacked_batches(self.context.data, visit.infos)
             callback = _InTrainer(self, visit, attempt)
             attempt.stage = "train"
-            visit.fit = lambda: self._fit(batches, callback)
+            visit.fit = lambda: self._fit(Fit(batches, callback, visit.clock))
             device = self.context.device
             generators = [torch.Generator(device).manual_seed(task.seed) for task in visit.tasks]
             with isolated_rng(tasks[0].seed, device=device):
@@ -84,8 +93,8 @@ class VectorizedLocalTrainer:
         steps = {t.client_id: t.span(steps_per_epoch=data.steps_per_epoch(t.client_id))[1] for t in tasks}
         return Visit(sorted(tasks, key=lambda task: -steps[task.client_id]), self.context, is_stacked=True)
 
-    def _fit(self, batches: ClientBatches, callback: _InTrainer) -> None:
-        self.trainer.fit(self.module, batches, callback=callback)
+    def _fit(self, fit: Fit) -> None:
+        self.trainer.fit(self.module, fit)
 
     def _load(self, visit: Visit) -> None:
         """Give every tensor of the module its leading dimension, filled with where each client starts."""
@@ -125,8 +134,8 @@ def stacked_module(client: L.LightningModule) -> Any:
     Raises:
         ConfigurationError: If the module cannot be stacked.
     """
-    if isinstance(client, StackHook):
-        return client.stacked()
+    if offers(client, StackHook):
+        return client.stacked()  # type: ignore[operator]
     if isinstance(client, GAN):
         return StackedGAN(client)
     raise ConfigurationError(
@@ -161,6 +170,7 @@ class _InTrainer(L.Callback):
     ) -> None:
         self.steps += 1
         going_on = sum(info.num_steps > self.steps for info in self.visit.infos)
+        trainer.should_stop = not going_on  # the next round is another fit
         if going_on < len(self.visit.tasks):
             self._finish(trainer, pl_module, first=going_on)
             self.visit.keep(going_on)
@@ -171,6 +181,7 @@ class _InTrainer(L.Callback):
         """Form the updates of the last rows of the stack, whose clients have done their steps."""
         statistics = {n: v[first:].tolist() for n, v in cast(StackedModule, module).round_statistics().items()}
         common = {"images": float(self.num_images), "steps": float(self.steps)}
+        common["optimizer_steps"] = float(trainer.global_step - self.visit.clock.global_step)
         common |= self.owner.clock.positions(schedulers_of(trainer))
         rows = self.visit.rows(first)
         metrics = [{**{n: own[row] for n, own in statistics.items()}, **common} for row in range(len(rows.tasks))]

@@ -82,6 +82,9 @@ class GAN(AlgorithmAbilities, Sampling, L.LightningModule):
         ConfigurationError: If the arguments contradict each other.
     """
 
+    #: Attributes that begin anew with every round of a client.
+    round_attributes = frozenset({"local_step", "_means", "_in_federation", "_shares_passes"})
+
     @checked(**INTERVALS)
     def __init__(
         self,

@@ -65,6 +65,8 @@ class SamplePictures(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._last_round = -1
+        if not _has_samples(trainer):
+            return
         data = _data(trainer)
         drawn = pictures.partition(data.label_counts(), class_names=data.class_names)
         publish(trainer, drawn, name="partition.png", tag="partition", step=0)
@@ -105,7 +107,7 @@ class SamplePictures(L.Callback):
 
     def _draw(self, trainer: L.Trainer, module: L.LightningModule, *, name: str) -> None:
         assert isinstance(module, ServerModule)
-        if not module.can_sample:
+        if not (module.can_sample and _has_samples(trainer)):
             return
         self._last_round, data = completed_rounds(trainer), _data(trainer)
         samples, tag = self.shown(data, module), "samples/generated"
@@ -138,7 +140,7 @@ class SamplePictures(L.Callback):
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write ``predictions/samples.png`` and ``predictions/samples.npz`` (x, and y for conditional generators)."""
         assert isinstance(pl_module, ServerModule)
-        if not (trainer.is_global_zero and pl_module.can_sample):
+        if not (trainer.is_global_zero and pl_module.can_sample and _has_samples(trainer)):
             return
         data, folder = _data(trainer), Path(trainer.default_root_dir) / "predictions"
         classes = int(getattr(pl_module.model, "num_classes", 0))
@@ -174,6 +176,11 @@ def _belief(data: FederatedDataModule, server: ServerModule) -> Belief | None:
         return logits.flatten().float().sigmoid()
 
     return read
+
+
+def _has_samples(trainer: L.Trainer) -> bool:
+    """Whether the data say what samples are: only then is it known how they are drawn."""
+    return isinstance(trainer.datamodule, FederatedDataModule)  # type: ignore[attr-defined]
 
 
 def _data(trainer: L.Trainer) -> FederatedDataModule:

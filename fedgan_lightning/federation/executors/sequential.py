@@ -25,4 +25,6 @@ class SequentialExecutor(Executor):
             yield self._local.run(task)
 
     def teardown(self) -> None:
+        if self._local is not None:
+            self._local.close()
         self._local = None

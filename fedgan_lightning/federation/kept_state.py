@@ -1,0 +1,177 @@
+"""What a client keeps from round to round beside entries of its module: named attributes, callbacks, plateaus.
+
+Everything else that is no entry is put back before every client. See :mod:`.attributes` and :mod:`.plain_state`.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.federation import namespaces
+from fedgan_lightning.federation.attributes import AttributeSnapshot
+from fedgan_lightning.federation.plain_state import decode, encode
+from fedgan_lightning.protocol import State
+
+logger = logging.getLogger("fedgan_lightning")
+
+#: Hooks of a client's callbacks that Lightning calls once in a fit, and what becomes of them in later rounds.
+FIRST, LAST = ("setup", "on_fit_start"), ("on_fit_end", "teardown")
+
+
+class KeptState:
+    """Puts a module and its callbacks back before every client, and keeps what the user names.
+
+    Args:
+        module: The resident module of the clients.
+        attributes: Dotted names of the attributes that every client keeps.
+        callbacks: The user's callbacks on clients; they are copied.
+        ignored: Attributes that the module sets itself when a round begins.
+    """
+
+    def __init__(
+        self,
+        module: L.LightningModule,
+        *,
+        attributes: Sequence[str] = (),
+        callbacks: Sequence[L.Callback] = (),
+        ignored: frozenset[str] = frozenset(),
+    ) -> None:
+        self.module, self.attributes, self.ignored = module, tuple(attributes), ignored
+        check_attributes(module, self.attributes)
+        self.callbacks = [copy.deepcopy(callback) for callback in callbacks]
+        self._start = {name: _at(module, name) for name in self.attributes}
+        self._snapshot = AttributeSnapshot(module)
+        self._of_callbacks = [AttributeSnapshot(_Holder(callback)) for callback in self.callbacks]
+        self._has_warned = False
+
+    def load(self, private: State) -> None:
+        """Put everything back, and give the client what it has kept."""
+        self._warn(self._snapshot.restore())
+        for name, start in self._start.items():
+            kept = namespaces.inside(f"{namespaces.ATTRIBUTE}{name}/", private)
+            if kept:
+                owner, last = _owner(self.module, name)
+                setattr(owner, last, decode(kept, start))
+        for index, (callback, snapshot) in enumerate(zip(self.callbacks, self._of_callbacks)):
+            snapshot.restore()
+            kept = namespaces.inside(f"{namespaces.CALLBACK}{index}/", private)
+            for hook in (*LAST, *(FIRST if kept else ())):
+                vars(callback)[hook] = _nothing_more
+            if kept:
+                _load(callback, decode(kept, _state(callback)))
+
+    def private(self, schedulers: Sequence[Any]) -> dict[str, Tensor]:
+        """Return what the client keeps after a round."""
+        found: dict[str, Tensor] = {}
+        for name in self.attributes:
+            value = encode(_at(self.module, name), what=f"client attribute {name}")
+            found |= namespaces.under(f"{namespaces.ATTRIBUTE}{name}/", value)
+        for index, callback in enumerate(self.callbacks):
+            value = encode(_state(callback), what=f"the state of {type(callback).__name__}")
+            found |= namespaces.under(f"{namespaces.CALLBACK}{index}/", value)
+        for index, scheduler in enumerate(schedulers):
+            if isinstance(scheduler, ReduceLROnPlateau):
+                rates = [group["lr"] for group in scheduler.optimizer.param_groups]
+                value = encode([scheduler.state_dict(), rates], what=type(scheduler).__name__)
+                found |= namespaces.under(f"{namespaces.PLATEAU}{index}/", value)
+        return found
+
+    def _warn(self, changed: list[str]) -> None:
+        """Say once which attributes training changes: users of a plain Trainer count on them from epoch to epoch."""
+        lost = [name for name in changed if name not in self.attributes and name not in self.ignored]
+        lost = [name for name in lost if not _is_remade(self.module, name)]
+        lost = [name for name in lost if not name.startswith(tuple(f"{own}." for own in self.attributes))]
+        if lost and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                f"training changes attributes of {type(self.module).__name__}, which are put back before every client: "
+                f"{', '.join(lost[:8])}. To keep them for each client, set federation.client_attributes to their names"
+            )
+
+
+def restore_plateaus(schedulers: Sequence[Any], private: State) -> None:
+    """Give schedules that follow a metric what the client has kept of them."""
+    for index, scheduler in enumerate(schedulers):
+        kept = namespaces.inside(f"{namespaces.PLATEAU}{index}/", private)
+        if kept and isinstance(scheduler, ReduceLROnPlateau):
+            state, rates = decode(kept, None)
+            scheduler.load_state_dict(state)
+            for group, rate in zip(scheduler.optimizer.param_groups, rates):
+                group["lr"] = rate
+
+
+def check_attributes(module: nn.Module, names: Sequence[str]) -> None:
+    """Refuse names of attributes that a module has not, or that travel anyway.
+
+    Raises:
+        ConfigurationError: If there is one.
+    """
+    entries = {*dict(module.named_parameters()), *dict(module.named_buffers()), *dict(module.named_modules())}
+    for name in names:
+        owner = _owner(module, name)[0]
+        if name in entries or not hasattr(owner, name.rpartition(".")[2]):
+            found = "an entry of its state_dict" if name in entries else "no such attribute"
+            raise ConfigurationError(
+                message(
+                    f"federation.client_attributes must name plain attributes of {type(module).__name__}",
+                    received=f"{name}, {found}",
+                    fix="name one that __init__ or setup makes, by its dotted path",
+                )
+            )
+
+
+class _Holder(nn.Module):
+    """Makes a callback's attributes those of a module."""
+
+    def __init__(self, callback: L.Callback) -> None:
+        super().__init__()
+        object.__setattr__(self, "callback", callback)
+
+
+def _nothing_more(*arguments: Any, **options: Any) -> None:
+    """Stand for a hook that is not called again."""
+
+
+def _state(callback: L.Callback) -> Any:
+    """Return a callback's state: what it says itself, or else its attributes."""
+    if type(callback).state_dict is not L.Callback.state_dict:
+        return callback.state_dict()
+    return {name: value for name, value in vars(callback).items() if name not in (*FIRST, *LAST)}
+
+
+def _load(callback: L.Callback, state: Any) -> None:
+    if type(callback).state_dict is not L.Callback.state_dict:
+        callback.load_state_dict(state)
+    else:
+        vars(callback).update(state)
+
+
+def _is_remade(module: nn.Module, name: str) -> bool:
+    """Whether an attribute is one that others make anew: optimizers and schedules, and weights that hooks compute."""
+    owner, last = _owner(module, name)
+    value = getattr(owner, last, None)
+    return isinstance(value, (Optimizer, LRScheduler)) or bool(
+        isinstance(value, Tensor) and getattr(owner, "_forward_pre_hooks", None)
+    )
+
+
+def _owner(module: nn.Module, name: str) -> tuple[Any, str]:
+    *path, last = name.split(".")
+    owner: Any = module
+    for part in path:
+        owner = getattr(owner, part, None)
+    return owner, last
+
+
+def _at(module: nn.Module, name: str) -> Any:
+    owner, last = _owner(module, name)
+    return getattr(owner, last)

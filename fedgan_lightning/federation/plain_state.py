@@ -1,0 +1,139 @@
+"""Python values as flat tensors by name and back, so that they lie in a client's private state like everything else.
+
+Numbers, texts, tensors, arrays, and lists, tuples, dictionaries, sets and deques of them; objects by their
+``state_dict``, or by their attributes where they have none. Nothing is pickled: a value comes back into the object that
+the module was built with, and code never comes from a file.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.protocol import State
+
+#: Levels that a value may be nested.
+DEEPEST = 16
+SHAPE = "json"
+SEQUENCES: dict[str, Any] = {"list": list, "tuple": tuple, "set": (set, frozenset), "deque": deque}
+
+
+def encode(value: Any, *, what: str) -> dict[str, Tensor]:
+    """Return a value as tensors.
+
+    Args:
+        value: The value.
+        what: Its name, for the error.
+
+    Raises:
+        ConfigurationError: If it holds something that is none of the kinds above.
+    """
+    tensors: dict[str, Tensor] = {}
+    shape = _encoded(value, what, tensors, DEEPEST)
+    text = np.frombuffer(json.dumps(shape).encode(), dtype=np.uint8).copy()
+    return {SHAPE: torch.from_numpy(text), **tensors}
+
+
+def decode(state: State, like: Any) -> Any:
+    """Return the value of :func:`encode`; objects come back as copies of those in ``like``."""
+    shape = json.loads(bytes(state[SHAPE].cpu().numpy()).decode())
+    return _decoded(shape, state, like)
+
+
+def _encoded(value: Any, what: str, tensors: dict[str, Tensor], depth: int) -> Any:
+    """Return the value as JSON, in which numbered tensors stand for what is long."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if depth == 0:
+        raise _refused(what, value, "nested too deep")
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        kind = "tensor" if isinstance(value, Tensor) else "array"
+        tensors[str(len(tensors))] = torch.as_tensor(value).detach().clone()
+        return {kind: str(len(tensors) - 1)}
+    if isinstance(value, Mapping):
+        pairs = [
+            [_encoded(key, what, tensors, depth - 1), _encoded(item, what, tensors, depth - 1)]
+            for key, item in value.items()
+        ]
+        return {"dict": pairs}
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        name = next(name for name, kinds in SEQUENCES.items() if isinstance(value, kinds))
+        return {name: [_encoded(item, what, tensors, depth - 1) for item in value]}
+    if isinstance(value, random.Random):
+        return {"random": _encoded(value.getstate(), what, tensors, depth - 1)}
+    if isinstance(value, torch.Generator):
+        return {"generator": _encoded(value.get_state(), what, tensors, depth - 1)}
+    if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
+        return {"state_dict": _encoded(value.state_dict(), what, tensors, depth - 1)}
+    if type(getattr(value, "__dict__", None)) is dict and not callable(value):
+        return {"object": type(value).__qualname__, "own": _encoded(vars(value), what, tensors, depth - 1)}
+    raise _refused(what, value, f"a {type(value).__name__}")
+
+
+def _refused(what: str, value: Any, found: str) -> ConfigurationError:
+    return ConfigurationError(
+        message(
+            f"{what} must be made of numbers, texts, tensors, lists, dictionaries and objects of these to be kept",
+            received=found,
+            fix="keep it in such values, give it state_dict() and load_state_dict(), or do not name it",
+        )
+    )
+
+
+def _decoded(shape: Any, state: State, like: Any) -> Any:
+    if not isinstance(shape, dict):
+        return shape
+    ((kind, value), *more) = shape.items()
+    if kind == "tensor":
+        found = state[value].clone()
+        return found.to(like.device) if isinstance(like, Tensor) else found
+    if kind == "array":
+        array = state[value].cpu().numpy()
+        return array[()] if array.ndim == 0 and not isinstance(like, np.ndarray) else array.copy()
+    if kind == "dict":
+        named = like if isinstance(like, Mapping) else {}
+        pairs = [(_decoded(key, state, None), item) for key, item in value]
+        return {key: _decoded(item, state, named.get(key)) for key, item in pairs}
+    if kind in ("list", "tuple", "set", "deque"):
+        known = list(like) if isinstance(like, (list, tuple, deque)) else []
+        items = [_decoded(item, state, known[k] if k < len(known) else None) for k, item in enumerate(value)]
+        if kind == "deque":
+            return deque(items, maxlen=getattr(like, "maxlen", None))
+        return {"list": list, "tuple": tuple, "set": set}[kind](items)
+    return _object(kind, value, more, state, like)
+
+
+def _object(kind: str, value: Any, more: list[Any], state: State, like: Any) -> Any:
+    """Return a copy of ``like`` in the state that was kept."""
+    made = copy.deepcopy(like)
+    if kind == "random":
+        version, numbers, gauss = _decoded(value, state, None)
+        made = made if made is not None else random.Random()
+        made.setstate((version, tuple(numbers), gauss))
+        return made
+    if kind == "generator":
+        made = torch.Generator() if like is None else torch.Generator(like.device)
+        made.set_state(_decoded(value, state, None))
+        return made
+    if made is None:
+        raise ConfigurationError(
+            message(
+                "an object that is kept for clients must be there when the module is built",
+                received=f"a {value if kind == 'object' else 'stateful object'} that training makes",
+                fix="make it in __init__ or setup",
+            )
+        )
+    if kind == "state_dict":
+        made.load_state_dict(_decoded(value, state, made.state_dict()))
+    else:
+        vars(made).update(_decoded(more[0][1], state, vars(made)))
+    return made
