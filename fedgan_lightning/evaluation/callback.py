@@ -258,7 +258,7 @@ def _condition(pl_module: L.LightningModule) -> Any:
 
 def _warn_of_silence(pl_module: L.LightningModule, metrics: Sequence[Metric]) -> None:
     """Say so where nothing will be measured."""
-    if isinstance(pl_module, ServerModule) and sampler_of(pl_module.model, pl_module.sample_with) is None:
+    if metrics and isinstance(pl_module, ServerModule) and sampler_of(pl_module.model, pl_module.sample_with) is None:
         name = type(pl_module.model).__name__
         warnings.warn(
             f"{name} has no sample method that can be called with a number of samples: there are no sample metrics and "

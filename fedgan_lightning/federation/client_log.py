@@ -74,6 +74,12 @@ class ClientLogger(Logger):
         if self._writer is not None:
             self._writer.flush()
 
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        """What other loggers have (``log_image``, ``log_table``) does nothing."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return _nothing
+
     def close(self) -> None:
         """End the file, if there is one."""
         if self._writer is not None:
@@ -117,6 +123,10 @@ class TaggedWriter:
             self._logger.write(name, str(tag), rest, options)
 
         return method
+
+
+def _nothing(*arguments: Any, **options: Any) -> None:
+    """Stand for a method of another logger."""
 
 
 #: For clients that write nothing: every method, and every one of ``experiment``, does nothing.

@@ -25,6 +25,8 @@ logger = logging.getLogger("fedgan_lightning")
 
 #: Hooks of a client's callbacks that Lightning calls once in a fit, and what becomes of them in later rounds.
 FIRST, LAST = ("setup", "on_fit_start"), ("on_fit_end", "teardown")
+#: What of a callback's attributes is no state of its own: a Trainer sets the last two.
+NO_STATE = (*FIRST, *LAST, "log", "log_dict")
 
 
 class KeptState:
@@ -145,7 +147,7 @@ def _state(callback: L.Callback) -> Any:
     """Return a callback's state: what it says itself, or else its attributes."""
     if type(callback).state_dict is not L.Callback.state_dict:
         return callback.state_dict()
-    return {name: value for name, value in vars(callback).items() if name not in (*FIRST, *LAST)}
+    return {name: value for name, value in vars(callback).items() if name not in NO_STATE}
 
 
 def _load(callback: L.Callback, state: Any) -> None:

@@ -22,7 +22,7 @@ from fedgan_lightning.federation.client_log import SILENT, ClientLogger
 from fedgan_lightning.federation.client_update import ClientContext, StartingPoint, Visit, client_updates
 from fedgan_lightning.federation.kept_state import KeptState, restore_plateaus
 from fedgan_lightning.federation.policy import Policy
-from fedgan_lightning.federation.preparation import client_copy, is_foreign, own_hook
+from fedgan_lightning.federation.preparation import client_copy, is_foreign, own_hook, validates, without_validation
 from fedgan_lightning.federation.round_schedules import set_hyperparameters
 from fedgan_lightning.federation.round_trainer import Fit, RoundTrainer, TrainerClock, batch_length, schedulers_of
 from fedgan_lightning.federation.step_hooks import begin, check_has_trained
@@ -93,6 +93,8 @@ class LocalTrainer:
     def __init__(self, context: ClientContext) -> None:
         self.context = context
         self.module = client_copy(context.model, context.policy, context.prepared)
+        if own_hook(self.module, "validation_step") and not validates(context.data):
+            without_validation(self.module)
         self.clock = optimizer_state.ScheduleClock()
         self.trainer = RoundTrainer(context.trainer_options)
         self.start = StartingPoint.of(self.module, context.policy)
@@ -238,7 +240,6 @@ class Constants:
 
 def validation_batches(data: Any, client_id: int, module: L.LightningModule) -> Any:
     """Return the minibatches of a client's held-out share; ``None`` without one, or without ``validation_step``."""
-    held_out = getattr(data, "client_validation_batches", None)
-    if held_out is None or not own_hook(module, "validation_step"):
+    if not validates(data) or not own_hook(module, "validation_step"):
         return None
-    return held_out(client_id)
+    return data.client_validation_batches(client_id)

@@ -37,7 +37,7 @@ from fedgan_lightning.federation.costs import CostLedger, cost_metrics
 from fedgan_lightning.federation.executors import AutoExecutor, AutotunedExecutor
 from fedgan_lightning.federation.kept_state import check_attributes
 from fedgan_lightning.federation.policy import Buffers, IntegerBuffers, OptimizerState, Policy, Sync, resolve
-from fedgan_lightning.federation.preparation import finish, is_foreign, prepare, warn_of_loaders
+from fedgan_lightning.federation.preparation import finish, is_foreign, prepare, validates, warn_of_loaders
 from fedgan_lightning.federation.ranks import Ranks, leave_at_exit
 from fedgan_lightning.federation.report import ClientClock, RoundReport
 from fedgan_lightning.federation.round import RoundRunner
@@ -207,7 +207,7 @@ class FederatedOrchestrator(L.Callback):
             check_optimizers(server, self._preview)
             check_attributes(server.model, self.client_attributes)
             if is_foreign(server.model):
-                warn_of_loaders(server.model, validates=bool(getattr(data, "validation_share", 0)))
+                warn_of_loaders(server.model, validates=validates(data))
             if trainer.precision == "64-true":
                 server.double()  # Lightning does so after it has read a checkpoint, whose doubles pass through float32
             trainer.limit_val_batches = 0  # rounds are evaluated where they end, by callbacks

@@ -161,7 +161,9 @@ def resolve(
     defaults: Mapping[str, str] = module.default_sync() if offers(module, PlacementHook) else {}  # type: ignore[operator]
     chosen = dict(sync or {})
     constants = frozen(module)
-    constants -= {n for n in constants if entries[n].network in {*defaults} | {*chosen}} if constants else set()
+    if constants:  # a network that has nothing else, and is named, is where the settings say
+        mixed = {entry.network for name, entry in entries.items() if name not in constants}
+        constants -= {n for n in constants if entries[n].network in ({*defaults} | {*chosen}) - mixed}
     resolved = _of_networks({name: own for name, own in chosen.items() if name in known}, known, defaults)
     patterns = {name: own for name, own in chosen.items() if name not in known}
     placements = {name: resolved[entry.network] for name, entry in entries.items()}

@@ -6,8 +6,10 @@ Networks and weights that are made there belong to the server's start; clients a
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import logging
+import types
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +17,7 @@ import lightning as L
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim.lr_scheduler import LRScheduler
 
 from fedgan_lightning.errors import ConfigurationError, FedGANError, message
 from fedgan_lightning.federation.policy import Policy
@@ -130,6 +133,11 @@ def warn_of_loaders(module: L.LightningModule, *, validates: bool) -> None:
         logger.warning(f"{name}.validation_step is not called: set data.validation_share to hold out some of clients'")
 
 
+def validates(data: Any) -> bool:
+    """Whether data hold out a share of every client's samples for validation."""
+    return bool(getattr(data, "validation_share", 0)) and hasattr(data, "client_validation_batches")
+
+
 def finish(module: L.LightningModule, prepared: Iterable[str], *, stage: str, trainer: L.Trainer) -> None:
     """Call what follows the hooks that have been called."""
     before, module.trainer = module._trainer, trainer  # type: ignore[assignment]
@@ -155,10 +163,33 @@ def client_copy(model: L.LightningModule, policy: Policy, prepared: Iterable[str
         model.trainer = trainer
     for network in policy.absent_networks:
         setattr(copied, network, None)
+    for value in [own for child in copied.modules() for own in vars(child).values()]:
+        if isinstance(value, LRScheduler):
+            _count_steps(value.optimizer)
     done = {*prepared, *(last for last, first in AFTER.items() if first in prepared)}
     for name in done:
         object.__setattr__(copied, name, _nothing_more)
     return copied
+
+
+def _count_steps(optimizer: Any) -> None:
+    """Let a schedule that was copied see the steps of its optimizer, as torch does where one is made."""
+    step = optimizer.step
+    if hasattr(step, "_wrapped_by_lr_sched"):
+        return
+
+    @functools.wraps(step.__func__)
+    def counted(*arguments: Any, **options: Any) -> Any:
+        optimizer._opt_called = True
+        return step(*arguments, **options)
+
+    counted._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.step = counted
+
+
+def without_validation(module: L.LightningModule) -> None:
+    """Let a client's module have no ``validation_step``, so that no Trainer misses its data."""
+    object.__setattr__(module, "validation_step", types.MethodType(L.LightningModule.validation_step, module))
 
 
 def _nothing_more(*arguments: Any, **options: Any) -> None:

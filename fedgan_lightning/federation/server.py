@@ -204,6 +204,17 @@ class ServerModule(L.LightningModule):
         self.rounds_completed, own = rounds_in(checkpoint), checkpoint.get("server", {})
         self.moments, self.algorithm_state = dict(own.get("moments", {})), dict(own.get("algorithm", {}))
 
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override] # hyper-parameters in it are the global module's
+        cls, checkpoint_path: Any, map_location: Any = None, *, model: L.LightningModule, **options: Any
+    ) -> ServerModule:
+        """Return the server of a checkpoint, with its weights in ``model``; a module's own class loads it as well."""
+        checkpoint = torch.load(checkpoint_path, map_location=map_location, weights_only=True)
+        server = cls(model, **options)
+        server.on_load_checkpoint(checkpoint)
+        server.load_state_dict(checkpoint["state_dict"])
+        return server
+
     def begin(self) -> None:
         """Forget rounds, moments and the algorithm's state: a new run begins, from the weights that there are."""
         self.rounds_completed, self.moments, self.algorithm_state = 0, {}, {}
