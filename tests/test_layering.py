@@ -27,14 +27,19 @@ LAYERS = {
     "data.sources.base": 2,
     "data.partition": 2,
     "data.vocabulary": 1,
-    "data.reading": 1,
+    "data.reading": 0,
     "data.tables": 2,
     "data.dates": 1,
-    "data.pictures": 2,
+    "data.levels": 0,
+    "data.pictures": 1,
+    "data.dicom_header": 1,
+    "data.dicom": 2,
+    "data.nifti": 2,
+    "data.formats": 3,
     "data.folders": 2,
     "data.arrays": 2,
     "data.sources.bundled": 3,
-    "data.sources.images": 3,
+    "data.sources.images": 4,
     "data.sources.medical": 3,
     "data.sources.toys": 3,
     "data.sources.series": 3,
@@ -214,7 +219,7 @@ LAYERS = {
 #: Packages that bare modules (documentation only) and entry points may import freely.
 EXEMPT = {"", "__main__", "data", "gan", "federation", "evaluation", "visuals", "deployment"}
 LAZY = {"cryptography", "sklearn", "matplotlib", "PIL", "torchvision", "flwr", "opacus", "dp_accounting", "scipy"}
-LAZY |= {"cv2"}
+LAZY |= {"cv2", "pydicom", "nibabel"}
 #: The pure core: no Lightning.
 NO_LIGHTNING = ("errors", "seeding", "protocol", "states", "gan.objectives", "gan.penalties", "gan.priors", "gan.steps")
 NO_LIGHTNING += ("gan.networks", "data.samples", "data.partition", "data.sources", "evaluation.fid", "evaluation.modes")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import unicodedata
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,20 +20,20 @@ ROLES = {
 }
 
 
-def files_below(folder: Path, extensions: Container[str]) -> Iterator[Path]:
-    """Yield the files with these endings, sorted by their paths; links are followed, and hidden files are none.
+def files_below(folder: Path, is_wanted: Callable[[Path], bool]) -> Iterator[Path]:
+    """Yield the files that are wanted, sorted by their paths; links are followed, and hidden files are none.
 
     Args:
         folder: Where to look; a link that leads back to a folder above itself is not followed.
-        extensions: Endings in lower case, with their dots.
+        is_wanted: Says of a path that is no folder whether it is read.
 
     Raises:
         DataError: If a link leads nowhere, a folder cannot be listed, or something else than a file has such a name.
     """
-    yield from sorted(_walk(folder, extensions, above=frozenset()))
+    yield from sorted(_walk(folder, is_wanted, above=frozenset()))
 
 
-def _walk(folder: Path, extensions: Container[str], *, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
+def _walk(folder: Path, is_wanted: Callable[[Path], bool], *, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
     try:
         facts = folder.stat()
         entries = sorted(name for name in os.listdir(folder) if is_shown(name))  # noqa: PTH208 - str sorts faster
@@ -50,8 +50,8 @@ def _walk(folder: Path, extensions: Container[str], *, above: frozenset[tuple[in
         path = folder / name
         mode = _mode(path)
         if stat.S_ISDIR(mode):
-            yield from _walk(path, extensions, above=above | {here})
-        elif path.suffix.lower() in extensions:
+            yield from _walk(path, is_wanted, above=above | {here})
+        elif is_wanted(path):
             if not stat.S_ISREG(mode):
                 raise DataError(
                     message("what is named as a picture must be a file", received=path, fix="move it elsewhere")
@@ -95,7 +95,7 @@ class Splits(NamedTuple):
     unused: Path | None
 
 
-def splits_of(root: Path, *, extensions: Container[str], classes: Container[str] = ()) -> Splits:
+def splits_of(root: Path, *, is_wanted: Callable[[Path], bool], classes: Container[str] = ()) -> Splits:
     """Return which folders of ``root`` are splits: ``train`` with ``test``, or with ``val`` where there is no test.
 
     Names are those of :data:`ROLES`, in any letter case. Where there are all three, ``val`` is not used. Where all
@@ -103,7 +103,7 @@ def splits_of(root: Path, *, extensions: Container[str], classes: Container[str]
 
     Args:
         root: The folder.
-        extensions: Endings of pictures.
+        is_wanted: Says of a path that is no folder whether it is read.
         classes: Names of classes, where they are known.
 
     Raises:
@@ -111,7 +111,7 @@ def splits_of(root: Path, *, extensions: Container[str], classes: Container[str]
     """
     found: dict[str, Path] = {}
     others: list[Path] = []
-    folders = [path for path in folders_in(root) if next(_walk(path, extensions, above=frozenset()), None)]
+    folders = [path for path in folders_in(root) if next(_walk(path, is_wanted, above=frozenset()), None)]
     if all(named(path) in classes for path in folders):
         return Splits(None, None, None)
     for path in folders:
@@ -126,8 +126,8 @@ def splits_of(root: Path, *, extensions: Container[str], classes: Container[str]
         return Splits(None, None, None)
     if others:
         raise _two_readings(root, [*found.values(), others[0]], "splits beside folders that are none")
-    loose = [path for path in root.iterdir() if is_shown(path.name) and path.suffix.lower() in extensions]
-    if loose and any(path.is_file() for path in loose):
+    loose = [path for path in root.iterdir() if is_shown(path.name) and path.is_file() and is_wanted(path)]
+    if loose:
         raise _two_readings(root, [*found.values(), loose[0]], "splits beside pictures in neither")
     held_out = found.get("test", found.get("val"))
     if "train" not in found or held_out is None:

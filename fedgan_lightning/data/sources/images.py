@@ -14,7 +14,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedgan_lightning.data.folders import Splits, files_below, folders_in, named, refuse_splits_below, splits_of
-from fedgan_lightning.data.pictures import EXTENSIONS, read_picture
+from fedgan_lightning.data.formats import (
+    ENDINGS,
+    Found,
+    Group,
+    Reading,
+    is_picture,
+    numbers_of,
+    refuse_unmarked,
+)
+from fedgan_lightning.data.levels import Levels
+from fedgan_lightning.data.nifti import Axis
+from fedgan_lightning.data.pictures import read_picture
 from fedgan_lightning.data.reading import reason, user_path
 from fedgan_lightning.data.samples import Samples
 from fedgan_lightning.data.sources.base import Source, Split, hold_out, resize, to_pixels
@@ -143,12 +154,16 @@ class CelebA(Source):
 
 
 class ImageFolder(Source):
-    """A folder of pictures, with one subfolder per class or without classes; links are followed.
+    """A folder of pictures, DICOM files or NIfTI volumes, with one subfolder per class or without classes.
 
-    Column ``folder`` holds each picture's first folder below the root, for a natural partition by site. Where the
-    folder has subfolders ``train`` and ``test``, in any letter case, these are the splits; without ``test``, ``val``
-    (or ``valid``, ``validation``, ``dev``) is the test split, and beside ``test`` it is not used. Otherwise a fixed
-    share is held out. Such folders elsewhere, or beside others, are refused. Transparent pictures are laid over white.
+    Links are followed. Column ``folder`` holds each picture's first folder below the root, for a natural partition by
+    site. Where the folder has subfolders ``train`` and ``test``, in any letter case, these are the splits; without
+    ``test``, ``val`` (or ``valid``, ``validation``, ``dev``) is the test split, and beside ``test`` it is not used.
+    Otherwise a fixed share of the files, or of the groups, is held out. Such folders elsewhere, or beside others, are
+    refused. Transparent pictures are laid over white.
+
+    All slices of a volume, frames of a DICOM file and pages of a TIFF are pictures, never shared between the splits
+    where there are two files. Measured values (DICOM, NIfTI, grey pictures of 16 bits) become bytes by one range.
 
     Args:
         root: The folder.
@@ -158,13 +173,24 @@ class ImageFolder(Source):
         class_names: Names of all classes, in order, where this folder may hold only some of them, as a site of a
             federation does, or where a class has the name of a split; default the folders' names, sorted.
         test_fraction: Share held out as the test split where the folder has none of its own, in (0, 1).
+        window: Centre and width of the values that are shown; default a DICOM file's own window, without one the range
+            of the values in a file, and the full range of pictures of 16 bits.
+        percentiles: The lower and the upper percentile of the values in a file, in place of a window.
+        axis: Along which slices of a NIfTI volume are taken: of the array as it is stored, or, turned and upright,
+            ``sagittal``, ``coronal`` or ``axial``.
+        slice_range: First slice, frame or page of a file, and the one after the last; below 0 from the end.
+        slice_step: Take every n-th of them.
+        skip_empty: Whether to leave out pictures of one level throughout.
+        group: What is kept in one split and numbered in a column of this name, for a natural partition: ``file``, or,
+            where all files are DICOM, ``series``, ``study`` or ``patient``. Numbers follow the order of the files;
+            identifiers in headers are read for no other purpose, and kept nowhere.
 
     Raises:
         DataError: If the folder holds no pictures, or folders that can be read in two ways, or pictures that cannot be
-            read.
+            read, or nothing that an option is for.
     """
 
-    @checked(image_size="[1, inf)", test_fraction="(0, 1)")
+    @checked(image_size="[1, inf)", test_fraction="(0, 1)", percentiles="[0, 100]", slice_step="[1, inf)")
     def __init__(
         self,
         root: str,
@@ -174,9 +200,17 @@ class ImageFolder(Source):
         classes: bool = False,
         class_names: Sequence[str] | None = None,
         test_fraction: float = 0.1,
+        window: tuple[float, float] | None = None,
+        percentiles: tuple[float, float] | None = None,
+        axis: Axis = 2,
+        slice_range: tuple[int, int] | None = None,
+        slice_step: int = 1,
+        skip_empty: bool = False,
+        group: Group | None = None,
     ) -> None:
         self.root, self.image_size, self.channels = user_path(root), image_size, channels
-        self.classes, self.test_fraction = classes, test_fraction
+        self.classes, self.test_fraction, self.group = classes, test_fraction, group
+        self.reading = Reading(channels, Levels(window, percentiles), axis, slice_range, slice_step, skip_empty)
         self.sample_shape = (channels, image_size, image_size)
         given = tuple(normalize("NFC", name) for name in class_names or ())
         if len(set(given)) != len(given):
@@ -186,7 +220,7 @@ class ImageFolder(Source):
         self._listed = given
         self.splits = Splits(None, None, None)
         if self.root.is_dir():
-            self.splits = splits_of(self.root, extensions=EXTENSIONS, classes=given)
+            self.splits = splits_of(self.root, is_wanted=is_picture, classes=given)
         if classes and given:
             self.class_names = given
         elif classes and self.root.is_dir():
@@ -194,26 +228,76 @@ class ImageFolder(Source):
 
     def load(self, split: Split) -> Samples:
         base = (self.splits.train if split == "train" else self.splits.test) or self.root
-        files = list(files_below(base, EXTENSIONS)) if base.is_dir() else []
+        files = self._files(base)
+        numbers = self._numbers(files)
+        if self.splits.unused is not None and split == "train":
+            unused = self.splits.unused
+            logger.info(f"{unused} is not used: train is trained on, and test is what results are measured on")
+        is_divided = self.splits.train is None
+        single = is_divided and self.group is None and len(files) == 1  # its pictures are divided, where it has several
+        if is_divided and not single:
+            kept = self._held_out(numbers)[split == "test"]
+            files = [path for path, number in zip(files, numbers) if number in kept]
+            numbers = numbers[np.isin(numbers, kept)]
+        found = [self._read(path) for path in files]
+        if split == "train":
+            self.reading.refuse_unused(found, files)
+        owners = np.repeat(np.arange(len(files)), [len(own.pictures) for own in found])
+        x = [picture for own in found for picture in own.pictures]
+        if single:
+            x = self._part_of_one(x, files[0], split)
+            owners = owners[: len(x)]
+        if not x:
+            raise DataError(
+                message(
+                    "data.source.skip_empty must leave pictures in both splits",
+                    received=f"none of {len(files)} files in {base} for {split}",
+                    fix="set it to false, or check the window",
+                )
+            )
+        groups = np.array([normalize("NFC", (*path.relative_to(base).parts[:-1], ".")[0]) for path in files])[owners]
+        columns: dict[str, NDArray[Any]] = {"folder": groups}
+        if self.group is not None:
+            columns[self.group] = numbers[owners]
+        return Samples(x=torch.stack(x), y=self._labels(groups) if self.classes else None, columns=columns)
+
+    def _files(self, base: Path) -> list[Path]:
+        files = list(files_below(base, is_picture)) if base.is_dir() else []
         if not files:
             raise DataError(
                 message(
-                    f"an image folder must hold pictures ({' '.join(sorted(EXTENSIONS))})",
+                    f"an image folder must hold pictures ({ENDINGS}, or DICOM without an ending)",
                     received=f"{base} with none",
                     fix="set data.source.root to the folder",
                 )
             )
         refuse_splits_below(files, base, classes=self._listed)
-        if self.splits.train is None:
-            what = f"pictures in {base}"
-            chosen = hold_out(len(files), self.test_fraction, name="image folder split", what=what)[split == "test"]
-            files = [files[index] for index in chosen]
-        elif self.splits.unused is not None and split == "train":
-            unused = self.splits.unused
-            logger.info(f"{unused} is not used: train is trained on, and test is what results are measured on")
-        groups = np.array([normalize("NFC", (*path.relative_to(base).parts[:-1], ".")[0]) for path in files])
-        labels = self._labels(groups) if self.classes else None
-        return Samples(x=torch.stack([self._read(path) for path in files]), y=labels, columns={"folder": groups})
+        refuse_unmarked(files)
+        return files
+
+    def _numbers(self, files: list[Path]) -> NDArray[np.int64]:
+        """Return the group of each file; a patient in both splits has one number."""
+        if self.group is None or self.splits.train is None:
+            return numbers_of(files, self.group or "file")
+        everywhere = list(files_below(self.root, is_picture))
+        known = dict(zip(everywhere, numbers_of(everywhere, self.group)))
+        return np.array([known[path] for path in files], dtype=np.int64)
+
+    def _held_out(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        names = {"file": "files", "series": "series", "study": "studies", "patient": "patients"}
+        whole = "pictures" if self.group is None else names[self.group]
+        what = f"{whole} in {self.root}"
+        return hold_out(int(numbers.max()) + 1, self.test_fraction, name="image folder split", what=what)
+
+    def _part_of_one(self, pictures: list[Tensor], path: Path, split: Split) -> list[Tensor]:
+        """Return the part of one file's pictures that is a split."""
+        what = f"pictures in {self.root}"
+        parts = hold_out(len(pictures), self.test_fraction, name="image folder split", what=what)
+        logger.warning(
+            f"training and test split are pictures of one file, {path}: they are alike, and what is measured looks "
+            "better than it is. Add another file"
+        )
+        return [pictures[index] for index in parts[split == "test"]]
 
     def _labels(self, groups: NDArray[np.str_]) -> Tensor:
         unknown = sorted({str(group) for group in groups} - set(self.class_names))
@@ -227,5 +311,7 @@ class ImageFolder(Source):
             )
         return torch.tensor([self.class_names.index(group) for group in groups], dtype=torch.int64)
 
-    def _read(self, path: Path) -> Tensor:
-        return resize(read_picture(path, channels=self.channels).unsqueeze(0), self.image_size)[0]
+    def _read(self, path: Path) -> Found:
+        """Return what is taken from a file, in the size of samples."""
+        found = self.reading.read(path)
+        return found._replace(pictures=[resize(own.unsqueeze(0), self.image_size)[0] for own in found.pictures])
