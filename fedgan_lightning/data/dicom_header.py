@@ -178,9 +178,8 @@ def _facts(path: Path, header: Any) -> Facts:
     Raises:
         DataError: If that is not enough, or too much.
     """
-    lacking = [
-        name for name in ("Rows", "Columns", "BitsAllocated", "PhotometricInterpretation") if header.get(name) is None
-    ]
+    needed = ("Rows", "Columns", "BitsAllocated", "PhotometricInterpretation")
+    lacking = [name for name in needed if header.get(name) in (None, "")]
     if lacking:
         raise unreadable(path, f"no picture, without {', '.join(lacking)}", fix="move the file elsewhere")
     photometric = str(header.PhotometricInterpretation).strip().upper()

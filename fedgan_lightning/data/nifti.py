@@ -110,7 +110,7 @@ def _lengths(block: bytes) -> set[int]:
 def _volume(path: Path, header: Any, nibabel: Any) -> NDArray[np.float32]:
     """Return the values with slope and intercept, in three dimensions."""
     with np.errstate(all="ignore"):
-        values = np.asarray(nibabel.arrayproxy.ArrayProxy(str(path), header).get_scaled(np.float32), dtype=np.float32)
+        values = np.asarray(nibabel.arrayproxy.ArrayProxy(str(path), header), dtype=np.float32)
     return values.reshape((*values.shape, 1, 1)[:3])
 
 

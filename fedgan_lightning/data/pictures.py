@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,18 +143,34 @@ def _pages(path: Path, *, first_only: bool) -> list[_Page]:
 
     found, num_values = [], 0
     with Image.open(path) as picture:
-        num_pages = getattr(picture, "n_frames", 1) if picture.format == "TIFF" and not first_only else 1
-        for index in range(num_pages):
-            if num_pages > 1:
-                picture.seek(index)
-            tags = getattr(picture, "tag_v2", {})
-            if index and tags.get(KIND, 0) & COPY_OR_MASK:
+        for index in itertools.count():
+            try:
+                if index:
+                    picture.seek(index)
+            except EOFError:
+                break
+            except SyntaxError:  # masks may be of modes that Pillow does not know
+                if not _is_copy(picture):
+                    raise
+            if index and _is_copy(picture):
                 continue
             num_values += picture.width * picture.height
             if num_values > MAX_VALUES:
                 raise ValueError(f"more than {MAX_VALUES} pixels in one file")
-            found.append(_Page(_upright(picture), _full_range(picture), tags.get(PHOTOMETRIC) == 0))
+            is_negative = _tags(picture).get(PHOTOMETRIC) == 0
+            found.append(_Page(_upright(picture), _full_range(picture), is_negative))
+            if first_only or picture.format != "TIFF":
+                break
     return found
+
+
+def _tags(picture: Any) -> Any:
+    return getattr(picture, "tag_v2", {})
+
+
+def _is_copy(picture: Any) -> bool:
+    """Whether a page is a smaller copy of another, or a mask."""
+    return bool(_tags(picture).get(KIND, 0) & COPY_OR_MASK)
 
 
 def _upright(picture: Any) -> Any:
@@ -170,7 +187,7 @@ def _upright(picture: Any) -> Any:
 def _full_range(picture: Any) -> Limits | None:
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
         return FULL_RANGE
-    tags = getattr(picture, "tag_v2", {})
+    tags = _tags(picture)
     is_signed = tuple(tags.get(BITS, ())) == (16,) and tuple(tags.get(SAMPLE_FORMAT, ())) == (2,)
     return (-32_768.0, 32_767.0) if picture.mode == "I" and is_signed else None
 

@@ -44,6 +44,8 @@ UNBOUNDED = {
     "Interactions.threshold": "ratings may be negative",
     "ScaleGenerator.theta": "a parameter",
     "QuadraticDiscriminator.psi": "a parameter",
+    "ImageFolder.window": "values of measured pictures may be negative",
+    "ImageFolder.slice_range": "numbers below 0 count from the end",
     "ClassMixes.sizes": "checked with the mixes",
     "ClassMixes.mixes": "checked with the sizes",
 }
