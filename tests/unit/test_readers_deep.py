@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import io
+import re
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from fedgan_lightning.data.levels import Levels
 from fedgan_lightning.data.pictures import read_pages, read_picture
 from fedgan_lightning.errors import DataError
 from fedgan_lightning.sources import ImageFolder
+from tests.conftest import ROOT
 
 
 def read_all(root, split="train", **options):
@@ -24,6 +28,16 @@ def measured(dtype=np.uint16, high=65535):
 
 def page(path, *, levels=None, channels=1):
     return [own.numpy() for own in read_pages(path, channels=channels, levels=levels or Levels()).pictures]
+
+
+def test_the_page_on_formats_names_every_option_and_its_example_is_one():
+    text = (ROOT / "docs" / "data_formats.md").read_text()
+    options = inspect.signature(ImageFolder.__init__).parameters
+    new = list(options)[list(options).index("window") :]
+    assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == new
+    example = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])["data"]
+    source = ImageFolder(**example["source"]["init_args"])
+    assert example["partition"]["init_args"]["column"] == source.group == "patient"
 
 
 class TestSixteenBits:
