@@ -19,7 +19,7 @@ from fedgan_lightning.data.dicom_header import (
     Facts,
     check_file,
     check_header,
-    check_length,
+    check_pixels,
     decoders,
     guarded,
     header_of,
@@ -46,7 +46,7 @@ def read_dicom(path: Path, *, channels: int, levels: Levels) -> Stack:
     check_file(path)
     facts = check_header(path)
     header = guarded(path, lambda: header_of(path, [*SHAPE, *VALUES, *PALETTE, *PIXELS], pixels=True), "cut off")
-    check_length(path, header, facts)
+    check_pixels(path, header, facts)
     decoded = "pixels that cannot be decoded here"
     frames = guarded(path, lambda: _decoded(header, facts), decoded, fix=decoders(header))
     if facts.photometric not in GREY:
@@ -93,7 +93,8 @@ def _rescaled(header: Any, frame: NDArray[Any], index: int) -> NDArray[np.float3
     slope, intercept = 1.0, 0.0
     for place in _places(header, index, "PixelValueTransformationSequence"):
         if place.get("RescaleSlope") is not None or place.get("RescaleIntercept") is not None:
-            slope, intercept = _first(place.get("RescaleSlope"), 1.0), _first(place.get("RescaleIntercept"), 0.0)
+            slope = (_numbers(place.get("RescaleSlope")) or [slope])[0]
+            intercept = (_numbers(place.get("RescaleIntercept")) or [intercept])[0]
             break
     else:
         if "ModalityLUTSequence" in header:
@@ -104,15 +105,15 @@ def _rescaled(header: Any, frame: NDArray[Any], index: int) -> NDArray[np.float3
 
 
 def _window(header: Any, index: int) -> tuple[float, float, str] | None:
-    """Return centre, width and function of a frame's first window; ``None`` where there is none, or of no width."""
+    """Return centre, width and function of a frame's first window of any width; ``None`` where there is none."""
     for place in _places(header, index, "FrameVOILUTSequence"):
         try:
-            centre = _first(place.get("WindowCenter"), math.nan)
-            width = _first(place.get("WindowWidth"), math.nan)
+            pairs = list(zip(_numbers(place.get("WindowCenter")), _numbers(place.get("WindowWidth"))))
         except (TypeError, ValueError):  # what is no number is no window
             continue
-        if math.isfinite(centre) and math.isfinite(width) and width > 0:
-            return centre, width, str(place.get("VOILUTFunction") or "LINEAR").strip().upper()
+        for centre, width in pairs:
+            if math.isfinite(centre) and math.isfinite(width) and width > 0:
+                return centre, width, str(place.get("VOILUTFunction") or "LINEAR").strip().upper()
     return None
 
 
@@ -135,9 +136,7 @@ def _places(header: Any, index: int, sequence: str) -> Iterator[Any]:
     yield header
 
 
-def _first(value: Any, default: float) -> float:
-    """Return the first of several values; the default where there is none."""
-    if value is None or isinstance(value, (str, bytes)):
-        return float(value) if value else default
-    values = list(value) if hasattr(value, "__len__") else [value]
-    return float(values[0]) if values and values[0] not in (None, "") else default
+def _numbers(value: Any) -> list[float]:
+    """Return the numbers of an entry: none, one or several."""
+    values = list(value) if hasattr(value, "__len__") and not isinstance(value, (str, bytes)) else [value]
+    return [float(own) for own in values if own not in (None, "")]

@@ -178,7 +178,7 @@ def _facts(path: Path, header: Any) -> Facts:
     Raises:
         DataError: If that is not enough, or too much.
     """
-    needed = ("Rows", "Columns", "BitsAllocated", "PhotometricInterpretation")
+    needed = ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated", "PhotometricInterpretation")
     lacking = [name for name in needed if header.get(name) in (None, "")]
     if lacking:
         raise unreadable(path, f"no picture, without {', '.join(lacking)}", fix="move the file elsewhere")
@@ -188,7 +188,7 @@ def _facts(path: Path, header: Any) -> Facts:
     facts = Facts(
         rows=int(header.Rows),
         columns=int(header.Columns),
-        samples=int(header.get("SamplesPerPixel") or 1),
+        samples=int(header.SamplesPerPixel),
         frames=int(header.get("NumberOfFrames") or 1),
         bits_allocated=int(header.BitsAllocated),
         bits_stored=int(header.get("BitsStored") or header.BitsAllocated),
@@ -205,11 +205,14 @@ def _facts(path: Path, header: Any) -> Facts:
     return facts
 
 
-def check_length(path: Path, header: Any, facts: Facts) -> None:
-    """Refuse a file without pixels, or with fewer than its header promises."""
+def check_pixels(path: Path, header: Any, facts: Facts) -> None:
+    """Refuse a file without pixels, with fewer than its header promises, or of which it says too little."""
     found = next((header[name] for name in PIXELS[:3] if name in header), None)
     if found is None or not found.value:
         raise unreadable(path, "no pixels", fix="move the file elsewhere")
+    needed = ("BitsStored", "PixelRepresentation") if found.keyword == "PixelData" else ()
+    if lacking := [name for name in needed if header.get(name) is None]:
+        raise unreadable(path, f"pixels without {', '.join(lacking)}")
     if header.file_meta.TransferSyntaxUID.is_encapsulated:
         return
     halved = facts.photometric == "YBR_FULL_422"

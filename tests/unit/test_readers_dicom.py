@@ -123,7 +123,9 @@ class TestValues:
     def test_of_several_windows_the_first_is_taken(self, tmp_path):
         several = write(tmp_path / "a.dcm", ramp(), WindowCenter=[300, 10], WindowWidth=[100, 20])
         one = write(tmp_path / "b.dcm", ramp(), WindowCenter=300, WindowWidth=100)
+        after = write(tmp_path / "c.dcm", ramp(), WindowCenter=[10, 300], WindowWidth=[0, 100])
         np.testing.assert_array_equal(shown(several)[0], shown(one)[0])
+        np.testing.assert_array_equal(shown(after)[0], shown(one)[0], err_msg="one of no width is none")
 
     def test_a_window_of_width_1_parts_the_values(self, tmp_path):
         path = write(tmp_path / "a.dcm", np.arange(64, dtype=np.uint8).reshape(8, 8), WindowCenter=32, WindowWidth=1)
@@ -137,6 +139,7 @@ class TestValues:
             {"WindowCenter": 500},
             {"WindowWidth": 20},
             {"WindowCenter": None, "WindowWidth": None},
+            {"WindowCenter": [500, 10], "WindowWidth": [0, -1]},
         ],
     )
     def test_a_window_of_no_width_is_none(self, tmp_path, window):
@@ -288,6 +291,8 @@ BROKEN = {
     "two values a pixel": (lambda path: write(path, ramp(), SamplesPerPixel=2), "2 values a pixel"),
     "kind": (lambda path: write(path, ramp(), photometric=SECRET[:16]), "colours of a kind that is not read"),
     "no kind": (lambda path: write(path, ramp(), PhotometricInterpretation=None), "without PhotometricInterpretation"),
+    "no sign": (lambda path: write(path, ramp(), PixelRepresentation=None), "pixels without PixelRepresentation"),
+    "no bits": (lambda path: write(path, ramp(), BitsStored=None), "pixels without BitsStored"),
     "no slope": (lambda path: write(path, ramp(), RescaleSlope=0, RescaleIntercept=0), "slope, intercept"),
     "inflated": (bomb, "more than 1048576 bytes when it is inflated"),
 }
