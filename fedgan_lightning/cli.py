@@ -177,7 +177,7 @@ class FederatedCLI(LightningCLI):
         orchestrator.client_trainer = checked_client_trainer(theirs)
         orchestrator.settings["federation"]["client_trainer"] = dict(orchestrator.client_trainer)
         parts = trainer_parts(run, orchestrator=orchestrator, options=servers, is_fit=is_fit)
-        parts |= {name: CLIENT_TRAINER[name] for name in config if name not in servers}
+        parts |= {name: CLIENT_TRAINER[name] for name in dict(config) if name not in servers}
         try:
             return super().instantiate_trainer(**kwargs, **parts)
         except (ValueError, TypeError, ImportError, RuntimeError) as error:  # Lightning's own words

@@ -85,7 +85,7 @@ LAYERS = {
     "federation.client_data": 0,
     "federation.attributes": 0,
     "federation.plain_state": 1,
-    "federation.kept_state": 2,
+    "federation.kept_state": 6,
     "federation.sample_source": 2,
     "federation.preparation": 3,
     "federation.ranks": 1,

@@ -141,6 +141,7 @@ class Visit:
         optimizers: The client's optimizers, while it trains.
         module: The module, while it trains.
         path: By parameter the sum of the learning rates of the steps taken in this round.
+        positions: Steps that every learning-rate schedule has taken before.
         fit: Trains the module for the steps of the round; set by the trainer.
     """
 
@@ -150,6 +151,7 @@ class Visit:
         self.module: Any = None
         self.optimizers: Sequence[Optimizer] = ()
         self.path: dict[str, float] = {}
+        self.positions = tasks[0].schedule_positions if tasks else ()
         self.fit: Callable[[], None] = _no_trainer
         self._stored = [_private_state(task.client_id, context) for task in tasks]
         self._cut: dict[str, dict[str, Tensor]] = {}
@@ -229,7 +231,7 @@ class Visit:
 
     # ------------------------------------------------------------------ for trainers
 
-    @property
+    @cached_property
     def clock(self) -> TrainerClock:
         """Where the Trainer of the first client stands."""
         task, info, data = self.tasks[0], self.infos[0], self.context.data

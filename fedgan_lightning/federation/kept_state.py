@@ -8,9 +8,11 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -18,7 +20,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation import namespaces
 from fedgan_lightning.federation.attributes import AttributeSnapshot
-from fedgan_lightning.federation.plain_state import decode, encode
+from fedgan_lightning.federation.client_update import Visit
+from fedgan_lightning.federation.plain_state import decode, encode, parts_of
+from fedgan_lightning.federation.sampling import round_half_up
 from fedgan_lightning.protocol import State
 
 logger = logging.getLogger("fedgan_lightning")
@@ -53,6 +57,7 @@ class KeptState:
         self._start = {name: _at(module, name) for name in self.attributes}
         self._snapshot = AttributeSnapshot(module)
         self._of_callbacks = [AttributeSnapshot(_Holder(callback)) for callback in self.callbacks]
+        self._parts = parts_of(module) if attributes or callbacks else {}
         self._has_warned = False
 
     def load(self, private: State) -> None:
@@ -62,23 +67,24 @@ class KeptState:
             kept = namespaces.inside(f"{namespaces.ATTRIBUTE}{name}/", private)
             if kept:
                 owner, last = _owner(self.module, name)
-                setattr(owner, last, decode(kept, start))
+                setattr(owner, last, decode(kept, start, parts=self._parts))
         for index, (callback, snapshot) in enumerate(zip(self.callbacks, self._of_callbacks)):
             snapshot.restore()
             kept = namespaces.inside(f"{namespaces.CALLBACK}{index}/", private)
             for hook in (*LAST, *(FIRST if kept else ())):
                 vars(callback)[hook] = _nothing_more
             if kept:
-                _load(callback, decode(kept, _state(callback)))
+                _load(callback, decode(kept, _state(callback), parts=self._parts))
 
     def private(self, schedulers: Sequence[Any]) -> dict[str, Tensor]:
         """Return what the client keeps after a round."""
         found: dict[str, Tensor] = {}
         for name in self.attributes:
-            value = encode(_at(self.module, name), what=f"client attribute {name}")
+            value = encode(_at(self.module, name), what=f"client attribute {name}", parts=self._parts)
             found |= namespaces.under(f"{namespaces.ATTRIBUTE}{name}/", value)
         for index, callback in enumerate(self.callbacks):
-            value = encode(_state(callback), what=f"the state of {type(callback).__name__}")
+            what = f"the state of {type(callback).__name__}"
+            value = encode(_state(callback), what=what, parts=self._parts)
             found |= namespaces.under(f"{namespaces.CALLBACK}{index}/", value)
         for index, scheduler in enumerate(schedulers):
             if isinstance(scheduler, ReduceLROnPlateau):
@@ -98,6 +104,36 @@ class KeptState:
                 f"training changes attributes of {type(self.module).__name__}, which are put back before every client: "
                 f"{', '.join(lost[:8])}. To keep them for each client, set federation.client_attributes to their names"
             )
+
+
+def own_clock(visit: Visit) -> None:
+    """Let a visit begin where its client has come to itself: under local epochs clients take unequal steps.
+
+    A client that was not asked for a while has come as far as its minibatches: the rest follows in proportion.
+    """
+    kept = namespaces.inside(namespaces.CLOCK, visit.stored)
+    if not kept:
+        return
+    minibatches, steps, *positions = (float(value) for value in kept["counts"].tolist())
+    share = visit.clock.minibatches / minibatches if minibatches else 1.0
+    visit.clock = replace(visit.clock, global_step=round_half_up(steps * share))
+    if visit.clock.minibatches == minibatches:
+        visit.positions = tuple(int(position) for position in positions)
+
+
+def counts(visit: Visit, steps: int, positions: Sequence[float]) -> dict[str, Tensor]:
+    """Return how far a client has come after this round; nothing where the server knows it.
+
+    Args:
+        visit: The round.
+        steps: Steps of its optimizers in it.
+        positions: Steps that its schedules have taken in all.
+    """
+    if visit.tasks[0].epochs is None:
+        return {}
+    minibatches = visit.clock.minibatches + visit.infos[0].num_steps
+    found = [float(minibatches), float(visit.clock.global_step + steps), *positions]
+    return {f"{namespaces.CLOCK}counts": torch.tensor(found, dtype=torch.float64)}
 
 
 def restore_plateaus(schedulers: Sequence[Any], private: State) -> None:

@@ -20,7 +20,7 @@ from fedgan_lightning.federation import optimizer_state
 from fedgan_lightning.federation.client_data import datamodule_of
 from fedgan_lightning.federation.client_log import SILENT, ClientLogger
 from fedgan_lightning.federation.client_update import ClientContext, StartingPoint, Visit, client_updates
-from fedgan_lightning.federation.kept_state import KeptState, restore_plateaus
+from fedgan_lightning.federation.kept_state import KeptState, counts, own_clock, restore_plateaus
 from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.federation.preparation import client_copy, is_foreign, own_hook, validates, without_validation
 from fedgan_lightning.federation.round_schedules import set_hyperparameters
@@ -134,6 +134,8 @@ class LocalTrainer:
             metrics = plain({**callback.metrics, "seconds": attempt.seconds})
             ((update, private),) = client_updates(visit, [metrics])
             own = self.kept.private(callback.schedulers)
+            if self._is_foreign:
+                own |= counts(visit, callback.optimizer_steps, callback.positions)
             self.context.store.write(task.client_id, {**private, **own} if own else private)
             return update
 
@@ -145,6 +147,7 @@ class LocalTrainer:
     def _load(self, visit: Visit) -> None:
         """Put the module where this client starts."""
         visit.module = self.module
+        own_clock(visit)
         self.kept.load(visit.stored)
         states.load_entries(self.module, visit.module_state(self.start.initial))
         set_hyperparameters(self.module, visit.tasks[0].hyperparameters)
@@ -166,8 +169,8 @@ class LocalTrainer:
             datamodule=datamodule_of(data, task.client_id) if self._is_foreign else None,
         )
         trainer = self.trainer.fit(self.module, fit)
-        counts = {"images": callback.num_images, "steps": info.num_steps, "optimizer_steps": callback.optimizer_steps}
-        callback.metrics = {**trainer.callback_metrics, **callback.metrics, **counts}
+        done = {"images": callback.num_images, "steps": info.num_steps, "optimizer_steps": callback.optimizer_steps}
+        callback.metrics = {**trainer.callback_metrics, **callback.metrics, **done}
 
     def _logger(self, task: ClientTask, clock: TrainerClock) -> Logger:
         if self._log is None or task.client_id >= self.context.num_logged:
@@ -184,6 +187,7 @@ class _InTrainer(L.Callback):
         self.num_images = 0
         self.optimizer_steps = 0
         self.schedulers: list[Any] = []
+        self.positions: list[float] = []
         self.metrics: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -205,7 +209,9 @@ class _InTrainer(L.Callback):
         if self.owner.reports:
             found: Mapping[str, Tensor] = pl_module.round_statistics()  # type: ignore[operator]
             self.metrics |= found
-        self.metrics |= self.owner.clock.positions(self.schedulers)
+        positions = self.owner.clock.positions(self.schedulers)
+        self.positions = list(positions.values())
+        self.metrics |= positions
 
 
 class Constants:

@@ -3,7 +3,7 @@
 Names of a module's entries are those of its ``state_dict``. Optimizer moments lie under ``optimizer/``, what an
 algorithm sends or keeps under ``algorithm/``, what a transform keeps under ``transform/INDEX/``. A client keeps
 plain attributes under ``attribute/NAME/``, states of callbacks under ``callback/INDEX/`` and of schedules that follow a
-metric under ``plateau/INDEX/``.
+metric under ``plateau/INDEX/``; how far it has come, where that is not the same for all, under ``clock/``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from fedgan_lightning.protocol import State
 
 Value = TypeVar("Value")
 MOMENTS, ALGORITHM, TRANSFORM = "optimizer/", "algorithm/", "transform/"
-ATTRIBUTE, CALLBACK, PLATEAU = "attribute/", "callback/", "plateau/"
-PREFIXES = (MOMENTS, ALGORITHM, TRANSFORM, ATTRIBUTE, CALLBACK, PLATEAU)
+ATTRIBUTE, CALLBACK, PLATEAU, CLOCK = "attribute/", "callback/", "plateau/", "clock/"
+PREFIXES = (MOMENTS, ALGORITHM, TRANSFORM, ATTRIBUTE, CALLBACK, PLATEAU, CLOCK)
 
 
 def of_module(state: State) -> dict[str, Tensor]:

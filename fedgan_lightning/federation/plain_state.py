@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.protocol import State
@@ -27,30 +27,40 @@ SHAPE = "json"
 SEQUENCES: dict[str, Any] = {"list": list, "tuple": tuple, "set": (set, frozenset), "deque": deque}
 
 
-def encode(value: Any, *, what: str) -> dict[str, Tensor]:
+def parts_of(module: nn.Module) -> dict[str, Any]:
+    """Return what of a module a value may refer to without holding it: its children, parameters and buffers by name."""
+    found: dict[str, Any] = {name: child for name, child in module.named_modules() if name}
+    return {**found, **dict(module.named_parameters()), **dict(module.named_buffers()), "": module}
+
+
+def encode(value: Any, *, what: str, parts: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
     """Return a value as tensors.
 
     Args:
         value: The value.
         what: Its name, for the error.
+        parts: What it may refer to by name, such as networks that a sampler draws from.
 
     Raises:
         ConfigurationError: If it holds something that is none of the kinds above.
     """
     tensors: dict[str, Tensor] = {}
-    shape = _encoded(value, what, tensors, DEEPEST)
+    names = {id(part): name for name, part in (parts or {}).items()}
+    shape = _encoded(value, what, tensors, names, DEEPEST)
     text = np.frombuffer(json.dumps(shape).encode(), dtype=np.uint8).copy()
     return {SHAPE: torch.from_numpy(text), **tensors}
 
 
-def decode(state: State, like: Any) -> Any:
+def decode(state: State, like: Any, *, parts: Mapping[str, Any] | None = None) -> Any:
     """Return the value of :func:`encode`; objects come back as copies of those in ``like``."""
     shape = json.loads(bytes(state[SHAPE].cpu().numpy()).decode())
-    return _decoded(shape, state, like)
+    return _Decoder(state, parts or {}).value(shape, like)
 
 
-def _encoded(value: Any, what: str, tensors: dict[str, Tensor], depth: int) -> Any:
+def _encoded(value: Any, what: str, tensors: dict[str, Tensor], names: Mapping[int, str], depth: int) -> Any:
     """Return the value as JSON, in which numbered tensors stand for what is long."""
+    if id(value) in names:
+        return {"part": names[id(value)]}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if depth == 0:
@@ -61,21 +71,21 @@ def _encoded(value: Any, what: str, tensors: dict[str, Tensor], depth: int) -> A
         return {kind: str(len(tensors) - 1)}
     if isinstance(value, Mapping):
         pairs = [
-            [_encoded(key, what, tensors, depth - 1), _encoded(item, what, tensors, depth - 1)]
+            [_encoded(key, what, tensors, names, depth - 1), _encoded(item, what, tensors, names, depth - 1)]
             for key, item in value.items()
         ]
         return {"dict": pairs}
     if isinstance(value, (list, tuple, set, frozenset, deque)):
         name = next(name for name, kinds in SEQUENCES.items() if isinstance(value, kinds))
-        return {name: [_encoded(item, what, tensors, depth - 1) for item in value]}
+        return {name: [_encoded(item, what, tensors, names, depth - 1) for item in value]}
     if isinstance(value, random.Random):
-        return {"random": _encoded(value.getstate(), what, tensors, depth - 1)}
+        return {"random": _encoded(value.getstate(), what, tensors, names, depth - 1)}
     if isinstance(value, torch.Generator):
-        return {"generator": _encoded(value.get_state(), what, tensors, depth - 1)}
+        return {"generator": _encoded(value.get_state(), what, tensors, names, depth - 1)}
     if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
-        return {"state_dict": _encoded(value.state_dict(), what, tensors, depth - 1)}
+        return {"state_dict": _encoded(value.state_dict(), what, tensors, names, depth - 1)}
     if type(getattr(value, "__dict__", None)) is dict and not callable(value):
-        return {"object": type(value).__qualname__, "own": _encoded(vars(value), what, tensors, depth - 1)}
+        return {"object": type(value).__qualname__, "own": _encoded(vars(value), what, tensors, names, depth - 1)}
     raise _refused(what, value, f"a {type(value).__name__}")
 
 
@@ -89,51 +99,64 @@ def _refused(what: str, value: Any, found: str) -> ConfigurationError:
     )
 
 
-def _decoded(shape: Any, state: State, like: Any) -> Any:
-    if not isinstance(shape, dict):
-        return shape
-    ((kind, value), *more) = shape.items()
-    if kind == "tensor":
-        found = state[value].clone()
-        return found.to(like.device) if isinstance(like, Tensor) else found
-    if kind == "array":
-        array = state[value].cpu().numpy()
-        return array[()] if array.ndim == 0 and not isinstance(like, np.ndarray) else array.copy()
-    if kind == "dict":
-        named = like if isinstance(like, Mapping) else {}
-        pairs = [(_decoded(key, state, None), item) for key, item in value]
-        return {key: _decoded(item, state, named.get(key)) for key, item in pairs}
-    if kind in ("list", "tuple", "set", "deque"):
-        known = list(like) if isinstance(like, (list, tuple, deque)) else []
-        items = [_decoded(item, state, known[k] if k < len(known) else None) for k, item in enumerate(value)]
-        if kind == "deque":
-            return deque(items, maxlen=getattr(like, "maxlen", None))
-        return {"list": list, "tuple": tuple, "set": set}[kind](items)
-    return _object(kind, value, more, state, like)
+class _Decoder:
+    """Makes values of JSON again.
 
+    Args:
+        state: The tensors.
+        parts: What values refer to by name.
+    """
 
-def _object(kind: str, value: Any, more: list[Any], state: State, like: Any) -> Any:
-    """Return a copy of ``like`` in the state that was kept."""
-    made = copy.deepcopy(like)
-    if kind == "random":
-        version, numbers, gauss = _decoded(value, state, None)
-        made = made if made is not None else random.Random()
-        made.setstate((version, tuple(numbers), gauss))
-        return made
-    if kind == "generator":
-        made = torch.Generator() if like is None else torch.Generator(like.device)
-        made.set_state(_decoded(value, state, None))
-        return made
-    if made is None:
-        raise ConfigurationError(
-            message(
-                "an object that is kept for clients must be there when the module is built",
-                received=f"a {value if kind == 'object' else 'stateful object'} that training makes",
-                fix="make it in __init__ or setup",
+    def __init__(self, state: State, parts: Mapping[str, Any]) -> None:
+        self.state, self.parts = state, parts
+
+    def value(self, shape: Any, like: Any) -> Any:
+        """Return a value; ``like`` is what stood there when the module was built."""
+        if not isinstance(shape, dict):
+            return shape
+        ((kind, inner), *more) = shape.items()
+        if kind == "part":
+            return self.parts[inner]
+        if kind == "tensor":
+            found = self.state[inner].clone()
+            return found.to(like.device) if isinstance(like, Tensor) else found
+        if kind == "array":
+            array = self.state[inner].cpu().numpy()
+            return array[()] if array.ndim == 0 and not isinstance(like, np.ndarray) else array.copy()
+        if kind == "dict":
+            named = like if isinstance(like, Mapping) else {}
+            pairs = [(self.value(key, None), item) for key, item in inner]
+            return {key: self.value(item, named.get(key)) for key, item in pairs}
+        if kind in SEQUENCES:
+            known = list(like) if isinstance(like, (list, tuple, deque)) else []
+            items = [self.value(item, known[k] if k < len(known) else None) for k, item in enumerate(inner)]
+            if kind == "deque":
+                return deque(items, maxlen=getattr(like, "maxlen", None))
+            return {"list": list, "tuple": tuple, "set": set}[kind](items)
+        return self._object(kind, inner, more, like)
+
+    def _object(self, kind: str, inner: Any, more: list[Any], like: Any) -> Any:
+        """Return a copy of ``like`` in the state that was kept; parts of the module in it stay the module's."""
+        made = copy.deepcopy(like, memo={id(part): part for part in self.parts.values()})
+        if kind == "random":
+            version, numbers, gauss = self.value(inner, None)
+            made = made if made is not None else random.Random()
+            made.setstate((version, tuple(numbers), gauss))
+            return made
+        if kind == "generator":
+            made = torch.Generator() if like is None else torch.Generator(like.device)
+            made.set_state(self.value(inner, None))
+            return made
+        if made is None:
+            raise ConfigurationError(
+                message(
+                    "an object that is kept for clients must be there when the module is built",
+                    received=f"a {inner if kind == 'object' else 'stateful object'} that training makes",
+                    fix="make it in __init__ or setup",
+                )
             )
-        )
-    if kind == "state_dict":
-        made.load_state_dict(_decoded(value, state, made.state_dict()))
-    else:
-        vars(made).update(_decoded(more[0][1], state, vars(made)))
-    return made
+        if kind == "state_dict":
+            made.load_state_dict(self.value(inner, made.state_dict()))
+        else:
+            vars(made).update(self.value(more[0][1], vars(made)))
+        return made

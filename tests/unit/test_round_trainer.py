@@ -13,7 +13,7 @@ from torch import nn
 
 from fedgan_lightning.federation import fast_trainer
 from fedgan_lightning.federation.fast_trainer import ResidentStrategy
-from fedgan_lightning.federation.round_trainer import RoundTrainer
+from fedgan_lightning.federation.round_trainer import Fit, RoundTrainer
 
 OPTIONS = {"accelerator": "cpu", "devices": 1}
 
@@ -150,7 +150,7 @@ def test_hooks_values_and_weights_are_those_of_a_plain_trainer(case, precision, 
         module = CASES[case]()
         options = {**OPTIONS, "precision": precision}
         if quiet:
-            trainer = RoundTrainer(options).fit(module, Batches(), callback=Watch())
+            trainer = RoundTrainer(options).fit(module, Fit(Batches(), Watch()))
         else:
             plain = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 1}
             trainer = L.Trainer(**options, **plain, enable_model_summary=False, callbacks=[Watch()])
@@ -176,7 +176,7 @@ def test_signal_handlers_stay_as_they_are():
             def on_train_start(self, trainer, pl_module):
                 assert signal.getsignal(signal.SIGTERM) is handler
 
-        RoundTrainer(OPTIONS).fit(Manual(), Batches(), callback=Look())
+        RoundTrainer(OPTIONS).fit(Manual(), Fit(Batches(), Look()))
         assert signal.getsignal(signal.SIGTERM) is handler
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -185,7 +185,7 @@ def test_signal_handlers_stay_as_they_are():
 def test_nothing_of_the_process_is_changed(form):
     """Neither environment nor the C library's settings: other code in the process may rely on them."""
     before = dict(os.environ)
-    RoundTrainer(OPTIONS).fit(Manual(), Batches(), callback=Watch())
+    RoundTrainer(OPTIONS).fit(Manual(), Fit(Batches(), Watch()))
     assert dict(os.environ) == before
 
 
@@ -193,7 +193,7 @@ def test_nothing_of_the_process_is_changed(form):
 def test_the_fast_form_is_used_where_it_was_tested(version, is_fast, monkeypatch, caplog):
     monkeypatch.setattr(L, "__version__", version)
     with caplog.at_level("WARNING", logger="fedgan_lightning"):
-        trainer = RoundTrainer(OPTIONS).fit(Manual(), Batches(), callback=Watch())
+        trainer = RoundTrainer(OPTIONS).fit(Manual(), Fit(Batches(), Watch()))
     assert isinstance(trainer.strategy, ResidentStrategy) == is_fast
     assert caplog.text.count("clients train with Lightning's public Trainer") == (not is_fast)
 
@@ -203,15 +203,15 @@ def test_where_the_fast_form_cannot_be_made_clients_train_all_the_same(monkeypat
     monkeypatch.setattr(fast_trainer, "_KnownLength", None)
     module, trainer = Manual(), RoundTrainer(OPTIONS)
     with caplog.at_level("WARNING", logger="fedgan_lightning"):
-        trainer.fit(module, Batches(), callback=Watch())
-        trainer.fit(module, Batches(), callback=Watch())
+        trainer.fit(module, Fit(Batches(), Watch()))
+        trainer.fit(module, Fit(Batches(), Watch()))
     assert len([own for own in module.seen if own[0] == "step"]) == 8
     assert caplog.text.count("the fast form cannot be made") == 1, "said once"
 
 
 def test_the_public_form_can_be_asked_for(monkeypatch):
     monkeypatch.setenv("FEDGAN_ROUND_TRAINER", "public")
-    trainer = RoundTrainer(OPTIONS).fit(Manual(), Batches(), callback=Watch())
+    trainer = RoundTrainer(OPTIONS).fit(Manual(), Fit(Batches(), Watch()))
     assert not isinstance(trainer.strategy, ResidentStrategy)
 
 
@@ -227,7 +227,7 @@ def test_backward_passes_are_announced_to_those_who_listen(listens, form):
 
     torch.manual_seed(0)
     module = Listening() if listens else Manual()
-    trainer = RoundTrainer(OPTIONS).fit(module, Batches(), callback=L.Callback())
+    trainer = RoundTrainer(OPTIONS).fit(module, Fit(Batches(), L.Callback()))
     torch.manual_seed(0)
     plain = Listening() if listens else Manual()
     L.Trainer(**OPTIONS, max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False).fit(
@@ -247,5 +247,5 @@ def test_hooks_set_on_objects_during_a_fit_are_called(form):
         def on_train_start(self, trainer, pl_module):
             pl_module.on_after_backward = lambda: heard.append(1)
 
-    RoundTrainer(OPTIONS).fit(Manual(), Batches(), callback=Late())
+    RoundTrainer(OPTIONS).fit(Manual(), Fit(Batches(), Late()))
     assert len(heard) == 4
