@@ -13,6 +13,8 @@ exchange   clients         clients      no    no   yes
 ========== =============== ============ ===== ==== =============================
 
 ``average``, ``local`` and ``server`` go with every algorithm, the others with those that train or permute networks.
+Of a network on the server clients have a copy as it was built, which is put back before every round, unless the module
+says by ``default_sync`` that they do without it.
 """
 
 from __future__ import annotations
@@ -120,6 +122,10 @@ class Policy:
         if self.is_private("generator"):
             kind = self.sync["generator"]
             found.append(f"sync.generator is {kind}: metrics and pictures show the server's, which nobody trains")
+        for network in [
+            name for name, own in self.sync.items() if own == "server" and name not in self.absent_networks
+        ]:
+            found.append(f"sync.{network} is server: what training changes of it on clients is put back")
         kinds = [entry.kind for entry in self.entries.values() if entry.network == "generator"]
         if self.buffers == "local" and Kind.VARIANCE in kinds:
             found.append("buffers are local: the server's generator is evaluated with BatchNorm's initial statistics")
@@ -245,7 +251,7 @@ def _optimizer_states(
     moments: dict[str, OptimizerState] = {}
     for network in known:
         general = optimizer_state if isinstance(optimizer_state, str) else "average"
-        default = general if resolved[network] == "average" else "keep"
+        default = {"average": general, "server": "reset"}.get(resolved[network], "keep")
         value = _checked(named.get(network, default), OptimizerState, f"optimizer_state.{network}")
         if value == "average" and resolved[network] != "average":
             raise ConfigurationError(
@@ -261,6 +267,8 @@ def _optimizer_states(
 
 def _moment(of_network: OptimizerState, placement: Sync) -> OptimizerState:
     """Return what becomes of the moments of one parameter: what does not come up is not averaged."""
+    if placement == "server":
+        return "reset"
     return "keep" if of_network == "average" and placement != "average" else of_network
 
 

@@ -525,12 +525,12 @@ class TestStopping:
                 if where == "between clients" and trainer.global_step == 2 and update.client_id == 1:
                     os.kill(os.getpid(), number)
 
-        class Inside(SomebodysGAN):
-            batches = 0
+        batches = []
 
+        class Inside(SomebodysGAN):
             def on_train_batch_start(self, batch, batch_idx):
-                self.batches += 1
-                if where == "inside a client" and self.batches == 30:  # round 2: 4 clients of 3 steps make 12 a round
+                batches.append(batch_idx)
+                if where == "inside a client" and len(batches) == 30:  # round 2: 4 clients of 3 steps make 12 a round
                     os.kill(os.getpid(), number)
 
         before = signal.getsignal(number)
@@ -641,14 +641,15 @@ def test_a_foreign_module_without_sample_runs_with_all_callbacks(tmp_path):
 
 
 def test_buffers_outside_the_state_dict_and_gradients_stay_with_their_client():
+    seen = []
+
     class Leaky(SomebodysGAN):
         def __init__(self):
             super().__init__()
             self.register_buffer("pool", torch.zeros(2), persistent=False)
-            self.seen = []
 
         def on_train_epoch_start(self):
-            self.seen.append((self.pool.sum().item(), all(p.grad is None for p in self.parameters())))
+            seen.append((self.pool.sum().item(), all(p.grad is None for p in self.parameters())))
 
         def on_train_epoch_end(self):
             self.pool.add_(1.0)
@@ -667,4 +668,4 @@ def test_buffers_outside_the_state_dict_and_gradients_stay_with_their_client():
     state = {name: value.clone() for name, value in module.state_dict().items()}
     for k in range(3):
         runner.run(ClientTask(k, 0, k, state, steps=1))
-    assert runner.module.seen == [(0.0, True)] * 3
+    assert seen == [(0.0, True)] * 3

@@ -455,10 +455,10 @@ class TestStartFrom:
     def test_the_generator_and_its_average_begin_there(self, checkpoint):
         state = torch.load(checkpoint, weights_only=True)["state_dict"]
         fresh = text_gan(ema_half_life_images=100)
-        assert not torch.equal(fresh.generator.bias, state["model.generator.bias"])
+        assert not torch.equal(fresh.generator.bias, state["generator.bias"])
         model = self.start(checkpoint, model=fresh)
         for name, value in model.generator.state_dict().items():
-            assert torch.equal(value, state[f"model.generator.{name}"]), name
+            assert torch.equal(value, state[f"generator.{name}"]), name
             assert torch.equal(model.generator_ema.state_dict()[name], value), name
 
     def test_a_missing_file_or_another_vocabulary_or_network_is_refused(self, checkpoint, tmp_path):
