@@ -245,11 +245,22 @@ class FederatedData(Protocol):
 
 
 @runtime_checkable
+class SizedBatches(Protocol):
+    """Optional ability of a data module: how many samples each minibatch has, where clients differ in that.
+
+    Clients are trained in one stack only if their minibatches have the same sizes, step by step; a client of whom they
+    are not known, ``None``, is trained alone. Of data without this ability all minibatches are taken to be of one size.
+    """
+
+    def batch_sizes(self, client_id: int, *, first_step: int, num_steps: int) -> Sequence[int] | None: ...
+
+
+@runtime_checkable
 class StackedBatches(Protocol):
     """Optional ability of a data module: minibatches of several clients in one tensor.
 
     ``num_steps`` must not increase along ``client_ids``. Step s yields (x, y) with a leading dimension of those clients
-    that have more than s steps.
+    that have more than s steps, whose minibatches have one size.
     """
 
     def stacked_batches(

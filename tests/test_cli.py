@@ -334,7 +334,6 @@ BAD = {
         ["--model.generator.num_classes", "5", "--model.discriminator.num_classes", "5"],
         "got num_classes=5, data with 10",
     ),
-    "too few samples": (["--data.batch_size", "500"], "full minibatch of 500 samples; got client 0 with 146"),
     "empty client": (
         ["--data.num_clients", "2000", "--data.partition", "IID"],
         "got client 1438 with 0 under IID",

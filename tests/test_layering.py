@@ -19,10 +19,11 @@ LAYERS = {
     "provenance": 1,
     "claim": 2,
     "jsonl": 2,
-    "seeding": 0,
+    "seeding": -1,
     "protocol": 0,
     "states": 1,
     "packing": 2,
+    "data.order": 0,
     "data.samples": 1,
     "data.sources.base": 2,
     "data.partition": 2,
@@ -237,6 +238,7 @@ NO_LIGHTNING += (
     "data.pictures",
     "data.folders",
     "data.arrays",
+    "data.order",
 )
 
 

@@ -17,15 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedgan_lightning.data.order import MinibatchOrder, check_not_empty, steps_per_epoch
 from fedgan_lightning.data.partition import IID, Partition
-from fedgan_lightning.data.samples import (
-    BatchStream,
-    ClientSamples,
-    Samples,
-    Shift,
-    StackedBatchStream,
-    check_batch_size,
-)
+from fedgan_lightning.data.samples import BatchStream, ClientSamples, Samples, Shift, StackedBatchStream
 from fedgan_lightning.data.sources import Source
 from fedgan_lightning.errors import CheckpointError, DataError, message
 from fedgan_lightning.options import checked
@@ -51,7 +45,8 @@ class FederatedDataModule(L.LightningDataModule):
         source: Where the samples come from.
         partition: Who holds what; default IID.
         num_clients: Number of clients.
-        batch_size: Samples per local minibatch.
+        batch_size: Samples per local minibatch; a client with fewer has minibatches of all that it holds.
+        drop_last: Whether an epoch drops its incomplete last minibatch; otherwise it ends with it.
         max_samples: Keep only so many training samples, drawn with the seed; ``None`` keeps all.
         seed: Root seed of partition and minibatch order.
 
@@ -73,12 +68,14 @@ class FederatedDataModule(L.LightningDataModule):
         partition: Partition | None = None,
         num_clients: int = 10,
         batch_size: int = 64,
+        drop_last: bool = True,
         max_samples: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.source, self.partition = source, partition if partition is not None else IID()
-        self._num_clients, self.batch_size, self.max_samples, self.seed = num_clients, batch_size, max_samples, seed
+        self._num_clients, self.batch_size, self.drop_last = num_clients, batch_size, drop_last
+        self.max_samples, self.seed = max_samples, seed
         self.sample_shape, self.num_classes = source.sample_shape, source.num_classes
         self.class_names = source.class_names
         self._has_told = False
@@ -91,7 +88,7 @@ class FederatedDataModule(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Read the training split, divide it, and refuse a division that cannot be trained on."""
         for client_id in range(self.num_clients):
-            check_batch_size(self.num_examples(client_id), batch_size=self.batch_size, client_id=client_id)
+            check_not_empty(self.num_examples(client_id), client=client_id)
         if self.has_client_samples and not self._has_told:
             self._has_told = True
             self._tell_what_nobody_holds()
@@ -227,8 +224,13 @@ class FederatedDataModule(L.LightningDataModule):
         return len(self.indices[client_id])
 
     def steps_per_epoch(self, client_id: int) -> int:
-        """Return the full minibatches in one pass over the client's data."""
-        return self.num_examples(client_id) // self.batch_size
+        """Return the minibatches in one pass over the client's data."""
+        return steps_per_epoch(self.num_examples(client_id), batch_size=self.batch_size, drop_last=self.drop_last)
+
+    def batch_sizes(self, client_id: int, *, first_step: int, num_steps: int) -> list[int]:
+        """Return the number of samples in each of these minibatches of the client's stream."""
+        order = MinibatchOrder(self.num_examples(client_id), self.batch_size, self.seed, client_id, self.drop_last)
+        return order.sizes(first_step, num_steps)
 
     def client_samples(self, client_id: int) -> ClientSamples:
         """Return the client's samples, as a view."""
@@ -239,12 +241,16 @@ class FederatedDataModule(L.LightningDataModule):
         """Return minibatches ``first_step, ..., first_step + num_steps - 1`` of the client's stream."""
         return BatchStream(
             self.client_samples(client_id),
-            batch_size=self.batch_size,
-            seed=self.seed,
             stream=client_id,
             first_step=first_step,
             num_steps=num_steps,
+            **self._stream_options,
         )
+
+    @property
+    def _stream_options(self) -> dict[str, Any]:
+        """What all streams of minibatches have in common."""
+        return {"batch_size": self.batch_size, "seed": self.seed, "drop_last": self.drop_last}
 
     def stacked_batches(
         self, client_ids: Sequence[int], *, first_steps: Sequence[int], num_steps: Sequence[int]
@@ -269,7 +275,8 @@ class FederatedDataModule(L.LightningDataModule):
 
         A resumed run must have the same.
         """
-        digest = hashlib.sha256(f"{self.train_samples.digest} {self.batch_size} {self.seed} {self.shifts}".encode())
+        known = f"{self.train_samples.digest} {self.batch_size} {self.seed} {self.shifts}"
+        digest = hashlib.sha256((known if self.drop_last else f"{known} incomplete").encode())
         for indices in self.indices:
             digest.update(len(indices).to_bytes(8, "little") + np.ascontiguousarray(indices).tobytes())
         return digest.hexdigest()[:16]
@@ -293,12 +300,12 @@ class FederatedDataModule(L.LightningDataModule):
         else:
             indices = torch.from_numpy(np.sort(np.concatenate(self.indices)))
             everything = ClientSamples(samples=self.train_samples, indices=indices)
-        return PlainDataModule(everything, batch_size=self.batch_size, seed=self.seed, stream=0, num_steps=num_steps)
+        return PlainDataModule(everything, stream=0, num_steps=num_steps, **self._stream_options)
 
     def client(self, client_id: int, *, num_steps: int) -> PlainDataModule:
         """Return one client's data as a plain data module, for a local-only control of ``num_steps`` minibatches."""
         data = self.client_samples(client_id)
-        return PlainDataModule(data, batch_size=self.batch_size, seed=self.seed, stream=client_id, num_steps=num_steps)
+        return PlainDataModule(data, stream=client_id, num_steps=num_steps, **self._stream_options)
 
 
 def check_shared_metadata(data: FederatedDataModule, found: Mapping[str, Any], *, path: str) -> None:

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedgan_lightning.data.order import MinibatchOrder, check_not_empty
 from fedgan_lightning.errors import DataError, message
-from fedgan_lightning.seeding import make_generator
 
 #: Numbers that are gathered at a time: small minibatches cost as much for the call as for the copy.
 READ_AHEAD = 1 << 16
@@ -167,30 +167,36 @@ class ClientSamples:
 
 
 class BatchStream:
-    """A window on a client's endless stream of minibatches.
-
-    The stream visits the samples in a fresh random order every epoch; the order of epoch e depends on (seed, stream, e)
-    alone. Step s is therefore the same minibatch whether rounds are long or short, and a resumed run needs no state.
-    An epoch drops its incomplete last minibatch.
+    """A window on a client's endless stream of minibatches, in the order of :class:`MinibatchOrder`.
 
     Args:
         data: The client's samples.
-        batch_size: Samples per minibatch.
+        batch_size: Samples per minibatch; a client with fewer has minibatches of all that it holds.
         seed: Root seed.
         stream: Number of the stream: the client id.
         first_step: First minibatch of the window.
         num_steps: Minibatches in the window.
+        drop_last: Whether an epoch drops its incomplete last minibatch.
 
     Raises:
-        DataError: If the client has fewer samples than one minibatch.
+        DataError: If the client has no sample.
     """
 
     def __init__(
-        self, data: ClientSamples, *, batch_size: int, seed: int, stream: int, first_step: int, num_steps: int
+        self,
+        data: ClientSamples,
+        *,
+        batch_size: int,
+        seed: int,
+        stream: int,
+        first_step: int,
+        num_steps: int,
+        drop_last: bool = True,
     ) -> None:
-        check_batch_size(len(data), batch_size=batch_size, client_id=stream)
-        self.data, self.batch_size, self.seed, self.stream = data, batch_size, seed, stream
-        self.first_step, self.num_steps = first_step, num_steps
+        check_not_empty(len(data), client=stream)
+        self.data, self.first_step, self.num_steps = data, first_step, num_steps
+        self.order = MinibatchOrder(len(data), batch_size, seed, stream, drop_last)
+        self.sizes = self.order.sizes(first_step, num_steps)
 
     def __len__(self) -> int:
         return self.num_steps
@@ -198,23 +204,18 @@ class BatchStream:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if not self.num_steps:
             return
-        ahead = max(1, READ_AHEAD // (self.batch_size * self.data.samples.x[0].numel()))
-        for rows in self.positions().split(ahead):
-            x, y = self.data.take(rows.flatten())
-            yield from zip(x.split(self.batch_size), y.split(self.batch_size))
+        ahead, begin = max(1, READ_AHEAD // (self.order.full * self.data.samples.x[0].numel())), 0
+        positions = self.positions()
+        for first in range(0, self.num_steps, ahead):
+            sizes = self.sizes[first : first + ahead]
+            end = begin + sum(sizes)
+            x, y = self.data.take(positions[begin:end])
+            yield from zip(x.split(sizes), y.split(sizes))
+            begin = end
 
     def positions(self) -> Tensor:
-        """Return the positions (num_steps, batch_size) within the client of every minibatch."""
-        steps_per_epoch = len(self.data) // self.batch_size
-        end = self.first_step + self.num_steps
-        parts = [torch.empty(0, self.batch_size, dtype=torch.int64)]
-        for epoch in range(self.first_step // steps_per_epoch, -(-end // steps_per_epoch)):
-            generator = make_generator(self.seed, "batches", self.stream, epoch)
-            order = torch.randperm(len(self.data), generator=generator)
-            rows = order[: steps_per_epoch * self.batch_size].view(steps_per_epoch, self.batch_size)
-            before = epoch * steps_per_epoch
-            parts.append(rows[max(0, self.first_step - before) : end - before])
-        return torch.cat(parts)
+        """Return the positions within the client that the window visits, one minibatch after the other."""
+        return self.order.positions(self.first_step, self.num_steps)
 
 
 class StackedBatchStream:
@@ -222,29 +223,33 @@ class StackedBatchStream:
 
     Args:
         streams: The clients' own streams over one data set, the longest first.
+
+    Raises:
+        ValueError: If the minibatches of a step are not of one size.
     """
 
     def __init__(self, streams: Sequence[BatchStream]) -> None:
         self.streams = streams
+        if any(own.sizes != streams[0].sizes[: len(own)] for own in streams):
+            raise ValueError("clients with minibatches of different sizes cannot be stacked")
 
     def __len__(self) -> int:
         return len(self.streams[0])
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        samples = self.streams[0].data.samples
-        batch_size = self.streams[0].batch_size
-        indices = [stream.data.indices[stream.positions()] for stream in self.streams]
+        samples, sizes = self.streams[0].data.samples, self.streams[0].sizes
+        indices = [own.data.indices[own.positions()].split(own.sizes) if len(own) else () for own in self.streams]
         scales, offsets = self._shifts(samples)
         active = len(indices)
         for step in range(len(self)):
             while len(indices[active - 1]) <= step:
                 active -= 1
             x, y = samples.take(torch.cat([own[step] for own in indices[:active]]))
-            x = x.view(active, batch_size, *x.shape[1:])
+            x = x.view(active, sizes[step], *x.shape[1:])
             if scales is not None and offsets is not None:
                 x = x * scales[:active] + offsets[:active]
                 x = x.clamp(-1.0, 1.0) if samples.is_image else x
-            yield x, y.view(active, batch_size)
+            yield x, y.view(active, sizes[step])
 
     def _shifts(self, samples: Samples) -> tuple[Tensor | None, Tensor | None]:
         shifts = [stream.data.shift for stream in self.streams]
@@ -254,19 +259,3 @@ class StackedBatchStream:
         shape = (-1, *([1] * samples.x.dim()))
         scales = torch.tensor([shift.scale for shift in known]).view(shape)
         return scales, torch.tensor([shift.offset for shift in known]).view(shape)
-
-
-def check_batch_size(num_samples: int, *, batch_size: int, client_id: int) -> None:
-    """Refuse a client that cannot fill one minibatch.
-
-    Raises:
-        DataError: If ``num_samples < batch_size``.
-    """
-    if num_samples < batch_size:
-        raise DataError(
-            message(
-                f"every client must have at least one full minibatch of {batch_size} samples",
-                received=f"client {client_id} with {num_samples}",
-                fix="lower data.batch_size, use fewer clients, or raise the partition's min_samples",
-            )
-        )

@@ -64,6 +64,7 @@ class RemoteDataModule(FederatedDataModule):
             partition=own.partition,
             num_clients=own.num_clients,
             batch_size=own.batch_size,
+            drop_last=own.drop_last,
             max_samples=own.max_samples,
             seed=own.seed,
         )
@@ -122,4 +123,5 @@ class RemoteDataModule(FederatedDataModule):
 
     def fingerprint(self) -> str:
         known = [(k, own["num_examples"], own["label_counts"]) for k, own in sorted(self._facts.items())]
-        return hashlib.sha256(f"{self.batch_size} {self.seed} {known}".encode()).hexdigest()[:16]
+        stream = f"{self.batch_size} {self.seed}" + ("" if self.drop_last else " incomplete")
+        return hashlib.sha256(f"{stream} {known}".encode()).hexdigest()[:16]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
+from fedgan_lightning.data.order import steps_per_epoch
 from fedgan_lightning.data.samples import BatchStream, ClientSamples
 from fedgan_lightning.deployment import wire
 from fedgan_lightning.deployment.secure_users import CLEAR
@@ -53,8 +54,9 @@ SHARED = ("local_steps", "local_epochs", "algorithm", "transforms", "sync", "opt
 class SiteData:
     """The data of one site, as an executor asks for it; the site is client ``client_id`` of the federation."""
 
-    def __init__(self, view: ClientSamples, *, client_id: int, batch_size: int, seed: int) -> None:
-        self.view, self.client_id, self.batch_size, self.seed = view, client_id, batch_size, seed
+    def __init__(self, view: ClientSamples, *, client_id: int, batch_size: int, seed: int, drop_last: bool) -> None:
+        self.view, self.client_id = view, client_id
+        self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
 
     @property
     def num_clients(self) -> int:
@@ -64,11 +66,18 @@ class SiteData:
         return len(self.view)
 
     def steps_per_epoch(self, client_id: int) -> int:
-        return len(self.view) // self.batch_size
+        return steps_per_epoch(len(self.view), batch_size=self.batch_size, drop_last=self.drop_last)
 
     def client_batches(self, client_id: int, *, first_step: int, num_steps: int) -> BatchStream:
-        stream = {"batch_size": self.batch_size, "seed": self.seed, "stream": self.client_id}
-        return BatchStream(self.view, first_step=first_step, num_steps=num_steps, **stream)
+        return BatchStream(
+            self.view,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            stream=self.client_id,
+            first_step=first_step,
+            num_steps=num_steps,
+            drop_last=self.drop_last,
+        )
 
     def fingerprint(self) -> str:
         return f"site {self.client_id}"
@@ -125,7 +134,9 @@ class Site:
         else:
             view = data.client_samples(part)
         self.whole, self.digest = data, digest_of(cli.plain_settings, data)
-        self.data = SiteData(view, client_id=client_id, batch_size=data.batch_size, seed=data.seed)
+        self.data = SiteData(
+            view, client_id=client_id, batch_size=data.batch_size, seed=data.seed, drop_last=data.drop_last
+        )
         self.preview, self.prepared = self.orchestrator.begin(self.trainer, self.module, self.data, "fit")
         if offers(self.module, DataHook):
             self.module.check_data(data.sample_shape, data.num_classes)  # type: ignore[operator]
@@ -368,7 +379,8 @@ def digest_of(settings: Mapping[str, Any], data: FederatedDataModule) -> str:
         federation |= {"secure": secure, "aggregator": settings["federation"]["aggregator"]}
     source = data.build_shared_metadata()
     meaning = [list(source.sample_shape), list(source.class_names), source.shared_metadata()]
-    work = [settings["model"], federation, settings["data"]["batch_size"], settings["seed_everything"]]
+    stream = [settings["data"]["batch_size"], settings["data"].get("drop_last", True)]
+    work = [settings["model"], federation, *stream, settings["seed_everything"]]
     work.append(same_precision(settings["trainer"]["precision"]))
     shared = [__version__, *work, meaning]
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]

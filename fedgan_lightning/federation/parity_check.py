@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -19,7 +20,7 @@ from fedgan_lightning.federation.store import ReadOnlyStore
 from fedgan_lightning.federation.transform_chain import TransformChain
 from fedgan_lightning.federation.vectorized_trainer import VectorizedLocalTrainer
 from fedgan_lightning.packing import is_finite
-from fedgan_lightning.protocol import ClientTask, State
+from fedgan_lightning.protocol import ClientTask, FederatedData, SizedBatches, State
 from fedgan_lightning.states import network_of
 
 #: Steps of the trial, at most those of a round: with K = 1 a step may be one that nobody could take twice.
@@ -37,15 +38,40 @@ def trial_context(context: ClientContext) -> ClientContext:
 
 
 def shortened(tasks: Iterable[ClientTask], *, steps: int) -> list[ClientTask]:
-    """Return the same tasks with ``steps`` local steps."""
-    return [dataclasses.replace(task, steps=steps, epochs=None, before=None) for task in tasks]
+    """Return the same tasks with ``steps`` local steps, the first of their clients' streams."""
+    return [dataclasses.replace(task, steps=steps, epochs=None, before=0) for task in tasks]
 
 
-def stack_key(task: ClientTask, private: State) -> object:
+def stack_key(task: ClientTask, context: ClientContext) -> object:
     """Return what tasks must have in common to be trained in one stack."""
-    moments = optimizer_state.only_moments({**task.state, **private})
+    moments = optimizer_state.only_moments({**task.state, **context.store.read(task.client_id)})
     hyperparameters = tuple(sorted(task.hyperparameters.items()))
-    return id(task.state), task.schedule_positions, hyperparameters, tuple(task.own), optimizer_state.signature(moments)
+    facts = (id(task.state), task.schedule_positions, hyperparameters, tuple(task.own), sizes_key(task, context.data))
+    return *facts, optimizer_state.signature(moments)
+
+
+def sizes_key(task: ClientTask, data: FederatedData) -> object:
+    """Return what tells whose minibatches have the same sizes for as long as both clients train.
+
+    These are the runs of equal sizes, (size, steps), without the steps of the last one, in which some may go on for
+    longer than others. A client of whom they are not known goes with nobody.
+    """
+    if not isinstance(data, SizedBatches):
+        return ()
+    first, count = task.span(steps_per_epoch=data.steps_per_epoch(task.client_id))
+    sizes = data.batch_sizes(task.client_id, first_step=first, num_steps=count)
+    if sizes is None:
+        return task.client_id
+    runs = [(size, len(list(equal))) for size, equal in itertools.groupby(sizes)]
+    return (*runs[:-1], *((size, 0) for size, _ in runs[-1:]))
+
+
+def largest_group(context: ClientContext, tasks: Sequence[ClientTask]) -> list[ClientTask]:
+    """Return those of the tasks that can be trained in one stack: the most that there are, and the first of these."""
+    groups: dict[object, list[ClientTask]] = {}
+    for task in tasks:
+        groups.setdefault(stack_key(task, context), []).append(task)
+    return max(groups.values(), key=len, default=[])
 
 
 def in_double(context: ClientContext, tasks: Sequence[ClientTask]) -> tuple[ClientContext, list[ClientTask]]:
@@ -74,7 +100,7 @@ def doubled(state: State) -> dict[str, Tensor]:
 
 
 def disagreement(context: ClientContext, tasks: Sequence[ClientTask]) -> str | None:
-    """Train two of the clients for a few steps stacked and one by one; say how the updates differ, or ``None``.
+    """Train two of the clients, alike, for a few steps stacked and one by one; say how the updates differ, or ``None``.
 
     It is what an optimizer does that looks at whole tensors, or a network that draws random numbers of its own. Both
     ways compute in float64, where rounding explains nothing. A module that cannot is compared in its own precision.
@@ -84,9 +110,8 @@ def disagreement(context: ClientContext, tasks: Sequence[ClientTask]) -> str | N
         ClientError: If a client fails on its own, too.
     """
     context = trial_context(context)
-    wanted = stack_key(tasks[0], context.store.read(tasks[0].client_id))
-    alike = [task for task in tasks if stack_key(task, context.store.read(task.client_id)) == wanted][:2]
-    trial = shortened(alike, steps=min(TRIAL_STEPS, tasks[0].steps or TRIAL_STEPS))
+    alike = largest_group(context, tasks)[:2]
+    trial = largest_group(context, shortened(alike, steps=min(TRIAL_STEPS, tasks[0].steps or TRIAL_STEPS)))
     try:
         converted, doubles = in_double(context, trial)
         references = _alone(converted, doubles)

@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping
 from numbers import Real
 
-from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.errors import ConfigurationError, UpdateError, message
 from fedgan_lightning.federation import namespaces
 from fedgan_lightning.federation.client_update import ClientContext
@@ -25,7 +24,16 @@ from fedgan_lightning.federation.schema import LARGEST, MOST_UPDATES, check_boun
 from fedgan_lightning.federation.update_schema import UpdateSchema
 from fedgan_lightning.gan.module import GAN
 from fedgan_lightning.packing import Layout
-from fedgan_lightning.protocol import ROUND_TRIP, ClientReport, ClientTask, ClientUpdate, State, UpdateEntry, UpdateSum
+from fedgan_lightning.protocol import (
+    ROUND_TRIP,
+    ClientReport,
+    ClientTask,
+    ClientUpdate,
+    SizedBatches,
+    State,
+    UpdateEntry,
+    UpdateSum,
+)
 
 #: Scalars that decide something.
 RELIED_ON = ("steps", "optimizer_steps", "images", "seconds", ROUND_TRIP)
@@ -195,12 +203,13 @@ class RoundChecks:
     def _images(self, who: str, client_id: int, found: Mapping[str, float], steps: int) -> dict[str, float]:
         """Return the images that a client has seen: of data that say no size of minibatches, by its own account."""
         data = self.run.context.data
-        batch = data.batch_size if isinstance(data, FederatedDataModule) else None  # its minibatches are all full
-        most = steps * max(self.size(client_id), batch or 0)
-        claimed = found.get("images", 0.0)
+        claimed, most = found.get("images", 0.0), steps * self.size(client_id)
         if not 0 <= claimed <= most:
             raise UpdateError(f"{who}: says that it saw {claimed:.6g} images, not between 0 and {most}")
-        return {"images": float(steps * batch if batch else claimed)}
+        first, _ = self.task.span(steps_per_epoch=data.steps_per_epoch(client_id))
+        known = isinstance(data, SizedBatches)
+        sizes = data.batch_sizes(client_id, first_step=first, num_steps=steps) if known else None  # type: ignore[attr-defined]
+        return {"images": float(claimed if sizes is None else sum(sizes))}
 
     def _optimizer_steps(self, who: str, found: Mapping[str, float], steps: int) -> dict[str, float]:
         """Return the steps of a client's optimizers as it says; ``steps`` minibatches bound them."""

@@ -13,8 +13,10 @@ from PIL import Image
 from fedgan_lightning.data import partition as parts
 from fedgan_lightning.data import sources
 from fedgan_lightning.data.datamodule import FederatedDataModule
+from fedgan_lightning.data.order import MinibatchOrder
 from fedgan_lightning.data.samples import BatchStream, ClientSamples, Samples, Shift
 from fedgan_lightning.errors import ConfigurationError, DataError
+from fedgan_lightning.seeding import make_generator
 from tests.conftest import quiet_trainer, ring_data
 
 
@@ -216,10 +218,42 @@ class TestBatchStream:
         assert not torch.equal(base, next(iter(self.stream(0, 1, seed=1)))[0])
         assert not torch.equal(base, next(iter(self.stream(0, 1, stream=2)))[0])
 
-    def test_a_client_smaller_than_a_minibatch_is_refused(self):
+    def test_a_client_smaller_than_a_minibatch_has_minibatches_of_all_that_it_holds(self):
         data = ClientSamples(samples=labelled(), indices=torch.arange(5))
-        with pytest.raises(DataError, match="full minibatch of 8 samples; got client 3 with 5"):
+        for drop_last in (True, False):
+            options = {"batch_size": 8, "seed": 0, "stream": 3, "drop_last": drop_last}
+            found = [x for x, _ in BatchStream(data, first_step=2, num_steps=4, **options)]
+            assert [len(x) for x in found] == [5] * 4
+            assert all(torch.equal(x.sort(0).values, data.samples.x[:5].sort(0).values) for x in found)
+            assert not torch.equal(found[0], found[1]), "every epoch has its own order"
+
+    def test_a_client_without_samples_is_refused(self):
+        data = ClientSamples(samples=labelled(), indices=torch.arange(0))
+        with pytest.raises(DataError, match="at least one sample; got client 3 with none"):
             BatchStream(data, batch_size=8, seed=0, stream=3, first_step=0, num_steps=1)
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        held=st.integers(1, 40),
+        batch_size=st.integers(1, 12),
+        first=st.integers(0, 20),
+        total=st.integers(0, 20),
+        drop_last=st.booleans(),
+    )
+    def test_minibatches_are_consecutive_pieces_of_the_orders_of_their_epochs(
+        self, held, batch_size, first, total, drop_last
+    ):
+        order = MinibatchOrder(held, batch_size, seed=5, stream=2, drop_last=drop_last)
+        expected = []
+        for epoch in range(first + total + 1):
+            generator = make_generator(5, "batches", 2, epoch)
+            pieces = torch.randperm(held, generator=generator).split(min(batch_size, held))
+            expected += pieces if not drop_last or len(pieces[-1]) == min(batch_size, held) else pieces[:-1]
+        sizes = order.sizes(first, total)
+        found = order.positions(first, total).split(sizes) if total else ()
+        assert sizes == [len(own) for own in expected[first : first + total]]
+        assert all(map(torch.equal, found, expected[first : first + total]))
+        assert len(expected) == order.steps_per_epoch * (first + total + 1)
 
 
 class TestDataModule:
@@ -230,10 +264,24 @@ class TestDataModule:
         with pytest.raises(ConfigurationError, match="num_clients .* at least 1; got 0"):
             FederatedDataModule(sources.Digits(), num_clients=0)
 
-    def test_setup_refuses_a_client_that_is_too_small(self):
+    def test_clients_smaller_than_a_minibatch_have_an_epoch_of_one_step(self):
         data = FederatedDataModule(sources.Digits(), num_clients=40, batch_size=64)
-        with pytest.raises(DataError, match="full minibatch of 64 samples; got client 0 with 36"):
+        data.setup()
+        assert [data.num_examples(0), data.steps_per_epoch(0)] == [36, 1]
+        assert data.batch_sizes(0, first_step=3, num_steps=2) == [36, 36]
+
+    def test_incomplete_minibatches_are_an_option_and_part_of_the_fingerprint(self):
+        prints = set()
+        for drop_last, steps, sizes in ((True, 2, [16, 16, 16]), (False, 3, [16, 16, 4])):
+            data = FederatedDataModule(sources.Digits(), num_clients=40, batch_size=16, drop_last=drop_last)
             data.setup()
+            stream = data.client_batches(0, first_step=3, num_steps=3)
+            assert data.num_examples(0) == 36
+            assert data.steps_per_epoch(0) == steps
+            assert [len(x) for x, _ in data.client_batches(0, first_step=0, num_steps=3)] == sizes
+            assert [len(x) for x, _ in stream] == data.batch_sizes(0, first_step=3, num_steps=3)
+            prints.add(data.fingerprint())
+        assert len(prints) == 2
 
     def test_what_is_no_source_or_loads_no_samples_is_refused_by_name(self):
         with pytest.raises(ConfigurationError, match="source .* a Source; got 'Digits'. .* Digits"):

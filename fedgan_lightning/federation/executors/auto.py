@@ -12,7 +12,7 @@ from fedgan_lightning.errors import ConfigurationError
 from fedgan_lightning.federation.client_update import ClientContext
 from fedgan_lightning.federation.executors.sequential import SequentialExecutor
 from fedgan_lightning.federation.executors.vectorized import StackingError, VectorizedExecutor
-from fedgan_lightning.federation.parity_check import disagreement, trial_context
+from fedgan_lightning.federation.parity_check import disagreement, largest_group, trial_context
 from fedgan_lightning.federation.ranks import first_known
 from fedgan_lightning.federation.threads import available_threads, each_with_threads
 from fedgan_lightning.federation.vectorized_trainer import VectorizedLocalTrainer
@@ -125,6 +125,8 @@ class AdaptiveExecutor(Executor):
             VectorizedLocalTrainer(context)
         except ConfigurationError as error:
             return str(error)
+        if len(tasks) > 1 and len(largest_group(context, tasks)) == 1:
+            return "no two clients whose minibatches are of the same sizes"
         reason = disagreement(context, tasks)
         self._inner_state["checked"] = reason is None and len(tasks) > 1  # once in a run is enough
         return reason
@@ -158,16 +160,16 @@ class AdaptiveExecutor(Executor):
 class AutoExecutor(AdaptiveExecutor):
     """Stacks clients where a step is too short for its arithmetic to take most of its time, by a fixed rule.
 
-    The rule counts the floating-point operations of one local step of the first client and the memory that a stack
-    would take. Neither clocks nor caches have a say, so a command gives the same bits on a busy machine, and the next
-    day. :class:`AutotunedExecutor` measures instead.
+    The rule counts the floating-point operations of one local step of a client, the first of those that can be stacked,
+    and the memory that a stack would take. Neither clocks nor caches have a say, so a command gives the same bits on a
+    busy machine, and the next day. :class:`AutotunedExecutor` measures instead.
 
     Args:
         num_threads: Threads to use; default 1 for short steps and all cores for long ones.
     """
 
     def choose(self, context: ClientContext, tasks: list[ClientTask]) -> ExecutionMode:
-        work = measured_workload(trial_context(context), tasks[0])
+        work = measured_workload(trial_context(context), largest_group(context, tasks)[0])
         reason = self._obstacle(context, tasks, work)
         size = 1 if reason else stack_size(context, work)
         if size > 1:

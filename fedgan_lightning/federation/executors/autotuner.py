@@ -11,7 +11,7 @@ from fedgan_lightning.errors import ClientError
 from fedgan_lightning.federation.client_update import ClientContext
 from fedgan_lightning.federation.local import LocalTrainer
 from fedgan_lightning.federation.memory import out_of_memory, release
-from fedgan_lightning.federation.parity_check import shortened
+from fedgan_lightning.federation.parity_check import largest_group, shortened
 from fedgan_lightning.federation.threads import threads
 from fedgan_lightning.federation.vectorized_trainer import VectorizedLocalTrainer
 from fedgan_lightning.protocol import ClientTask
@@ -25,6 +25,8 @@ CLOSE = 1.3
 #: Of these, taking turns: the seconds that one turn of one mode aims at, and all of them together.
 TURN_SECONDS, RUN_OFF_SECONDS = 0.5, 6.0
 TURNS = 5
+#: Steps of the longer of two short trials.
+MANY = 4
 
 
 class MeasuredMode(NamedTuple):
@@ -60,6 +62,7 @@ class Autotuner:
     ) -> None:
         self.context, self.tasks, self.steps, self.counts = context, tasks, steps, counts
         self.costs: dict[MeasuredMode, Cost] = {}
+        self._alike = largest_group(context, shortened(tasks, steps=max(steps, MANY)))
         self._alone = LocalTrainer(context)
         self._stack_trainer: VectorizedLocalTrainer | None = None  # made only where clients can be stacked
 
@@ -70,7 +73,7 @@ class Autotuner:
 
     def stacked(self) -> None:
         """Measure stacks of several sizes, up to the first that does not fit into memory."""
-        for size in stack_sizes(self.context, len(self.tasks)):
+        for size in stack_sizes(self.context, len(self._alike)):
             if not self._fits(size):
                 return
             for n in self.counts:
@@ -123,7 +126,7 @@ class Autotuner:
 
     def _run(self, size: int, stacks: int, steps: int) -> None:
         """Train the first clients for ``steps`` steps: so many stacks of ``size``."""
-        tasks = shortened(self.tasks[: size * stacks], steps=steps)
+        tasks = shortened((self.tasks if size == 1 else self._alike)[: size * stacks], steps=steps)
         if size == 1:
             for task in tasks:
                 self._alone.run(task)
@@ -143,7 +146,7 @@ def stack_sizes(context: ClientContext, cohort: int) -> list[int]:
 
 def _cost(run: Callable[[int], object], num_threads: int) -> Cost:
     """Return the cost of ``run(steps)``: the best of a few, because others on the machine only add time."""
-    few, many = 1, 4
+    few, many = 1, MANY
     best = {few: math.inf, many: math.inf}
     with threads(num_threads):
         run(few)

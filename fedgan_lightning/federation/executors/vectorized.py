@@ -25,9 +25,9 @@ class StackingError(ConfigurationError):
 class VectorizedExecutor(Executor):
     """Trains the clients of a round in stacks, in this process. Updates are those of the sequential executor.
 
-    Clients of one stack share their optimizers' step counts; others are trained in stacks of their own, and one that is
-    left alone by itself. Before the first stack of a run two clients are trained both ways for a few steps. A stack
-    that the memory does not suffice for is divided, and so are those after it.
+    Clients of one stack share their optimizers' step counts and the sizes of their minibatches; others are trained in
+    stacks of their own, and one that is left alone by itself. Before the first stack of a run two clients are trained
+    both ways for a few steps. A stack that the memory does not suffice for is divided, and so are those after it.
 
     Args:
         chunk_size: Clients per stack, at least 1: memory grows with it, fixed cost per client falls.
@@ -58,7 +58,7 @@ class VectorizedExecutor(Executor):
             raise RuntimeError("VectorizedExecutor.run before setup; fix: call setup first.")
         groups: dict[object, list[ClientTask]] = {}
         for task in tasks:
-            key = stack_key(task, self._context.store.read(task.client_id))
+            key = stack_key(task, self._context)
             groups.setdefault(key, []).append(task)
             if len(groups[key]) >= self._largest:
                 yield from self._updates(self._context, groups.pop(key))
