@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from fedgan_lightning.data.given_partitions import (
+    FlowerPartitioner,
+    GivenIndices,
+)
 from fedgan_lightning.data.partition import (
     IID,
     ClassesPerClient,

@@ -27,6 +27,14 @@ LAYERS = {
     "data.samples": 1,
     "data.sources.base": 2,
     "data.partition": 2,
+    "data.items": 2,
+    "data.given_partitions": 3,
+    "data.streams": 3,
+    "data.clients": 4,
+    "data.in_memory": 4,
+    "data.dividing": 5,
+    "data.own": 5,
+    "data.controls": 2,
     "data.vocabulary": 1,
     "data.reading": 0,
     "data.tables": 2,
@@ -220,7 +228,7 @@ LAYERS = {
 #: Packages that bare modules (documentation only) and entry points may import freely.
 EXEMPT = {"", "__main__", "data", "gan", "federation", "evaluation", "visuals", "deployment"}
 LAZY = {"cryptography", "sklearn", "matplotlib", "PIL", "torchvision", "flwr", "opacus", "dp_accounting", "scipy"}
-LAZY |= {"cv2", "pydicom", "nibabel"}
+LAZY |= {"cv2", "pydicom", "nibabel", "datasets"}
 #: The pure core: no Lightning.
 NO_LIGHTNING = ("errors", "seeding", "protocol", "states", "gan.objectives", "gan.penalties", "gan.priors", "gan.steps")
 NO_LIGHTNING += ("gan.networks", "data.samples", "data.partition", "data.sources", "evaluation.fid", "evaluation.modes")

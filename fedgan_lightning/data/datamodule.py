@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -17,28 +17,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedgan_lightning.data.clients import StreamOptions, clients_of_module
+from fedgan_lightning.data.controls import PlainDataModule
+from fedgan_lightning.data.dividing import check_no_shifts, divided, given_like
+from fedgan_lightning.data.items import Collate
 from fedgan_lightning.data.order import MinibatchOrder, check_not_empty, steps_per_epoch
+from fedgan_lightning.data.own import ClientDatasets, TickingDataModule
 from fedgan_lightning.data.partition import IID, Partition
 from fedgan_lightning.data.samples import BatchStream, ClientSamples, Samples, Shift, StackedBatchStream
 from fedgan_lightning.data.sources import Source
-from fedgan_lightning.errors import CheckpointError, DataError, message
+from fedgan_lightning.data.sources.base import check_shared_metadata as check_shared_metadata
+from fedgan_lightning.errors import DataError, message
 from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import derive_seed
 
 logger = logging.getLogger("fedgan_lightning")
 
 
-class RoundTick:
-    """A loader of one item: the tick of a round."""
-
-    def __len__(self) -> int:
-        return 1
-
-    def __iter__(self) -> Iterator[int]:
-        return iter((0,))
-
-
-class FederatedDataModule(L.LightningDataModule):
+class FederatedDataModule(TickingDataModule):
     """Real data, divided among clients that never show it to each other.
 
     Args:
@@ -54,11 +50,14 @@ class FederatedDataModule(L.LightningDataModule):
         sample_shape: Shape of one sample, known before ``setup``.
         num_classes: Number of classes, known before ``setup``.
         has_client_samples: Whether clients' samples are at hand, as in simulation.
+        has_samples: Whether samples are in memory, so that everything can be measured.
+        client_names: What the user calls the clients; default their numbers.
         has_client_sums: Whether sums over each client's samples are, or only those over all clients'.
     """
 
     has_client_samples: ClassVar[bool] = True
     has_client_sums: bool = True
+    has_samples: bool = True
 
     @checked("data", num_clients="[1, inf)", batch_size="[1, inf)", max_samples="[1, inf)", seed="[0, inf)")
     def __init__(
@@ -78,7 +77,115 @@ class FederatedDataModule(L.LightningDataModule):
         self.max_samples, self.seed = max_samples, seed
         self.sample_shape, self.num_classes = source.sample_shape, source.num_classes
         self.class_names = source.class_names
+        self.client_names: tuple[Any, ...] = tuple(range(num_clients))
         self._has_told = False
+
+    # ------------------------------------------------------------------ data of users
+
+    @classmethod
+    @checked("", batch_size="[1, inf)", seed="[0, inf)", num_workers="[0, inf)", memory_limit="[0, inf)")
+    def from_datasets(  # type: ignore[override] # of Lightning's, which knows no clients
+        cls,
+        clients: Any,
+        *,
+        test: Any = None,
+        batch_size: int = 64,
+        drop_last: bool = True,
+        seed: int = 0,
+        num_workers: int = 0,
+        collate_fn: Collate | None = None,
+        memory_limit: int = 1 << 30,
+    ) -> FederatedDataModule | ClientDatasets:
+        """Return the data module of clients that have each their own data.
+
+        Items (x, y), (x,) or x alone, where x are pictures or floating-point tensors of one shape and y numbers of
+        classes, are read into memory if they take no more than ``memory_limit`` and are the same when they are read
+        again; then everything can be measured and drawn. All others are read minibatch by minibatch, in the order that
+        they would have in memory, and reach the module as ``collate_fn`` makes them.
+
+        A DataLoader brings its own ``batch_size``, ``drop_last``, ``collate_fn`` and ``num_workers``; its samples are
+        shuffled by the seed whatever it says of that. One with a sampler of its own or without ``batch_size``, and one
+        of an IterableDataset, keeps its own order, which begins anew every epoch; where it has no length it is read
+        once to count its samples. A LightningDataModule brings its ``train_dataloader``, after ``prepare_data`` and
+        ``setup("fit")``, and its hooks ``on_before_batch_transfer`` and ``on_after_batch_transfer``.
+
+        Args:
+            clients: A mapping from names to a Dataset, a DataLoader or a LightningDataModule each, or a list of these.
+            test: A Dataset of held-out samples, for metrics.
+            batch_size: Samples per minibatch; a client with fewer has minibatches of all that it holds.
+            drop_last: Whether an epoch drops its incomplete last minibatch; otherwise it ends with it.
+            seed: Root seed of the order of minibatches.
+            num_workers: Processes that read ahead, for each client while it trains.
+            collate_fn: Makes a minibatch of a list of items; default torch's, with pictures as pixels in [-1, 1].
+            memory_limit: Most bytes of samples to read into memory; 0 reads all as needed.
+
+        Raises:
+            DataError: If a client has no data, or data that cannot be used; names client and item.
+        """
+        options = StreamOptions(batch_size, drop_last, seed, num_workers, collate_fn)
+        return cls._of(ClientDatasets.of(clients, options=options), test=test, limit=memory_limit)
+
+    @classmethod
+    @checked("", num_clients="[1, inf)", seed="[0, inf)")
+    def from_dataset(
+        cls,
+        dataset: Any,
+        *,
+        partition: Any = None,
+        by: Any = None,
+        labels: Any = None,
+        num_clients: int | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> FederatedDataModule | ClientDatasets:
+        """Return the data module of one data set that is divided among clients.
+
+        Args:
+            dataset: A map-style Dataset.
+            partition: Who holds what: a Partition, or a partitioner of ``flwr-datasets``; default by the natural
+                column, or IID.
+            by: Values of the natural column, or its name among the keys of items.
+            labels: Labels of the items for the partition, or their name among the keys; default the attribute
+                ``targets`` or ``labels`` of the data set, or y of items (x, y), or the key ``label``.
+            num_clients: Number of clients; default one for each value of ``by``, or else 10.
+            seed: Root seed of partition and minibatch order.
+            **options: Those of :meth:`from_datasets`.
+
+        Raises:
+            DataError: If the data cannot be divided so, or used; names client and item.
+        """
+        parts, known = divided(dataset, partition=partition, by=by, labels=labels, num_clients=num_clients, seed=seed)
+        built = cls.from_datasets(parts, seed=seed, **options)
+        if isinstance(built, ClientDatasets):
+            check_no_shifts(known)
+        else:
+            built.partition = given_like(known, built.partition)
+        return built
+
+    @classmethod
+    def from_datamodule(cls, module: L.LightningDataModule, **options: Any) -> FederatedDataModule | ClientDatasets:
+        """Return the data module of a LightningDataModule that has a method ``client_dataloaders``.
+
+        Args:
+            module: Its ``client_dataloaders()``, after ``prepare_data`` and ``setup("fit")``, returns what
+                :meth:`from_datasets` takes.
+            **options: Those of :meth:`from_datasets`.
+
+        Raises:
+            ConfigurationError: If it has no such method.
+        """
+        return cls.from_datasets(clients_of_module(module), **options)
+
+    @classmethod
+    def _of(cls, found: ClientDatasets, *, test: Any, limit: int) -> FederatedDataModule | ClientDatasets:
+        """Return the data module with all samples in memory, if they can be kept there."""
+        known = found.in_memory(test, limit=limit)
+        if known is None:
+            return found
+        source, parts, stream = known
+        built = cls(source, partition=parts, num_clients=found.num_clients, seed=found.options.seed, **stream)
+        built.client_names = found.client_names
+        return built
 
     # ------------------------------------------------------------------ Lightning
 
@@ -105,18 +212,6 @@ class FederatedDataModule(L.LightningDataModule):
                 f"no client holds a sample of {names}: {left.sum()} of {len(labels)} samples are left out. "
                 "More clients, or more classes for each, would hold them"
             )
-
-    def train_dataloader(self) -> RoundTick:
-        return RoundTick()
-
-    def val_dataloader(self) -> RoundTick:
-        return RoundTick()
-
-    def test_dataloader(self) -> RoundTick:
-        return RoundTick()
-
-    def predict_dataloader(self) -> RoundTick:
-        return RoundTick()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the clients agreed on; it rides in checkpoints."""
@@ -158,11 +253,7 @@ class FederatedDataModule(L.LightningDataModule):
             return samples
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "subset"))
         kept = torch.randperm(len(samples), generator=generator)[: self.max_samples].sort().values
-        return Samples(
-            x=samples.x[kept],
-            y=None if samples.y is None else samples.y[kept],
-            columns={name: column[kept.numpy()] for name, column in samples.columns.items()},
-        )
+        return samples.subset(kept)
 
     def _check(self, samples: Samples) -> None:
         """Refuse what is not what the source promises."""
@@ -295,7 +386,8 @@ class FederatedDataModule(L.LightningDataModule):
         """Return all clients' data as one plain data module, for a centralised control of ``num_steps`` minibatches."""
         if any(shift is not None for shift in self.shifts):  # as the clients see it
             parts = [view.take(torch.arange(len(view))) for view in map(self.client_samples, range(self.num_clients))]
-            union = Samples(x=torch.cat([x for x, _ in parts]), y=torch.cat([y for _, y in parts]))
+            x, y = (torch.cat(own) for own in zip(*parts))
+            union = Samples(x=x, y=y, form=self.train_samples.form)
             everything = ClientSamples(samples=union, indices=torch.arange(len(union)))
         else:
             indices = torch.from_numpy(np.sort(np.concatenate(self.indices)))
@@ -306,57 +398,3 @@ class FederatedDataModule(L.LightningDataModule):
         """Return one client's data as a plain data module, for a local-only control of ``num_steps`` minibatches."""
         data = self.client_samples(client_id)
         return PlainDataModule(data, stream=client_id, num_steps=num_steps, **self._stream_options)
-
-
-def check_shared_metadata(data: FederatedDataModule, found: Mapping[str, Any], *, path: str) -> None:
-    """Refuse the networks of a run whose clients agreed on something else, such as another vocabulary.
-
-    Args:
-        data: The data of this run.
-        found: What a checkpoint holds of the other's shared metadata.
-        path: The checkpoint, for the error.
-
-    Raises:
-        CheckpointError: If the two differ.
-    """
-    own = data.build_shared_metadata().shared_metadata()
-    differing = [name for name in {*own, *found} if own.get(name) != found.get(name)]
-    if differing:
-        name = min(differing)
-        sizes = [len(values.get(name, ())) for values in (found, own)]
-        raise CheckpointError(
-            message(
-                f"a checkpoint must be used with the {name} that it was trained with",
-                received=f"{path} with another {name} ({sizes[0]} entries, {sizes[1]} here)",
-                fix="use the data settings of that run, or train anew",
-            )
-        )
-
-
-class PlainDataModule(L.LightningDataModule):
-    """A data module for a plain Trainer: ``num_steps`` minibatches as one epoch, and the next ones as the next.
-
-    Arguments as :class:`BatchStream`.
-    """
-
-    def __init__(self, data: ClientSamples, **stream: Any) -> None:
-        super().__init__()
-        self.data, self.stream = data, stream
-
-    def train_dataloader(self) -> _Epochs:
-        return _Epochs(self)
-
-
-class _Epochs:
-    """Minibatches of the epoch that a plain Trainer is in: it asks for its loader once, and iterates every epoch."""
-
-    def __init__(self, module: PlainDataModule) -> None:
-        self.module = module
-
-    def __len__(self) -> int:
-        return int(self.module.stream["num_steps"])
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        trainer = self.module.trainer
-        epoch = 0 if trainer is None else trainer.current_epoch
-        return iter(BatchStream(self.module.data, first_step=epoch * len(self), **self.module.stream))

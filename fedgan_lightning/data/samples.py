@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,11 +30,13 @@ class Samples:
         x: (n, ...) uint8 images (channels first), or floating-point vectors.
         y: (n,) int64 labels, or ``None``.
         columns: Natural groupings by name, (n,) each: folder, identity, mode, ...
+        form: What minibatches are: ``(x, y)``, with zeros for y where there are no labels; ``(x,)``; or ``x`` alone.
     """
 
     x: Tensor
     y: Tensor | None = None
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    form: Literal["(x, y)", "(x,)", "x"] = "(x, y)"
 
     def __post_init__(self) -> None:
         if len(self.x) == 0:
@@ -91,6 +94,15 @@ class Samples:
     def is_image(self) -> bool:
         """Whether samples are pixels."""
         return self.x.dtype == torch.uint8
+
+    def subset(self, kept: Tensor) -> Samples:
+        """Return the samples at these positions."""
+        return replace(
+            self,
+            x=self.x[kept],
+            y=None if self.y is None else self.y[kept],
+            columns={name: column[kept.numpy()] for name, column in self.columns.items()},
+        )
 
     def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Return float samples and int64 labels (zeros where there are none) at ``indices``."""
@@ -201,7 +213,14 @@ class BatchStream:
     def __len__(self) -> int:
         return self.num_steps
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Any]:
+        form = self.data.samples.form
+        if form == "(x, y)":
+            return self.pairs()
+        return ((x,) if form == "(x,)" else x for x, _ in self.pairs())
+
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the minibatches as (x, y)."""
         if not self.num_steps:
             return
         ahead, begin = max(1, READ_AHEAD // (self.order.full * self.data.samples.x[0].numel())), 0

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fedgan_lightning.data import given_partitions, sources
 from fedgan_lightning.data import partition as parts
-from fedgan_lightning.data import sources
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.order import MinibatchOrder
 from fedgan_lightning.data.samples import BatchStream, ClientSamples, Samples, Shift
@@ -25,6 +25,26 @@ def labelled(n: int = 240, classes: int = 6) -> Samples:
     return Samples(x=torch.randn(n, 2), y=y, columns={"site": (np.arange(n) * 7 % 5)})
 
 
+class EveryFourth:
+    """Has the interface of a partitioner of flwr-datasets."""
+
+    def __init__(self, num_partitions):
+        self.num_partitions, self._dataset = num_partitions, None
+
+    @property
+    def dataset(self):
+        return self._dataset
+
+    @dataset.setter
+    def dataset(self, value):
+        if self._dataset is not None:
+            raise ValueError("The dataset should be assigned only once")
+        self._dataset = value
+
+    def load_partition(self, partition_id):
+        return self.dataset.select(range(partition_id, len(self.dataset), self.num_partitions))
+
+
 PARTITIONS = {
     "iid": parts.IID(),
     "dirichlet": parts.Dirichlet(0.3),
@@ -36,7 +56,10 @@ PARTITIONS = {
     "natural": parts.Natural("site"),
     "label": parts.Natural("label"),
     "shift": parts.FeatureShift(parts.Dirichlet(1.0)),
+    "given": given_partitions.GivenIndices([range(k, 240, 4) for k in range(4)]),
+    "flower": given_partitions.FlowerPartitioner(EveryFourth(4)),
 }
+NEEDS = {"flower": "datasets"}
 
 
 class TestPartitionContract:
@@ -45,6 +68,8 @@ class TestPartitionContract:
 
     @pytest.mark.parametrize("name", PARTITIONS)
     def test_disjoint_sorted_complete_and_deterministic(self, name):
+        if name in NEEDS:
+            pytest.importorskip(NEEDS[name])
         samples = labelled()
         split = PARTITIONS[name].split(samples, num_clients=4, seed=1)
         joined = np.concatenate(split)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedgan_lightning.data.reading import read_text, reason, user_path
 from fedgan_lightning.data.samples import Samples
-from fedgan_lightning.errors import DataError, message
+from fedgan_lightning.errors import CheckpointError, DataError, message
 from fedgan_lightning.seeding import make_numpy_generator
 
 Split = Literal["train", "test"]
@@ -66,6 +66,31 @@ class Source(ABC):
     def shared_metadata(self) -> dict[str, Any]:
         """Return, as plain values for checkpoints, what the clients agreed on; nothing for most sources."""
         return {}
+
+
+def check_shared_metadata(data: Any, found: Mapping[str, Any], *, path: str) -> None:
+    """Refuse the networks of a run whose clients agreed on something else, such as another vocabulary.
+
+    Args:
+        data: The data of this run.
+        found: What a checkpoint holds of the other's shared metadata.
+        path: The checkpoint, for the error.
+
+    Raises:
+        CheckpointError: If the two differ.
+    """
+    own = data.build_shared_metadata().shared_metadata()
+    differing = [name for name in {*own, *found} if own.get(name) != found.get(name)]
+    if differing:
+        name = min(differing)
+        sizes = [len(values.get(name, ())) for values in (found, own)]
+        raise CheckpointError(
+            message(
+                f"a checkpoint must be used with the {name} that it was trained with",
+                received=f"{path} with another {name} ({sizes[0]} entries, {sizes[1]} here)",
+                fix="use the data settings of that run, or train anew",
+            )
+        )
 
 
 def read_names(path: str | Path, *, option: str, numbered: str) -> list[str]:
