@@ -6,6 +6,7 @@ from fedgan_lightning.data.samples import (
     Samples,
 )
 from fedgan_lightning.data.sources import (
+    ArrayFile,
     CelebA,
     CSVProfiles,
     Digits,

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "fedgan_lightning"
 #: Longest prefix wins. Equal layers never import each other.
 LAYERS = {
     "version": 0,
-    "errors": -1,
+    "errors": -2,
     "options": 0,
     "files": 1,
     "documents": 1,
@@ -36,7 +36,8 @@ LAYERS = {
     "data.own": 5,
     "data.controls": 2,
     "data.vocabulary": 1,
-    "data.reading": 0,
+    "data.reading": -1,
+    "data.rows": 0,
     "data.tables": 2,
     "data.dates": 1,
     "data.levels": 0,
@@ -50,6 +51,7 @@ LAYERS = {
     "data.sources.bundled": 3,
     "data.sources.images": 4,
     "data.sources.medical": 3,
+    "data.sources.files": 3,
     "data.sources.toys": 3,
     "data.sources.series": 3,
     "data.sources.interactions": 3,
@@ -247,6 +249,9 @@ NO_LIGHTNING += (
     "data.folders",
     "data.arrays",
     "data.order",
+    "data.rows",
+    "data.items",
+    "data.given_partitions",
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,19 +58,7 @@ class Arrays:
         Raises:
             DataError: If they are none: text, fractions, NaN, negative, or several for one sample.
         """
-        values = self[name]
-        if values.ndim == 2 and values.shape[1] > 1:
-            raise self.unfit(name, "must hold single labels, of shape (n,) or (n, 1)", f"multi-label {values.shape}")
-        if values.ndim not in (1, 2):
-            raise self.unfit(name, "must hold single labels, of shape (n,) or (n, 1)", f"shape {values.shape}")
-        flat = values.reshape(-1)
-        rule = "must hold whole numbers of classes, from 0"
-        if flat.dtype.kind not in "buif":
-            raise self.unfit(name, rule, f"{flat.dtype}{_first(flat, flat == flat)}")
-        whole = np.isfinite(flat) & (flat >= 0) & (flat == np.floor(flat)) & (flat < 2**31)
-        if not whole.all():
-            raise self.unfit(name, rule, f"{int((~whole).sum())} of {len(flat)} others{_first(flat, ~whole)}")
-        return flat.astype(np.int64)
+        return class_numbers(self[name], unfit=lambda rule, received: self.unfit(name, rule, received))
 
     def pixels(self, name: str) -> NDArray[np.uint8]:
         """Return pictures (n, h, w) or (n, h, w, c), uint8.
@@ -116,6 +104,30 @@ class Arrays:
         return DataError(
             message(f"array {name} of {self.path} {rule}", received=received, fix="repair it, and save the file anew")
         )
+
+
+def class_numbers(values: NDArray[Any], *, unfit: Callable[[str, str], DataError]) -> NDArray[np.int64]:
+    """Return class numbers (n,) from an array of shape (n,) or (n, 1).
+
+    Args:
+        values: The array.
+        unfit: Makes the error from the rule, and what was received.
+
+    Raises:
+        DataError: If they are none: text, fractions, NaN, negative, or several for one sample.
+    """
+    if values.ndim == 2 and values.shape[1] > 1:
+        raise unfit("must hold single labels, of shape (n,) or (n, 1)", f"multi-label {values.shape}")
+    if values.ndim not in (1, 2):
+        raise unfit("must hold single labels, of shape (n,) or (n, 1)", f"shape {values.shape}")
+    flat = values.reshape(-1)
+    rule = "must hold whole numbers of classes, from 0"
+    if flat.dtype.kind not in "buif":
+        raise unfit(rule, f"{flat.dtype}{_first(flat, flat == flat)}")
+    whole = np.isfinite(flat) & (flat >= 0) & (flat == np.floor(flat)) & (flat < 2**31)
+    if not whole.all():
+        raise unfit(rule, f"{int((~whole).sum())} of {len(flat)} others{_first(flat, ~whole)}")
+    return flat.astype(np.int64)
 
 
 def _first(values: NDArray[Any], bad: NDArray[np.bool_]) -> str:

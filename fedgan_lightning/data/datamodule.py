@@ -50,14 +50,12 @@ class FederatedDataModule(TickingDataModule):
         sample_shape: Shape of one sample, known before ``setup``.
         num_classes: Number of classes, known before ``setup``.
         has_client_samples: Whether clients' samples are at hand, as in simulation.
-        has_samples: Whether samples are in memory, so that everything can be measured.
         client_names: What the user calls the clients; default their numbers.
         has_client_sums: Whether sums over each client's samples are, or only those over all clients'.
     """
 
     has_client_samples: ClassVar[bool] = True
     has_client_sums: bool = True
-    has_samples: bool = True
 
     @checked("data", num_clients="[1, inf)", batch_size="[1, inf)", max_samples="[1, inf)", seed="[0, inf)")
     def __init__(
@@ -226,6 +224,11 @@ class FederatedDataModule(TickingDataModule):
         check_shared_metadata(self, state_dict, path="a checkpoint")
 
     # ------------------------------------------------------------------ the federation's view
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether samples are in memory, so that everything can be measured and drawn."""
+        return isinstance(self.train_samples.x, Tensor)
 
     @property
     def num_clients(self) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fedgan_lightning.data.order import MinibatchOrder, check_not_empty
+from fedgan_lightning.data.rows import RowsOnDisk
 from fedgan_lightning.errors import DataError, message
 
 #: Numbers that are gathered at a time: small minibatches cost as much for the call as for the copy.
@@ -27,7 +28,8 @@ class Samples:
     """A data set in memory.
 
     Attributes:
-        x: (n, ...) uint8 images (channels first), or floating-point vectors.
+        x: (n, ...) uint8 images (channels first), or floating-point vectors. In place of a tensor it may be a
+            :class:`~fedgan_lightning.data.rows.RowsOnDisk`, which has of one what minibatches and partitions ask for.
         y: (n,) int64 labels, or ``None``.
         columns: Natural groupings by name, (n,) each: folder, identity, mode, ...
         form: What minibatches are: ``(x, y)``, with zeros for y where there are no labels; ``(x,)``; or ``x`` alone.
@@ -68,7 +70,7 @@ class Samples:
                         fix="check the source's columns",
                     )
                 )
-        if self.x.is_floating_point() and not bool(torch.isfinite(self.x).all()):
+        if isinstance(self.x, Tensor) and self.x.is_floating_point() and not bool(torch.isfinite(self.x).all()):
             bad = (~torch.isfinite(self.x)).flatten(1).any(1)
             raise DataError(
                 message(
@@ -84,9 +86,11 @@ class Samples:
 
     @cached_property
     def digest(self) -> str:
-        """Hash of samples and labels."""
+        """Hash of samples and labels; of samples in a file, of a few of them."""
         found = hashlib.sha256(f"{tuple(self.x.shape)} {self.x.dtype}".encode())
-        for values in (self.x, *(() if self.y is None else (self.y,))):
+        if isinstance(self.x, RowsOnDisk):
+            found.update(self.x.look())
+        for values in (own for own in (self.x, self.y) if isinstance(own, Tensor)):
             found.update(np.ascontiguousarray(values.numpy()).tobytes())
         return found.hexdigest()
 
@@ -97,9 +101,10 @@ class Samples:
 
     def subset(self, kept: Tensor) -> Samples:
         """Return the samples at these positions."""
+        x: Any = self.x.subset(kept) if isinstance(self.x, RowsOnDisk) else self.x[kept]
         return replace(
             self,
-            x=self.x[kept],
+            x=x,
             y=None if self.y is None else self.y[kept],
             columns={name: column[kept.numpy()] for name, column in self.columns.items()},
         )
