@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -38,7 +40,8 @@ from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.files import expanded
 from fedgan_lightning.hooks import completed_rounds
-from fedgan_lightning.parser import OneLineParser
+from fedgan_lightning.parser import OneLineParser, OwnDataParser, where_data_class_is_named
+from fedgan_lightning.protocol import FederatedData
 from fedgan_lightning.run_directory import MAY_CHANGE, to_judge
 from fedgan_lightning.visuals import pictures
 from fedgan_lightning.visuals.inspection import Inspection
@@ -48,21 +51,25 @@ from fedgan_lightning.visuals.samples import SamplePictures
 class FederatedTrainer(L.Trainer):
     """Lightning's Trainer with the commands that are not training."""
 
-    def site(self, model: L.LightningModule, datamodule: FederatedDataModule) -> None:
+    def site(self, model: L.LightningModule, datamodule: L.LightningDataModule) -> None:
         """Nothing: a site of a deployment asks for what is built, and does one task with it."""
 
-    def partition(self, model: L.LightningModule, datamodule: FederatedDataModule) -> None:
+    def partition(self, model: L.LightningModule, datamodule: Any) -> None:
         """Show who holds what before any training: a table, and partition.png in the run directory."""
         datamodule.prepare_data()
-        datamodule.setup()
-        counts = datamodule.label_counts()
-        names = [str(name)[:12] for name in datamodule.class_names] or ["samples"]
+        datamodule.setup("fit")
+        class_names = tuple(getattr(datamodule, "class_names", ()))
+        if hasattr(datamodule, "label_counts"):
+            counts = datamodule.label_counts()
+        else:
+            counts = np.array([[datamodule.num_examples(k)] for k in range(datamodule.num_clients)])
+        names = [str(name)[:12] for name in class_names] or ["samples"]
         print("client  total  " + "  ".join(f"{name:>6}" for name in names))
         for client_id, row in enumerate(counts):
             print(f"{client_id:>6}  {row.sum():>5}  " + "  ".join(f"{count:>6}" for count in row))
         path = Path(self.default_root_dir) / "partition.png"
         if not path.exists():
-            pictures.save(pictures.partition(counts, class_names=datamodule.class_names), path)
+            pictures.save(pictures.partition(counts, class_names=class_names), path)
             print(f"wrote {path}")
 
 
@@ -104,7 +111,8 @@ class FederatedCLI(LightningCLI):
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
         parser.add_lightning_class_args(BestCheckpoint, "best")
         parser.link_arguments("run_dir", "trainer.default_root_dir")
-        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        if not self.subclass_mode_data:  # a class of the user's is given the seed where its clients' data are read
+            parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "federation.seed", compute_fn=int)
 
     def _parse_ckpt_path(self) -> None:
@@ -144,6 +152,9 @@ class FederatedCLI(LightningCLI):
             while cause is not None and not isinstance(cause, FedGANError):
                 cause = cause.__cause__
             raise cause or error from None
+        if not isinstance(self.datamodule, FederatedData):
+            seed = int(self.config[self.subcommand].seed_everything)
+            self.datamodule = FederatedDataModule.from_datamodule(self.datamodule, seed=seed)
         server = self._get(self.config_init, "server")
         self.model = ServerModule(self.model, optimizer=server.optimizer, scheduler=server.scheduler)
         if self.prepare is not None:
@@ -268,8 +279,21 @@ NOISE = (
 
 
 def built(arguments: Sequence[str]) -> FederatedCLI:
-    """Return everything that these options describe, and run nothing."""
-    return run(["site", *arguments])
+    """Return everything that these options describe, and run nothing.
+
+    Raises:
+        ConfigurationError: If the data are of a class of the user's: sites have to agree on a source.
+    """
+    cli = run(["site", *arguments])
+    if cli.subclass_mode_data:
+        raise ConfigurationError(
+            message(
+                "data of a deployment must come from a source",
+                received=f"a {type(cli.datamodule).__name__} of your own",
+                fix="write a Source, and set data.source",
+            )
+        )
+    return cli
 
 
 def run(arguments: list[str] | None = None, *, prepare: Callable[[FederatedCLI], None] | None = None) -> FederatedCLI:
@@ -287,16 +311,19 @@ def run(arguments: list[str] | None = None, *, prepare: Callable[[FederatedCLI],
         own.addHandler(logging.StreamHandler())
     for pattern in NOISE:
         warnings.filterwarnings("ignore", message=pattern)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    named = where_data_class_is_named(arguments)
     return FederatedCLI(
         prepare=prepare,
         model_class=L.LightningModule,
-        datamodule_class=FederatedDataModule,
+        datamodule_class=L.LightningDataModule if named else FederatedDataModule,
+        subclass_mode_data=named is not None,
         subclass_mode_model=True,
         trainer_class=FederatedTrainer,
         trainer_defaults=dict(TRAINER_DEFAULTS),
         save_config_callback=None,
         seed_everything_default=0,
-        parser_class=OneLineParser,
+        parser_class=OwnDataParser if named == "option" else OneLineParser,
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
         args=arguments,

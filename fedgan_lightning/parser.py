@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import logging
 import re
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import jsonargparse
 import yaml
@@ -19,6 +20,8 @@ from fedgan_lightning.documents import check_settings, check_settings_file
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.files import expanded
 from fedgan_lightning.gan import networks, priors
+
+logger = logging.getLogger("fedgan_lightning")
 
 #: What is in memory can be written without its module path in a configuration: every public name, and these.
 SHORT_NAMES = (
@@ -43,6 +46,8 @@ KINDS = {
 }
 #: How a report begins that names a part of what was given.
 PART = re.compile(r"(?!a )[\w.]+ must ")
+#: A class by the module that it is in.
+CLASS_PATH = re.compile(r"(?!.*\.ya?ml$)[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 #: What settings are called that come as one text.
 INLINE = "the value of an option, or the file that it names,"
 
@@ -64,6 +69,34 @@ class OneLineParser(LightningArgumentParser):
         raise ConfigurationError(explained(str(message))) from ex
 
 
+def where_data_class_is_named(arguments: Sequence[str]) -> Literal["option", "file"] | None:
+    """Return where arguments say ``data`` by a class: as ``--data package.Class``, or in a file as ``class_path``.
+
+    Then settings below ``data`` are those of that class; otherwise they are those of ``FederatedDataModule``.
+    """
+    found: Literal["option", "file"] | None = None
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        option, equals, value = argument.partition("=")
+        value = value if equals else following
+        if option == "--data" and CLASS_PATH.fullmatch(value):
+            return "option"
+        settings = _settings_of(value) if option in ("--data", "--config", "-c") else None
+        group = settings if option == "--data" or settings is None else settings.get("data")
+        if isinstance(group, dict) and "class_path" in group:
+            found = "file"
+    return found
+
+
+def _settings_of(value: str) -> Any:
+    """Return settings given inline or as a file; ``None`` where they cannot be read, which the parser will say."""
+    try:
+        path = expanded(value)
+        found = yaml.safe_load(path.read_text(encoding="utf-8") if path.is_file() else value)
+    except (OSError, ValueError, yaml.YAMLError, ConfigurationError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def strict_yaml(text: str) -> Any:
     """Read YAML as jsonargparse does, and refuse a key that is written twice: it would keep the last, silently."""
     if ":" in text:
@@ -73,6 +106,20 @@ def strict_yaml(text: str) -> Any:
 
 _lenient = jsonargparse.get_loader("yaml")
 jsonargparse.set_loader("yaml", strict_yaml, exceptions=(yaml.YAMLError,))
+
+
+class OwnDataParser(OneLineParser):
+    """The parser where ``--data`` names a class: what files say of the data of another is not used."""
+
+    def parse_path(self, cfg_path: Any, *args: Any, **kwargs: Any) -> Any:
+        path = expanded(str(cfg_path))
+        check_settings_file(path)
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if "data" not in settings or "class_path" in (settings["data"] or {}):
+            return super().parse_path(cfg_path, *args, **kwargs)
+        logger.info(f"data of {path.name} is not used: --data names a class")
+        del settings["data"]
+        return self.parse_string(yaml.safe_dump(settings), str(path), *args, **kwargs)
 
 
 # ---------------------------------------------------------------------- what a parser's report means
@@ -155,7 +202,7 @@ def _wrong_kind(key: str, text: str) -> str | None:
     if key == "seed_everything":  # of Lightning's own, which draws one where it is true
         allowed = ["a whole number"]
     known = all(kind in KINDS or kind == "NoneType" for kind in kinds)
-    if not allowed or not known or "is not accepted" in text:
+    if not {*allowed} - {"null"} or not known or "is not accepted" in text:
         return None
     received = value[1].split(" See --help")[0].rstrip(". >")
     return message(f"{key} must be {' or '.join(allowed)}", received=received, fix="write such a value")

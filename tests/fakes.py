@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import lightning as L
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from fedgan_lightning.data.samples import Samples
 from fedgan_lightning.data.sources import Source
@@ -51,3 +53,25 @@ class Curious(Metric):
 
     def compute(self, samples, labels):
         return {}
+
+
+class Hospitals(L.LightningDataModule):
+    """A data module as users have it, which knows its clients.
+
+    Args:
+        size: Samples of the larger hospital.
+        shape: Shape of one sample.
+    """
+
+    def __init__(self, size: int = 40, shape: tuple[int, ...] = (2,)) -> None:
+        super().__init__()
+        self.size, self.shape = size, shape
+
+    def setup(self, stage):
+        generator = torch.Generator().manual_seed(0)
+        self.samples = torch.rand(self.size, *self.shape, generator=generator)
+
+    def client_dataloaders(self):
+        labels = torch.arange(self.size) % 2
+        both = [TensorDataset(self.samples[:count], labels[:count]) for count in (self.size, 5)]
+        return {name: DataLoader(own, batch_size=8) for name, own in zip(("large", "small"), both)}
