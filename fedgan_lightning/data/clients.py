@@ -46,10 +46,12 @@ class Client:
     Attributes:
         stream: Its minibatches.
         changed: What becomes of every minibatch before the module has it, if anything.
+        module: The data module that it comes from, if it does.
     """
 
     stream: ClientStream
     changed: Callable[[Any], Any] | None = None
+    module: L.LightningDataModule | None = None
 
 
 @dataclass(frozen=True)
@@ -124,19 +126,13 @@ def client_of(name: Any, found: Any, *, client_id: int, options: StreamOptions) 
     if isinstance(found, L.LightningDataModule):
         return _of_module(name, found, client_id=client_id, options=options)
     if isinstance(found, IterableDataset):
-        found = DataLoader(
-            found,
-            batch_size=options.batch_size,
-            drop_last=options.drop_last,
-            collate_fn=options.collate_fn,
-            num_workers=options.num_workers,
-        )
+        return Client(_of_iterable(name, found, client_id=client_id, options=options))
     if isinstance(found, DataLoader):
         return Client(_of_loader(name, found, client_id=client_id, options=options))
     if hasattr(found, "__getitem__") and not isinstance(found, (str, bytes, Mapping)):
         return Client(map_stream(found, name=name, client_id=client_id, options=options))
     if hasattr(found, "__iter__") and not isinstance(found, (str, bytes, Mapping)):
-        return Client(LoaderStream(found, name=name, seed=options.seed, stream=client_id))
+        return Client(_filled(LoaderStream(found, name=name, seed=options.seed, stream=client_id)))
     raise DataError(
         message(
             f"client {name} must be a Dataset, a DataLoader or a LightningDataModule",
@@ -167,11 +163,30 @@ def map_stream(dataset: Any, *, name: Any, client_id: int, options: StreamOption
     return MapStream(reader, order, num_workers=options.num_workers, indices=indices)
 
 
+def _of_iterable(name: Any, dataset: IterableDataset, *, client_id: int, options: StreamOptions) -> ClientStream:
+    """Return the stream of an iterable data set; one of less than a minibatch has minibatches of all of it."""
+    loaders = [
+        DataLoader(
+            dataset,
+            batch_size=options.batch_size,
+            drop_last=drop_last,
+            collate_fn=options.collate_fn,
+            num_workers=options.num_workers,
+        )
+        for drop_last in {options.drop_last: None, False: None}
+    ]
+    streams = (LoaderStream(loader, name=name, seed=options.seed, stream=client_id) for loader in loaders)
+    stream = next((own for own in streams if own.num_examples), None)
+    check_not_empty(0 if stream is None else stream.num_examples, client=name)
+    assert stream is not None
+    return stream
+
+
 def _of_loader(name: Any, loader: DataLoader, *, client_id: int, options: StreamOptions) -> ClientStream:
     """Return the stream of a loader: in our order, unless it has an order of its own."""
     sampler, size = loader.sampler, loader.batch_size
     if isinstance(loader.dataset, IterableDataset) or size is None or not _is_plain(sampler):
-        return LoaderStream(loader, name=name, seed=options.seed, stream=client_id)
+        return _filled(LoaderStream(loader, name=name, seed=options.seed, stream=client_id))
     own = replace(
         options,
         batch_size=size,
@@ -180,6 +195,17 @@ def _of_loader(name: Any, loader: DataLoader, *, client_id: int, options: Stream
         collate_fn=None if loader.collate_fn is default_collate else loader.collate_fn,
     )
     return map_stream(loader.dataset, name=name, client_id=client_id, options=own)
+
+
+def _filled(stream: LoaderStream) -> LoaderStream:
+    """Return a stream that has minibatches.
+
+    Raises:
+        DataError: If it has none.
+    """
+    if not stream.num_examples:
+        raise stream.unfit("none", "leave that client out, or set drop_last to False")
+    return stream
 
 
 def _is_plain(sampler: Any) -> bool:
@@ -210,4 +236,4 @@ def _of_module(name: Any, module: L.LightningDataModule, *, client_id: int, opti
             batch = hook(batch, 0)
         return batch
 
-    return replace(known, changed=changed) if hooks else known
+    return replace(known, changed=changed if hooks else None, module=module)

@@ -113,7 +113,7 @@ class FederatedDataModule(TickingDataModule):
             batch_size: Samples per minibatch; a client with fewer has minibatches of all that it holds.
             drop_last: Whether an epoch drops its incomplete last minibatch; otherwise it ends with it.
             seed: Root seed of the order of minibatches.
-            num_workers: Processes that read ahead, for each client while it trains.
+            num_workers: Processes that read ahead, for each client while it trains, what is read as needed.
             collate_fn: Makes a minibatch of a list of items; default torch's, with pictures as pixels in [-1, 1].
             memory_limit: Most bytes of samples to read into memory; 0 reads all as needed.
 
@@ -179,6 +179,8 @@ class FederatedDataModule(TickingDataModule):
         """Return the data module with all samples in memory, if they can be kept there."""
         known = found.in_memory(test, limit=limit)
         if known is None:
+            if test is not None:
+                logger.warning("test is not used: nothing can be measured of data that are read as needed")
             return found
         source, parts, stream = known
         built = cls(source, partition=parts, num_clients=found.num_clients, seed=found.options.seed, **stream)

@@ -82,6 +82,12 @@ class ClientDatasets(TickingDataModule):
                     )
                 )
 
+    def setup(self, stage: str | None = None) -> None:
+        """Lend the clients' data modules the Trainer, which their hooks may ask."""
+        for own in self.clients:
+            if own.module is not None:
+                own.module.trainer = self.trainer
+
     @classmethod
     def of(cls, clients: Mapping[Any, Any] | Sequence[Any], *, options: StreamOptions) -> ClientDatasets:
         """Return the data module of clients' data sets, loaders or data modules.

@@ -202,13 +202,13 @@ class LoaderStream(ClientStream):
         stream: Number of the stream: the client id.
 
     Raises:
-        DataError: If it holds nothing, cannot be iterated twice, or is exhausted before its length.
+        DataError: If it cannot be iterated twice, or read.
     """
 
     def __init__(self, loader: Any, *, name: object, seed: int, stream: int) -> None:
         self.loader, self.name, self.seed, self.stream = loader, name, seed, stream
         if hasattr(loader, "__next__"):
-            raise self._unfit("an iterator, which can be read once", "give a DataLoader, or an IterableDataset")
+            raise self.unfit("an iterator, which can be read once", "give a DataLoader, or an IterableDataset")
         self.known = self._counted()
         self.steps_per_epoch, self.num_examples = len(self.known), sum(self.known)
 
@@ -222,8 +222,6 @@ class LoaderStream(ClientStream):
         else:
             logger.info(f"client {self.name}: its minibatches are read once to count its samples")
             sizes = [count_samples(batch) for batch in self._epoch(0)]
-        if not sizes:
-            raise self._unfit("none", "leave that client out, or set drop_last to False")
         return sizes
 
     def _stated(self) -> int | None:
@@ -252,7 +250,7 @@ class LoaderStream(ClientStream):
                 if found == wanted:
                     break
             if found < wanted:
-                raise self._unfit(
+                raise self.unfit(
                     f"{passed + found} minibatches in epoch {epoch}, where there were {self.steps_per_epoch}",
                     "have it yield as many in every epoch",
                 )
@@ -277,7 +275,7 @@ class LoaderStream(ClientStream):
                 except DataError:
                     raise
                 except Exception as error:
-                    raise self._unfit(
+                    raise self.unfit(
                         f"{reason(error)} in minibatch {step} of epoch {epoch}", "repair the data set or its loader"
                     ) from error
             yield batch
@@ -289,7 +287,8 @@ class LoaderStream(ClientStream):
     def facts(self) -> str:
         return f"{self.known} {digest_of(self.first_item())}"
 
-    def _unfit(self, received: str, fix: str) -> DataError:
+    def unfit(self, received: str, fix: str) -> DataError:
+        """Return the error that the loader is not what it should be."""
         rule = f"the loader of client {self.name} must yield minibatches again and again"
         return DataError(message(rule, received=received, fix=fix))
 

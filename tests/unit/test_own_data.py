@@ -263,6 +263,7 @@ class TestLoaders:
         assert [x[:, 0].tolist() for x in minibatches(data, 1, first_step=2, num_steps=2)] == [[6.0], [0.0, 1.0, 2.0]]
         assert len(trained(data)[0]) == 4
         assert of([Endless()], batch_size=2).num_examples(0) == 6, "an incomplete minibatch is dropped"
+        assert of([Endless()], batch_size=9).num_examples(0) == 7, "unless there is no other"
 
     def test_any_iterable_of_minibatches_will_do_but_no_iterator(self):
         class Loader:
@@ -288,6 +289,7 @@ class TestLoaders:
                 return DataLoader(self.data, batch_size=4)
 
             def on_after_batch_transfer(self, batch, dataloader_idx):
+                assert self.trainer.training
                 return {"x": batch[0] + 100, "index": dataloader_idx}
 
         class Plain(Own):
@@ -331,7 +333,9 @@ class TestInMemory:
         with pytest.raises(DataError, match="held-out samples must have some; got no test data"):
             _ = of([pairs(9)]).test_samples
 
-    def test_more_than_the_limit_is_read_as_needed(self):
+    def test_more_than_the_limit_is_read_as_needed(self, caplog):
+        of([pairs(20)], memory_limit=0, test=pairs(3))
+        assert "test is not used: nothing can be measured" in caplog.text
         assert of([pairs(20)], memory_limit=160).has_samples
         assert not of([pairs(20)], memory_limit=159).has_samples
 
