@@ -20,12 +20,15 @@ from torch import Tensor
 from fedgan_lightning.data.clients import StreamOptions, clients_of_module
 from fedgan_lightning.data.controls import PlainDataModule
 from fedgan_lightning.data.dividing import check_no_shifts, divided, given_like
+from fedgan_lightning.data.held_out import HeldOutBatches
+from fedgan_lightning.data.held_out import divided as divided_off
 from fedgan_lightning.data.items import Collate
 from fedgan_lightning.data.order import MinibatchOrder, check_not_empty, steps_per_epoch
 from fedgan_lightning.data.own import ClientDatasets, TickingDataModule
 from fedgan_lightning.data.partition import IID, Partition
 from fedgan_lightning.data.samples import BatchStream, ClientSamples, Samples, Shift, StackedBatchStream
 from fedgan_lightning.data.sources import Source
+from fedgan_lightning.data.sources.base import check_samples
 from fedgan_lightning.data.sources.base import check_shared_metadata as check_shared_metadata
 from fedgan_lightning.errors import DataError, message
 from fedgan_lightning.options import checked
@@ -44,6 +47,8 @@ class FederatedDataModule(TickingDataModule):
         batch_size: Samples per local minibatch; a client with fewer has minibatches of all that it holds.
         drop_last: Whether an epoch drops its incomplete last minibatch; otherwise it ends with it.
         max_samples: Keep only so many training samples, drawn with the seed; ``None`` keeps all.
+        validation_share: Share of every client's samples that it holds out, for the module's ``validation_step``; they
+            are trained on by nobody, and never leave the client.
         seed: Root seed of partition and minibatch order.
 
     Attributes:
@@ -57,7 +62,14 @@ class FederatedDataModule(TickingDataModule):
     has_client_samples: ClassVar[bool] = True
     has_client_sums: bool = True
 
-    @checked("data", num_clients="[1, inf)", batch_size="[1, inf)", max_samples="[1, inf)", seed="[0, inf)")
+    @checked(
+        "data",
+        num_clients="[1, inf)",
+        batch_size="[1, inf)",
+        max_samples="[1, inf)",
+        validation_share="[0, 1)",
+        seed="[0, inf)",
+    )
     def __init__(
         self,
         source: Source,
@@ -67,12 +79,13 @@ class FederatedDataModule(TickingDataModule):
         batch_size: int = 64,
         drop_last: bool = True,
         max_samples: int | None = None,
+        validation_share: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.source, self.partition = source, partition if partition is not None else IID()
         self._num_clients, self.batch_size, self.drop_last = num_clients, batch_size, drop_last
-        self.max_samples, self.seed = max_samples, seed
+        self.max_samples, self.validation_share, self.seed = max_samples, validation_share, seed
         self.sample_shape, self.num_classes = source.sample_shape, source.num_classes
         self.class_names = source.class_names
         self.client_names: tuple[Any, ...] = tuple(range(num_clients))
@@ -253,47 +266,18 @@ class FederatedDataModule(TickingDataModule):
 
     def _training_split(self) -> Samples:
         samples = self.source.load("train")
-        self._check(samples)
+        check_samples(samples, shape=self.sample_shape, num_classes=self.num_classes)
         if self.max_samples is None or self.max_samples >= len(samples):
             return samples
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "subset"))
         kept = torch.randperm(len(samples), generator=generator)[: self.max_samples].sort().values
         return samples.subset(kept)
 
-    def _check(self, samples: Samples) -> None:
-        """Refuse what is not what the source promises."""
-        if not isinstance(samples, Samples):
-            raise DataError(
-                message(
-                    "a source must load Samples", received=type(samples).__name__, fix="return Samples(x, y) from load"
-                )
-            )
-        if (
-            samples.y is not None
-            and self.num_classes
-            and not 0 <= int(samples.y.min()) <= int(samples.y.max()) < self.num_classes
-        ):
-            raise DataError(
-                message(
-                    f"labels must be numbers in [0, {self.num_classes}), one for each of class_names",
-                    received=f"{int(samples.y.min())} to {int(samples.y.max())}",
-                    fix="give the source a name for every class",
-                )
-            )
-        if tuple(samples.x.shape[1:]) != self.sample_shape:
-            raise DataError(
-                message(
-                    f"samples of the source must have the shape {list(self.sample_shape)}",
-                    received=list(samples.x.shape[1:]),
-                    fix="set the source's image_size and channels to the data's",
-                )
-            )
-
     @cached_property
     def test_samples(self) -> Samples:
         """The test split of the source, which no client holds."""
         samples = self.build_shared_metadata().load("test")
-        self._check(samples)
+        check_samples(samples, shape=self.sample_shape, num_classes=self.num_classes)
         if (samples.y is None) != (self.train_samples.y is None):
             without = "test" if samples.y is None else "train"
             raise DataError(
@@ -306,9 +290,15 @@ class FederatedDataModule(TickingDataModule):
         return samples
 
     @cached_property
+    def _divided(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """What each client trains on, and what it holds out, as positions in ``train_samples``."""
+        parts = self.partition.split(self.train_samples, num_clients=self.num_clients, seed=self.seed)
+        return [divided_off(own, self.validation_share, seed=self.seed, stream=k) for k, own in enumerate(parts)]
+
+    @cached_property
     def indices(self) -> list[np.ndarray]:
-        """The positions in ``train_samples`` that each client holds."""
-        return list(self.partition.split(self.train_samples, num_clients=self.num_clients, seed=self.seed))
+        """The positions in ``train_samples`` that each client trains on."""
+        return [train for train, _ in self._divided]
 
     @cached_property
     def shifts(self) -> list[Shift | None]:
@@ -343,6 +333,16 @@ class FederatedDataModule(TickingDataModule):
             **self._stream_options,
         )
 
+    def client_validation_batches(self, client_id: int) -> HeldOutBatches | None:
+        """Return the minibatches of what a client holds out; ``None`` if it holds out nothing."""
+        data = self.held_out_samples(client_id)
+        return HeldOutBatches(data, batch_size=self.batch_size) if len(data) else None
+
+    def held_out_samples(self, client_id: int) -> ClientSamples:
+        """Return the samples that a client holds out, as a view."""
+        positions = torch.from_numpy(self._divided[client_id][1])
+        return ClientSamples(samples=self.train_samples, indices=positions, shift=self.shifts[client_id])
+
     @property
     def _stream_options(self) -> dict[str, Any]:
         """What all streams of minibatches have in common."""
@@ -372,7 +372,8 @@ class FederatedDataModule(TickingDataModule):
         A resumed run must have the same.
         """
         known = f"{self.train_samples.digest} {self.batch_size} {self.seed} {self.shifts}"
-        digest = hashlib.sha256((known if self.drop_last else f"{known} incomplete").encode())
+        known += "" if self.drop_last else " incomplete"
+        digest = hashlib.sha256(known.encode())
         for indices in self.indices:
             digest.update(len(indices).to_bytes(8, "little") + np.ascontiguousarray(indices).tobytes())
         return digest.hexdigest()[:16]

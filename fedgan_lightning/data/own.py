@@ -170,6 +170,20 @@ class ClientDatasets(TickingDataModule):
         client = self.clients[client_id]
         return Window(client.stream, first_step=first_step, num_steps=num_steps, changed=client.changed)
 
+    @property
+    def validation_share(self) -> float:
+        """Whether clients bring data for validation: 1 if one does, with the ``val_dataloader`` of its data module."""
+        return float(any(own.module is not None and _has_validation(own.module) for own in self.clients))
+
+    def client_validation_batches(self, client_id: int) -> Any:
+        """Return the client's own minibatches for validation; ``None`` if it brings none."""
+        module = self.clients[client_id].module
+        return module.val_dataloader() if module is not None and _has_validation(module) else None
+
+    def client_datamodule(self, client_id: int) -> L.LightningDataModule | None:
+        """Return the client's own data module, if its data come in one."""
+        return self.clients[client_id].module
+
     def fingerprint(self) -> str:
         """Return a hash of sizes, of the minibatch stream, and of a few items of every client.
 
@@ -177,6 +191,10 @@ class ClientDatasets(TickingDataModule):
         """
         facts = [str(self.options.seed), *(own.stream.facts() for own in self.clients)]
         return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+
+
+def _has_validation(module: L.LightningDataModule) -> bool:
+    return type(module).val_dataloader is not L.LightningDataModule.val_dataloader
 
 
 def _class_names(dataset: Any) -> list[str]:

@@ -66,6 +66,7 @@ class RemoteDataModule(FederatedDataModule):
             batch_size=own.batch_size,
             drop_last=own.drop_last,
             max_samples=own.max_samples,
+            validation_share=own.validation_share,
             seed=own.seed,
         )
         self._survey = survey

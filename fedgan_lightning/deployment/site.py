@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
+from fedgan_lightning.data.held_out import HeldOutBatches, divided
 from fedgan_lightning.data.order import steps_per_epoch
 from fedgan_lightning.data.samples import BatchStream, ClientSamples
 from fedgan_lightning.deployment import wire
@@ -29,13 +31,13 @@ from fedgan_lightning.evaluation.ranking import ItemCounts, Rankings
 from fedgan_lightning.federation.aggregation import checked_states
 from fedgan_lightning.federation.algorithm import FederatedAlgorithm
 from fedgan_lightning.federation.checks import same_precision
+from fedgan_lightning.federation.client_settings import begin, client_options, context_of
 from fedgan_lightning.federation.client_update import ClientContext
 from fedgan_lightning.federation.costs import bytes_by_network
 from fedgan_lightning.federation.local import LocalTrainer
 from fedgan_lightning.federation.optimizer_state import only_moments
 from fedgan_lightning.federation.report import is_position, lengths
 from fedgan_lightning.federation.store import ClientStore
-from fedgan_lightning.federation.transform_chain import TransformChain
 from fedgan_lightning.hooks import DataHook, offers
 from fedgan_lightning.protocol import ClientTask, ClientUpdate, State
 from fedgan_lightning.states import network_of
@@ -54,9 +56,12 @@ SHARED = ("local_steps", "local_epochs", "algorithm", "transforms", "sync", "opt
 class SiteData:
     """The data of one site, as an executor asks for it; the site is client ``client_id`` of the federation."""
 
-    def __init__(self, view: ClientSamples, *, client_id: int, batch_size: int, seed: int, drop_last: bool) -> None:
-        self.view, self.client_id = view, client_id
-        self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
+    def __init__(
+        self, view: ClientSamples, held_out: ClientSamples, *, client_id: int, data: FederatedDataModule
+    ) -> None:
+        self.view, self.held_out, self.client_id = view, held_out, client_id
+        self.batch_size, self.seed, self.drop_last = data.batch_size, data.seed, data.drop_last
+        self.validation_share = data.validation_share
 
     @property
     def num_clients(self) -> int:
@@ -78,6 +83,9 @@ class SiteData:
             num_steps=num_steps,
             drop_last=self.drop_last,
         )
+
+    def client_validation_batches(self, client_id: int) -> HeldOutBatches | None:
+        return HeldOutBatches(self.held_out, batch_size=self.batch_size) if len(self.held_out) else None
 
     def fingerprint(self) -> str:
         return f"site {self.client_id}"
@@ -130,14 +138,14 @@ class Site:
                 )
             )
         if part is None:
-            view = ClientSamples(samples=data.train_samples, indices=torch.arange(len(data.train_samples)))
+            everything, stream = np.arange(len(data.train_samples)), {"seed": data.seed, "stream": client_id}
+            divisions = map(torch.from_numpy, divided(everything, data.validation_share, **stream))
+            view, held_out = (ClientSamples(samples=data.train_samples, indices=own) for own in divisions)
         else:
-            view = data.client_samples(part)
+            view, held_out = data.client_samples(part), data.held_out_samples(part)
         self.whole, self.digest = data, digest_of(cli.plain_settings, data)
-        self.data = SiteData(
-            view, client_id=client_id, batch_size=data.batch_size, seed=data.seed, drop_last=data.drop_last
-        )
-        self.preview, self.prepared = self.orchestrator.begin(self.trainer, self.module, self.data, "fit")
+        self.data = SiteData(view, held_out, client_id=client_id, data=data)
+        self.begun = begin(self.orchestrator, self.trainer, self.module, self.data, "fit")
         if offers(self.module, DataHook):
             self.module.check_data(data.sample_shape, data.num_classes)  # type: ignore[operator]
 
@@ -220,24 +228,17 @@ class Site:
         )
 
     def _context(self, store: ClientStore) -> ClientContext:
-        options = self.orchestrator
-        policy = options.policy_of(self.module)
-        root = self.trainer.strategy.root_device
-        return ClientContext(
-            model=self.module,
-            data=self.data,
-            policy=policy,
+        federation, root = self.orchestrator, self.trainer.strategy.root_device
+        context = context_of(
+            federation,
+            self.module,
+            self.data,
             store=store,
-            algorithm=options.algorithm,
-            transforms=TransformChain(options.transforms),
-            trainer_options=options.client_options(root, precision=self.trainer.precision),
-            prepared=self.prepared,
-            preview=self.preview,
-            callbacks=options.client_callbacks,
-            attributes=options.client_attributes,
+            options=client_options(federation, root, precision=self.trainer.precision),
+            begun=self.begun,
             logs=self.state_dir / "client_logs",
-            num_logged=self.client_id + 1 if options.client_logs else 0,
         )
+        return replace(context, num_logged=self.client_id + 1 if federation.client_logs else 0)
 
     @staticmethod
     def _run(task: ClientTask, context: ClientContext) -> ClientUpdate:

@@ -77,7 +77,7 @@ class Evaluation(L.Callback):
         if stage == "predict":
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(data, FederatedDataModule):
+        if not getattr(data, "has_samples", False):
             self._go_without_samples(data)
             return
         if data is not self._data:

@@ -19,12 +19,13 @@ from fedgan_lightning.errors import ClientError, ConfigurationError, RoundInterr
 from fedgan_lightning.federation import optimizer_state
 from fedgan_lightning.federation.client_data import datamodule_of
 from fedgan_lightning.federation.client_log import SILENT, ClientLogger
-from fedgan_lightning.federation.client_update import ClientContext, StartingPoint, Visit, client_updates
+from fedgan_lightning.federation.client_update import ClientContext, Visit, client_updates
 from fedgan_lightning.federation.kept_state import KeptState, counts, own_clock, restore_plateaus
 from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.federation.preparation import client_copy, is_foreign, own_hook, validates, without_validation
 from fedgan_lightning.federation.round_schedules import set_hyperparameters
 from fedgan_lightning.federation.round_trainer import Fit, RoundTrainer, TrainerClock, batch_length, schedulers_of
+from fedgan_lightning.federation.starting_point import StartingPoint
 from fedgan_lightning.federation.step_hooks import begin, check_has_trained
 from fedgan_lightning.gan.module import GAN
 from fedgan_lightning.hooks import ClientHook, StatisticsHook, offers

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import torch
 
 from fedgan_lightning.checkpoints import FILES, AtomicCheckpointIO, folder_beside
 from fedgan_lightning.errors import CheckpointError, RoundInterrupted, message
@@ -22,7 +21,6 @@ from fedgan_lightning.federation.aggregation import WeightedMean
 from fedgan_lightning.federation.algorithm import FederatedAlgorithm
 from fedgan_lightning.federation.algorithms import FedGAN
 from fedgan_lightning.federation.checks import (
-    check_client_trainer,
     check_cohort,
     check_device,
     check_optimizers,
@@ -31,18 +29,16 @@ from fedgan_lightning.federation.checks import (
     checked_trainer,
     checked_work,
 )
-from fedgan_lightning.federation.client_data import ClientDataModule
-from fedgan_lightning.federation.client_update import ClientContext
+from fedgan_lightning.federation.client_settings import begin, client_options, context_of
 from fedgan_lightning.federation.costs import CostLedger, cost_metrics
 from fedgan_lightning.federation.executors import AutoExecutor, AutotunedExecutor
 from fedgan_lightning.federation.kept_state import check_attributes
 from fedgan_lightning.federation.policy import Buffers, IntegerBuffers, OptimizerState, Policy, Sync, resolve
-from fedgan_lightning.federation.preparation import finish, is_foreign, prepare, validates, warn_of_loaders
+from fedgan_lightning.federation.preparation import finish
 from fedgan_lightning.federation.ranks import Ranks, leave_at_exit
 from fedgan_lightning.federation.report import ClientClock, RoundReport
 from fedgan_lightning.federation.round import RoundRunner
 from fedgan_lightning.federation.round_schedules import LOCAL_STEPS, RoundSchedule, set_hyperparameters, steps_of
-from fedgan_lightning.federation.round_trainer import RoundTrainer, TrainerClock
 from fedgan_lightning.federation.rules import RoundRules, UpdateValidator
 from fedgan_lightning.federation.run_fingerprint import RunFingerprint
 from fedgan_lightning.federation.sampling import AllClients
@@ -50,7 +46,6 @@ from fedgan_lightning.federation.secure import SecureAggregation
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.federation.stop_signals import StopSignals
 from fedgan_lightning.federation.store import ClientStore, StateFiles
-from fedgan_lightning.federation.transform_chain import TransformChain
 from fedgan_lightning.hooks import DataHook, listeners, offers
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import (
@@ -186,7 +181,7 @@ class FederatedOrchestrator(L.Callback):
         server, data = self._checked(trainer, pl_module)
         if trainer.world_size > 1:
             leave_at_exit()
-        self._preview, self._prepared = self.begin(trainer, server.model, data, stage)
+        self._preview, self._prepared = begin(self, trainer, server.model, data, stage)
         policy = self.policy_of(server.model)
         server.attach(policy, self.algorithm, seed=self.seed)
         check_parts(self, server.model, policy)
@@ -206,8 +201,6 @@ class FederatedOrchestrator(L.Callback):
         if stage == "fit":
             check_optimizers(server, self._preview)
             check_attributes(server.model, self.client_attributes)
-            if is_foreign(server.model):
-                warn_of_loaders(server.model, validates=validates(data))
             if trainer.precision == "64-true":
                 server.double()  # Lightning does so after it has read a checkpoint, whose doubles pass through float32
             trainer.limit_val_batches = 0  # rounds are evaluated where they end, by callbacks
@@ -224,35 +217,6 @@ class FederatedOrchestrator(L.Callback):
             buffers=self.buffers,
             integer_buffers=self.integer_buffers,
         )
-
-    def client_options(self, root: torch.device, *, precision: Any) -> dict[str, Any]:
-        """Return the options of clients' Trainers on a device."""
-        options: dict[str, Any] = {"accelerator": root.type, "precision": precision}
-        options["devices"] = 1 if root.index is None else [root.index]
-        return {**options, **self.client_trainer}
-
-    def begin(
-        self, trainer: L.Trainer, module: L.LightningModule, data: FederatedData, stage: str
-    ) -> tuple[L.Trainer | None, frozenset[str]]:
-        """Call the hooks that Lightning calls once in a fit, on the global module.
-
-        Args:
-            trainer: The server's; its device and precision are the clients'.
-            module: The global module.
-            data: The clients' data.
-            stage: ``fit``, ``test``, ...
-
-        Returns:
-            What a module of somebody else's finds as its Trainer outside of a round, and the hooks that were called.
-        """
-        check_client_trainer(self.client_trainer, module)
-        if not is_foreign(module):
-            return None, frozenset()
-        steps = data.steps_per_epoch(0) * self.local_epochs if self.local_epochs else self.local_steps or 0
-        options = self.client_options(trainer.strategy.root_device, precision=trainer.precision)
-        clock = TrainerClock(rounds=self.rounds, max_steps=self.rounds * steps)
-        preview = RoundTrainer(options).preview(clock, ClientDataModule(data))
-        return preview, prepare(module, stage=stage, trainer=preview)
 
     def _checked(self, trainer: L.Trainer, module: L.LightningModule) -> tuple[ServerModule, FederatedData]:
         return checked_trainer(trainer, module, aggregator=self.aggregator)
@@ -271,23 +235,16 @@ class FederatedOrchestrator(L.Callback):
         check_device(root)
         local = getattr(trainer, "num_devices", 1)
         self.ranks = Ranks(rank=trainer.global_rank, world_size=trainer.world_size, local_world_size=local, device=root)
-        context = ClientContext(
-            model=server.model,
-            data=data,
-            policy=server.policy,
+        context = context_of(
+            self,
+            server.model,
+            data,
             store=self.store,
-            algorithm=self.algorithm,
-            transforms=TransformChain(self.transforms),
-            trainer_options=self.client_options(root, precision=trainer.precision),
-            stop_requested=self.signals.is_set,
-            ranks=self.ranks,
-            prepared=self._prepared,
-            preview=self._preview,
-            callbacks=self.client_callbacks,
-            attributes=self.client_attributes,
+            options=client_options(self, root, precision=trainer.precision),
+            begun=(self._preview, self._prepared),
             logs=Path(trainer.default_root_dir) / "client_logs",
-            num_logged=self.client_logs,
         )
+        context = replace(context, policy=server.policy, stop_requested=self.signals.is_set, ranks=self.ranks)
         if not server.algorithm_state:
             server.algorithm_state = dict(self.algorithm.server_state(context))
         self.executor.setup(context)

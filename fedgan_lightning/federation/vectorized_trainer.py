@@ -16,11 +16,12 @@ from torch.optim import Optimizer
 
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation import optimizer_state
-from fedgan_lightning.federation.client_update import ClientContext, StartingPoint, Visit, client_updates
+from fedgan_lightning.federation.client_update import ClientContext, Visit, client_updates
 from fedgan_lightning.federation.local import Attempt
 from fedgan_lightning.federation.preparation import client_copy
 from fedgan_lightning.federation.round_schedules import set_hyperparameters
 from fedgan_lightning.federation.round_trainer import Fit, RoundTrainer, schedulers_of
+from fedgan_lightning.federation.starting_point import StartingPoint
 from fedgan_lightning.federation.step_hooks import begin, check_has_trained
 from fedgan_lightning.gan.module import GAN
 from fedgan_lightning.gan.stacked import StackedGAN

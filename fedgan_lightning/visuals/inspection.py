@@ -41,7 +41,7 @@ class Inspection(L.Callback):
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if not isinstance(data, FederatedDataModule) or not isinstance(pl_module, ServerModule):
+        if not getattr(data, "has_samples", False) or not isinstance(pl_module, ServerModule):
             return
         if not trainer.is_global_zero or len(data.sample_shape) != 3 or not pl_module.can_sample:
             return

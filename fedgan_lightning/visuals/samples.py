@@ -180,7 +180,7 @@ def _belief(data: FederatedDataModule, server: ServerModule) -> Belief | None:
 
 def _has_samples(trainer: L.Trainer) -> bool:
     """Whether the data say what samples are: only then is it known how they are drawn."""
-    return isinstance(trainer.datamodule, FederatedDataModule)  # type: ignore[attr-defined]
+    return getattr(trainer.datamodule, "has_samples", False)  # type: ignore[attr-defined]
 
 
 def _data(trainer: L.Trainer) -> FederatedDataModule:

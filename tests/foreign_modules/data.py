@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from fedgan_lightning import FederatedDataModule
-from fedgan_lightning.data.datamodule import RoundTick
+from fedgan_lightning.data.own import RoundTick
 from fedgan_lightning.partitions import Partition
 from fedgan_lightning.sources import Digits, Ring
 

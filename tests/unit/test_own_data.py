@@ -42,7 +42,8 @@ class Seen(L.LightningModule):
 
     def __init__(self):
         super().__init__()
-        self.net, self.batches = torch.nn.Linear(2, 2), []
+        self.net, batches = torch.nn.Linear(2, 2), []
+        self.noted = lambda: batches  # an attribute would be put back before every client
         with torch.no_grad():
             self.net.weight.fill_(0.5)
             self.net.bias.fill_(0.0)
@@ -50,11 +51,11 @@ class Seen(L.LightningModule):
     def __deepcopy__(self, memo):
         copied = Seen()
         copied.load_state_dict(self.state_dict())
-        copied.batches = self.batches
+        copied.noted = self.noted
         return copied
 
     def training_step(self, batch, _):
-        self.batches.append(batch)
+        self.noted().append(batch)
         return (self.net(torch.rand(3, 2)) - 1).square().mean()
 
     def configure_optimizers(self):
@@ -65,7 +66,7 @@ def trained(data, **options):
     """Return the minibatches that reach a module, and the server's weights."""
     model = Seen()
     server, _, _ = federate(model, data, **{"rounds": 1, **(options or {"local_steps": 2})})
-    return model.batches, server.model.net.weight.detach().clone()
+    return model.noted(), server.model.net.weight.detach().clone()
 
 
 def same(first, second):

@@ -174,3 +174,31 @@ def resize(images: Tensor, image_size: int) -> Tensor:
             for chunk in images.split(1000)
         ]
     )
+
+
+def check_samples(samples: Samples, *, shape: tuple[int, ...], num_classes: int) -> None:
+    """Refuse samples that are not what their source promises.
+
+    Raises:
+        DataError: If they are not.
+    """
+    if not isinstance(samples, Samples):
+        raise DataError(
+            message("a source must load Samples", received=type(samples).__name__, fix="return Samples(x, y) from load")
+        )
+    if samples.y is not None and num_classes and not 0 <= int(samples.y.min()) <= int(samples.y.max()) < num_classes:
+        raise DataError(
+            message(
+                f"labels must be numbers in [0, {num_classes}), one for each of class_names",
+                received=f"{int(samples.y.min())} to {int(samples.y.max())}",
+                fix="give the source a name for every class",
+            )
+        )
+    if tuple(samples.x.shape[1:]) != shape:
+        raise DataError(
+            message(
+                f"samples of the source must have the shape {list(shape)}",
+                received=list(samples.x.shape[1:]),
+                fix="set the source's image_size and channels to the data's",
+            )
+        )
