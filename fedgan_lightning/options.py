@@ -7,6 +7,7 @@ nothing is said twice. Configuration files are checked by the parser as well; Py
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import inspect
@@ -22,6 +23,9 @@ from fedgan_lightning.errors import ConfigurationError, message
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+#: Attribute under which an object keeps what its constructor was given, where that is plain values.
+CONSTRUCTED_WITH = "_constructed_with"
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ class Interval:
 def checked(group: str = "", /, **intervals: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Decorate a constructor or function so that its arguments are checked against its annotations.
 
-    Numbers are finite, and no other kind passes for them: neither true and false nor text.
+    Numbers are finite, and no other kind passes for them: neither true and false nor text. An object whose constructor
+    was given plain values only keeps them, so that a checkpoint can say how it was made.
 
     Args:
         group: Where its options stand in every configuration, if they always stand there.
@@ -72,6 +77,7 @@ def checked(group: str = "", /, **intervals: str) -> Callable[[Callable[P, R]], 
         if unknown := sorted(ranges.keys() - signature.parameters.keys()):
             raise TypeError(f"{function.__qualname__} has no parameters {unknown}")
         is_method = next(iter(signature.parameters), "") == "self"
+        is_constructor = is_method and function.__name__ == "__init__"
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -85,12 +91,40 @@ def checked(group: str = "", /, **intervals: str) -> Callable[[Callable[P, R]], 
                 if name in hints and kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
                     owner = type(args[0]).__name__ if is_method else function.__name__
                     check(f"{prefix}{name} of {owner}", value, hints[name], within=ranges.get(name))
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+            if is_constructor and type(args[0]).__init__ is call:  # and not that of a base class
+                _keep(args[0], given)
+            return result
 
         call.intervals = ranges  # type: ignore[attr-defined]
         return call
 
     return decorate
+
+
+def _keep(owner: Any, given: Mapping[str, Any]) -> None:
+    """Have an object remember what its constructor was given, unless something of it is no plain value."""
+    with contextlib.suppress(TypeError):
+        vars(owner)[CONSTRUCTED_WITH] = {name: as_plain(value) for name, value in given.items() if value is not owner}
+
+
+def as_plain(value: Any) -> Any:
+    """Return a value as exact plain types, which a checkpoint can hold: other libraries have numbers of their own.
+
+    Raises:
+        TypeError: If it is neither a number, a text, true, false or None, nor a list or mapping of these.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    if _is_truth(value):
+        return bool(value)
+    if isinstance(value, numbers.Real):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    if isinstance(value, (list, tuple)):
+        return [as_plain(own) for own in value]
+    if isinstance(value, Mapping):
+        return {str(name): as_plain(own) for name, own in value.items()}
+    raise TypeError(f"{type(value).__name__} is no plain value")
 
 
 @functools.cache

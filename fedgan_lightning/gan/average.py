@@ -19,7 +19,8 @@ class Average(FullPrecision):
     """What averages have beside what their networks have: full precision, and a way into pickles."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _empty, (type(self).__bases__[1],), self.__dict__
+        state = {name: value for name, value in self.__dict__.items() if name != "_compiled_call_impl"}
+        return _empty, (type(self).__bases__[1],), state
 
 
 @functools.cache
@@ -32,12 +33,18 @@ def _empty(network_class: Any) -> nn.Module:
     return kind.__new__(kind)
 
 
+def uncompiled(network: nn.Module) -> nn.Module:
+    """Return the network itself where ``torch.compile(network)`` is given."""
+    return getattr(network, "_orig_mod", network)
+
+
 def make_ema(network: nn.Module) -> nn.Module:
     """Return a copy of ``network`` to average into: without gradients, with a count of the images that it has seen.
 
-    It keeps its precision where ``network`` is turned to a narrower type: a step of a thousandth is none in bfloat16.
+    Of a compiled network the copy is not compiled. It keeps its precision where ``network`` is turned to a narrower
+    type: a step of a thousandth is none in bfloat16.
     """
-    average = copy.deepcopy(network).requires_grad_(False)
+    average = copy.deepcopy(uncompiled(network)).requires_grad_(False)
     network_class: Any = type(average)  # mypy takes a class for unhashable where it is an argument of a cache
     average.__class__ = _ema_class(network_class)
     average.register_buffer(IMAGES_SEEN, torch.zeros((), dtype=torch.float64))
@@ -71,5 +78,5 @@ def update_ema_(
         shaped = [weight.to(p.dtype).reshape(weight.shape + (1,) * (p.dim() - weight.dim())) for p in averages]
         torch._foreach_lerp_(averages, [new.to(old.dtype) for old, new in zip(averages, network.parameters())], shaped)
     buffers = dict(average.named_buffers())
-    for name, value in network.named_buffers():
+    for name, value in uncompiled(network).named_buffers():
         buffers[name].copy_(value)

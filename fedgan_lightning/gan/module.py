@@ -1,7 +1,7 @@
 """The client: a GAN as an ordinary LightningModule. It knows nothing of federation.
 
 ``L.Trainer().fit(GAN(...), data)`` is the centralised baseline. In a federation the same class is trained on each
-client by a per-round Trainer.
+client by a per-round Trainer. What a Trainer does beside training it is in :mod:`.trainer_steps`.
 """
 
 from __future__ import annotations
@@ -32,20 +32,28 @@ from fedgan_lightning.gan.objectives import AdversarialLoss, NonSaturating
 from fedgan_lightning.gan.optimizers import OptimizerCallable, SchedulerCallable, dcgan_adam
 from fedgan_lightning.gan.penalties import Penalty
 from fedgan_lightning.gan.priors import Normal, Prior
+from fedgan_lightning.gan.restoring import Restorable
 from fedgan_lightning.gan.sampling import Sampling
 from fedgan_lightning.gan.statistics import StepMeans
 from fedgan_lightning.gan.steps import DuePenalty, Stats, discriminator_step, generator_step, shares_passes
-from fedgan_lightning.options import checked
+from fedgan_lightning.gan.trainer_steps import TrainerSteps, check_plain_data
+from fedgan_lightning.options import as_plain, checked
 from fedgan_lightning.protocol import RoundInfo
 
+#: Arguments that loggers show.
+HYPERPARAMETERS = ("updates", "d_steps", "g_steps", "fake_labels", *list(INTERVALS)[2:])
 
-class GAN(AlgorithmAbilities, Sampling, L.LightningModule):
+
+class GAN(AlgorithmAbilities, Sampling, TrainerSteps, Restorable, L.LightningModule):
     """A generator and a discriminator trained against each other by manual optimization.
 
     One local step is one call of ``training_step``: ``d_steps`` discriminator updates, then ``g_steps`` generator
     updates. The minibatch is split into ``d_steps`` parts, so that every discriminator update sees fresh real samples.
 
-    Batches are ``(x, y)``: samples and int64 labels (N,); labels are ignored by unconditional networks.
+    Batches are ``(x, y)``, ``(x,)``, ``x``, or a mapping with ``image``, ``x``, ``pixel_values`` or ``img``, and
+    ``label``, ``y`` or ``labels``. Labels are integers (N,) or (N, 1), or one-hot (N, C); unconditional networks ignore them. The
+    first minibatch of a fit is checked: images for a generator that ends in tanh must lie in [-1, 1]; those of bytes
+    (uint8) are brought there. ``load_from_checkpoint`` needs no arguments where all parts are this package's.
 
     Args:
         generator: (z, y) -> samples; has ``latent_dim``, and ``num_classes`` if conditional.
@@ -135,6 +143,9 @@ class GAN(AlgorithmAbilities, Sampling, L.LightningModule):
         self._means = StepMeans()
         self._in_federation = False
         self._shares_passes = False
+        self._checked_stages: set[str] = set()
+        if not self.has_own_constructor():
+            self.save_hyperparameters({name: as_plain(getattr(self, name)) for name in HYPERPARAMETERS})
 
     @property
     def sample_shape(self) -> tuple[int, ...] | None:
@@ -153,6 +164,7 @@ class GAN(AlgorithmAbilities, Sampling, L.LightningModule):
         if stage == "fit":
             self.lay_out()
         data: Any = getattr(self.trainer, "datamodule", None)
+        check_plain_data(data)
         if hasattr(data, "sample_shape"):
             self.check_data(data.sample_shape, getattr(data, "num_classes", 0))
 
@@ -188,11 +200,21 @@ class GAN(AlgorithmAbilities, Sampling, L.LightningModule):
         self.local_step = info.first_step
         self._in_federation = True
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        x, y = batch
-        if self.codec is not None:
-            x = self.vmap_over_clients(self.codec.encode)(x)
-        x = x.to(next(self.discriminator.parameters()).dtype)
+    def on_fit_start(self) -> None:
+        if not self._in_federation:  # there, the first minibatch of a run is checked, and not that of every round
+            self._checked_stages.clear()
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = self.prepared(batch, stage="fit")
+        try:
+            self._train_on(x, y)
+        except (RuntimeError, IndexError) as error:
+            if not isinstance(error, torch.OutOfMemoryError):
+                self.check_minibatch(x, y)  # a later one may have another shape, or a label that the first one had not
+            raise
+
+    def _train_on(self, x: Tensor, y: Tensor) -> None:
+        """Take the steps of both networks on one minibatch."""
         num_images = y.shape[-1]
         check_minibatch(num_images, d_steps=self.d_steps)
         opt_g, opt_d = self.optimizers()  # type: ignore[misc, attr-defined]
@@ -359,7 +381,9 @@ class GAN(AlgorithmAbilities, Sampling, L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["local_step"] = self.local_step
+        self.describe_into(checkpoint)
         checkpoint["state_dict"] = {name: value.contiguous() for name, value in checkpoint["state_dict"].items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.local_step = int(checkpoint.get("local_step", 0))
+        self.name_as_here(checkpoint)

@@ -26,6 +26,7 @@ NUMBERS_AHEAD = 1 << 22
 #: What this class replaces or relies on: a subclass of GAN that overrides one of these trains in a way of its own.
 TRAINING = (
     "training_step",
+    "prepared",
     "configure_optimizers",
     "generate",
     "discriminate",
@@ -62,6 +63,8 @@ class StackedGAN(GAN):
     Raises:
         ConfigurationError: If a subclass trains in a way of its own.
     """
+
+    label_dims = 2
 
     def __init__(self, gan: GAN) -> None:
         overridden = [name for name in TRAINING if getattr(type(gan), name) is not getattr(GAN, name)]

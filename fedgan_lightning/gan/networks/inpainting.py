@@ -40,6 +40,8 @@ class InpaintingGenerator(nn.Module):
 
     #: Shapes count here, and not strides.
     channels_last = True
+    #: Where its pictures lie.
+    output_range = (-1.0, 1.0)
 
     @checked(
         image_size="[1, inf)",

@@ -80,6 +80,8 @@ class ResNetGenerator(nn.Module):
 
     #: Shapes count here, and not strides.
     channels_last = True
+    #: Where its pictures lie.
+    output_range = (-1.0, 1.0)
 
     @checked(
         image_size="[1, inf)", channels="[1, inf)", latent_dim="[1, inf)", width="[1, inf)", num_classes="[0, inf)"
