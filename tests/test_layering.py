@@ -93,6 +93,7 @@ LAYERS = {
     "gan.first_batch": 2,
     "gan.trainer_steps": 3,
     "gan.construction": 2,
+    "gan.exporting": 0,
     "gan.restoring": 4,
     "gan.module": 5,
     "gan.stacked": 6,

@@ -27,7 +27,9 @@ def is_usual(batch: Any, *, label_dims: int) -> bool:
     return y.dtype is torch.int64 and y.dim() == label_dims and x.dtype is not torch.uint8
 
 
-def read_batch(batch: Any, *, generator: nn.Module, num_classes: int, label_dims: int = 1) -> tuple[Tensor, Tensor]:
+def read_batch(
+    batch: Any, *, generator: nn.Module, num_classes: int, label_dims: int = 1, look: bool = True
+) -> tuple[Tensor, Tensor]:
     """Return samples and int64 labels (N,) of a batch of any usual structure.
 
     Labels are ignored, and zeros instead, where there are no classes.
@@ -37,6 +39,7 @@ def read_batch(batch: Any, *, generator: nn.Module, num_classes: int, label_dims
         generator: Says by its last layer in which range bytes are to lie.
         num_classes: Classes of the networks.
         label_dims: Dimensions of labels: 1, or 2 where several clients' are stacked.
+        look: Whether to look at the entries of one-hot labels, for which a device has to be waited for.
 
     Raises:
         ConfigurationError: If it has another structure, or labels are missing or are none.
@@ -49,7 +52,7 @@ def read_batch(batch: Any, *, generator: nn.Module, num_classes: int, label_dims
     if x.dtype is torch.uint8 and x.dim() == 3 + label_dims:
         x = _of_bytes(x, output_range(generator))
     if num_classes:
-        return x, class_numbers(y, leading=leading, num_classes=num_classes)
+        return x, class_numbers(y, leading=leading, num_classes=num_classes, look=look)
     if isinstance(y, Tensor) and y.dtype is torch.int64 and y.shape == leading:
         return x, y
     return x, torch.zeros(leading, dtype=torch.int64, device=x.device)
@@ -90,13 +93,14 @@ def _structure(received: str) -> ConfigurationError:
     )
 
 
-def class_numbers(y: Any, *, leading: torch.Size, num_classes: int) -> Tensor:
+def class_numbers(y: Any, *, leading: torch.Size, num_classes: int, look: bool = False) -> Tensor:
     """Return labels as int64 class numbers of shape ``leading``, from these, (..., 1), or one-hot (..., C).
 
     Args:
         y: The labels.
         leading: (N,), or (clients, N).
         num_classes: C.
+        look: Whether to look at the entries of one-hot labels.
 
     Raises:
         ConfigurationError: If they are missing, or something else.
@@ -105,6 +109,9 @@ def class_numbers(y: Any, *, leading: torch.Size, num_classes: int) -> Tensor:
     if y is None:
         raise labels_error(num_classes, received="no labels", fix="have the loader return (x, y), or set num_classes=0")
     if isinstance(y, Tensor) and num_classes > 1 and y.shape == (*leading, num_classes) and not y.is_complex():
+        if look and not bool(((y != 0).sum(-1) == 1).all()):
+            received = f"rows of {num_classes} with none or several entries that are not 0"
+            raise labels_error(num_classes, received=received, fix="choose one class for every image")
         return y.argmax(-1)
     if isinstance(y, Tensor) and not (y.is_floating_point() or y.is_complex()):
         if y.shape == leading:

@@ -113,15 +113,15 @@ def _arguments_of(value: Any) -> dict[str, Any] | None:
 
 
 def _described_partial(value: partial[Any]) -> dict[str, Any]:
-    """Return the description of a partial of an optimizer's class; a parser has the class among its arguments."""
-    made, *others = (value.func, *value.args) if isinstance(value.func, type) else (*value.args, None)
-    try:
-        known = {name: as_plain(own) for name, own in value.keywords.items()}
-    except TypeError:
-        known = None  # type: ignore[assignment]
-    if not isinstance(made, type) or any(own is not None for own in others) or known is None:
-        return {"function": getattr(made or value.func, "__qualname__", "a partial")}
-    return {"class_path": path_of(made), "init_args": known, "partial": True}
+    """Return the description of a partial of an optimizer's class; the parser of configurations calls it by others."""
+    is_parsed = getattr(value.func, "__module__", "").startswith("jsonargparse.") and value.args
+    made, positional = (value.args[-1], ()) if is_parsed else (value.func, value.args)
+    if isinstance(made, type) and not positional:
+        try:
+            return {"class_path": path_of(made), "init_args": as_plain(value.keywords), "partial": True}
+        except TypeError:
+            pass
+    return {"function": getattr(made, "__qualname__", "a partial")}
 
 
 # ---------------------------------------------------------------------- and back

@@ -27,12 +27,13 @@ from fedgan_lightning.gan.checks import (
 )
 from fedgan_lightning.gan.conditions import Codec, Condition
 from fedgan_lightning.gan.draws import Draws, draw_step_noise
+from fedgan_lightning.gan.exporting import Exporting
 from fedgan_lightning.gan.layout import lay_out
 from fedgan_lightning.gan.objectives import AdversarialLoss, NonSaturating
 from fedgan_lightning.gan.optimizers import OptimizerCallable, SchedulerCallable, dcgan_adam
 from fedgan_lightning.gan.penalties import Penalty
 from fedgan_lightning.gan.priors import Normal, Prior
-from fedgan_lightning.gan.restoring import Restorable
+from fedgan_lightning.gan.restoring import Restorable, drop_hyperparameters
 from fedgan_lightning.gan.sampling import Sampling
 from fedgan_lightning.gan.statistics import StepMeans
 from fedgan_lightning.gan.steps import DuePenalty, Stats, discriminator_step, generator_step, shares_passes
@@ -44,16 +45,16 @@ from fedgan_lightning.protocol import RoundInfo
 HYPERPARAMETERS = ("updates", "d_steps", "g_steps", "fake_labels", *list(INTERVALS)[2:])
 
 
-class GAN(AlgorithmAbilities, Sampling, TrainerSteps, Restorable, L.LightningModule):
+class GAN(AlgorithmAbilities, Sampling, TrainerSteps, Exporting, Restorable, L.LightningModule):
     """A generator and a discriminator trained against each other by manual optimization.
 
     One local step is one call of ``training_step``: ``d_steps`` discriminator updates, then ``g_steps`` generator
     updates. The minibatch is split into ``d_steps`` parts, so that every discriminator update sees fresh real samples.
 
     Batches are ``(x, y)``, ``(x,)``, ``x``, or a mapping with ``image``, ``x``, ``pixel_values`` or ``img``, and
-    ``label``, ``y`` or ``labels``. Labels are integers (N,) or (N, 1), or one-hot (N, C); unconditional networks ignore them. The
-    first minibatch of a fit is checked: images for a generator that ends in tanh must lie in [-1, 1]; those of bytes
-    (uint8) are brought there. ``load_from_checkpoint`` needs no arguments where all parts are this package's.
+    ``label``, ``y`` or ``labels``. Labels are integers (N,) or (N, 1), or one-hot (N, C); unconditional networks ignore
+    them. The first minibatch of a fit is checked: images for a generator that ends in tanh must lie in [-1, 1]; those
+    of bytes (uint8) are brought there. ``load_from_checkpoint`` needs no arguments where all parts are this package's.
 
     Args:
         generator: (z, y) -> samples; has ``latent_dim``, and ``num_classes`` if conditional.
@@ -382,6 +383,7 @@ class GAN(AlgorithmAbilities, Sampling, TrainerSteps, Restorable, L.LightningMod
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["local_step"] = self.local_step
         self.describe_into(checkpoint)
+        drop_hyperparameters(checkpoint, HYPERPARAMETERS)
         checkpoint["state_dict"] = {name: value.contiguous() for name, value in checkpoint["state_dict"].items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -99,3 +99,15 @@ def _contents(source: Any, *, weights_only: bool | None) -> Any:
     if not isinstance(source, (str, PathLike)):
         source.seek(0)
     return contents
+
+
+def drop_hyperparameters(checkpoint: dict[str, Any], names: Sequence[str]) -> None:
+    """Take out of a checkpoint what its description says: LightningCLI puts hyperparameters above the command line's.
+
+    Args:
+        checkpoint: To be written.
+        names: Of the hyperparameters; others stay.
+    """
+    kept = {name: value for name, value in checkpoint.pop("hyper_parameters", {}).items() if name not in names}
+    if kept:
+        checkpoint["hyper_parameters"] = kept

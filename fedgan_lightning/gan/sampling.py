@@ -134,19 +134,25 @@ def ema_for_sampling(gan: Any) -> nn.Module:
     """Return the moving average of a GAN's generator, with BatchNorm statistics of its own activations.
 
     Those that it has copied are of other weights. They are estimated once for the weights that there are. A generator
-    with conditions keeps the copied ones: there are no conditions without data.
+    with conditions keeps the copied ones: there are no conditions without data. So does an export, unless a sample was
+    drawn before.
 
     Args:
         gan: The GAN, with a moving average.
     """
     average: Any = gan.generator_ema
-    if gan.condition is None and _normalised(average):
+    if gan.condition is None and _normalised(average) and not _is_recorded():
         known: list[Tensor] = getattr(average, "settled_as", [])
         now = list(average.state_dict().values())
         if len(known) != len(now) or not all(a.device == b.device and torch.equal(a, b) for a, b in zip(known, now)):
             recalibrate(gan, average)
             average.settled_as = [value.clone() for value in average.state_dict().values()]
     return average  # type: ignore[no-any-return]
+
+
+def _is_recorded() -> bool:
+    """Whether operations are being written down, which cannot depend on values, and must not estimate anything."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[attr-defined]
 
 
 def recalibrate(gan: Any, network: nn.Module) -> None:

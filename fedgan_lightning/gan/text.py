@@ -12,9 +12,12 @@ from torch.nn.functional import one_hot
 from torch.optim import Optimizer
 
 from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.gan.batches import read_batch
 from fedgan_lightning.gan.conditions import Codec
 from fedgan_lightning.gan.priors import Gumbel
+from fedgan_lightning.gan.restoring import Restorable
 from fedgan_lightning.gan.sampling import generated, inputs
+from fedgan_lightning.gan.trainer_steps import may_validate
 from fedgan_lightning.options import checked
 
 
@@ -46,11 +49,12 @@ def language_adam(parameters: Iterable[Any]) -> Optimizer:
     return torch.optim.Adam(parameters, lr=2e-3)
 
 
-class LanguageModel(L.LightningModule):
+class LanguageModel(Restorable, L.LightningModule):
     """A text generator trained by maximum likelihood: minimises -log P(sentence) per word, ends included.
 
     It is the usual start of an adversarial run (:class:`~fedgan_lightning.federation.warm_start.StartFrom`), and its
-    baseline. Batches are ``(ids, y)``: word ids (N, T), and labels that are ignored.
+    baseline. Batches are ``(ids, y)``: word ids (N, T), and labels that are ignored; or ``(ids,)``, or ``ids`` alone.
+    ``load_from_checkpoint`` needs no arguments where the network is this package's.
 
     Args:
         generator: The network; it has ``log_likelihood``.
@@ -100,11 +104,42 @@ class LanguageModel(L.LightningModule):
     def configure_optimizers(self) -> Optimizer:
         return self.optimizer(self.generator.parameters())
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        likelihood, counted = self.generator.log_likelihood(batch[0])  # type: ignore[operator]
-        loss: Tensor = -likelihood.sum() / counted.sum()
-        self.log("loss", loss, on_step=False, on_epoch=True, batch_size=len(batch[0]))
+    def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        """Return sentences (N, T, V) for Gumbel noise (N, T * V); labels are ignored."""
+        return self.generator(z, y)  # type: ignore[no-any-return]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss, count = self._loss(batch)
+        self.log("loss", loss, on_step=False, on_epoch=True, batch_size=count)
         return loss
+
+    @property
+    def validation_step(self) -> Callable[..., Any]:  # type: ignore[override]
+        """Log ``val_loss``, the same on a minibatch; Lightning's own empty step in a fit without a loader for it."""
+        return self._validate if may_validate(self) else super().validation_step
+
+    def _validate(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._log_loss("val_loss", batch)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Log ``test_loss``."""
+        self._log_loss("test_loss", batch)
+
+    def _log_loss(self, name: str, batch: Any) -> None:
+        loss, count = self._loss(batch)
+        self.log(name, loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=count, sync_dist=True)
+
+    def _loss(self, batch: Any) -> tuple[Tensor, int]:
+        """Return the loss on a minibatch, and its number of sentences."""
+        ids, _ = read_batch(batch, generator=self.generator, num_classes=0)
+        likelihood, counted = self.generator.log_likelihood(ids)  # type: ignore[operator]
+        return -likelihood.sum() / counted.sum(), len(ids)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.describe_into(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.name_as_here(checkpoint)
 
     @torch.no_grad()
     def sample(

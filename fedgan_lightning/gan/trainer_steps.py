@@ -43,7 +43,7 @@ class TrainerSteps:
         """
         module: Any = self
         check_conditions(module, y if module.condition is not None else None)
-        if module.num_classes:
+        if module.num_classes and not (isinstance(y, Tensor) and y.dtype is torch.int64 and y.dim() == 1):
             y = class_numbers(y, leading=z.shape[:1], num_classes=module.num_classes)
         network = module.sampling_generator()
         if not network.training:
@@ -64,7 +64,7 @@ class TrainerSteps:
         module: Any = self
         if not is_usual(batch, label_dims=self.label_dims):
             kinds = {"num_classes": module.num_classes, "label_dims": self.label_dims}
-            batch = read_batch(batch, generator=module.generator, **kinds)
+            batch = read_batch(batch, generator=module.generator, look=stage not in module._checked_stages, **kinds)
         x, y = batch
         if module.codec is not None:
             x = module.vmap_over_clients(module.codec.encode)(x)
@@ -91,13 +91,8 @@ class TrainerSteps:
         In a fit without a validation loader this is Lightning's own empty step, so that nobody is told of a loader that
         is missing.
         """
-        trainer: Any = getattr(self, "_trainer", None)
         module: Any = super()
-        if trainer is not None and trainer.state.fn == "fit":
-            loop = trainer.fit_loop.epoch_loop.val_loop
-            if not loop._data_source.is_defined():
-                return module.validation_step  # type: ignore[no-any-return]
-        return self._validate
+        return self._validate if may_validate(self) else module.validation_step  # type: ignore[no-any-return]
 
     def _validate(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluate(batch, batch_idx, dataloader_idx, prefix="val")
@@ -195,6 +190,14 @@ def _pair(batch: Any) -> tuple[Any, Any]:
     if isinstance(batch, (tuple, list)) and 1 <= len(batch) <= 2:
         return batch[0], batch[1] if len(batch) == 2 else None
     return batch, None
+
+
+def may_validate(module: Any) -> bool:
+    """Whether a module's Trainer may validate it: unless it fits it without a validation loader."""
+    trainer = getattr(module, "_trainer", None)
+    if trainer is None or trainer.state.fn != "fit":
+        return True
+    return bool(trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined())
 
 
 def check_plain_data(data: Any) -> None:
