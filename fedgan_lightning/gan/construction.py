@@ -72,8 +72,9 @@ def describe(module: Any, constructor: Callable[..., None]) -> dict[str, Any]:
         constructor: The constructor that has these arguments.
     """
     parameters = list(inspect.signature(constructor).parameters.values())[1:]
-    values = {own.name: getattr(module, own.name) for own in parameters}
-    defaults = {own.name for own in parameters if own.default is values[own.name] and inspect.isroutine(own.default)}
+    values = {parameter.name: getattr(module, parameter.name) for parameter in parameters}
+    functions = [parameter for parameter in parameters if inspect.isroutine(parameter.default)]
+    defaults = {parameter.name for parameter in functions if parameter.default is values[parameter.name]}
     return {name: described(value) for name, value in values.items() if name not in defaults}
 
 
@@ -82,7 +83,7 @@ def described(value: Any) -> Any:
     if isinstance(value, nn.Module):
         value = uncompiled(value)
     if isinstance(value, (list, tuple)):
-        return [described(own) for own in value]
+        return [described(item) for item in value]
     if isinstance(value, NotHeld):
         return {"function": value.shown}
     if isinstance(value, partial):
@@ -149,11 +150,11 @@ def arguments_from(
         CheckpointError: If the description is none.
     """
     held = checkpoint.get(CONSTRUCTION, {})
-    settled = {*given, *checkpoint.get("hyper_parameters", {}), checkpoint.get("hparams_name")}  # by Lightning
+    passed = {*given, *checkpoint.get("hyper_parameters", {}), checkpoint.get("hparams_name")}  # by Lightning
     found, needed = dict(given), []
     for name, parameter in list(inspect.signature(constructor).parameters.items())[1:]:
         is_required = parameter.default is parameter.empty
-        if name in settled or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+        if name in passed or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
         if name in held and (is_required or not required_only):
             found[name] = _rebuilt(held[name], owner=owner, argument=name)
@@ -172,7 +173,7 @@ def arguments_from(
 
 def _rebuilt(description: Any, *, owner: str, argument: str) -> Any:
     if isinstance(description, list):
-        return [_rebuilt(own, owner=owner, argument=argument) for own in description]
+        return [_rebuilt(item, owner=owner, argument=argument) for item in description]
     if not isinstance(description, Mapping):
         return description
     if "function" in description:

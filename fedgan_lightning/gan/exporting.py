@@ -28,10 +28,11 @@ class Exporting:
         """
         module: Any = self
         module.sampling_generator()  # whose statistics are settled before its operations are written down
+        inputs = self.example_inputs() if input_sample is None else input_sample
         mode = module.training
         module.eval()
         try:
-            return super().to_onnx(file_path, input_sample or self.example_inputs(), **kwargs)  # type: ignore[misc]
+            return super().to_onnx(file_path, inputs, **kwargs)  # type: ignore[misc]
         finally:
             module.train(mode)
 

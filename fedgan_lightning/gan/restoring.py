@@ -27,7 +27,7 @@ class Restorable:
     @classmethod
     def constructor(cls) -> Callable[..., None]:
         """Return the constructor whose arguments checkpoints hold: of the restorable class, and not of heirs."""
-        owner = next(own for own in reversed(cls.__mro__) if issubclass(own, Restorable) and own is not Restorable)
+        owner = next(kind for kind in reversed(cls.__mro__) if issubclass(kind, Restorable) and kind is not Restorable)
         return owner.__init__  # type: ignore[misc, no-any-return]
 
     @classmethod
@@ -75,8 +75,10 @@ class Restorable:
         """
         contents = _contents(checkpoint_path, weights_only=weights_only)
         if isinstance(contents, Mapping) and hparams_file is None:
-            own = cls.has_own_constructor()
-            kwargs = arguments_from(contents, cls.__init__, owner=cls.__name__, given=kwargs, required_only=own)
+            required_only = cls.has_own_constructor()
+            kwargs = arguments_from(
+                contents, cls.__init__, owner=cls.__name__, given=kwargs, required_only=required_only
+            )
         module: Any = super()
         return module.load_from_checkpoint(
             checkpoint_path,

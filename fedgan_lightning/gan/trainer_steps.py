@@ -124,8 +124,14 @@ class TrainerSteps:
         generator = torch.Generator(x.device).manual_seed(seed)
         draws = replace(module.draw(y, dtype=x.dtype, generator=generator), augment=None)
         labels, draws = module.conditioned(x, y, draws)
-        terms = {"loss": module.loss, "auxiliary_weight": module.auxiliary_weight, "x": x, "y": labels, "draws": draws}
-        step = discriminator_step(module.generate, module.discriminate, penalties=(), **terms)
+        arguments = {
+            "loss": module.loss,
+            "auxiliary_weight": module.auxiliary_weight,
+            "x": x,
+            "y": labels,
+            "draws": draws,
+        }
+        step = discriminator_step(module.generate, module.discriminate, penalties=(), **arguments)
         _, stats = module.generator_terms(x, labels, draws)
         return {**step.stats, **stats}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -179,6 +180,14 @@ class TestExport:
         exported = torch.export.export(gan.eval(), inputs).module()
         for module in (scripted, traced, exported, torch.jit.load(tmp_path / "gan.pt")):
             torch.testing.assert_close(module(*inputs), expected, **close)
+
+    def test_as_onnx_without_its_packages_is_refused_by_lightning(self, tmp_path):
+        if find_spec("onnx") is not None:
+            pytest.skip("onnx is installed")
+        gan = small_gan()
+        with pytest.raises(ModuleNotFoundError, match="requires `onnx` to be installed"):
+            gan.to_onnx(tmp_path / "gan.onnx", torch.randn(2, 3))
+        assert gan.training
 
     def test_as_onnx(self, tmp_path):
         pytest.importorskip("onnx", reason="needs onnx, which is not a dependency")
