@@ -11,6 +11,9 @@ from fedgan_lightning.evaluation.class_gap import (
 from fedgan_lightning.federation.drift import (
     ClientDrift,
 )
+from fedgan_lightning.federation.server_average import (
+    ServerAverage,
+)
 from fedgan_lightning.visuals.completion import (
     CompletionPictures,
 )

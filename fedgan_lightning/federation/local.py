@@ -15,13 +15,13 @@ from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor
 
 from fedgan_lightning import states
-from fedgan_lightning.errors import ClientError, ConfigurationError, RoundInterrupted, message
+from fedgan_lightning.errors import ClientError, RoundInterrupted
 from fedgan_lightning.federation import optimizer_state
 from fedgan_lightning.federation.client_data import datamodule_of
 from fedgan_lightning.federation.client_log import SILENT, ClientLogger
 from fedgan_lightning.federation.client_update import ClientContext, Visit, client_updates
+from fedgan_lightning.federation.constants import Constants
 from fedgan_lightning.federation.kept_state import KeptState, counts, own_clock, restore_plateaus
-from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.federation.preparation import client_copy, is_foreign, own_hook, validates, without_validation
 from fedgan_lightning.federation.round_schedules import set_hyperparameters
 from fedgan_lightning.federation.round_trainer import Fit, RoundTrainer, TrainerClock, batch_length, schedulers_of
@@ -213,36 +213,6 @@ class _InTrainer(L.Callback):
         positions = self.owner.clock.positions(self.schedulers)
         self.positions = list(positions.values())
         self.metrics |= positions
-
-
-class Constants:
-    """Entries that nobody trains, and a look at whether that is true.
-
-    Args:
-        module: The clients' module.
-        policy: Says which they are.
-    """
-
-    def __init__(self, module: L.LightningModule, policy: Policy) -> None:
-        state = module.state_dict()
-        self._values = {name: (state[name], state[name].detach().clone()) for name in policy.constants if name in state}
-
-    def check(self) -> None:
-        """Refuse training that has changed one: it would be lost with the round.
-
-        Raises:
-            ConfigurationError: If one has changed.
-        """
-        for name, (value, before) in self._values.items():
-            if not torch.equal(value, before.to(value.device)):
-                part = name.rpartition(".")[0] or name
-                raise ConfigurationError(
-                    message(
-                        "what training changes must be trained, or have a placement",
-                        received=f"{name}, which has no gradient when the run begins",
-                        fix=f"set federation.sync.{part} to average, local (every client its own), or server",
-                    )
-                )
 
 
 def validation_batches(data: Any, client_id: int, module: L.LightningModule) -> Any:

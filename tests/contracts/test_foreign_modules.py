@@ -983,3 +983,38 @@ class TestCopies:
     def test_a_compiled_module_is_named(self):
         with pytest.raises(ConfigurationError, match="model of Federation must be a LightningModule"):
             Federation(torch.compile(Net(), backend="eager"), data())
+
+
+class TestServerAverage:
+    """EMA copies at the server, by one line of settings."""
+
+    class Averaged(Net):
+        def __init__(self):
+            super().__init__()
+            self.ema = copy.deepcopy(self.net).requires_grad_(False)
+
+    @pytest.mark.filterwarnings("ignore:sync.ema is server")
+    def test_it_is_the_average_of_the_rounds(self):
+        from fedgan_lightning.callbacks import ServerAverage
+
+        class Watch(Callback):
+            def on_round_end(self, trainer, server, info, metrics):
+                SEEN.append(server.model.net.weight.detach().clone())
+
+        average = ServerAverage(source="net", target="ema", decay=0.75)
+        callbacks = [Watch(), average]
+        found = federate(self.Averaged(), rounds=3, sync={"ema": "server"}, trainer={"callbacks": callbacks})
+        expected = self.Averaged().ema.weight.detach()
+        for weight in SEEN:
+            expected = 0.75 * expected + 0.25 * weight
+        torch.testing.assert_close(found.server.model.ema.weight, expected)
+        assert "ema" not in found.orchestrator.ledger.bytes_down
+
+    @pytest.mark.parametrize("options", [{"source": "nothing", "target": "ema"}, {"source": "net", "target": "other"}])
+    def test_networks_that_do_not_fit_are_refused(self, options):
+        from fedgan_lightning.callbacks import ServerAverage
+
+        module = self.Averaged()
+        module.other = nn.Linear(3, 3)
+        with pytest.raises(ConfigurationError, match="ServerAverage"):
+            federate(module, rounds=1, trainer={"callbacks": [ServerAverage(**options)]})
