@@ -7,6 +7,7 @@ import difflib
 import inspect
 import logging
 import re
+import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Literal, NoReturn
@@ -208,13 +209,23 @@ def _wrong_kind(key: str, text: str) -> str | None:
     return message(f"{key} must be {' or '.join(allowed)}", received=received, fix="write such a value")
 
 
+def _twin(path: str) -> str:
+    """Return what to do about a class of the other package of Lightning; nothing of all others."""
+    home, _, name = path.rpartition(".")
+    found = getattr(sys.modules.get(home), name, None)
+    bases = [base.__module__.split(".")[0] for base in getattr(found, "__mro__", ())]
+    return "take LightningModule from lightning, not from pytorch_lightning" if "pytorch_lightning" in bases else ""
+
+
 def _no_class(key: str, text: str) -> str | None:
     """A name that is no class, or one of another kind."""
     missing = re.search(r"Expected a dot import path string: (\S+)", text)
-    other = re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", text)
+    other = re.search(r"Import path(?: (\S+))? does not correspond to a subclass of (\w+)", text)
     nowhere = re.search(r"Problem with given class_path '([^']+)':\s*(.*)", text)
     if other is not None:
-        return message(f"{key} must be a {other[2]}", received=f"{other[1]}, which is none", fix=_where(key))
+        given = re.search(r"Given value: ([\w.]+)", text)
+        path = other[1] or (given[1].rstrip(".") if given else "something else")
+        return message(f"{key} must be a {other[2]}", received=f"{path}, which is none", fix=_twin(path) or _where(key))
     if nowhere is not None and "Parser key" not in nowhere[2]:
         return message(
             f"{key} must be a class that can be imported", received=f"{nowhere[1]} ({nowhere[2]})", fix=_where(key)

@@ -311,7 +311,7 @@ class TestPrecision:
 
         def digest(precision) -> str:
             settings = {"federation": shared, "model": {}, "data": {"batch_size": 4}, "seed_everything": 0}
-            return digest_of({**settings, "trainer": {"precision": precision}}, data)
+            return digest_of({**settings, "trainer": {"precision": precision}}, data, ring_gan())
 
         assert digest(None) == digest("32") == digest(32) == digest("32-true")
         assert digest("bf16") == digest("bf16-mixed") != digest("32-true")

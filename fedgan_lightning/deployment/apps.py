@@ -148,7 +148,7 @@ def serve_over(grid: Any, arguments: list[str]) -> None:
         orchestrator, num_clients = cli.orchestrator, cli.datamodule.num_clients
         timeout, memory = orchestrator.rules.timeout, Path(cli.trainer.default_root_dir) / "sites.json"
         cli.datamodule.prepare_data()
-        digest, needed = digest_of(cli.plain_settings, cli.datamodule), None
+        digest, needed = digest_of(cli.plain_settings, cli.datamodule, cli.model.model), None
         print(f"settings {digest}: those of every site, too", flush=True)
         if cli.config[cli.subcommand].ckpt_path is not None:
             needed = max(orchestrator.rules.needed(num_clients), min(orchestrator.aggregator.needed, num_clients))

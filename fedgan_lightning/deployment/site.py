@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.held_out import HeldOutBatches, divided
@@ -30,7 +30,7 @@ from fedgan_lightning.evaluation.fidelity import ThirdPowers
 from fedgan_lightning.evaluation.ranking import ItemCounts, Rankings
 from fedgan_lightning.federation.aggregation import checked_states
 from fedgan_lightning.federation.algorithm import FederatedAlgorithm
-from fedgan_lightning.federation.checks import same_precision
+from fedgan_lightning.federation.checks import CLIENT_TRAINER, same_precision
 from fedgan_lightning.federation.client_settings import begin, client_options, context_of
 from fedgan_lightning.federation.client_update import ClientContext
 from fedgan_lightning.federation.costs import bytes_by_network
@@ -40,7 +40,7 @@ from fedgan_lightning.federation.report import is_position, lengths
 from fedgan_lightning.federation.store import ClientStore
 from fedgan_lightning.hooks import DataHook, offers
 from fedgan_lightning.protocol import ClientTask, ClientUpdate, State
-from fedgan_lightning.states import network_of
+from fedgan_lightning.states import frozen, network_of
 from fedgan_lightning.version import __version__
 
 #: Private states that a site keeps, for a server that goes back to an older checkpoint.
@@ -50,7 +50,8 @@ QUERIES = {question.kind: question for question in (FeatureMoments, ThirdPowers,
 #: Sums over fewer samples say nearly what the samples are.
 FEWEST_SAMPLES = 10
 #: Settings of ``federation`` that both sides must share.
-SHARED = ("local_steps", "local_epochs", "algorithm", "transforms", "sync", "optimizer_state", "buffers")
+SHARED: tuple[str, ...] = ("local_steps", "local_epochs", "algorithm", "transforms", "sync", "optimizer_state")
+SHARED += ("buffers", "integer_buffers", "client_attributes", "client_callbacks", "client_trainer")
 
 
 class SiteData:
@@ -143,7 +144,7 @@ class Site:
             view, held_out = (ClientSamples(samples=data.train_samples, indices=own) for own in divisions)
         else:
             view, held_out = data.client_samples(part), data.held_out_samples(part)
-        self.whole, self.digest = data, digest_of(cli.plain_settings, data)
+        self.whole, self.digest = data, digest_of(cli.plain_settings, data, self.module)
         self.data = SiteData(view, held_out, client_id=client_id, data=data)
         self.begun = begin(self.orchestrator, self.trainer, self.module, self.data, "fit")
         if offers(self.module, DataHook):
@@ -365,23 +366,38 @@ class Site:
                 path.unlink(missing_ok=True)
 
 
-def digest_of(settings: Mapping[str, Any], data: FederatedDataModule) -> str:
+def digest_of(settings: Mapping[str, Any], data: FederatedDataModule, module: nn.Module) -> str:
     """Return a hash of what server and sites share.
 
-    That is the version, the model, local work, policies, batch size, seed and precision, and what samples mean: their
-    shape, the names of the classes, the words or items.
+    That is the version, the model, local work, policies, batch size, seed and precision, what samples mean (their
+    shape, the names of the classes, the words or items), and the weights of frozen networks, which do not travel.
 
     Args:
         settings: Those of the command line.
         data: Built from them.
+        module: The global module as it is built.
     """
     federation = {name: settings["federation"][name] for name in SHARED}
     if (secure := settings["federation"]["secure"]) is not None:  # then a client weights its own update
         federation |= {"secure": secure, "aggregator": settings["federation"]["aggregator"]}
     source = data.build_shared_metadata()
     meaning = [list(source.sample_shape), list(source.class_names), source.shared_metadata()]
-    stream = [settings["data"]["batch_size"], settings["data"].get("drop_last", True)]
+    stream = [settings["data"].get(name) for name in ("batch_size", "drop_last", "validation_share")]
+    stream.append({name: settings["trainer"].get(name) for name in CLIENT_TRAINER})
+    stream.append(hash_of_constants(module))
     work = [settings["model"], federation, *stream, settings["seed_everything"]]
     work.append(same_precision(settings["trainer"]["precision"]))
     shared = [__version__, *work, meaning]
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def hash_of_constants(module: nn.Module) -> str:
+    """Return a hash of the entries that nobody trains; nothing where there are none."""
+    constants, state = frozen(module), module.state_dict()
+    if not constants:
+        return ""
+    found = hashlib.sha256()
+    for name in sorted(constants):
+        found.update(f"{name} {tuple(state[name].shape)} {state[name].dtype}".encode())
+        found.update(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

@@ -53,9 +53,7 @@ class RoundRunner:
         strikes: dict[int, int],
     ) -> None:
         self.context, self.executor, self.aggregator, self.rules, self.seed = context, executor, aggregator, rules, seed
-        self.checks = UpdateChecks(context, validator=validator)
-        if executor.sums_only:
-            self.checks.check_sums()
+        self.checks = UpdateChecks(context, validator=validator, sums_only=executor.sums_only)
         self.selection = ClientSelection(
             sampler,
             rules=rules,
@@ -147,5 +145,5 @@ class RoundRunner:
             context.store.exchange(context.ranks.exchange_states)
             total = receiver.total(context.ranks)
             total = context.transforms.total(total) if context.transforms else total
-        seconds, gauges = time.perf_counter() - started, self.executor.gauges()
-        return receiver.report(attempt=attempt, clients=clients, total=total, seconds=seconds, gauges=gauges)
+        facts = {"seconds": time.perf_counter() - started, "gauges": self.executor.gauges()}
+        return receiver.report(attempt=attempt, clients=clients, total=total, **facts)

@@ -53,11 +53,19 @@ class UpdateChecks:
     Args:
         context: Module, data, policy, algorithm and transforms.
         validator: Tighter bounds; ``None`` for none.
+        sums_only: Whether the server sees sums alone.
+
+    Raises:
+        ConfigurationError: If there are entries that it cannot combine then.
     """
 
-    def __init__(self, context: ClientContext, *, validator: UpdateValidator | None = None) -> None:
+    def __init__(
+        self, context: ClientContext, *, validator: UpdateValidator | None = None, sums_only: bool = False
+    ) -> None:
         self.context, self.validator, self.update_schema = context, validator, UpdateSchema(context)
         self.began = time.perf_counter()
+        if sums_only:
+            self.check_sums()
 
     def check_sums(self) -> None:
         """Refuse entries that a server which sees sums alone cannot combine.

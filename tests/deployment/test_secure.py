@@ -549,7 +549,7 @@ def test_a_site_answers_in_the_clear_only_where_its_own_configuration_lets_it(tm
     def digest(**federation):
         shared = dict.fromkeys(SHARED)
         settings = {"model": 0, "federation": {**shared, **federation}, "data": {"batch_size": 1}, "seed_everything": 0}
-        return digest_of({**settings, "trainer": {"precision": "32-true"}}, data)
+        return digest_of({**settings, "trainer": {"precision": "32-true"}}, data, ring_gan())
 
     assert digest(secure=None, aggregator="a") == digest(secure=None, aggregator="b")
     assert len({digest(secure=s, aggregator=a) for s in (None, "x", "y") for a in ("a", "b")}) == 5
