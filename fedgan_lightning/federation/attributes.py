@@ -36,7 +36,8 @@ FOREIGN += ("logging",)
 #: Objects that are looked into, at most: a module that keeps its whole data set would take too long to walk.
 MOST_OBJECTS = 20_000
 
-Restore = Callable[[], bool]
+#: Puts something back; says whether it had changed, or the names of what was made since.
+Restore = Callable[[], "bool | list[str]"]
 
 
 class AttributeSnapshot:
@@ -44,26 +45,26 @@ class AttributeSnapshot:
 
     Args:
         module: The module; its parameters and registered buffers are left to whoever loads them.
+        left: Dotted names of attributes that are left alone, since they say nothing of a client.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self._walk = _Walk(module)
+    def __init__(self, module: nn.Module, *, left: frozenset[str] = frozenset()) -> None:
+        self._found = _Walk(module, left).found
 
     def restore(self) -> list[str]:
-        """Put all attributes back; return the names of those of the module's objects that had changed."""
-        return [name for name, restores in self._walk.found.items() if _any(restore() for restore in restores)]
-
-
-def _any(values: Iterable[bool]) -> bool:
-    """Return whether one is true, after looking at all."""
-    return sum(values) > 0
+        """Put all attributes back; return the names of those that had changed."""
+        names = []
+        for name, restores in self._found.items():
+            found = [restore() for restore in restores]
+            names += [name] if True in found else []
+            names += [own for made in found if isinstance(made, list) for own in made]
+        return names
 
 
 class _Walk:
     """Finds, by name, what has to be put back."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, left: frozenset[str]) -> None:
         self.found: dict[str, list[Restore]] = {}
         self._name, self._count = "", 0
         modules = list(module.named_modules())
@@ -78,10 +79,12 @@ class _Walk:
             plain = {key: value for key, value in own.items() if key not in INTERNAL and not _is_hook(key)}
             for key in plain:
                 self._name = f"{prefix}.{key}" if prefix else key
+                if self._name in left:
+                    continue
                 self._add(_entry(own, key))
                 self.visit(plain[key])
-            self._name = prefix or type(module).__name__
-            self._add(_absent(child, frozenset(own)))
+            self._name = f"{prefix}.*"
+            self._add(_absent(child, frozenset(own), prefix, left))
 
     def _add(self, restore: Restore) -> None:
         self.found.setdefault(self._name, []).append(restore)
@@ -158,17 +161,17 @@ def _entry(own: dict[str, Any], key: str) -> Restore:
     return restore
 
 
-def _absent(child: nn.Module, names: frozenset[str]) -> Restore:
+def _absent(child: nn.Module, names: frozenset[str], prefix: str, left: frozenset[str]) -> Restore:
     """Attributes that were made since are taken away."""
-    own = vars(child)
+    own, stem = vars(child), f"{prefix}." if prefix else ""
 
-    def restore() -> bool:
+    def restore() -> list[str]:
         if len(own) == len(names):
-            return False
-        made = [key for key in own if key not in names and key not in INTERNAL]
+            return []
+        made = [key for key in own if key not in names and key not in INTERNAL and f"{stem}{key}" not in left]
         for key in made:
             del own[key]
-        return bool(made)
+        return [f"{stem}{key}" for key in made]
 
     return restore
 

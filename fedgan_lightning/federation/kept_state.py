@@ -41,6 +41,7 @@ class KeptState:
         attributes: Dotted names of the attributes that every client keeps.
         callbacks: The user's callbacks on clients; they are copied.
         ignored: Attributes that the module sets itself when a round begins.
+        left: Attributes that are left alone, since they say nothing of a client.
     """
 
     def __init__(
@@ -50,12 +51,13 @@ class KeptState:
         attributes: Sequence[str] = (),
         callbacks: Sequence[L.Callback] = (),
         ignored: frozenset[str] = frozenset(),
+        left: frozenset[str] = frozenset(),
     ) -> None:
         self.module, self.attributes, self.ignored = module, tuple(attributes), ignored
         check_attributes(module, self.attributes)
         self.callbacks = [copy.deepcopy(callback) for callback in callbacks]
         self._start = {name: _at(module, name) for name in self.attributes}
-        self._snapshot = AttributeSnapshot(module)
+        self._snapshot = AttributeSnapshot(module, left=left)
         self._of_callbacks = [AttributeSnapshot(_Holder(callback)) for callback in self.callbacks]
         self._parts = parts_of(module) if attributes or callbacks else {}
         self._has_warned = False

@@ -104,6 +104,7 @@ class LocalTrainer:
             attributes=context.attributes,
             callbacks=context.callbacks,
             ignored=GAN.round_attributes if isinstance(self.module, GAN) else frozenset(),
+            left=GAN.checked_attributes if isinstance(self.module, GAN) else frozenset(),
         )
         self.constants = Constants(self.module, context.policy)
         self._is_foreign = is_foreign(self.module)
@@ -217,6 +218,6 @@ class _InTrainer(L.Callback):
 
 def validation_batches(data: Any, client_id: int, module: L.LightningModule) -> Any:
     """Return the minibatches of a client's held-out share; ``None`` without one, or without ``validation_step``."""
-    if not validates(data) or not own_hook(module, "validation_step"):
+    if not validates(data) or not (own_hook(module, "validation_step") or isinstance(module, GAN)):
         return None
     return data.client_validation_batches(client_id)

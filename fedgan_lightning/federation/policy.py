@@ -169,14 +169,15 @@ def resolve(
     constants = frozen(module)
     if constants:  # a network that has nothing else, and is named, is where the settings say
         mixed = {entry.network for name, entry in entries.items() if name not in constants}
-        constants -= {n for n in constants if entries[n].network in ({*defaults} | {*chosen}) - mixed}
+        named = {*defaults} | {name for name, placement in chosen.items() if placement != "server"}
+        constants -= {n for n in constants if entries[n].network in named - mixed}
     resolved = _of_networks({name: own for name, own in chosen.items() if name in known}, known, defaults)
     patterns = {name: own for name, own in chosen.items() if name not in known}
     placements = {name: resolved[entry.network] for name, entry in entries.items()}
     for pattern, value in patterns.items():
         matching = _matching(pattern, placements, known)
         placements |= dict.fromkeys(matching, _pattern_value(pattern, value))
-        constants -= {*matching}
+        constants -= {*matching} if value != "server" else set()
     if constants:
         entries = describe(module, constants=constants)
     moments = _optimizer_states(optimizer_state, resolved, known)

@@ -18,7 +18,7 @@ from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation import optimizer_state
 from fedgan_lightning.federation.client_update import ClientContext, Visit, client_updates
 from fedgan_lightning.federation.local import Attempt
-from fedgan_lightning.federation.preparation import client_copy
+from fedgan_lightning.federation.preparation import client_copy, validates
 from fedgan_lightning.federation.round_schedules import set_hyperparameters
 from fedgan_lightning.federation.round_trainer import Fit, RoundTrainer, schedulers_of
 from fedgan_lightning.federation.starting_point import StartingPoint
@@ -50,14 +50,20 @@ class VectorizedLocalTrainer:
 
     def __init__(self, context: ClientContext) -> None:
         self.context = context
-        if context.callbacks or context.attributes:
-            raise ConfigurationError(
-                message(
-                    "clients that keep attributes, or have callbacks of their own, must train one after the other",
-                    received="federation.client_callbacks" if context.callbacks else "federation.client_attributes",
-                    fix="use the sequential executor",
+        needs = {
+            "federation.client_callbacks": bool(context.callbacks),
+            "federation.client_attributes": bool(context.attributes),
+            "data.validation_share": validates(context.data),
+        }
+        for option, is_given in needs.items():
+            if is_given:
+                raise ConfigurationError(
+                    message(
+                        "clients that keep attributes, have callbacks, or validate must train one after the other",
+                        received=option,
+                        fix="use the sequential executor",
+                    )
                 )
-            )
         client = client_copy(context.model, context.policy, context.prepared)
         self.module: Any = stacked_module(client)
         self.start = StartingPoint.of(client, context.policy, constants=True)

@@ -91,8 +91,11 @@ class GAN(AlgorithmAbilities, Sampling, TrainerSteps, Exporting, Restorable, L.L
         ConfigurationError: If the arguments contradict each other.
     """
 
-    #: Attributes that begin anew with every round of a client.
-    round_attributes = frozenset({"local_step", "_means", "_in_federation", "_shares_passes"})
+    #: Attributes that say what was checked already, and those that begin anew with every round of a client.
+    checked_attributes = frozenset({"_checked_stages"})
+    round_attributes = frozenset(
+        {"local_step", "_means", "_in_federation", "_shares_passes", "_is_validated", "_random_state"}
+    )
 
     @checked(**INTERVALS)
     def __init__(

@@ -1018,3 +1018,50 @@ class TestServerAverage:
         module.other = nn.Linear(3, 3)
         with pytest.raises(ConfigurationError, match="ServerAverage"):
             federate(module, rounds=1, trainer={"callbacks": [ServerAverage(**options)]})
+
+
+class TestValidation:
+    """A held-out share of every client's samples."""
+
+    class Validated(Logged):
+        def validation_step(self, batch, index):
+            SEEN.append(len(batch[0]))
+            self.log("val_loss", self.loss(batch[0]))
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), 0.1)
+            plateau = schedules.ReduceLROnPlateau(optimizer, patience=0)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"}}
+
+    def test_it_is_trained_on_by_nobody_and_watched_on_the_server(self):
+        own = data(clients=2, validation_share=0.25)
+        stop = EarlyStopping("val_loss", patience=0, min_delta=1e9)
+        found = federate(self.Validated(), own=own, rounds=5, trainer={"callbacks": [stop]})
+        assert found.server.rounds_completed == 2
+        assert [own.num_examples(k) for k in range(2)] == [150, 150]
+        assert [*[8] * 6, 2] * 4 == SEEN
+        trained = {tuple(row) for k in range(2) for row in own.client_samples(k).take(torch.arange(150))[0].tolist()}
+        held = {tuple(row) for k in range(2) for x, _ in own.client_validation_batches(k) for row in x.tolist()}
+        assert len(held) == 100
+        assert not trained & held
+
+    def test_a_gan_validates_too_and_is_not_stacked_then(self):
+        own = data(clients=2, validation_share=0.25)
+        gan = GAN(MLPGenerator(4, (2,), output="linear"), MLPDiscriminator((2,)))
+        found = federate(copy.deepcopy(gan), own=own, rounds=1)
+        plain = federate(copy.deepcopy(gan), own=data(clients=2, validation_share=0.25), rounds=1, run_dir="again")
+        assert {"train/val_loss_g", "val_loss_g"} & {*found.server.trainer.callback_metrics}
+        for name, value in found.server.model.state_dict().items():
+            assert torch.equal(plain.server.model.state_dict()[name], value)
+        with pytest.raises(ConfigurationError, match="must train one after the other; got data.validation_share"):
+            federate(gan, own=own, rounds=1, executor=VectorizedExecutor(), run_dir="stacked")
+
+    @pytest.mark.parametrize("size, held", [(1, 0), (2, 1), (3, 1), (10, 2)])
+    def test_small_clients_keep_something_to_train_on(self, size, held):
+        import numpy as np
+
+        from fedgan_lightning.data.held_out import divided
+
+        train, rest = divided(np.arange(size), 0.2, seed=0, stream=1)
+        assert (len(train), len(rest)) == (size - held, held)
+        assert sorted([*train, *rest]) == list(range(size))

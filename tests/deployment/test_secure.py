@@ -31,7 +31,7 @@ from fedgan_lightning.errors import ConfigurationError, ProtocolError, QuorumErr
 from fedgan_lightning.federation.secure import Summand
 from fedgan_lightning.packing import Packed
 from fedgan_lightning.protocol import ClientTask
-from tests.conftest import ROOT, assert_states_equal, ring_data
+from tests.conftest import ROOT, assert_states_equal, ring_data, ring_gan
 from tests.deployment.loopback import LoopbackGrid
 from tests.deployment.test_sites import hostile, quoted, summary, weights
 from tests.unit.test_secure import states_of
