@@ -35,6 +35,8 @@ FOREIGN: tuple[str, ...] = (
 FOREIGN += ("logging",)
 #: Objects that are looked into, at most: a module that keeps its whole data set would take too long to walk.
 MOST_OBJECTS = 20_000
+#: Larger tensors and arrays are data rather than state: they are not copied, and put back only if they are replaced.
+MOST_BYTES = 1 << 26
 
 #: Puts something back; says whether it had changed, or the names of what was made since.
 Restore = Callable[[], "bool | list[str]"]
@@ -96,10 +98,9 @@ class _Walk:
         self._seen.add(id(value))
         self._keep.append(value)
         self._count += 1
-        if isinstance(value, Tensor):
-            self._add(_tensor(value))
-        elif isinstance(value, np.ndarray):
-            self._add(_array(value))
+        if isinstance(value, (Tensor, np.ndarray)):
+            if value.nbytes <= MOST_BYTES:
+                self._add(_tensor(value) if isinstance(value, Tensor) else _array(value))
         elif isinstance(value, (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)):
             self._add(_random(value))
         elif isinstance(value, Mapping) and hasattr(value, "clear"):

@@ -122,9 +122,9 @@ class Policy:
         if self.is_private("generator"):
             kind = self.sync["generator"]
             found.append(f"sync.generator is {kind}: metrics and pictures show the server's, which nobody trains")
-        for network in [
-            name for name, own in self.sync.items() if own == "server" and name not in self.absent_networks
-        ]:
+        moving = {entry.network for entry in self.entries.values() if entry.kind is not Kind.CONSTANT}
+        on_server = [name for name, own in self.sync.items() if own == "server" and name in moving]
+        for network in [name for name in on_server if name not in self.absent_networks]:
             found.append(f"sync.{network} is server: what training changes of it on clients is put back")
         kinds = [entry.kind for entry in self.entries.values() if entry.network == "generator"]
         if self.buffers == "local" and Kind.VARIANCE in kinds:
