@@ -217,7 +217,7 @@ def test_networks_of_another_run(command, finished, tmp_path, capsys):
     told = ["--ckpt_path", finished / "checkpoints" / "last.ckpt", "--run_dir", tmp_path / "run"]
     code, _, err = run(command, *small("ring8"), *told, capsys=capsys)
     assert code == 2
-    assert "into the networks it came from; got one that differs in model.discriminator" in one_line(err)
+    assert "into the networks it came from; got one that differs in discriminator" in one_line(err)
 
 
 @pytest.mark.parametrize("command", ["test", "predict", "partition"])

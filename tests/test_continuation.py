@@ -287,7 +287,7 @@ class Drawing(L.LightningModule):
         return self.layer(batch[0]).square().mean()
 
     def on_train_epoch_end(self):
-        assert self.trainer.loggers == [], "what self.log is told goes the short way"
+        assert len(self.loggers) == 1
         self.logger.experiment.add_image("generated", torch.zeros(3, 8, 8), self.current_epoch)
         self.logger.log_metrics({"a": 1.0})
 

@@ -15,6 +15,7 @@ from fedgan_lightning.federation.round_schedules import check_names
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.federation.transform_chain import TransformChain
 from fedgan_lightning.gan.module import GAN
+from fedgan_lightning.hooks import DataHook, offers
 from fedgan_lightning.protocol import Aggregator, FederatedData
 from fedgan_lightning.seeding import isolated_rng
 
@@ -132,6 +133,8 @@ def check_optimizers(server: ServerModule, preview: L.Trainer | None) -> None:
             continue
 
 
+#: Rounds whose cohorts are looked at before the first one.
+LOOKED_AT = 8
 #: Options of a Trainer that reach the clients', by the value that changes nothing.
 CLIENT_TRAINER: dict[str, Any] = {
     "gradient_clip_val": None,
@@ -225,6 +228,32 @@ def check_cohort(size: int, *, aggregator: Aggregator) -> None:
                 fix="ask more clients per round, or withstand fewer bad ones",
             )
         )
+
+
+def check_cohorts(federation: Any, data: FederatedData) -> None:
+    """Refuse cohorts of the first rounds that cannot be sampled, or are always too small.
+
+    One that is too small by chance is filled up.
+
+    Raises:
+        ConfigurationError: If they are.
+    """
+    rounds = range(min(LOOKED_AT, federation.rounds))
+    sample, seed = federation.clients.sample, federation.seed
+    size = max(len(sample(num_clients=data.num_clients, round=r, seed=seed)) for r in rounds)
+    check_cohort(size, aggregator=federation.aggregator)
+    if federation.secure is not None:
+        federation.secure.check_cohort(size, sums_only=federation.executor.sums_only)
+
+
+def check_data(model: Any, data: Any) -> None:
+    """Let a module that can say so refuse data that do not fit its networks.
+
+    Raises:
+        ConfigurationError: If they do not.
+    """
+    if offers(model, DataHook) and hasattr(data, "sample_shape"):
+        model.check_data(data.sample_shape, getattr(data, "num_classes", 0))
 
 
 def check_device(root: torch.device) -> None:

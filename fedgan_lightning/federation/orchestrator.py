@@ -21,7 +21,8 @@ from fedgan_lightning.federation.aggregation import WeightedMean
 from fedgan_lightning.federation.algorithm import FederatedAlgorithm
 from fedgan_lightning.federation.algorithms import FedGAN
 from fedgan_lightning.federation.checks import (
-    check_cohort,
+    check_cohorts,
+    check_data,
     check_device,
     check_optimizers,
     check_parts,
@@ -36,7 +37,7 @@ from fedgan_lightning.federation.kept_state import check_attributes
 from fedgan_lightning.federation.policy import Buffers, IntegerBuffers, OptimizerState, Policy, Sync, resolve
 from fedgan_lightning.federation.preparation import finish
 from fedgan_lightning.federation.ranks import Ranks, leave_at_exit
-from fedgan_lightning.federation.report import ClientClock, RoundReport
+from fedgan_lightning.federation.report import ClientClock, RoundReport, log_round
 from fedgan_lightning.federation.round import RoundRunner
 from fedgan_lightning.federation.round_schedules import LOCAL_STEPS, RoundSchedule, set_hyperparameters, steps_of
 from fedgan_lightning.federation.rules import RoundRules, UpdateValidator
@@ -46,7 +47,7 @@ from fedgan_lightning.federation.secure import SecureAggregation
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.federation.stop_signals import StopSignals
 from fedgan_lightning.federation.store import ClientStore, StateFiles
-from fedgan_lightning.hooks import DataHook, listeners, offers
+from fedgan_lightning.hooks import listeners
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import (
     Aggregator,
@@ -58,9 +59,6 @@ from fedgan_lightning.protocol import (
     RoundInfo,
     UpdateTransform,
 )
-
-#: Rounds whose cohorts are looked at before the first one.
-LOOKED_AT = 8
 
 
 class FederatedOrchestrator(L.Callback):
@@ -187,16 +185,8 @@ class FederatedOrchestrator(L.Callback):
         check_parts(self, server.model, policy)
         for line in policy.blind_spots():
             warnings.warn(line, stacklevel=2)
-        # Cohorts that cannot be sampled, or are always too small, fail here; one that is so by chance is filled up.
-        rounds = range(min(LOOKED_AT, self.rounds))
-        cohorts = [self.clients.sample(num_clients=data.num_clients, round=r, seed=self.seed) for r in rounds]
-        size = max(map(len, cohorts))
-        check_cohort(size, aggregator=self.aggregator)
-        if self.secure is not None:
-            self.secure.check_cohort(size, sums_only=self.executor.sums_only)
-        model: Any = server.model
-        if offers(model, DataHook) and hasattr(data, "sample_shape"):
-            model.check_data(data.sample_shape, getattr(data, "num_classes", 0))
+        check_cohorts(self, data)
+        check_data(server.model, data)
         self._restored = None  # a checkpoint that was looked at is none to continue from: that is read after this
         if stage == "fit":
             check_optimizers(server, self._preview)
@@ -348,16 +338,7 @@ class FederatedOrchestrator(L.Callback):
         seconds = time.perf_counter() - self._round_started
         self.ledger.round_seconds += seconds
         metrics = {**report.metrics(), **cost_metrics(self._reports, self.ledger), "round/seconds": seconds}
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and server.rounds_completed % every == 0:
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=server.rounds_completed)
-        shown = {name: value for name, value in metrics.items() if name.startswith("train/")}
-        if self._preview is not None:  # somebody else's callbacks know the names that the module logs
-            shown |= {name.removeprefix("train/"): value for name, value in shown.items()}
-        server.log_dict(
-            shown, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=trainer.world_size > 1
-        )
+        log_round(trainer, server, metrics, own_names=self._preview is not None)
         if server.rounds_completed >= self.rounds:
             trainer.should_stop = True
         info = RoundInfo(report.round, cohort=self._cohort)

@@ -141,6 +141,25 @@ class RoundReport:
         return found
 
 
+def log_round(trainer: Any, server: Any, metrics: Mapping[str, float], *, own_names: bool) -> None:
+    """Log the values of a round, and let callbacks of the server's Trainer watch those of training.
+
+    Args:
+        trainer: The server's.
+        server: Its module, which has completed the round.
+        metrics: The values.
+        own_names: Whether callbacks may know them by the names that a module gives them, too.
+    """
+    every = trainer.log_every_n_steps
+    if every and server.rounds_completed % every == 0:
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=server.rounds_completed)
+    shown = {name: value for name, value in metrics.items() if name.startswith("train/")}
+    if own_names:
+        shown |= {name.removeprefix("train/"): value for name, value in shown.items()}
+    server.log_dict(shown, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=trainer.world_size > 1)
+
+
 @dataclass
 class ClientClock:
     """How far clients have come in all rounds so far, as the server knows it from what they report.
