@@ -22,6 +22,8 @@ from torch.nn.utils import parametrize
 from fedgan_lightning.protocol import State
 
 ROOT = "(root)"
+#: Beyond this nobody believes a number of an answer.
+BELIEVED = 1e18
 #: Below 15 iterations the leading singular value of averaged weights is off by percents (measured).
 SPECTRAL_ITERATIONS = 15
 #: Parametrizations with vectors ``_u`` and ``_v``: torch's, and ours that can be mapped over clients.
@@ -66,6 +68,8 @@ def describe(module: nn.Module, *, constants: frozenset[str] = frozenset()) -> d
     state = module.state_dict()
     entries = {}
     for name, value in state.items():
+        if not isinstance(value, Tensor):
+            continue  # of get_extra_state: it is the module's own to keep
         if name in parameters - first_names:
             continue  # a tied parameter travels once, under its first name
         if name in constants:
@@ -99,12 +103,28 @@ def frozen(module: nn.Module) -> frozenset[str]:
 
     They are parameters without gradients, and the buffers of a child in evaluation mode that has no others. A copy of
     something that is trained, with parameters of the same names and shapes in the same order, is none: it is a moving
-    average or a target, and changes.
+    average or a target, and changes. Buffers that no mean can be made of are constants, too: complex and sparse ones,
+    masks with infinities, integers beyond what float64 counts.
     """
+    odd = {name for name, own in module.named_buffers() if not _can_be_averaged(own)}
+    found = _frozen_parameters(module) | odd
+    return found & module.state_dict().keys() if found else frozenset()
+
+
+def _can_be_averaged(value: Tensor) -> bool:
+    if value.is_complex() or value.layout is not torch.strided:
+        return False
+    if value.is_floating_point() or not value.numel():
+        return not value.numel() or (bool(torch.isfinite(value).all()) and float(value.abs().max()) <= BELIEVED)
+    return value.dtype == torch.bool or float(value.double().abs().max()) <= 2.0**53
+
+
+def _frozen_parameters(module: nn.Module) -> frozenset[str]:
     names = {name for name, own in module.named_parameters() if not own.requires_grad}
     if not names:
         return frozenset()
-    found = {name for name in names if "." not in name}
+    shapes = [own.shape for own in module.parameters() if own.requires_grad]
+    found = {name for name in names if "." not in name and dict(module.named_parameters())[name].shape not in shapes}
     trained = {
         _signature(child)
         for prefix, child in module.named_modules()

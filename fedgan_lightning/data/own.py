@@ -115,7 +115,12 @@ class ClientDatasets(TickingDataModule):
     def _in_memory(self, test: Any, *, limit: int) -> tuple[ItemsSource, GivenIndices, dict[str, Any]] | None:
         streams = [own.stream for own in self.clients if isinstance(own.stream, MapStream) and own.changed is None]
         ways = {(own.order.batch_size, own.order.drop_last) for own in streams}
-        if len(streams) < len(self.clients) or len(ways) > 1 or any(own.reader.collate_fn for own in streams):
+        if (
+            self.validation_share
+            or len(streams) < len(self.clients)
+            or len(ways) > 1
+            or any(own.reader.collate_fn for own in streams)
+        ):
             return None
         form = form_of_first(streams[0])
         if form is None or form.bytes * sum(own.num_examples for own in streams) > limit:

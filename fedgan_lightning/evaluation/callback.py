@@ -23,7 +23,7 @@ from fedgan_lightning.federation.preparation import is_foreign
 from fedgan_lightning.federation.sample_source import SampleWith, sampler_of, trial
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.gan.module import GAN
-from fedgan_lightning.hooks import completed_rounds, planned_rounds
+from fedgan_lightning.hooks import SampleSource, completed_rounds, offers, planned_rounds
 from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import make_generator
 
@@ -88,7 +88,7 @@ class Evaluation(L.Callback):
             self.metrics = [own for own in self.metrics if own not in blind]
             self.left_out = [type(own).__name__ for own in blind]
             logger.info(f"not measured, because clients' samples are elsewhere: {', '.join(self.left_out)}")
-        if self.metrics and isinstance(pl_module, ServerModule):
+        if isinstance(pl_module, ServerModule) and (self.metrics or not offers(pl_module.model, SampleSource)):
             self._find_samples(pl_module, data)
         _warn_of_silence(pl_module, self.metrics)
         self.facts["num_samples"] = self.num_samples

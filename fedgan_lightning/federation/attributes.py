@@ -7,6 +7,7 @@ microseconds for a small module.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -18,21 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+logger = logging.getLogger("fedgan_lightning")
+
 #: What torch and Lightning keep on a module themselves.
 INTERNAL = frozenset({*vars(nn.Module()), *vars(L.LightningModule())}) - {"training"}
+#: Of these, what training may hang on a module.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
 #: Values that cannot change in place.
 FIXED = (type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size)
 #: Where whatever is inside belongs to torch, Lightning or the interpreter.
-FOREIGN: tuple[str, ...] = (
-    "torch._C",
-    "torch.cuda",
-    "torch.distributed",
-    "torch._dynamo",
-    "lightning",
-    "builtins",
-    "_thread",
-)
-FOREIGN += ("logging",)
+FOREIGN = frozenset({"lightning", "builtins", "_thread", "logging"})
+FOREIGN_PARTS = ("torch._C", "torch.cuda", "torch.distributed", "torch._dynamo")
 #: Objects that are looked into, at most: a module that keeps its whole data set would take too long to walk.
 MOST_OBJECTS = 20_000
 #: Larger tensors and arrays are data rather than state: they are not copied, and put back only if they are replaced.
@@ -68,7 +65,7 @@ class _Walk:
 
     def __init__(self, module: nn.Module, left: frozenset[str]) -> None:
         self.found: dict[str, list[Restore]] = {}
-        self._name, self._count = "", 0
+        self._name, self._count, self._is_full = "", 0, False
         modules = list(module.named_modules())
         tensors = [*module.parameters(), *module.buffers()]
         self._seen = {id(module), *map(id, tensors), *(id(child) for _, child in modules)}
@@ -85,6 +82,9 @@ class _Walk:
                     continue
                 self._add(_entry(own, key))
                 self.visit(plain[key])
+            self._name = f"{prefix}.hooks" if prefix else "hooks"
+            for key in HOOKS:
+                self._add(_mapping(own[key]))
             self._name = f"{prefix}.*"
             self._add(_absent(child, frozenset(own), prefix, left))
 
@@ -93,7 +93,12 @@ class _Walk:
 
     def visit(self, value: Any) -> None:
         """Find what has to be put back inside a value."""
-        if isinstance(value, FIXED) or id(value) in self._seen or self._count > MOST_OBJECTS:
+        if isinstance(value, FIXED) or id(value) in self._seen:
+            return
+        if self._count >= MOST_OBJECTS:
+            if not self._is_full:
+                logger.warning(f"only {MOST_OBJECTS} objects are put back before every client; {self._name} has more")
+            self._is_full = True
             return
         self._seen.add(id(value))
         self._keep.append(value)
@@ -122,14 +127,37 @@ class _Walk:
 
     def _object(self, value: Any) -> None:
         own = getattr(value, "__dict__", None)
+        if slots := [name for kind in type(value).__mro__ for name in _slots(kind) if hasattr(value, name)]:
+            self._add(_slotted(value, slots))
+            self._each(getattr(value, name) for name in slots)
         if type(own) is not dict or (callable(value) and not isinstance(value, (nn.Module, Optimizer)) and not own):
             return
-        if type(value).__module__.startswith(FOREIGN) and not isinstance(value, L.Callback):
+        home = type(value).__module__
+        is_foreign = home.split(".")[0] in FOREIGN or home.startswith(FOREIGN_PARTS)
+        if is_foreign and not isinstance(value, L.Callback):
             return
         if isinstance(value, nn.Module):  # not registered: hidden in a list, or in an object
             self._each([*value.parameters(), *value.buffers()])
         self._add(_mapping(own))
         self._each(item for key, item in own.items() if not _is_hook(key))
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    found = vars(kind).get("__slots__", ()) if kind.__module__.split(".")[0] not in FOREIGN else ()
+    names = (found,) if isinstance(found, str) else tuple(found)
+    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
+
+
+def _slotted(value: Any, names: list[str]) -> Restore:
+    kept = {name: getattr(value, name) for name in names}
+
+    def restore() -> bool:
+        changed = [name for name, own in kept.items() if getattr(value, name, restore) is not own]
+        for name in changed:
+            setattr(value, name, kept[name])
+        return bool(changed)
+
+    return restore
 
 
 def _is_hook(key: str) -> bool:
@@ -178,13 +206,14 @@ def _absent(child: nn.Module, names: frozenset[str], prefix: str, left: frozense
 
 
 def _tensor(value: Tensor) -> Restore:
-    kept, detached = value.detach().clone(), value.detach()
+    kept = value.detach().clone()
 
     def restore() -> bool:
-        if value.shape == kept.shape and torch.equal(detached, kept):
+        if value.shape == kept.shape and value.dtype == kept.dtype and torch.equal(value.detach(), kept):
             return False
         with torch.no_grad():
-            value.data = kept.clone() if value.shape != kept.shape else value.data
+            if value.shape != kept.shape or value.dtype != kept.dtype:
+                value.data = kept.clone()
             value.detach().copy_(kept)
         return True
 

@@ -54,8 +54,8 @@ class ClientLogger(Logger):
 
     @property
     def log_dir(self) -> str:
-        """Where the events lie."""
-        return str(self.folder)
+        """Where this client may write files of its own."""
+        return str(self.folder / f"client_{self._client_id:03d}")
 
     @property
     def experiment(self) -> TaggedWriter:
@@ -129,5 +129,26 @@ def _nothing(*arguments: Any, **options: Any) -> None:
     """Stand for a method of another logger."""
 
 
-#: For clients that write nothing: every method, and every one of ``experiment``, does nothing.
-SILENT = DummyLogger()
+class SilentLogger(DummyLogger):
+    """For clients that write nothing: every method, and every one of ``experiment``, does nothing.
+
+    Args:
+        folder: Where a module finds that it may write files.
+    """
+
+    def __init__(self, folder: Path | str = "client_logs") -> None:
+        super().__init__()
+        self.folder = str(folder)
+
+    @property
+    def save_dir(self) -> str:
+        """Where a module may write files."""
+        return self.folder
+
+    @property
+    def log_dir(self) -> str:
+        """Where a module may write files."""
+        return self.folder
+
+
+SILENT = SilentLogger()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lightning as L
 import torch
+from torch import Tensor
 
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation.policy import Policy
@@ -18,22 +19,42 @@ class Constants:
     """
 
     def __init__(self, module: L.LightningModule, policy: Policy) -> None:
-        state = module.state_dict()
-        self._values = {name: (state[name], state[name].detach().clone()) for name in policy.constants if name in state}
+        self.module, state = module, module.state_dict()
+        self._before = {name: state[name].detach().clone() for name in policy.constants if name in state}
+        self._names = {name for name, _ in module.named_modules()} | {*state}
 
     def check(self) -> None:
-        """Refuse training that has changed one: it would be lost with the round.
+        """Refuse training that has changed one, or made something new: both would be lost with the round.
 
         Raises:
-            ConfigurationError: If one has changed.
+            ConfigurationError: If it has.
         """
-        for name, (value, before) in self._values.items():
-            if not torch.equal(value, before.to(value.device)):
+        state = self.module.state_dict() if self._before else {}
+        for name, before in self._before.items():
+            if name not in state or not _is_same(state[name].to(before.device), before):
                 part = name.rpartition(".")[0] or name
                 raise ConfigurationError(
                     message(
                         "what training changes must be trained, or have a placement",
-                        received=f"{name}, which has no gradient when the run begins",
+                        received=f"{name}, which nobody trains when the run begins",
                         fix=f"set federation.sync.{part} to average, local (every client its own), or server",
                     )
                 )
+        names = {name for name, _ in self.module.named_modules()}
+        if made := sorted(names - self._names):
+            raise ConfigurationError(
+                message(
+                    "networks must be there before the first round, to be sent and averaged",
+                    received=f"{made[0]}, which training made",
+                    fix="make it in __init__, setup or configure_model",
+                )
+            )
+
+
+def _is_same(now: Tensor, before: Tensor) -> bool:
+    """Whether two tensors are equal, where NaN is equal to itself, and sparse ones are what they stand for."""
+    if now.layout is not torch.strided:
+        now, before = now.to_dense(), before.to_dense()
+    return torch.equal(now, before) or (
+        now.shape == before.shape and bool(((now == before) | ((now != now) & (before != before))).all())
+    )

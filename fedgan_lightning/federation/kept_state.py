@@ -6,6 +6,7 @@ Everything else that is no entry is put back before every client. See :mod:`.att
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,8 +28,17 @@ from fedgan_lightning.protocol import State
 
 logger = logging.getLogger("fedgan_lightning")
 
-#: Hooks of a client's callbacks that Lightning calls once in a fit, and what becomes of them in later rounds.
-FIRST, LAST = ("setup", "on_fit_start"), ("on_fit_end", "teardown")
+#: Hooks of a client's callbacks that are called in its first round alone, and those that are not called.
+FIRST, LAST = ("on_fit_start",), ("on_fit_end", "teardown")
+#: Callbacks that own a Trainer's whole run, or its epochs, by the name of their class or of one that it inherits.
+UNUSABLE = {
+    "StochasticWeightAveraging": "a callback of your own that keeps an average",
+    "WeightAveraging": "a callback of your own that keeps an average",
+    "Checkpoint": "trainer.callbacks, on the server",
+    "GradientAccumulationScheduler": "client_trainer.accumulate_grad_batches",
+    "BaseFinetuning": "requires_grad_ in the module, and federation.sync of what it thaws",
+    "ProgressBar": "trainer.callbacks, on the server",
+}
 #: What of a callback's attributes is no state of its own: a Trainer sets the last two.
 NO_STATE = (*FIRST, *LAST, "log", "log_dict")
 
@@ -75,6 +85,11 @@ class KeptState:
             kept = namespaces.inside(f"{namespaces.CALLBACK}{index}/", private)
             for hook in (*LAST, *(FIRST if kept else ())):
                 vars(callback)[hook] = _nothing_more
+
+    def load_callbacks(self, private: State) -> None:
+        """Give callbacks that have been set up what the client has kept of them."""
+        for index, callback in enumerate(self.callbacks):
+            kept = namespaces.inside(f"{namespaces.CALLBACK}{index}/", private)
             if kept:
                 _load(callback, decode(kept, _state(callback), parts=self._parts))
 
@@ -185,7 +200,30 @@ def _state(callback: L.Callback) -> Any:
     """Return a callback's state: what it says itself, or else its attributes."""
     if type(callback).state_dict is not L.Callback.state_dict:
         return callback.state_dict()
-    return {name: value for name, value in vars(callback).items() if name not in NO_STATE}
+    own = {name: value for name, value in vars(callback).items() if name not in NO_STATE}
+    return {name: value for name, value in own.items() if not (inspect.isroutine(value) or _is_trainer_s(value))}
+
+
+def _is_trainer_s(value: Any) -> bool:
+    return isinstance(value, (L.Trainer, L.LightningModule))
+
+
+def check_callbacks(callbacks: Sequence[L.Callback]) -> None:
+    """Refuse callbacks that no client's Trainer can have, since it ends with the round.
+
+    Raises:
+        ConfigurationError: If there is one.
+    """
+    for callback in callbacks:
+        found = next((own.__name__ for own in type(callback).__mro__ if own.__name__ in UNUSABLE), None)
+        if found is not None:
+            raise ConfigurationError(
+                message(
+                    "federation.client_callbacks must be callbacks that can begin anew with every round",
+                    received=type(callback).__name__,
+                    fix=f"use {UNUSABLE[found]}",
+                )
+            )
 
 
 def _load(callback: L.Callback, state: Any) -> None:

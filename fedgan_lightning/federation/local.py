@@ -18,7 +18,7 @@ from fedgan_lightning import states
 from fedgan_lightning.errors import ClientError, RoundInterrupted
 from fedgan_lightning.federation import optimizer_state
 from fedgan_lightning.federation.client_data import datamodule_of
-from fedgan_lightning.federation.client_log import SILENT, ClientLogger
+from fedgan_lightning.federation.client_log import SILENT, ClientLogger, SilentLogger
 from fedgan_lightning.federation.client_update import ClientContext, Visit, client_updates
 from fedgan_lightning.federation.constants import Constants
 from fedgan_lightning.federation.kept_state import KeptState, counts, own_clock, restore_plateaus
@@ -175,8 +175,10 @@ class LocalTrainer:
         callback.metrics = {**trainer.callback_metrics, **callback.metrics, **done}
 
     def _logger(self, task: ClientTask, clock: TrainerClock) -> Logger:
-        if self._log is None or task.client_id >= self.context.num_logged:
+        if self._log is None:
             return SILENT
+        if task.client_id >= self.context.num_logged:
+            return SilentLogger(self._log.folder / f"client_{task.client_id:03d}")
         self._log.begin(task.client_id, round=task.round, step=clock.global_step)
         return self._log
 
@@ -191,6 +193,9 @@ class _InTrainer(L.Callback):
         self.schedulers: list[Any] = []
         self.positions: list[float] = []
         self.metrics: dict[str, Any] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.owner.kept.load_callbacks(self.visit.stored)  # after the callbacks themselves have been set up
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         begin(self.visit, trainer, self.owner.clock)

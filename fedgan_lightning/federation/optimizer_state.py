@@ -26,6 +26,10 @@ Key = TypeVar("Key")
 SCHEDULE = "schedule/"
 
 
+#: Positions of a schedule that are remembered: clients may differ under local epochs.
+MOST_POSITIONS = 64
+
+
 def is_optimizer_entry(name: str) -> bool:
     """Whether a name belongs to optimizer moments rather than to the module."""
     return name.startswith(MOMENTS)
@@ -169,43 +173,36 @@ class ScheduleClock:
     """Puts fresh learning-rate schedules where earlier rounds left them.
 
     Clients are stateless as to schedules: the task says how many steps each schedule has taken. Replaying them is
-    exact for any schedule; the last positions are remembered, so a round replays nothing.
+    exact for any schedule; the last positions are remembered, so a round replays its own steps, once for all clients.
+    What a client sets by hand is its own, and is remembered by nobody.
     """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, int], dict[str, Any]] = {}
+        self._known: dict[int, dict[int, dict[str, Any]]] = {}
 
     def forward(self, schedulers: Sequence[Any], positions: Sequence[int]) -> None:
         """Advance ``schedulers``, just constructed, to ``positions``."""
         for index, (scheduler, position) in enumerate(zip(schedulers, positions)):
             if isinstance(scheduler, ReduceLROnPlateau):
                 continue  # it follows a metric, and every client keeps its own
-            known = self._known.get((index, position))
-            if known is not None:
-                scheduler.load_state_dict(known["scheduler"])
-                for group, settings in zip(scheduler.optimizer.param_groups, known["groups"]):
+            known = self._known.setdefault(index, {})
+            nearest = max((own for own in known if own <= position), default=None)
+            if nearest is not None and nearest > position_of(scheduler):
+                scheduler.load_state_dict(_plain(known[nearest]["scheduler"]))
+                for group, settings in zip(scheduler.optimizer.param_groups, known[nearest]["groups"]):
                     group.update(settings)
-                continue
             while position_of(scheduler) < position:
                 scheduler.optimizer._opt_called = True  # the steps were taken in earlier rounds; torch would warn
                 scheduler.step()
-            self.remember(index, scheduler)
+            if position not in known:
+                groups = [{k: v for k, v in own.items() if k != "params"} for own in scheduler.optimizer.param_groups]
+                known[position] = {"scheduler": _plain(scheduler.state_dict()), "groups": groups}
+                for stale in sorted(known)[:-MOST_POSITIONS]:
+                    del known[stale]
 
     def positions(self, schedulers: Sequence[Any]) -> dict[str, float]:
-        """Remember where the schedules are; return it as metrics of an update."""
-        return {f"{SCHEDULE}{index}": float(self.remember(index, item)) for index, item in enumerate(schedulers)}
-
-    def remember(self, index: int, scheduler: Any) -> int:
-        """Remember where a schedule is; return its position."""
-        position = position_of(scheduler)
-        if (index, position) in self._known:
-            return position
-        stale = [key for key in self._known if key[0] == index]
-        for key in stale[:-1]:  # two positions suffice: where a round starts and where it ends
-            del self._known[key]
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in scheduler.optimizer.param_groups]
-        self._known[index, position] = {"scheduler": _plain(scheduler.state_dict()), "groups": groups}
-        return position
+        """Return where the schedules are, as metrics of an update."""
+        return {f"{SCHEDULE}{index}": float(position_of(item)) for index, item in enumerate(schedulers)}
 
 
 def position_of(scheduler: Any) -> int:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 
@@ -33,7 +33,7 @@ from fedgan_lightning.federation.checks import (
 from fedgan_lightning.federation.client_settings import begin, client_options, context_of
 from fedgan_lightning.federation.costs import CostLedger, cost_metrics
 from fedgan_lightning.federation.executors import AutoExecutor, AutotunedExecutor
-from fedgan_lightning.federation.kept_state import check_attributes
+from fedgan_lightning.federation.kept_state import check_attributes, check_callbacks
 from fedgan_lightning.federation.policy import Buffers, IntegerBuffers, OptimizerState, Policy, Sync, resolve
 from fedgan_lightning.federation.preparation import finish
 from fedgan_lightning.federation.ranks import Ranks, leave_at_exit
@@ -157,6 +157,7 @@ class FederatedOrchestrator(L.Callback):
         self.sync, self.optimizer_state, self.buffers, self.seed = sync, optimizer_state, buffers, seed
         self.integer_buffers, self.client_state, self.client_logs = integer_buffers, client_state, client_logs
         self.client_attributes, self.client_callbacks = list(client_attributes or ()), list(client_callbacks or ())
+        check_callbacks(self.client_callbacks)
         self.client_trainer = checked_client_trainer(client_trainer or {})
         self.ledger, self.store = CostLedger(), ClientStore()
         #: Settings that a resumed run must share, as nested plain values; without them, what everything was made of.
@@ -166,8 +167,7 @@ class FederatedOrchestrator(L.Callback):
         self._restored: Mapping[str, Any] | None = None
         self._fingerprint, self._files_at = RunFingerprint(), Path()
         self._reports: list[RoundReport] = []
-        self._round_started = 0.0
-        self._cohort: tuple[int, ...] = ()
+        self._round_started, self._cohort = 0.0, cast(tuple[int, ...], ())
         self._strikes: dict[int, int] = {}
         self._preview: L.Trainer | None = None
         self._prepared: frozenset[str] = frozenset()

@@ -84,7 +84,7 @@ def _call(module: L.LightningModule, name: str, *arguments: Any) -> None:
             message(
                 f"{name}() of {type(module).__name__} must run once before the first round, without a client's data",
                 received=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-                fix="make there what does not depend on minibatches, or make it in on_train_start",
+                fix="make there what does not depend on minibatches, and look at those in training_step",
             )
         ) from error
 

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor
 
-from fedgan_lightning.federation.client_log import SILENT
+from fedgan_lightning.federation.client_log import SILENT, SilentLogger
 from fedgan_lightning.federation.sampling import round_half_up
 from fedgan_lightning.protocol import ClientTask, RoundInfo
 
@@ -198,7 +198,7 @@ class ClientTrainer(L.Trainer):
         self.datamodule = fit.datamodule
         self.limit_val_batches = 0 if fit.validation is None else 1.0
         # Nothing is worked out for a logger that keeps nothing.
-        self.log_every_n_steps = 0 if fit.logger is SILENT else min(LOG_EVERY, max(1, len(fit.batches)))
+        self.log_every_n_steps = 0 if isinstance(fit.logger, SilentLogger) else min(LOG_EVERY, max(1, len(fit.batches)))
         self.fit_loop.max_epochs = fit.clock.rounds
         fit.clock.set(self)
 

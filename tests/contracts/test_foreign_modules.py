@@ -1065,3 +1065,172 @@ class TestValidation:
         train, rest = divided(np.arange(size), 0.2, seed=0, stream=1)
         assert (len(train), len(rest)) == (size - held, held)
         assert sorted([*train, *rest]) == list(range(size))
+
+
+class Slotted:
+    __slots__ = ("n",)
+
+    def __init__(self):
+        self.n = 0
+
+
+class TestLeaks:
+    """What an attack found: ways in which something passed from one client to the next."""
+
+    def test_tensors_whose_data_are_replaced(self):
+        class Moved(Net):
+            def __init__(self):
+                super().__init__()
+                self.shadow = torch.zeros(2)
+
+            def on_train_start(self):
+                SEEN.append(float(self.shadow.sum()))
+
+            def on_train_batch_end(self, *arguments):
+                self.shadow.data = self.shadow.data + 1
+
+        federate(Moved(), rounds=2)
+        assert SEEN == [0.0] * 4
+
+    def test_a_frozen_parameter_that_is_a_copy_travels_and_another_is_refused_when_it_moves(self):
+        class Average(Net):
+            def __init__(self, size):
+                super().__init__()
+                self.w = nn.Parameter(torch.zeros(2))
+                self.w_ema = nn.Parameter(torch.zeros(size), requires_grad=False)
+
+            def loss(self, x):
+                return (self.net(x) + self.w - 1).square().mean()
+
+            def on_train_batch_end(self, *arguments):
+                self.w_ema.data = self.w_ema.data * 0.5 + self.w.data.sum() * 0.5
+
+        assert float(federate(Average(2), rounds=2).server.model.w_ema.sum()) != 0
+        with pytest.raises(Exception, match="got w_ema, which nobody trains"):
+            federate(Average(3), rounds=1, run_dir="other")
+
+    def test_networks_that_training_makes_are_refused(self):
+        class Grows(Net):
+            def __init__(self):
+                super().__init__()
+                self.blocks = nn.ModuleList([nn.Linear(2, 2)])
+
+            def on_train_epoch_start(self):
+                self.blocks.append(nn.Linear(2, 2))
+
+        with pytest.raises(Exception, match="got blocks.1, which training made. Make it in __init__, setup"):
+            federate(Grows(), rounds=1)
+
+    def test_hooks_slots_and_packages_that_sound_like_ours(self):
+        class Hung(Net):
+            def __init__(self):
+                super().__init__()
+                self.slotted, self.other = Slotted(), type("Pool", (), {"__module__": "lightning_mods.pools"})()
+                self.other.items = []
+
+            def on_train_start(self):
+                SEEN.append((self.slotted.n, len(self.other.items), len(self.net._forward_hooks)))
+                self.slotted.n += 1
+                self.other.items.append(1)
+                self.net.register_forward_hook(lambda *arguments: None)
+
+        federate(Hung(), rounds=2)
+        assert SEEN == [(0, 0, 0)] * 4
+
+    def test_a_rate_that_a_client_sets_is_nobody_else_s(self):
+        class Adaptive(Net):
+            def configure_optimizers(self):
+                optimizer = torch.optim.SGD(self.parameters(), 0.1)
+                return [optimizer], [schedules.StepLR(optimizer, 100)]
+
+            def on_train_epoch_start(self):
+                SEEN.append(self.optimizers().param_groups[0]["lr"])
+                self.optimizers().param_groups[0]["lr"] /= 3
+
+        federate(Adaptive(), clients=3, rounds=2)
+        assert SEEN == [0.1] * 6
+
+
+class TestOddEntries:
+    """Buffers that no mean can be made of, and state that is no tensor."""
+
+    @pytest.mark.parametrize(
+        "buffer",
+        [
+            torch.polar(torch.ones(3), torch.arange(3.0)),
+            torch.triu(torch.full((4, 4), float("-inf")), 1),
+            torch.tensor(float("inf")),
+            torch.tensor(2**62),
+            torch.eye(3).to_sparse(),
+        ],
+        ids=["complex", "mask", "infinity", "large", "sparse"],
+    )
+    def test_they_stay_as_they_are(self, buffer):
+        class Odd(Net):
+            def __init__(self):
+                super().__init__()
+                self.register_buffer("odd", buffer.clone())
+
+            def on_train_start(self):
+                SEEN.append(torch.equal(self.odd.to_dense(), buffer.to_dense()))
+
+        found = federate(Odd(), rounds=2)
+        assert SEEN == [True] * 4
+        assert "(root)" not in found.orchestrator.ledger.bytes_up
+
+    def test_extra_state_is_the_module_s_own(self):
+        class Extra(Net):
+            def get_extra_state(self):
+                return {"n": 1}
+
+            def set_extra_state(self, state):
+                SEEN.append(state)
+
+        assert federate(Extra(), rounds=2).server.rounds_completed == 2
+
+    def test_a_client_s_own_validation_data_are_used(self):
+        class Own(L.LightningDataModule):
+            def __init__(self, size):
+                super().__init__()
+                self.size = size
+
+            def train_dataloader(self):
+                return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(self.size, 2)), 4)
+
+            def val_dataloader(self):
+                return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(3, 2)), 3)
+
+        class Validated(Net):
+            def validation_step(self, batch, index):
+                SEEN.append(len(batch[0]))
+
+        federate(Validated(), own=FederatedDataModule.from_datasets([Own(9), Own(20)]), rounds=2)
+        assert SEEN == [3] * 4
+
+    def test_a_folder_to_write_in_is_there_for_every_client(self):
+        class Writes(Net):
+            def on_train_start(self):
+                SEEN.append(self.logger.log_dir)
+
+        federate(Writes(), clients=3, rounds=1, client_logs=1)
+        assert [Path(path).name for path in SEEN] == ["client_000", "client_001", "client_002"]
+
+    def test_callbacks_may_make_things_in_setup_and_some_cannot_be(self):
+        class Copies(Callback):
+            def setup(self, trainer, module, stage):
+                self.ema, self.trainer = copy.deepcopy(module.net), trainer
+
+            def on_train_batch_end(self, trainer, module, *arguments):
+                for mine, theirs in zip(self.ema.parameters(), module.net.parameters()):
+                    mine.data.lerp_(theirs.data, 0.5)
+
+            def on_train_start(self, trainer, module):
+                SEEN.append(torch.equal(self.ema.weight, module.net.weight))
+
+        federate(Net(), rounds=2, client_callbacks=[Copies()])
+        assert SEEN == [True, True, False, False]
+        from lightning.pytorch.callbacks import StochasticWeightAveraging
+
+        for callback in (StochasticWeightAveraging(0.1), ModelCheckpoint("kept")):
+            with pytest.raises(ConfigurationError, match="client_callbacks must be callbacks that can begin anew"):
+                federate(Net(), client_callbacks=[callback], run_dir="refused")

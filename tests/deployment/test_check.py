@@ -153,9 +153,9 @@ def test_an_address_without_host_or_port_is_refused(folder, tmp_path, capsys, ad
     assert f"HOST:PORT; got {address}." in capsys.readouterr().err
 
 
-def test_too_few_samples_for_a_minibatch_are_found_before_the_federation_is_asked(folder, tmp_path, capsys):
+def test_settings_of_data_that_cannot_be_are_found_before_the_federation_is_asked(folder, tmp_path, capsys):
     own = tmp_path / "site.yaml"
-    own.write_text("data: {max_samples: 20, batch_size: 512}\n")
+    own.write_text("data: {batch_size: -512}\n")
     assert checked(folder, tmp_path, free_port(), "--site", str(own)) != 0
     said = capsys.readouterr()
     assert "512" in said.err

@@ -202,7 +202,6 @@ def test_the_clock_puts_a_fresh_schedule_where_it_was(make, warm):
             found.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
             schedule.step()
-        clock.remember(0, schedule)
     assert found == pytest.approx(rates, rel=1e-12)
 
 
@@ -308,18 +307,18 @@ def test_the_clock_keeps_the_start_of_the_round_for_every_client():
             Counting.steps += 1
             super().step(*args)
 
-    clock = optimizer_state.ScheduleClock()
+    clock, replayed = optimizer_state.ScheduleClock(), []
     for start in range(0, 40, 5):
         for _ in range(4):
             optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
             schedule = Counting(optimizer, 7, 0.5)
             before = Counting.steps
             clock.forward([schedule], [start])
-            assert Counting.steps == before, "nothing is replayed"
+            replayed.append(Counting.steps - before)
             for _ in range(5):
                 optimizer.step()
                 schedule.step()
-            clock.remember(0, schedule)
+    assert replayed == [0] * 4 + [5, 0, 0, 0] * 7, "a round's own steps, once for all clients"
 
 
 def test_a_schedule_that_does_not_count_is_refused():
@@ -327,4 +326,4 @@ def test_a_schedule_that_does_not_count_is_refused():
         """A schedule of somebody else's."""
 
     with pytest.raises(ConfigurationError, match="count their steps; got Uncounted"):
-        optimizer_state.ScheduleClock().remember(0, Uncounted())
+        optimizer_state.ScheduleClock().positions([Uncounted()])
