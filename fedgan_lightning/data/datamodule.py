@@ -24,7 +24,7 @@ from fedgan_lightning.data.held_out import HeldOutBatches
 from fedgan_lightning.data.held_out import divided as divided_off
 from fedgan_lightning.data.items import Collate
 from fedgan_lightning.data.order import MinibatchOrder, check_not_empty, steps_per_epoch
-from fedgan_lightning.data.own import ClientDatasets, TickingDataModule
+from fedgan_lightning.data.own import ClientDatasets, TickingDataModule, check_no_share
 from fedgan_lightning.data.partition import IID, Partition
 from fedgan_lightning.data.samples import BatchStream, ClientSamples, Samples, Shift, StackedBatchStream
 from fedgan_lightning.data.sources import Source
@@ -91,10 +91,15 @@ class FederatedDataModule(TickingDataModule):
         self.client_names: tuple[Any, ...] = tuple(range(num_clients))
         self._has_told = False
 
-    # ------------------------------------------------------------------ data of users
-
     @classmethod
-    @checked("", batch_size="[1, inf)", seed="[0, inf)", num_workers="[0, inf)", memory_limit="[0, inf)")
+    @checked(
+        "",
+        batch_size="[1, inf)",
+        seed="[0, inf)",
+        num_workers="[0, inf)",
+        memory_limit="[0, inf)",
+        validation_share="[0, 1)",
+    )
     def from_datasets(  # type: ignore[override] # of Lightning's, which knows no clients
         cls,
         clients: Any,
@@ -106,6 +111,7 @@ class FederatedDataModule(TickingDataModule):
         num_workers: int = 0,
         collate_fn: Collate | None = None,
         memory_limit: int = 1 << 30,
+        validation_share: float = 0.0,
     ) -> FederatedDataModule | ClientDatasets:
         """Return the data module of clients that have each their own data.
 
@@ -129,12 +135,19 @@ class FederatedDataModule(TickingDataModule):
             num_workers: Processes that read ahead, for each client while it trains, what is read as needed.
             collate_fn: Makes a minibatch of a list of items; default torch's, with pictures as pixels in [-1, 1].
             memory_limit: Most bytes of samples to read into memory; 0 reads all as needed.
+            validation_share: Share of every client's samples that it holds out for ``validation_step``; of samples in
+                memory. A client's own LightningDataModule may have a ``val_dataloader`` instead.
 
         Raises:
             DataError: If a client has no data, or data that cannot be used; names client and item.
         """
         options = StreamOptions(batch_size, drop_last, seed, num_workers, collate_fn)
-        return cls._of(ClientDatasets.of(clients, options=options), test=test, limit=memory_limit)
+        found = cls._of(ClientDatasets.of(clients, options=options), test=test, limit=memory_limit)
+        if isinstance(found, FederatedDataModule):
+            found.validation_share = validation_share
+        else:
+            check_no_share(validation_share)
+        return found
 
     @classmethod
     @checked("", num_clients="[1, inf)", seed="[0, inf)")

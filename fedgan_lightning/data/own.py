@@ -206,3 +206,19 @@ def _class_names(dataset: Any) -> list[str]:
     """Return the names of the classes, where a data set, or the one that it is a part of, knows them."""
     found = getattr(dataset, "classes", None) or getattr(getattr(dataset, "dataset", None), "classes", None)
     return list(map(str, found)) if isinstance(found, (list, tuple)) else []
+
+
+def check_no_share(validation_share: float) -> None:
+    """Refuse to hold out a share of what is read as needed.
+
+    Raises:
+        DataError: If there is one.
+    """
+    if validation_share:
+        raise DataError(
+            message(
+                "validation_share must have samples that are read into memory",
+                received=f"{validation_share} of data that are read as needed",
+                fix="give clients LightningDataModules with a val_dataloader, or raise memory_limit",
+            )
+        )

@@ -166,7 +166,7 @@ def _of_npy(path: Path) -> Iterator[tuple[str, RowsOnDisk]]:
         shape, is_fortran, dtype = read(file)
         start = file.tell()
     if is_fortran and len(shape) > 1:
-        raise ValueError("an array in Fortran order, whose rows lie apart")
+        raise ValueError("an array in Fortran order, whose rows lie apart: numpy.ascontiguousarray puts them together")
     if dtype.hasobject or not dtype.isnative or dtype.kind not in "buif":
         raise ValueError(f"an array of dtype {dtype}")
     yield "x", _rows(path, start, torch.from_numpy(np.empty(0, dtype)).dtype, shape)

@@ -1234,3 +1234,19 @@ class TestOddEntries:
         for callback in (StochasticWeightAveraging(0.1), ModelCheckpoint("kept")):
             with pytest.raises(ConfigurationError, match="client_callbacks must be callbacks that can begin anew"):
                 federate(Net(), client_callbacks=[callback], run_dir="refused")
+
+    def test_data_sets_in_memory_hold_out_a_share(self):
+        def sets():
+            return [torch.utils.data.TensorDataset(torch.randn(size, 2)) for size in (8, 20)]
+
+        class Validated(Net):
+            def validation_step(self, batch, index):
+                SEEN.append(len(batch[0]))
+
+        own = FederatedDataModule.from_datasets(sets(), batch_size=4, validation_share=0.25)
+        federate(Validated(), own=own, rounds=1)
+        assert SEEN == [2, 4, 1]
+        from fedgan_lightning import DataError
+
+        with pytest.raises(DataError, match="validation_share must have samples that are read into memory"):
+            FederatedDataModule.from_datasets(sets(), memory_limit=0, validation_share=0.25)
