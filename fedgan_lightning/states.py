@@ -108,7 +108,8 @@ def frozen(module: nn.Module) -> frozenset[str]:
     """
     odd = {name for name, own in module.named_buffers() if not _can_be_averaged(own)}
     found = _frozen_parameters(module) | odd
-    return found & module.state_dict().keys() if found else frozenset()
+    state = module.state_dict() if found else {}
+    return frozenset(name for name in found if isinstance(state.get(name), Tensor))
 
 
 def _can_be_averaged(value: Tensor) -> bool:

@@ -63,6 +63,7 @@ class SiteData:
         self.view, self.held_out, self.client_id = view, held_out, client_id
         self.batch_size, self.seed, self.drop_last = data.batch_size, data.seed, data.drop_last
         self.validation_share = data.validation_share
+        self.sample_shape, self.num_classes, self.class_names = data.sample_shape, data.num_classes, data.class_names
 
     @property
     def num_clients(self) -> int:
@@ -211,7 +212,7 @@ class Site:
             UpdateError: If the update is not finite.
         """
         # What the algorithm sends beside the networks is the server's to know.
-        context = replace(self._context(ClientStore()), algorithm=FederatedAlgorithm())
+        context = replace(self._context(ClientStore()), algorithm=FederatedAlgorithm(), logs=None)
         state, sent = self.module.state_dict(), context.policy.downlink_entries
         task = ClientTask(
             client_id=self.client_id,
@@ -399,5 +400,7 @@ def hash_of_constants(module: nn.Module) -> str:
     found = hashlib.sha256()
     for name in sorted(constants):
         found.update(f"{name} {tuple(state[name].shape)} {state[name].dtype}".encode())
-        found.update(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        value = state[name].detach().cpu()
+        value = value if value.layout is torch.strided else value.to_dense()
+        found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

@@ -11,7 +11,7 @@ import logging
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -85,6 +85,8 @@ class _Walk:
             self._name = f"{prefix}.hooks" if prefix else "hooks"
             for key in HOOKS:
                 self._add(_mapping(own[key]))
+            for key in ("_buffers", "_parameters"):
+                self._add(_registry(own[key], f"{prefix}." if prefix else ""))
             self._name = f"{prefix}.*"
             self._add(_absent(child, frozenset(own), prefix, left))
 
@@ -104,7 +106,8 @@ class _Walk:
         self._keep.append(value)
         self._count += 1
         if isinstance(value, (Tensor, np.ndarray)):
-            if value.nbytes <= MOST_BYTES:
+            is_plain = not isinstance(value, Tensor) or value.layout is torch.strided
+            if is_plain and value.nbytes <= MOST_BYTES:
                 self._add(_tensor(value) if isinstance(value, Tensor) else _array(value))
         elif isinstance(value, (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)):
             self._add(_random(value))
@@ -190,6 +193,26 @@ def _entry(own: dict[str, Any], key: str) -> Restore:
     return restore
 
 
+def _registry(entries: dict[str, Tensor | None], stem: str) -> Restore:
+    """Entries that were made since are taken away, those that were none are none, and others have their old shape."""
+    shapes = {name: None if value is None else value.shape for name, value in entries.items()}
+
+    def restore() -> list[str]:
+        changed = [name for name in entries if name not in shapes]
+        for name in changed:
+            del entries[name]
+        for name, shape in shapes.items():
+            now = entries.get(name)
+            if (None if now is None else now.shape) == shape:
+                continue
+            changed.append(name)
+            # Its values come when the client is loaded.
+            entries[name] = None if shape is None or now is None else now.detach().new_zeros(shape)
+        return [f"{stem}{name}" for name in changed]
+
+    return restore
+
+
 def _absent(child: nn.Module, names: frozenset[str], prefix: str, left: frozenset[str]) -> Restore:
     """Attributes that were made since are taken away."""
     own, stem = vars(child), f"{prefix}." if prefix else ""
@@ -243,9 +266,8 @@ def _random(value: Any) -> Restore:
             return changed
 
         return restore
-    names = {"random": ("getstate", "setstate")}
     if isinstance(value, random.Random):
-        get, put = (getattr(value, name) for name in names["random"])
+        get, put = cast(Any, value.getstate), cast(Any, value.setstate)
     elif isinstance(value, np.random.RandomState):
         get, put = value.get_state, value.set_state
     else:

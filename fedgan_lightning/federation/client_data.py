@@ -14,6 +14,9 @@ class ClientDataModule(L.LightningDataModule):
         data: The federation's data module, or the client's own.
     """
 
+    #: A client trains with it, and not a plain Trainer.
+    is_client_view = True
+
     def __init__(self, data: Any) -> None:
         super().__init__()
         self._data = data

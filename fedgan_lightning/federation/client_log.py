@@ -8,8 +8,9 @@ from typing import Any
 
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
 
-#: Methods of a writer that take no tag, and would mix the clients' entries: they do nothing.
-UNTAGGED = frozenset({"add_graph", "add_hparams", "add_custom_scalars", "add_onnx_graph"})
+#: Methods of a writer whose first argument is a tag; others would mix the clients' entries, and do nothing.
+TAGGED = {f"add_{kind}" for kind in ("scalar", "scalars", "histogram", "image", "images", "image_with_boxes", "figure")}
+TAGGED |= {f"add_{kind}" for kind in ("video", "audio", "text", "pr_curve", "tensor")}
 
 
 class ClientLogger(Logger):
@@ -33,7 +34,7 @@ class ClientLogger(Logger):
         Args:
             client_id: The client.
             round: The round that it works for.
-            step: Steps that it has taken before; what is written without a step has this one.
+            step: Steps that it has taken before; a scalar that is written without a step has this one.
         """
         self._client_id, self._round, self._step, self._has_begun = client_id, round, step, False
 
@@ -113,7 +114,7 @@ class TaggedWriter:
     def __getattr__(self, name: str) -> Callable[..., None]:
         if name.startswith("__"):
             raise AttributeError(name)
-        writes = name.startswith("add_") and name not in UNTAGGED
+        writes = name in TAGGED
 
         def method(*arguments: Any, **options: Any) -> None:
             if not writes:

@@ -12,10 +12,11 @@ from fedgan_lightning.federation.checks import check_client_trainer
 from fedgan_lightning.federation.client_data import ClientDataModule
 from fedgan_lightning.federation.client_update import ClientContext
 from fedgan_lightning.federation.preparation import is_foreign, prepare, validates, warn_of_loaders
-from fedgan_lightning.federation.round_trainer import RoundTrainer, TrainerClock
+from fedgan_lightning.federation.round_schedules import steps_of
+from fedgan_lightning.federation.round_trainer import RoundTrainer, clock_of
 from fedgan_lightning.federation.store import ClientStore
 from fedgan_lightning.federation.transform_chain import TransformChain
-from fedgan_lightning.protocol import FederatedData
+from fedgan_lightning.protocol import ClientTask, FederatedData, RoundInfo
 
 #: What a module of somebody else's finds as its Trainer outside of a round, and the hooks that were called.
 Begun = tuple[L.Trainer | None, frozenset[str]]
@@ -50,10 +51,12 @@ def begin(federation: Any, trainer: L.Trainer, module: L.LightningModule, data: 
     check_client_trainer(federation.client_trainer, module)
     if not is_foreign(module):
         return None, frozenset()
-    epochs, steps = federation.local_epochs, federation.local_steps or 0
-    steps = data.steps_per_epoch(0) * epochs if epochs else steps
+    of_schedule: dict[str, Any] = steps_of(federation.schedules, 0, federation.rounds)
+    work = {"steps": federation.local_steps, "epochs": federation.local_epochs, **of_schedule}
+    task, per_epoch = ClientTask(0, 0, 0, {}, rounds=federation.rounds, **work), data.steps_per_epoch(0)
+    info = RoundInfo(0, (0,), num_steps=task.span(steps_per_epoch=per_epoch)[1])
     options = client_options(federation, trainer.strategy.root_device, precision=trainer.precision)
-    clock = TrainerClock(rounds=federation.rounds, max_steps=federation.rounds * steps)
+    clock = clock_of(task, info, planned=task.planned(steps_per_epoch=per_epoch), options=options)
     preview = RoundTrainer(options).preview(clock, ClientDataModule(data))
     prepared = prepare(module, stage=stage, trainer=preview)
     if stage == "fit":

@@ -21,7 +21,7 @@ class Constants:
     def __init__(self, module: L.LightningModule, policy: Policy) -> None:
         self.module, state = module, module.state_dict()
         self._before = {name: state[name].detach().clone() for name in policy.constants if name in state}
-        self._names = {name for name, _ in module.named_modules()} | {*state}
+        self._names = self._known()
 
     def check(self) -> None:
         """Refuse training that has changed one, or made something new: both would be lost with the round.
@@ -32,16 +32,14 @@ class Constants:
         state = self.module.state_dict() if self._before else {}
         for name, before in self._before.items():
             if name not in state or not _is_same(state[name].to(before.device), before):
-                part = name.rpartition(".")[0] or name
                 raise ConfigurationError(
                     message(
                         "what training changes must be trained, or have a placement",
                         received=f"{name}, which nobody trains when the run begins",
-                        fix=f"set federation.sync.{part} to average, local (every client its own), or server",
+                        fix=f"set federation.sync.{name} to average, or to local (every client its own)",
                     )
                 )
-        names = {name for name, _ in self.module.named_modules()}
-        if made := sorted(names - self._names):
+        if made := sorted(self._known() - self._names):
             raise ConfigurationError(
                 message(
                     "networks must be there before the first round, to be sent and averaged",
@@ -49,6 +47,10 @@ class Constants:
                     fix="make it in __init__, setup or configure_model",
                 )
             )
+
+    def _known(self) -> set[str]:
+        names = {name for name, _ in self.module.named_modules()}
+        return names | {name for name, _ in self.module.named_parameters()}
 
 
 def _is_same(now: Tensor, before: Tensor) -> bool:

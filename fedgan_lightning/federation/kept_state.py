@@ -182,6 +182,7 @@ def check_attributes(module: nn.Module, names: Sequence[str]) -> None:
                     fix="name one that __init__ or setup makes, by its dotted path",
                 )
             )
+        encode(_at(module, name), what=f"client attribute {name}", parts=parts_of(module))
 
 
 class _Holder(nn.Module):

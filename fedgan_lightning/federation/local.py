@@ -136,7 +136,7 @@ class LocalTrainer:
             metrics = plain({**callback.metrics, "seconds": attempt.seconds})
             ((update, private),) = client_updates(visit, [metrics])
             own = self.kept.private(callback.schedulers)
-            if self._is_foreign:
+            if not isinstance(self.module, GAN):  # whose schedules the server derives
                 own |= counts(visit, callback.optimizer_steps, callback.positions)
             self.context.store.write(task.client_id, {**private, **own} if own else private)
             return update
@@ -149,7 +149,8 @@ class LocalTrainer:
     def _load(self, visit: Visit) -> None:
         """Put the module where this client starts."""
         visit.module = self.module
-        own_clock(visit)
+        if not isinstance(self.module, GAN):
+            own_clock(visit)
         self.kept.load(visit.stored)
         states.load_entries(self.module, visit.module_state(self.start.initial))
         set_hyperparameters(self.module, visit.tasks[0].hyperparameters)
@@ -168,7 +169,7 @@ class LocalTrainer:
             validation=validation_batches(data, task.client_id, self.module),
             callbacks=self.kept.callbacks,
             logger=self._logger(task, visit.clock),
-            datamodule=datamodule_of(data, task.client_id) if self._is_foreign else None,
+            datamodule=None if isinstance(self.module, GAN) else datamodule_of(data, task.client_id),
         )
         trainer = self.trainer.fit(self.module, fit)
         done = {"images": callback.num_images, "steps": info.num_steps, "optimizer_steps": callback.optimizer_steps}

@@ -178,14 +178,20 @@ class ScheduleClock:
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, dict[int, dict[str, Any]]] = {}
+        self._known: dict[tuple[int, int], dict[int, dict[str, Any]]] = {}
 
-    def forward(self, schedulers: Sequence[Any], positions: Sequence[int]) -> None:
-        """Advance ``schedulers``, just constructed, to ``positions``."""
+    def forward(self, schedulers: Sequence[Any], positions: Sequence[int], *, max_steps: int = -1) -> None:
+        """Advance ``schedulers``, just constructed, to ``positions``.
+
+        Args:
+            schedulers: The schedules.
+            positions: Steps that each has taken.
+            max_steps: Steps of the client's whole run, on which a schedule's form may depend.
+        """
         for index, (scheduler, position) in enumerate(zip(schedulers, positions)):
             if isinstance(scheduler, ReduceLROnPlateau):
                 continue  # it follows a metric, and every client keeps its own
-            known = self._known.setdefault(index, {})
+            known = self._known.setdefault((index, max_steps), {})
             nearest = max((own for own in known if own <= position), default=None)
             if nearest is not None and nearest > position_of(scheduler):
                 scheduler.load_state_dict(_plain(known[nearest]["scheduler"]))

@@ -33,8 +33,9 @@ NOTHING_TO_COMPARE = "the first clients diverge on their own"
 
 
 def trial_context(context: ClientContext) -> ClientContext:
-    """Return a context whose store cannot be written, and whose updates are sent as they are."""
-    return dataclasses.replace(context, store=ReadOnlyStore(context.store), transforms=TransformChain())
+    """Return a context whose store cannot be written, and whose clients send updates as they are and log nothing."""
+    store = ReadOnlyStore(context.store)
+    return dataclasses.replace(context, store=store, transforms=TransformChain(), logs=None)
 
 
 def shortened(tasks: Iterable[ClientTask], *, steps: int) -> list[ClientTask]:

@@ -67,8 +67,8 @@ def _encoded(value: Any, what: str, tensors: dict[str, Tensor], names: Mapping[i
         raise _refused(what, value, "nested too deep")
     if isinstance(value, (Tensor, np.ndarray, np.generic)):
         kind = "tensor" if isinstance(value, Tensor) else "array"
-        tensors[str(len(tensors))] = torch.as_tensor(value).detach().clone()
-        return {kind: str(len(tensors) - 1)}
+        tensors[str(len(tensors))] = found = torch.as_tensor(value).detach().clone()
+        return {kind: str(len(tensors) - 1), "on": found.device.type}
     if isinstance(value, Mapping):
         pairs = [
             [_encoded(key, what, tensors, names, depth - 1), _encoded(item, what, tensors, names, depth - 1)]
@@ -119,20 +119,24 @@ class _Decoder:
             return self.parts[inner]
         if kind == "tensor":
             found = self.state[inner].clone()
-            return found.to(like.device) if isinstance(like, Tensor) else found
+            return found.cpu() if ("on", "cpu") in more else found
         if kind == "array":
             array = self.state[inner].cpu().numpy()
             return array[()] if array.ndim == 0 and not isinstance(like, np.ndarray) else array.copy()
         if kind == "dict":
             named = like if isinstance(like, Mapping) else {}
             pairs = [(self.value(key, None), item) for key, item in inner]
-            return {key: self.value(item, named.get(key)) for key, item in pairs}
+            return _like(like, {key: self.value(item, dict(named).get(key)) for key, item in pairs}, dict)
         if kind in SEQUENCES:
             known = list(like) if isinstance(like, (list, tuple, deque)) else []
             items = [self.value(item, known[k] if k < len(known) else None) for k, item in enumerate(inner)]
             if kind == "deque":
                 return deque(items, maxlen=getattr(like, "maxlen", None))
-            return {"list": list, "tuple": tuple, "set": set}[kind](items)
+            if kind == "tuple" and hasattr(like, "_fields"):
+                return type(like)(*items)
+            if kind == "set" and isinstance(like, frozenset):
+                return frozenset(items)
+            return _like(like, items, list) if kind == "list" else {"tuple": tuple, "set": set}[kind](items)
         return self._object(kind, inner, more, like)
 
     def _object(self, kind: str, inner: Any, more: list[Any], like: Any) -> Any:
@@ -145,7 +149,7 @@ class _Decoder:
             return made
         if kind == "generator":
             made = torch.Generator() if like is None else torch.Generator(like.device)
-            made.set_state(self.value(inner, None))
+            made.set_state(self.value(inner, None).cpu())
             return made
         if made is None:
             raise ConfigurationError(
@@ -160,3 +164,13 @@ class _Decoder:
         else:
             vars(made).update(self.value(more[0][1], vars(made)))
         return made
+
+
+def _like(like: Any, found: Any, plain: type) -> Any:
+    """Return a dictionary or list as one of the class that stood there: a counter, one with defaults, a user's."""
+    if not isinstance(like, plain) or type(like) is plain:
+        return found
+    made: Any = copy.copy(like)
+    made.clear()
+    made.update(found) if isinstance(made, dict) else made.extend(found)
+    return made

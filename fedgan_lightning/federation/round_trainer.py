@@ -42,6 +42,7 @@ class TrainerClock:
         global_step: Steps of optimizers before.
         max_steps: Steps of an optimizer in the whole run, one for every minibatch, or for every group of them that
             gradients are accumulated over.
+        stepped: Minibatches before after which an optimizer stepped, as loggers count them.
     """
 
     round: int = 0
@@ -49,6 +50,7 @@ class TrainerClock:
     minibatches: int = 0
     global_step: int = 0
     max_steps: int = -1
+    stepped: int = 0
 
     def set(self, trainer: Any) -> None:
         """Let a Trainer with fresh loops go on from here."""
@@ -60,8 +62,7 @@ class TrainerClock:
         total.ready = total.started = total.processed = total.completed = self.minibatches
         for tracker in (steps.total, loop.manual_optimization.optim_step_progress.total):
             tracker.ready = tracker.completed = self.global_step
-        stepped = self.minibatches // trainer.accumulate_grad_batches
-        loop.on_load_checkpoint({"_batches_that_stepped": stepped})
+        loop.on_load_checkpoint({"_batches_that_stepped": self.stepped})
 
 
 def clock_of(task: ClientTask, info: RoundInfo, *, planned: int, options: Mapping[str, Any]) -> TrainerClock:
@@ -74,13 +75,15 @@ def clock_of(task: ClientTask, info: RoundInfo, *, planned: int, options: Mappin
         options: The client Trainer's; gradients may be accumulated.
     """
     every, rounds = int(options.get("accumulate_grad_batches", 1)), max(task.rounds, task.round + 1)
-    whole = -(-info.num_steps // every) * rounds if planned == info.num_steps * rounds else -(-planned // every)
+    by_round = -(-info.num_steps // every)
+    is_even = planned == info.num_steps * rounds
     return TrainerClock(
         round=task.round,
         rounds=rounds,
         minibatches=info.first_step,
         global_step=round_half_up(info.first_step * task.stepping),
-        max_steps=whole,
+        max_steps=by_round * rounds if is_even else -(-planned // every),
+        stepped=by_round * task.round if is_even else info.first_step // every,
     )
 
 

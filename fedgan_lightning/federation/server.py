@@ -190,7 +190,9 @@ class ServerModule(L.LightningModule):
         """
         mine, theirs = self.state_dict(), checkpoint["state_dict"]
         differing = [
-            n for n in {*mine, *theirs} if n not in mine or n not in theirs or mine[n].shape != theirs[n].shape
+            n
+            for n in {*mine, *theirs}
+            if n not in mine or n not in theirs or getattr(mine[n], "shape", None) != getattr(theirs[n], "shape", None)
         ]
         if differing:
             raise CheckpointError(

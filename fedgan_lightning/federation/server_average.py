@@ -31,7 +31,23 @@ class ServerAverage(L.Callback):
         self.source, self.target, self.decay = source, target, decay
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert isinstance(pl_module, ServerModule)
+        if not isinstance(pl_module, ServerModule):
+            raise ConfigurationError(
+                message(
+                    "ServerAverage must be a callback of a federation's server",
+                    received=f"a Trainer of {type(pl_module).__name__}",
+                    fix="take it out, or fit a ServerModule",
+                )
+            )
+        placements = {own for n, own in pl_module.policy.placements.items() if n.startswith(f"{self.target}.")}
+        if placements - {"server"}:
+            raise ConfigurationError(
+                message(
+                    "the target of ServerAverage must stay at the server",
+                    received=f"federation.sync.{self.target}: {min(placements)}",
+                    fix=f"set federation.sync.{self.target} to server",
+                )
+            )
         parts = dict(pl_module.model.named_modules())
         forms = []
         for option, name in (("source", self.source), ("target", self.target)):

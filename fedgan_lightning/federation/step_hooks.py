@@ -22,7 +22,7 @@ from fedgan_lightning.states import network_of
 def begin(visit: Visit, trainer: L.Trainer, clock: ScheduleClock) -> None:
     """Prepare the optimizers of a visit's Trainer: moments, positions of schedules, and hooks around every step."""
     restore(visit.module, trainer.optimizers, visit.moments)
-    clock.forward(schedulers_of(trainer), visit.positions)
+    clock.forward(schedulers_of(trainer), visit.positions, max_steps=visit.clock.max_steps)
     visit.optimizers = list(trainer.optimizers)
     visit.context.algorithm.check_optimizers(visit.optimizers)
     StepHooks(visit).attach()

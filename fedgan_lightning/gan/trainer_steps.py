@@ -212,7 +212,7 @@ def check_plain_data(data: Any) -> None:
     Raises:
         ConfigurationError: If it is.
     """
-    if callable(getattr(data, "client_batches", None)):
+    if callable(getattr(data, "client_batches", None)) and not getattr(data, "is_client_view", False):
         raise ConfigurationError(
             message(
                 f"a {type(data).__name__} must be trained with a FederatedOrchestrator, or pooled",

@@ -673,7 +673,7 @@ class TestConstants:
             def on_train_batch_end(self, *arguments):
                 self.frozen.weight.data.add_(1)
 
-        with pytest.raises(Exception, match=r"got frozen.weight, .* Set federation.sync.frozen to average"):
+        with pytest.raises(Exception, match=r"got frozen.weight, .* Set federation.sync.frozen.weight"):
             federate(Moves(), rounds=1)
         moved = federate(Moves(), rounds=2, steps=2, sync={"frozen": "average"}, run_dir="told")
         assert moved.orchestrator.ledger.bytes_up["frozen"] > 0
@@ -1010,6 +1010,7 @@ class TestServerAverage:
         torch.testing.assert_close(found.server.model.ema.weight, expected)
         assert "ema" not in found.orchestrator.ledger.bytes_down
 
+    @pytest.mark.filterwarnings("ignore:sync.* is server")
     @pytest.mark.parametrize("options", [{"source": "nothing", "target": "ema"}, {"source": "net", "target": "other"}])
     def test_networks_that_do_not_fit_are_refused(self, options):
         from fedgan_lightning.callbacks import ServerAverage
@@ -1017,7 +1018,8 @@ class TestServerAverage:
         module = self.Averaged()
         module.other = nn.Linear(3, 3)
         with pytest.raises(ConfigurationError, match="ServerAverage"):
-            federate(module, rounds=1, trainer={"callbacks": [ServerAverage(**options)]})
+            sync = {options["target"]: "server"}
+            federate(module, rounds=1, sync=sync, trainer={"callbacks": [ServerAverage(**options)]})
 
 
 class TestValidation:
@@ -1250,3 +1252,92 @@ class TestOddEntries:
 
         with pytest.raises(DataError, match="validation_share must have samples that are read into memory"):
             FederatedDataModule.from_datasets(sets(), memory_limit=0, validation_share=0.25)
+
+
+class SubGAN(GAN):
+    """A GAN of somebody's own, with a line of his own."""
+
+    def setup(self, stage):
+        super().setup(stage)
+        SEEN.append(stage == "fit")
+
+
+class TestSubclassesOfGAN:
+    @pytest.mark.parametrize("executor", [SequentialExecutor, VectorizedExecutor])
+    @pytest.mark.parametrize("work", [{"steps": 2}, {"local_epochs": 1}], ids=["steps", "epochs"])
+    def test_they_train_as_the_class_itself(self, executor, work):
+        def made(kind):
+            torch.manual_seed(0)
+            networks = MLPGenerator(4, (2,), hidden=(8,), output="linear"), MLPDiscriminator((2,), hidden=(8,))
+            return kind(*networks, generator_scheduler=lambda optimizer: schedules.StepLR(optimizer, 3)).double()
+
+        def own():
+            return FederatedDataModule(Ring(num_samples=200), partition=Sizes(120, 40, 40), num_clients=3, batch_size=8)
+
+        found = [
+            federate(made(kind), own=own(), rounds=2, run_dir=kind.__name__, executor=executor(), **work)
+            for kind in (GAN, SubGAN)
+        ]
+        assert SEEN == [True]
+        for name, value in found[0].server.model.state_dict().items():
+            assert torch.equal(found[1].server.model.state_dict()[name], value)
+
+
+class TestKinds:
+    """What attributes are made of comes back as it was."""
+
+    def test_counters_tuples_with_names_and_frozen_sets(self):
+        from collections import Counter, OrderedDict, defaultdict, namedtuple
+
+        from fedgan_lightning.federation.plain_state import decode, encode
+
+        Pair = namedtuple("Pair", "a b")
+        values = [
+            Counter("aab"), OrderedDict(b=1, a=2), defaultdict(list, {1: [2]}), Pair(1, [2]), frozenset({1}), {1, 2},
+            (1, (2, None)), {"x": [1.5, "y"]},
+        ]  # fmt: skip
+        for value in values:
+            found = decode(encode(value, what="it"), copy.deepcopy(value))
+            assert type(found) is type(value)
+            assert found == value
+
+    def test_buffers_that_training_fills_or_grows_begin_anew(self):
+        class Fills(Net):
+            def __init__(self):
+                super().__init__()
+                self.register_buffer("ema", None)
+                self.register_buffer("bank", torch.zeros(0, 2), persistent=False)
+
+            def training_step(self, batch, index):
+                SEEN.append((self.ema is None, len(self.bank)))
+                self.ema, self.bank = self.net.weight.detach().clone(), torch.cat([self.bank, batch[0]])
+                return self.loss(batch[0])
+
+        federate(Fills(), rounds=2, steps=2)
+        assert SEEN == [(True, 0), (False, 8)] * 4
+
+    def test_what_setup_plans_with_accumulation_is_what_training_finds(self):
+        class Plans(Logged):
+            def setup(self, stage):
+                SEEN.append(self.trainer.estimated_stepping_batches)
+
+            def on_train_start(self):
+                SEEN.append(self.trainer.estimated_stepping_batches)
+
+        federate(Plans(), clients=1, rounds=2, steps=5, client_trainer={"accumulate_grad_batches": 2})
+        assert SEEN == [6, 6, 6]
+
+    def test_a_module_with_extra_state_and_odd_attributes_resumes(self):
+        class Extra(Net):
+            def __init__(self):
+                super().__init__()
+                self.graph = torch.eye(3).to_sparse()
+
+            def get_extra_state(self):
+                return {"n": 1}
+
+            def set_extra_state(self, state):
+                pass
+
+        federate(Extra(), rounds=1)
+        assert federate(Extra(), rounds=2, ckpt_path="last").server.rounds_completed == 2
