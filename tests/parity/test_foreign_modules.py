@@ -132,6 +132,13 @@ CASES = {
     "table, average": Case(foreign.TableGAN, foreign_data.points, {"optimizer_state": "average"}),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+#: Cases whose clocks are followed step by step by default; the others follow with the slow ones.
+CLOCKS = ("tutorial", "WGAN-GP", "VAE, epochs", "autoencoder")
+with_clocks = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[] if name in CLOCKS else pytest.mark.slow) for name, case in CASES.items()],
+    ids=CASES,
+)
 
 
 def data_of(case):
@@ -179,6 +186,7 @@ def without_counts(state):
 # ---------------------------------------------------------------------- the modules, and the reference itself
 
 
+@pytest.mark.slow  # the parity below needs both
 @every_case
 def test_a_module_trains_in_a_plain_trainer(case, tmp_path):
     data, module = case.data(), case.make()
@@ -197,6 +205,7 @@ def test_a_module_trains_in_a_plain_trainer(case, tmp_path):
     assert all(torch.isfinite(value).all() for value in after.values())
 
 
+@pytest.mark.slow  # the parity below needs both
 @every_case
 def test_the_reference_runs(case, tmp_path):
     if case.shares:
@@ -278,7 +287,7 @@ def summary(value):
     return summary(vars(value)) if hasattr(value, "__dict__") else value
 
 
-@every_case
+@with_clocks
 def test_clocks_rates_attributes_and_callbacks_are_those_of_clients_alone(case, tmp_path):
     notes = []
     own = list(case.options().get("client_callbacks", ()))
