@@ -282,7 +282,7 @@ def built(arguments: Sequence[str]) -> FederatedCLI:
     """Return everything that these options describe, and run nothing.
 
     Raises:
-        ConfigurationError: If the data are of a class of the user's: sites have to agree on a source.
+        ConfigurationError: If the data are of a class of the user's: sites have to share a source.
     """
     cli = run(["site", *arguments])
     if cli.subclass_mode_data:

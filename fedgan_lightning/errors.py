@@ -36,7 +36,7 @@ class OutOfRangeError(UpdateError):
 
 
 class ProtocolError(FedGANError, RuntimeError):
-    """A message of secure aggregation must not be answered: it does not fit what was agreed before."""
+    """A message of secure aggregation must not be answered: it does not fit what was shared before."""
 
 
 class QuorumError(FedGANError, RuntimeError):

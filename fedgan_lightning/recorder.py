@@ -27,7 +27,7 @@ from fedgan_lightning.run_directory import check_run_directory
 
 class RunRecorder(L.Callback):
     """Writes ``config.yaml``, ``partition.npz``, ``rounds.jsonl`` and ``summary.json`` into the run directory, and what
-    its clients agreed on, such as ``vocabulary.json``.
+    its clients share, such as ``vocabulary.json``.
 
     Args:
         config: The complete settings as YAML, as the command line knows them; ``None`` writes no ``config.yaml``.

@@ -240,11 +240,11 @@ class FederatedDataModule(TickingDataModule):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the clients agreed on; it rides in checkpoints."""
+        """Return what the clients share; it rides in checkpoints."""
         return self.source.shared_metadata()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse a checkpoint of clients that agreed on something else.
+        """Refuse a checkpoint of clients that share something else.
 
         Raises:
             CheckpointError: If they did.
@@ -270,7 +270,7 @@ class FederatedDataModule(TickingDataModule):
         return self._training_split()
 
     def build_shared_metadata(self) -> Source:
-        """Return the source as all clients use it; they agree on what samples mean, unless they have."""
+        """Return the source as all clients use it; built of all clients' unless it is there."""
         if not self.source.has_shared_metadata:
             samples = self._training_split()
             parts = self.partition.split(samples, num_clients=self.num_clients, seed=self.seed)

@@ -94,7 +94,7 @@ def _query(received: Any, context: Any) -> Any:
         return wire.content(STAGES[facts["ask"]](site, int(facts["session"]), facts))
     _open(site, facts)
     is_masked = "session" in facts
-    sums = site.sums(facts, wire.state_of(received.content, "told"), is_masked=is_masked)
+    sums = site.sums(facts, wire.state_of(received.content, "state"), is_masked=is_masked)
     return site.masked_sums(int(facts["session"]), sums) if is_masked else wire.content({}, sums=sums)
 
 

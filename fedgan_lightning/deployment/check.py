@@ -66,7 +66,7 @@ def check(
     facts = site.facts()
     names = site.whole.class_names or ["samples"]
     counts = ", ".join(f"{name} {count:,}" for name, count in zip(names, facts["label_counts"]) if count)
-    _say("samples", f"{facts['num_examples']:,} ({counts}): these numbers are told")
+    _say("samples", f"{facts['num_examples']:,} ({counts}): the server learns these numbers")
     rehearsal = site.rehearse()
     down, up = (sum(sizes.values()) / 1e6 for sizes in (rehearsal.bytes_down, rehearsal.bytes_up))
     _say("one step", f"{rehearsal.seconds:.2f} s on {rehearsal.device}, of a model that is not trained yet")

@@ -15,7 +15,7 @@ from pathlib import Path
 def main() -> None:
     """Pass on arguments, environment, folder and standard streams; end as the process that did the work ended.
 
-    Where nobody is behind the door, become Flower's own program.
+    Where no forkserver listens, become Flower's own program.
     """
     path, cold, *arguments = sys.argv[1:]
     request = {"arguments": arguments, "environment": dict(os.environ), "folder": str(Path.cwd())}

@@ -92,7 +92,7 @@ class RemoteDataModule(FederatedDataModule):
         shares = torch.from_numpy(self.label_counts().sum(0)).double()
         return torch.multinomial(shares, num_samples, replacement=True, generator=generator)
 
-    def answers(self, question: FederatedQuery) -> Iterator[State]:
+    def answers(self, query: FederatedQuery) -> Iterator[State]:
         """Yield what every client answers, or the sum of all their answers, made where the samples are.
 
         Raises:
@@ -100,12 +100,12 @@ class RemoteDataModule(FederatedDataModule):
             QuorumError: If a site does not answer.
         """
         sizes = {k: self.num_examples(k) for k in range(self.num_clients)}
-        found = self._survey.sums({**question.facts(), "question": question.kind}, question.state())
+        found = self._survey.sums({**query.facts(), "query": query.kind}, query.state())
         for client_id, answer in enumerate(found):
             if self._survey.sums_only:
-                question.check(answer, who="all sites together, of whom none can be named", sizes=[*sizes.values()])
+                query.check(answer, who="all sites together, of whom none can be named", sizes=[*sizes.values()])
             else:
-                question.check(answer, who=f"client {client_id}", sizes=[sizes[client_id]])
+                query.check(answer, who=f"client {client_id}", sizes=[sizes[client_id]])
             yield answer
 
     def client_samples(self, client_id: int) -> ClientSamples:

@@ -21,7 +21,7 @@ logger = logging.getLogger("fedgan_lightning")
 
 #: For how long an authority is valid, and what it signs.
 AUTHORITY_DAYS, VALID_DAYS = 3650, 365
-#: Who starts with a certificate that ends so soon is told.
+#: A warning says so where a certificate ends so soon.
 NOTICE_DAYS = 30
 #: What a machine calls itself.
 LOCAL = ("localhost", "127.0.0.1")

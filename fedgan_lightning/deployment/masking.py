@@ -63,8 +63,8 @@ def transcript(session: int, members: Mapping[int, Member]) -> bytes:
     """Return a hash of who takes part, with which keys and weights: a server cannot tell it differently to different
     clients, since shares that were sealed under another one are refused.
     """
-    told = [(k, own.mask.hex(), own.seal.hex(), own.num_examples) for k, own in sorted(members.items())]
-    return hashlib.sha256(json.dumps([session, told]).encode()).digest()
+    listed = [(k, own.mask.hex(), own.seal.hex(), own.num_examples) for k, own in sorted(members.items())]
+    return hashlib.sha256(json.dumps([session, listed]).encode()).digest()
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Shares:
             raise ValueError(f"shares from client {source} cannot be opened") from error
         found, meant, seed, key = share_keys_plaintext_separate(text[SEED_BYTES:])
         if text[:SEED_BYTES] != under or (found, meant) != (source, destination):
-            raise ValueError(f"client {source} was told of other members, keys or weights")
+            raise ValueError(f"client {source} has a list of other members, keys or weights")
         return cls(seed, key)
 
 

@@ -75,16 +75,16 @@ def supernode(
         ca: Certificate of the authority.
         key: The site's private key.
         port: Port of this machine for Flower's own processes at the site.
-        node: What its ClientApp is told.
+        node: Configuration of its ClientApp.
         tls: Certificate and key, without ``.crt`` and ``.key``, for that port; without, what passes there is readable
             to whoever may capture this machine's loopback traffic.
     """
-    told = " ".join(
+    node_config = " ".join(
         f"{name}={value}" if isinstance(value, int) else f'{name}="{value}"' for name, value in node.items()
     )
     command = [
         *(str(program("flower-supernode")), "--superlink", superlink, "--root-certificates", str(ca)),
-        *("--auth-supernode-private-key", str(key), "--port", str(port), "--node-config", told),
+        *("--auth-supernode-private-key", str(key), "--port", str(port), "--node-config", node_config),
     ]
     if tls is not None:
         certificate, private = pair(tls)
@@ -150,8 +150,8 @@ def run_app(home: Path, config: Path, run_dir: Path, others: Sequence[str], *, e
         engine: Arguments of ``flwr run`` for its simulation engine, such as the number of SuperNodes.
     """
     options = [*others, "--run_dir", str(run_dir.resolve()), "--trainer.enable_progress_bar", "false"]
-    told = f"config={json.dumps(str(config.resolve()))} options={json.dumps(shlex.join(options))}"
-    command = [str(program("flwr")), "run", str(APP), "own", "--stream", *engine, "--run-config", told]
+    run_config = f"config={json.dumps(str(config.resolve()))} options={json.dumps(shlex.join(options))}"
+    command = [str(program("flwr")), "run", str(APP), "own", "--stream", *engine, "--run-config", run_config]
     subprocess.run(command, env=environment(home), check=False, preexec_fn=end_with_parent(signal.SIGKILL))
     with contextlib.suppress(OSError, ValueError):
         status = json.loads((run_dir / "summary.json").read_text())["status"]

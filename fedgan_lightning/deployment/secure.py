@@ -53,7 +53,7 @@ class Opened:
         facts: What each client in the sum says beside its vector.
         bytes_up: What each client sent, by network.
         lost: Stage and cause of every client that is not in the sum.
-        seconds: Time that each client's answers took, from question to answer.
+        seconds: Time that each client's answers took, from query to answer.
     """
 
     members: dict[int, Member] = field(default_factory=dict)
@@ -83,7 +83,7 @@ class SecureSessions:
     def run(
         self,
         clients: Sequence[int],
-        question: Callable[[int], Any],
+        query: Callable[[int], Any],
         *,
         kind: str,
         group: str = "",
@@ -92,11 +92,11 @@ class SecureSessions:
         check: Callable[[int, Mapping[str, Layout], Mapping[str, Any]], None] | None = None,
         stop_requested: Callable[[], bool] = never,
     ) -> Opened:
-        """Return the sum of what these clients answer to ``question``.
+        """Return the sum of what these clients answer to ``query``.
 
         Args:
             clients: Who is asked.
-            question: Records for a client; the session's are added to them.
+            query: Records for a client; the session's are added to them.
             kind: Type of the message that carries them.
             group: Name under which Flower lists the messages.
             complete: Whether to open the sum of all of them or none. What sites answer every time alike would otherwise
@@ -110,7 +110,7 @@ class SecureSessions:
             RoundInterrupted: If the user asks to stop.
         """
         session = _Run(self, secrets.randbits(62), kind, group, stop_requested, size_of=size_of, check=check)
-        return session.opened(clients, question, complete=complete)
+        return session.opened(clients, query, complete=complete)
 
 
 class _Run:
@@ -131,7 +131,7 @@ class _Run:
         self.owner, self.session, self.kind, self.group = owner, session, kind, group
         self.stop_requested, self.result = stop_requested, Opened()
 
-    def opened(self, clients: Sequence[int], question: Callable[[int], Any], *, complete: bool) -> Opened:
+    def opened(self, clients: Sequence[int], query: Callable[[int], Any], *, complete: bool) -> Opened:
         members = self._advertised(clients)
         needed = self.owner.secure.needed(len(members))
         least = max(needed, len(clients)) if complete else needed
@@ -141,7 +141,7 @@ class _Run:
         sealed = self._sealed(members)
         if not self._enough(sealed, least, "share"):
             return self.result
-        vectors = self._masked(sealed, question)
+        vectors = self._masked(sealed, query)
         if not self._enough(vectors, least, "mask"):
             return self.result
         answers = self._unmasked(vectors)
@@ -189,9 +189,9 @@ class _Run:
 
     def _sealed(self, members: Mapping[int, Member]) -> dict[int, dict[int, bytes]]:
         """Return the sealed shares, by source and destination."""
-        told = {"ask": "share", "session": self.session, **members_to_facts(members)}
+        request = {"ask": "share", "session": self.session, **members_to_facts(members)}
         found: dict[int, dict[int, bytes]] = {}
-        for k, records in self._ask({k: wire.content(told) for k in members}, "share").items():
+        for k, records in self._ask({k: wire.content(request) for k in members}, "share").items():
             try:
                 own = sealed_of_facts(wire.facts_of(records))
                 if {*own} != {*members} - {k}:
@@ -205,12 +205,12 @@ class _Run:
             self._count(k, {OVERHEAD: sum(map(len, own.values()))})
         return found
 
-    def _masked(self, sealed: Mapping[int, Mapping[int, bytes]], question: Callable[[int], Any]) -> dict[int, Summand]:
+    def _masked(self, sealed: Mapping[int, Mapping[int, bytes]], query: Callable[[int], Any]) -> dict[int, Summand]:
         """Return the masked vectors of those whose entries are those of most."""
         contents = {}
         for k in sealed:
             own = {source: texts[k] for source, texts in sealed.items() if source != k}
-            contents[k] = question(k)
+            contents[k] = query(k)
             for name, value in {"session": self.session, **sealed_to_facts(own)}.items():
                 contents[k]["facts"][name] = value
         found: dict[int, Summand] = {}
@@ -237,9 +237,9 @@ class _Run:
 
     def _unmasked(self, vectors: Mapping[int, Summand]) -> dict[int, dict[int, bytes]]:
         """Return the shares that the secrets are made of again, by who holds them and whose they are."""
-        told = {"ask": "unmask", "session": self.session, "survivors": sorted(vectors)}
+        request = {"ask": "unmask", "session": self.session, "survivors": sorted(vectors)}
         found: dict[int, dict[int, bytes]] = {}
-        answers = self._ask({k: wire.content(told) for k in vectors}, "unmask", is_loss=False)
+        answers = self._ask({k: wire.content(request) for k in vectors}, "unmask", is_loss=False)
         for k, records in answers.items():
             try:
                 found[k] = sealed_of_facts(wire.facts_of(records))

@@ -51,14 +51,14 @@ class SecureExecutor(Executor):
             return
         self.sessions.sites.refresh()
 
-        def question(client_id: int) -> Any:
+        def query(client_id: int) -> Any:
             accepted = int(store.read(client_id).get(ACCEPTED, torch.tensor(-1)))
             return wire.from_task(listed[client_id], accepted=accepted, digest=self.sessions.sites.digest)
 
         (round,) = {task.round for task in listed.values()}
         found = self.sessions.run(
             sorted(listed),
-            question,
+            query,
             kind=wire.TRAIN,
             group=str(round),
             size_of=self._context.data.num_examples,
@@ -125,7 +125,7 @@ class SecureQueries:
         """Return the sums over all sites, as one state.
 
         Args:
-            facts: A question's, with its ``question``.
+            facts: A query's, with its ``query``.
             state: Its tensors.
 
         Raises:
@@ -133,10 +133,10 @@ class SecureQueries:
             QuorumError: If a site is not in them: sums of some would be mistaken for those of all.
         """
         known = self.facts()
-        question = {**facts, "ask": "sums"}
+        query = {**facts, "ask": "sums"}
         found = self.sessions.run(
             sorted(known),
-            lambda _: wire.content(question, told=state),
+            lambda _: wire.content(query, state=state),
             kind=wire.QUERY,
             complete=True,
             size_of=lambda client_id: int(known[client_id]["num_examples"]),

@@ -114,10 +114,10 @@ class Session:
         needed, seed = self.secure.needed(len(members)), secrets.token_bytes(masking.SEED_BYTES)
         split = [masking.split(secret, needed=needed, number=len(members)) for secret in (seed, known.keys.mask)]
         shares = {k: Shares(*pair) for k, pair in zip(sorted(members), zip(*split))}
-        told = masking.transcript(session, members)
+        transcript = masking.transcript(session, members)
         sealed = {
             k: shares[k].sealed(
-                masking.shared_secret(known.keys.seal, own.seal), source=self.client_id, destination=k, under=told
+                masking.shared_secret(known.keys.seal, own.seal), source=self.client_id, destination=k, under=transcript
             )
             for k, own in members.items()
             if k != self.client_id
@@ -137,13 +137,13 @@ class Session:
             raise _refused("shares must come from other members", sorted(sealed))
         if len(sealed) + 1 < self.secure.needed(len(known.members)):
             raise _refused(f"{self.secure.needed(len(known.members))} members must be left", len(sealed) + 1)
-        told = masking.transcript(session, known.members)
+        transcript = masking.transcript(session, known.members)
         assert known.own is not None
         held = {self.client_id: known.own}
         for k, text in sealed.items():
             secret = masking.shared_secret(known.keys.seal, known.members[k].seal)
             try:
-                held[k] = Shares.opened(text, secret, source=k, destination=self.client_id, under=told)
+                held[k] = Shares.opened(text, secret, source=k, destination=self.client_id, under=transcript)
             except ValueError as error:
                 raise _refused("shares must be for this session and its members", error) from error
         # From here on nothing but the answer to the last message is left to be asked for: no vector is masked twice.

@@ -46,7 +46,7 @@ from fedgan_lightning.version import __version__
 #: Private states that a site keeps, for a server that goes back to an older checkpoint.
 STATES_KEPT = 20
 #: What a site answers about its samples, and nothing else; see :mod:`fedgan_lightning.evaluation.federated_queries`.
-QUERIES = {question.kind: question for question in (FeatureMoments, ThirdPowers, ItemCounts, Rankings)}
+QUERIES = {query.kind: query for query in (FeatureMoments, ThirdPowers, ItemCounts, Rankings)}
 #: Sums over fewer samples say nearly what the samples are.
 FEWEST_SAMPLES = 10
 #: Settings of ``federation`` that both sides must share.
@@ -256,19 +256,19 @@ class Site:
         """Return sums over this site's samples.
 
         Args:
-            facts: The question, and what it is about.
+            facts: The query, and what it is about.
             state: Tensors that come with it.
             is_masked: Whether nobody will see them without those of others.
 
         Raises:
-            ConfigurationError: If the question is not known, or the sums are over fewer than ten samples.
+            ConfigurationError: If the query is not known, or the sums are over fewer than ten samples.
         """
-        asked = str(facts["question"])
+        asked = str(facts["query"])
         if asked not in QUERIES:
             known = ", ".join(QUERIES)
             raise ConfigurationError(
                 message(
-                    f"a question to a site must be one of {known}",
+                    f"a query to a site must be one of {known}",
                     received=asked,
                     fix="install the same version everywhere",
                 )
@@ -316,7 +316,7 @@ class Site:
             raise ConfigurationError(
                 message(
                     "a site whose configuration has federation.secure must answer under masks",
-                    received="a question outside of a session",
+                    received="a query outside of a session",
                     fix="give server and sites the same configuration file",
                 )
             )

@@ -26,7 +26,7 @@ POLL_SECONDS = 0.2
 #: Seconds between two looks at who is connected, while answers are waited for.
 WATCH_SECONDS = 10.0
 #: Seconds to wait for all sites at the start, for those to come back that a restarted server knows, and for the answer
-#: to a question.
+#: to a query.
 JOIN_SECONDS, RETURN_SECONDS, ANSWER_SECONDS = 600.0, 90.0, 600.0
 
 
@@ -147,8 +147,8 @@ class Sites:
         present = {client_id for client_id, node_id in self._nodes.items() if node_id in self._connected}
         changes = {"gone": self._present - present, "here": present - self._present}
         if any(changes.values()):
-            told = "; ".join(f"{word}: {_clients(own)}" for word, own in changes.items() if own)
-            logger.info(f"{len(present)} of {self.num_clients} sites connected ({told})")
+            changed = "; ".join(f"{word}: {_clients(own)}" for word, own in changes.items() if own)
+            logger.info(f"{len(present)} of {self.num_clients} sites connected ({changed})")
         self._present = present
 
     def refresh(self) -> None:
@@ -196,18 +196,18 @@ class Sites:
         """Return the sums that every site makes of its own samples.
 
         Args:
-            facts: A question's, with its ``question``.
+            facts: A query's, with its ``query``.
             state: Its tensors.
 
         Raises:
             QuorumError: If a site does not answer: sums of some would be mistaken for those of all.
         """
         self.facts()
-        question = {**facts, "ask": "sums"}
+        query = {**facts, "ask": "sums"}
         if missing := self._missing():
             raise _incomplete(dict.fromkeys(missing, "not connected since the server's start"))
         nodes = {client_id: self._nodes[client_id] for client_id in range(self.num_clients)}
-        answers = self._ask({node: wire.content(question, told=state) for node in nodes.values()})
+        answers = self._ask({node: wire.content(query, state=state) for node in nodes.values()})
         found: list[State] = []
         silent: dict[int, str] = {}
         for client_id, node in nodes.items():

@@ -252,7 +252,7 @@ class Evaluation(L.Callback):
 
 
 def _condition(pl_module: L.LightningModule) -> Any:
-    """Return what the server's generator is told beside noise; ``None`` of most."""
+    """Return the condition that the server's generator gets beside noise; ``None`` of most."""
     return getattr(pl_module.model, "condition", None) if isinstance(pl_module, ServerModule) else None
 
 

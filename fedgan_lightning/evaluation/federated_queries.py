@@ -1,7 +1,7 @@
 """What clients are asked of their samples: sums that add up over clients, made where the samples are.
 
 A simulation asks its own clients, a deployment its sites; the answer is made by the same code. Sites answer the
-questions that they know and no others, and there is no question whose answer is about a single sample.
+queries that they know and no others, and there is no query whose answer is about a single sample.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class QueryContext:
     Attributes:
         view: Its samples.
         data: Where they are from; its test split may belong to them.
-        module: A module like the global one, for questions that carry the weights of one.
+        module: A module like the global one, for queries that carry the weights of one.
     """
 
     view: ClientSamples
@@ -69,7 +69,7 @@ class FederatedQuery(ABC):
     @classmethod
     @abstractmethod
     def read(cls, facts: Mapping[str, Any], state: State, context: QueryContext) -> FederatedQuery:
-        """Return the question that was sent."""
+        """Return the query that was sent."""
 
     @abstractmethod
     def answer(self, context: QueryContext) -> dict[str, Tensor]:
@@ -128,24 +128,24 @@ class FederatedQuery(ABC):
 
 @runtime_checkable
 class RemoteData(Protocol):
-    """A data module whose clients' samples are elsewhere: it passes questions on."""
+    """A data module whose clients' samples are elsewhere: it passes queries on."""
 
-    def answers(self, question: FederatedQuery) -> Iterator[State]: ...
+    def answers(self, query: FederatedQuery) -> Iterator[State]: ...
 
 
-def answers(data: FederatedDataModule, question: FederatedQuery) -> Iterator[State]:
+def answers(data: FederatedDataModule, query: FederatedQuery) -> Iterator[State]:
     """Yield the answer of every client; where single ones are hidden, one that is the sum of all."""
     if isinstance(data, RemoteData):
-        yield from data.answers(question)
+        yield from data.answers(query)
         return
     for client_id in range(data.num_clients):
-        yield question.answer(QueryContext(data.client_samples(client_id), data))
+        yield query.answer(QueryContext(data.client_samples(client_id), data))
 
 
-def summed(data: FederatedDataModule, question: FederatedQuery) -> dict[str, Tensor]:
+def summed(data: FederatedDataModule, query: FederatedQuery) -> dict[str, Tensor]:
     """Return the sum of all clients' answers."""
     total: dict[str, Tensor] = {}
-    for answer in answers(data, question):
+    for answer in answers(data, query):
         total = {name: value + total[name] if total else value for name, value in answer.items()}
     return total
 
@@ -201,7 +201,7 @@ class FeatureMoments(FederatedQuery):
 
 
 def net_of(facts: Mapping[str, Any], state: State, context: QueryContext) -> FrozenNet:
-    """Return the feature network of a question, for the client's samples."""
+    """Return the feature network of a query, for the client's samples."""
     data = context.data
     return from_facts(facts, state, sample_shape=data.sample_shape, is_image=context.view.samples.is_image)
 

@@ -30,7 +30,7 @@ class RankingQuality(Metric):
     """Rankings of all items for every user, against her held-out ones: ``precision5``, ``precision20``, ``recall20``,
     ``ndcg20`` and ``mrr``, in [0, 1], 1 at best.
 
-    The generator is told a user's training interactions, and her items are ranked by what it generates; training items
+    The generator gets a user's training interactions, and her items are ranked by what it generates; training items
     are left out. The same values of ranking by popularity (the number of users who have an item) are reported once, as
     ``ndcg20_popularity`` and so on: what a recommender must beat. All are means over users: a site of a deployment
     ranks for its own users, and tells sums over them. Formulas: :func:`ranking_measures`.
@@ -216,8 +216,8 @@ def preferences(model: nn.Module, purchases: Tensor) -> Tensor:
     noise, found = make_generator(0, "ranking latents"), []
     for x in purchases.split(USERS_AT_A_TIME):
         nothing_masked = torch.ones(len(x), condition.num_random)
-        told = condition.make(x, torch.zeros(len(x), dtype=torch.int64), nothing_masked)
-        found.append(sample(len(x), conditions=told, generator=noise).float().cpu())
+        conditions = condition.make(x, torch.zeros(len(x), dtype=torch.int64), nothing_masked)
+        found.append(sample(len(x), conditions=conditions, generator=noise).float().cpu())
     return torch.cat(found)
 
 

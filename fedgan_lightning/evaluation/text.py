@@ -219,7 +219,7 @@ class HeldOutLikelihood(Metric):
 
 
 def vocabulary_of(data: FederatedDataModule) -> Vocabulary | None:
-    """Return the vocabulary that the clients have agreed on; ``None`` before that, and for data that is no text."""
+    """Return the vocabulary that the clients share; ``None`` before that, and for data that is no text."""
     found = getattr(data.source, "vocabulary", None)
     return found if isinstance(found, Vocabulary) else None
 

@@ -38,7 +38,7 @@ def _leave() -> None:
 
 
 class Ranks:
-    """This process among those of the run; on its own unless told otherwise.
+    """This process among those of the run; on its own by default.
 
     Args:
         rank: Its number.

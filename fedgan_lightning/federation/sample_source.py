@@ -1,4 +1,4 @@
-"""How a global module is sampled: by its own ``sample``, whatever that takes, by ``forward(z)``, or as it is told."""
+"""How a global module is sampled: by its own ``sample``, by ``forward(z)``, or by a given function."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ class StartFrom(L.Callback):
     """Loads networks of the global module from a checkpoint of another run before the first round.
 
     Only tensors are read, nothing in the file is executed. A run that is resumed goes on from its own checkpoint. Where
-    the clients of the two runs agreed on something, such as a vocabulary, it must be the same.
+    the clients of the two runs share something, such as a vocabulary, it must be the same.
 
     Args:
         ckpt_path: A checkpoint that ``fit`` wrote.
@@ -81,7 +81,7 @@ class StartFrom(L.Callback):
 
 
 def _shared_metadata_in(checkpoint: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return what clients had agreed on; a deployment's data module, and a simulation's, have names of their own."""
+    """Return what clients shared; a deployment's data module, and a simulation's, have names of their own."""
     others = (key for key in checkpoint if key.endswith("DataModule"))
     found: dict[str, Any] = checkpoint.get(name) or next((checkpoint[key] for key in others if checkpoint[key]), {})
     return found

@@ -27,7 +27,7 @@ class Exporting:
             **kwargs: For ``torch.onnx.export``.
         """
         module: Any = self
-        module.sampling_generator()  # whose statistics are settled before its operations are written down
+        module.sampling_generator()  # whose statistics are final before its operations are written down
         inputs = self.example_inputs() if input_sample is None else input_sample
         mode = module.training
         module.eval()

@@ -18,7 +18,7 @@ COMPILED = "_orig_mod."
 
 
 class Restorable:
-    """Writes into checkpoints what a module was constructed with, and loads one without being told.
+    """Writes into checkpoints what a module was constructed with, and loads one without arguments.
 
     Part of :class:`~fedgan_lightning.gan.module.GAN`. A subclass with a constructor of its own gets those arguments by
     name that it takes.

@@ -88,7 +88,7 @@ class TrainerSteps:
         The losses are those of training without penalties, augmentation and anchors, of the raw generator. Noise is the
         same in every epoch, and nothing is changed: training goes on as if there was no validation.
 
-        In a fit without a validation loader this is Lightning's own empty step, so that nobody is told of a loader that
+        In a fit without a validation loader this is Lightning's own empty step, so that no warning misses a loader that
         is missing.
         """
         module: Any = super()

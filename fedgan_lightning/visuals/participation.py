@@ -39,7 +39,7 @@ class Totals:
 
     @property
     def asked(self) -> int:
-        """How often it was asked: a late answer is one to a question that counts as failed already."""
+        """How often it was asked: a late answer is one to a query that counts as failed already."""
         return sum(count for outcome, count in self.outcomes.items() if outcome != "late")
 
     @property

@@ -30,9 +30,9 @@ def participation_panel(run: Run, name: str) -> str:
     if not seen.seconds:
         return ""
     asked = sum(own.asked for own in seen.clients.values())
-    told = ", ".join(f"{sum(counts)} {outcome}" for outcome, counts in seen.counts.items() if any(counts))
+    outcomes = ", ".join(f"{sum(counts)} {outcome}" for outcome, counts in seen.counts.items() if any(counts))
     tries = "; 1 try was abandoned" if seen.abandoned == 1 else f"; {seen.abandoned} tries were abandoned"
-    facts = f"{len(seen.seconds)} rounds, {len(seen.clients)} clients asked {asked} times: {told}"
+    facts = f"{len(seen.seconds)} rounds, {len(seen.clients)} clients asked {asked} times: {outcomes}"
     parts = [f"<h2>Who took part in {text(name)}</h2><p>{text(facts + (tries if seen.abandoned else ''))}.</p>"]
     rows = seen.rows()
     parts += [_matrix(seen, rows, name)] if rows else []

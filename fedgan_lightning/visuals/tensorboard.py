@@ -58,7 +58,7 @@ def writers(trainer: L.Trainer) -> list[Any]:
 
 
 def publish(trainer: L.Trainer, picture: pictures.Picture, *, name: str, tag: str, step: int | None = None) -> None:
-    """Write a picture into the run directory and to TensorBoard, of this round unless told; on the first rank only."""
+    """Write a picture into the run directory and to TensorBoard, at ``step`` or this round; on the first rank only."""
     if not trainer.is_global_zero:
         return
     pictures.save(picture, Path(trainer.default_root_dir) / name)

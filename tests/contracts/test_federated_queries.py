@@ -1,4 +1,4 @@
-"""Questions that clients answer with sums: their sum is the pooled answer, and survives the way to a site and back."""
+"""Queries that clients answer with sums: their sum is the pooled answer, and survives the way to a site and back."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def users_data(*, num_clients: int = 3) -> FederatedDataModule:
 
 
 class Survey:
-    """Sites in this process: questions are read from what is sent, by clients that have no more than their samples."""
+    """Sites in this process: queries are read from what is sent, by clients that have no more than their samples."""
 
     def __init__(self, data, *, sums_only=False, module=None) -> None:
         self.data, self.sums_only, self.module, self.asked = data, sums_only, module, []
@@ -46,8 +46,8 @@ class Survey:
         return {k: {"client_id": k, "num_examples": n, "label_counts": counts[k]} for k, n in sizes.items()}
 
     def sums(self, facts, state):
-        self.asked.append(facts["question"])
-        kind = QUERIES[facts["question"]]
+        self.asked.append(facts["query"])
+        kind = QUERIES[facts["query"]]
         who = [QueryContext(self.data.client_samples(k), self.data, self.module) for k in range(self.data.num_clients)]
         found = [kind.read(facts, state, own).answer(own) for own in who]
         if not self.sums_only:
@@ -82,30 +82,30 @@ def test_every_question_that_a_site_answers_is_tested():
 @pytest.mark.parametrize("name", QUERIES_BY_NAME)
 def test_the_sum_of_all_answers_is_the_answer_of_the_pooled_samples(name):
     data, make = QUERIES_BY_NAME[name]()
-    question = make(data)
-    found = summed(data, question)
+    query = make(data)
+    found = summed(data, query)
     everybody = torch.cat([data.client_samples(k).indices for k in range(data.num_clients)]).sort().values
-    pooled = question.answer(QueryContext(ClientSamples(samples=data.train_samples, indices=everybody), data))
-    assert found.keys() == pooled.keys() == {*question.shapes(), "count"}
+    pooled = query.answer(QueryContext(ClientSamples(samples=data.train_samples, indices=everybody), data))
+    assert found.keys() == pooled.keys() == {*query.shapes(), "count"}
     for entry, value in pooled.items():
         torch.testing.assert_close(found[entry], value, rtol=1e-12, atol=1e-12)
     assert int(found["count"]) > 30
-    parts = list(answers(data, question))
+    parts = list(answers(data, query))
     assert len(parts) == data.num_clients
-    first = next(iter(question.shapes()))
+    first = next(iter(query.shapes()))
     assert not torch.allclose(parts[0][first], found[first]), "one client's is not all's"
 
 
 @pytest.mark.parametrize("name", QUERIES_BY_NAME)
 def test_an_answer_from_a_site_is_the_same_and_a_wrong_one_is_refused(name):
     data, make = QUERIES_BY_NAME[name]()
-    question, other = make(data), gan()
+    query, other = make(data), gan()
     own = QueryContext(data.client_samples(1), data, other)
-    answer = question.read(question.facts(), question.state(), own).answer(own)
-    for entry, value in question.answer(own).items():
+    answer = query.read(query.facts(), query.state(), own).answer(own)
+    for entry, value in query.answer(own).items():
         torch.testing.assert_close(answer[entry], value, rtol=0, atol=0)
-    question.check(answer)
-    first = next(iter(question.shapes()))
+    query.check(answer)
+    first = next(iter(query.shapes()))
     spoiled = {
         "NaN": {**answer, first: answer[first] * torch.nan},
         "shape": {**answer, first: torch.zeros(7)},
@@ -124,18 +124,16 @@ def test_an_answer_from_a_site_is_the_same_and_a_wrong_one_is_refused(name):
         "nothing": {},
     }
     sizes = [data.num_examples(1)]
-    question.check(answer, who="client 1", sizes=sizes)
+    query.check(answer, who="client 1", sizes=sizes)
     for wrong in spoiled.values():
-        with pytest.raises(
-            ConfigurationError, match=f"sites must answer {question.kind} with finite sums.*from client 1"
-        ):
-            question.check(wrong, who="client 1", sizes=sizes)
+        with pytest.raises(ConfigurationError, match=f"sites must answer {query.kind} with finite sums.*from client 1"):
+            query.check(wrong, who="client 1", sizes=sizes)
 
 
 def test_products_that_no_samples_have_are_refused():
     data = digits_data()
-    question = FeatureMoments(pixels(data))
-    answer = question.answer(QueryContext(data.client_samples(1), data))
+    query = FeatureMoments(pixels(data))
+    answer = query.answer(QueryContext(data.client_samples(1), data))
     crooked, large = answer["outer"].clone(), answer["outer"].clone()
     crooked[0, 1] += 5.0
     large[20, 21] = large[21, 20] = 1e6
@@ -145,7 +143,7 @@ def test_products_that_no_samples_have_are_refused():
         (0 * large, "smaller than"),
     ):
         with pytest.raises(ConfigurationError, match=reason):
-            question.check({**answer, "outer": outer})
+            query.check({**answer, "outer": outer})
 
 
 def test_third_powers_travel_once_each():

@@ -189,9 +189,9 @@ def test_no_vector_is_masked_twice(tmp_path):
 
     def again(k, facts):
         if facts["ask"] == "unmask" and k == 0:
-            question = next(own for client, own, _ in hand.seen if client == 0 and own["ask"] == "mask")
+            query = next(own for client, own, _ in hand.seen if client == 0 and own["ask"] == "mask")
             with pytest.raises(ProtocolError, match="must be shared and go on from there, once; .* masked"):
-                sessions[0].open(int(question["session"]), sealed_of_facts(question))
+                sessions[0].open(int(query["session"]), sealed_of_facts(query))
             asked.append("again")
         return facts
 
@@ -244,7 +244,7 @@ def test_members_that_cannot_be_are_refused(tmp_path, edit, reason):
     ],
 )
 def test_a_server_cannot_have_a_sum_of_too_few_opened(tmp_path, survivors, reason):
-    """Nor ask again: the secrets are gone with the question."""
+    """Nor ask again: the secrets are gone with the query."""
     hand = Hand(tmp_path, [10, 20, 30, 40], lost=dict.fromkeys(range(4), "unmask"))
     assert hand.run().means == {}
     session = int(hand.seen[-1][1]["session"])
@@ -535,12 +535,12 @@ def test_a_site_answers_in_the_clear_only_where_its_own_configuration_lets_it(tm
         {100: {"client-id": 0, "state": str(tmp_path)}}, run_config={"config": CONFIG, "options": " ".join(SHORT)}
     )
     task = ClientTask(client_id=0, round=0, seed=1, state={}, steps=1)
-    questions = [
-        (grid, wire.content({"ask": "sums", "question": "feature moments", "limit": -1}, told={}), "query"),
+    queries = [
+        (grid, wire.content({"ask": "sums", "query": "feature moments", "limit": -1}, told={}), "query"),
         (grid, wire.from_task(task, accepted=-1, digest=""), "train"),
         (plain, wire.content({"ask": "advertise", "session": 1}), "query"),
     ]
-    for asked, content, kind in questions:
+    for asked, content, kind in queries:
         (reply,) = asked.pull_messages(asked.push_messages([Message(content, dst_node_id=100, message_type=kind)]))
         assert "federation.secure" in wire.facts_of(reply.content)["error"]
 
@@ -558,11 +558,11 @@ def test_a_site_answers_in_the_clear_only_where_its_own_configuration_lets_it(tm
 def test_features_of_all_sites_are_summed_under_masks_too(tmp_path, state):
     """The server gets one sum, the same as that of all sites' sums; where a site is not in it, none."""
     grid = grid_of(state)
-    question = {"question": "feature moments", "kind": "pixels", "side": 0, "limit": 50}
+    query = {"query": "feature moments", "kind": "pixels", "side": 0, "limit": 50}
     site_of = {k: _site(grid.contexts[100 + k]) for k in range(4)}
     sites = Sites(grid, num_clients=4, digest=site_of[0].digest)
     survey = SecureQueries(SecureSessions(sites, secure=SecureAggregation(), weight=float))
-    for asked, names in ((question, ("total", "outer")), ({**question, "question": "third powers"}, ("third", "own"))):
+    for asked, names in ((query, ("total", "outer")), ({**query, "query": "third powers"}, ("third", "own"))):
         (found,) = survey.sums(asked, {})
         exact = [own.sums(asked, {}) for own in site_of.values()]
         assert int(found["count"]) == sum(int(own["count"]) for own in exact) >= 200
@@ -574,7 +574,7 @@ def test_features_of_all_sites_are_summed_under_masks_too(tmp_path, state):
     with pytest.raises(
         QuorumError, match=r"every site must be in the sums .* client 1 \(advertise: its site is not conn"
     ):
-        survey.sums(question, {})
+        survey.sums(query, {})
     assert len(grid.asked) == asked + 3, "nobody was asked for more than keys: all less all but one is one site's own"
 
 
@@ -595,7 +595,7 @@ def test_sums_without_a_site_that_is_lost_on_the_way_are_not_opened(state):
     sites = Sites(grid, num_clients=4, digest=_site(grid.contexts[100]).digest)
     sessions = SecureSessions(sites, secure=SecureAggregation(), weight=float, timeout=1.0)
     with pytest.raises(QuorumError, match=r"client 1 \(reply: no answer within 1 s"):
-        SecureQueries(sessions).sums({"question": "feature moments", "kind": "pixels", "side": 0, "limit": 50}, {})
+        SecureQueries(sessions).sums({"query": "feature moments", "kind": "pixels", "side": 0, "limit": 50}, {})
     assert grid.kinds.count("sums") == 4
     assert "unmask" not in grid.kinds
 

@@ -532,14 +532,14 @@ def test_a_site_answers_what_it_knows_and_only_about_many_samples(tmp_path):
     from fedgan_lightning.deployment.site import FEWEST_SAMPLES, Site
 
     site = Site(["--config", CONFIG, *SHORT], client_id=1, state_dir=tmp_path, part=1)
-    question = {"question": "feature moments", "kind": "pixels", "side": 0}
-    assert int(site.sums({**question, "limit": FEWEST_SAMPLES}, {})["count"]) == FEWEST_SAMPLES
+    query = {"query": "feature moments", "kind": "pixels", "side": 0}
+    assert int(site.sums({**query, "limit": FEWEST_SAMPLES}, {})["count"]) == FEWEST_SAMPLES
     for limit in (1, FEWEST_SAMPLES - 1):
         with pytest.raises(ConfigurationError, match=f"over at least 10 samples; got {limit} for feature moments"):
-            site.sums({**question, "limit": limit}, {})
-    assert int(site.sums({**question, "limit": 1}, {}, is_masked=True)["count"]) == 1, "nobody sees it alone"
+            site.sums({**query, "limit": limit}, {})
+    assert int(site.sums({**query, "limit": 1}, {}, is_masked=True)["count"]) == 1, "nobody sees it alone"
     with pytest.raises(ConfigurationError, match="must be one of feature moments, .*; got samples"):
-        site.sums({"question": "samples"}, {})
+        site.sums({"query": "samples"}, {})
 
 
 # ---------------------------------------------------------------------- records

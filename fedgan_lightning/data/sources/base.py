@@ -64,12 +64,12 @@ class Source(ABC):
         return self
 
     def shared_metadata(self) -> dict[str, Any]:
-        """Return, as plain values for checkpoints, what the clients agreed on; nothing for most sources."""
+        """Return, as plain values for checkpoints, what the clients share; nothing for most sources."""
         return {}
 
 
 def check_shared_metadata(data: Any, found: Mapping[str, Any], *, path: str) -> None:
-    """Refuse the networks of a run whose clients agreed on something else, such as another vocabulary.
+    """Refuse the networks of a run whose clients share something else, such as another vocabulary.
 
     Args:
         data: The data of this run.
@@ -94,7 +94,7 @@ def check_shared_metadata(data: Any, found: Mapping[str, Any], *, path: str) -> 
 
 
 def read_names(path: str | Path, *, option: str, numbered: str) -> list[str]:
-    """Return the names in a JSON file that clients have agreed on.
+    """Return the names in a JSON file that clients share.
 
     Args:
         path: The file, a list of text.
