@@ -32,6 +32,16 @@ def offers(owner: Any, hook: type) -> bool:
     return True
 
 
+def attributes_of(module: Any, kind: str) -> frozenset[str]:
+    """Return names of attributes that a module declares of a kind; none where it declares none."""
+    found: frozenset[str] = frozenset(getattr(module, kind, ()))
+    return found
+
+
+def nothing(*arguments: Any, **options: Any) -> None:
+    """Stand for a hook that is not to be called, or has been."""
+
+
 class ClientHook(Protocol):
     """Optional hook of a client module, called before its per-round ``fit``."""
 

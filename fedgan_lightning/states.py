@@ -121,11 +121,12 @@ def _can_be_averaged(value: Tensor) -> bool:
 
 
 def _frozen_parameters(module: nn.Module) -> frozenset[str]:
-    names = {name for name, own in module.named_parameters() if not own.requires_grad}
+    parameters = dict(module.named_parameters())
+    names = {name for name, own in parameters.items() if not own.requires_grad}
     if not names:
         return frozenset()
-    shapes = [own.shape for own in module.parameters() if own.requires_grad]
-    found = {name for name in names if "." not in name and dict(module.named_parameters())[name].shape not in shapes}
+    shapes = [own.shape for own in parameters.values() if own.requires_grad]
+    found = {name for name in names if "." not in name and parameters[name].shape not in shapes}
     trained = {
         _signature(child)
         for prefix, child in module.named_modules()

@@ -235,6 +235,7 @@ class Site:
             federation,
             self.module,
             self.data,
+            policy=federation.policy_of(self.module),
             store=store,
             options=client_options(federation, root, precision=self.trainer.precision),
             begun=self.begun,

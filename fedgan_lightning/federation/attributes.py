@@ -40,15 +40,17 @@ Restore = Callable[[], "bool | list[str]"]
 
 
 class AttributeSnapshot:
-    """Plain attributes of a module as they are now.
+    """Plain attributes of a module, or of another object, as they are now.
 
     Args:
-        module: The module; its parameters and registered buffers are left to whoever loads them.
+        owner: The object; parameters and registered buffers of a module are left to whoever loads them.
         left: Dotted names of attributes that are left alone, since they say nothing of a client.
     """
 
-    def __init__(self, module: nn.Module, *, left: frozenset[str] = frozenset()) -> None:
-        self._found = _Walk(module, left).found
+    def __init__(self, owner: Any, *, left: frozenset[str] = frozenset()) -> None:
+        walk = _Walk()
+        walk.visit_module(owner, left) if isinstance(owner, nn.Module) else walk.visit(owner)
+        self._found = walk.found
 
     def restore(self) -> list[str]:
         """Put all attributes back; return the names of those that had changed."""
@@ -63,13 +65,18 @@ class AttributeSnapshot:
 class _Walk:
     """Finds, by name, what has to be put back."""
 
-    def __init__(self, module: nn.Module, left: frozenset[str]) -> None:
+    def __init__(self) -> None:
         self.found: dict[str, list[Restore]] = {}
         self._name, self._count, self._is_full = "", 0, False
+        self._seen: set[int] = set()
+        self._keep: list[Any] = []  # ids are those of objects that live
+
+    def visit_module(self, module: nn.Module, left: frozenset[str]) -> None:
+        """Find what has to be put back of a module, but for the attributes that are left alone."""
         modules = list(module.named_modules())
         tensors = [*module.parameters(), *module.buffers()]
-        self._seen = {id(module), *map(id, tensors), *(id(child) for _, child in modules)}
-        self._keep = tensors  # ids are those of objects that live
+        self._seen |= {*map(id, tensors), *(id(child) for _, child in modules)}
+        self._keep += tensors
         for parameter_name, parameter in module.named_parameters():
             self._name = f"{parameter_name}.requires_grad"
             self._add(_flag(parameter))

@@ -8,6 +8,8 @@ from typing import Any
 
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
 
+from fedgan_lightning.hooks import nothing
+
 #: Methods of a writer whose first argument is a tag; others would mix the clients' entries, and do nothing.
 TAGGED = {f"add_{kind}" for kind in ("scalar", "scalars", "histogram", "image", "images", "image_with_boxes", "figure")}
 TAGGED |= {f"add_{kind}" for kind in ("video", "audio", "text", "pr_curve", "tensor")}
@@ -79,7 +81,7 @@ class ClientLogger(Logger):
         """What other loggers have (``log_image``, ``log_table``) does nothing."""
         if name.startswith("_"):
             raise AttributeError(name)
-        return _nothing
+        return nothing
 
     def close(self) -> None:
         """End the file, if there is one."""
@@ -103,7 +105,7 @@ class ClientLogger(Logger):
 
 
 class TaggedWriter:
-    """The methods of a ``SummaryWriter``, with the client in every tag; what a writer has not is ``None``'s business.
+    """The methods of a ``SummaryWriter``, with the client in every tag.
 
     Modules that are written for another logger call other methods (``log``, ``log_image``): they do nothing.
     """
@@ -114,20 +116,15 @@ class TaggedWriter:
     def __getattr__(self, name: str) -> Callable[..., None]:
         if name.startswith("__"):
             raise AttributeError(name)
-        writes = name in TAGGED
+        if name not in TAGGED:
+            return nothing
 
         def method(*arguments: Any, **options: Any) -> None:
-            if not writes:
-                return
             first = options.pop("main_tag" if name == "add_scalars" else "tag", None)
             tag, rest = (arguments[0], arguments[1:]) if first is None else (first, arguments)
             self._logger.write(name, str(tag), rest, options)
 
         return method
-
-
-def _nothing(*arguments: Any, **options: Any) -> None:
-    """Stand for a method of another logger."""
 
 
 class SilentLogger(DummyLogger):

@@ -11,6 +11,7 @@ import torch
 from fedgan_lightning.federation.checks import check_client_trainer
 from fedgan_lightning.federation.client_data import ClientDataModule
 from fedgan_lightning.federation.client_update import ClientContext
+from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.federation.preparation import is_foreign, prepare, validates, warn_of_loaders
 from fedgan_lightning.federation.round_schedules import steps_of
 from fedgan_lightning.federation.round_trainer import RoundTrainer, clock_of
@@ -69,6 +70,7 @@ def context_of(
     model: L.LightningModule,
     data: Any,
     *,
+    policy: Policy,
     store: ClientStore,
     options: dict[str, Any],
     begun: Begun,
@@ -80,6 +82,7 @@ def context_of(
         federation: The orchestrator.
         model: The global module.
         data: The clients' data.
+        policy: What travels and what stays.
         store: Private state by client.
         options: Those of clients' Trainers.
         begun: What :func:`begin` returned.
@@ -89,7 +92,7 @@ def context_of(
     return ClientContext(
         model=model,
         data=data,
-        policy=federation.policy_of(model),
+        policy=policy,
         store=store,
         algorithm=federation.algorithm,
         transforms=TransformChain(federation.transforms),

@@ -17,11 +17,13 @@ from torch import Tensor
 from fedgan_lightning import states
 from fedgan_lightning.errors import ClientError, RoundInterrupted
 from fedgan_lightning.federation import optimizer_state
+from fedgan_lightning.federation.client_callbacks import ClientCallbacks
 from fedgan_lightning.federation.client_data import datamodule_of
 from fedgan_lightning.federation.client_log import SILENT, ClientLogger, SilentLogger
+from fedgan_lightning.federation.client_progress import counts, own_clock, plateaus, restore_plateaus
 from fedgan_lightning.federation.client_update import ClientContext, Visit, client_updates
 from fedgan_lightning.federation.constants import Constants
-from fedgan_lightning.federation.kept_state import KeptState, counts, own_clock, restore_plateaus
+from fedgan_lightning.federation.kept_attributes import KeptAttributes
 from fedgan_lightning.federation.preparation import client_copy, is_foreign, own_hook, validates, without_validation
 from fedgan_lightning.federation.round_schedules import set_hyperparameters
 from fedgan_lightning.federation.round_trainer import Fit, RoundTrainer, TrainerClock, batch_length, schedulers_of
@@ -99,13 +101,8 @@ class LocalTrainer:
         self.clock = optimizer_state.ScheduleClock()
         self.trainer = RoundTrainer(context.trainer_options)
         self.start = StartingPoint.of(self.module, context.policy)
-        self.kept = KeptState(
-            self.module,
-            attributes=context.attributes,
-            callbacks=context.callbacks,
-            ignored=GAN.round_attributes if isinstance(self.module, GAN) else frozenset(),
-            left=GAN.checked_attributes if isinstance(self.module, GAN) else frozenset(),
-        )
+        self.attributes = KeptAttributes(self.module, context.attributes)
+        self.callbacks = ClientCallbacks(context.callbacks, self.module)
         self.constants = Constants(self.module, context.policy)
         self._is_foreign = is_foreign(self.module)
         self._counts_rounds = offers(self.module, ClientHook)  # such a check takes as long as a small layer
@@ -135,7 +132,7 @@ class LocalTrainer:
             self.constants.check()
             metrics = plain({**callback.metrics, "seconds": attempt.seconds})
             ((update, private),) = client_updates(visit, [metrics])
-            own = self.kept.private(callback.schedulers)
+            own = {**self.attributes.private(), **self.callbacks.private(), **plateaus(callback.schedulers)}
             if not isinstance(self.module, GAN):  # whose schedules the server derives
                 own |= counts(visit, callback.optimizer_steps, callback.positions)
             self.context.store.write(task.client_id, {**private, **own} if own else private)
@@ -151,7 +148,8 @@ class LocalTrainer:
         visit.module = self.module
         if not isinstance(self.module, GAN):
             own_clock(visit)
-        self.kept.load(visit.stored)
+        self.attributes.load(visit.stored)
+        self.callbacks.reset(visit.stored)
         states.load_entries(self.module, visit.module_state(self.start.initial))
         set_hyperparameters(self.module, visit.tasks[0].hyperparameters)
         with torch.no_grad():
@@ -167,7 +165,7 @@ class LocalTrainer:
             callback=callback,
             clock=visit.clock,
             validation=validation_batches(data, task.client_id, self.module),
-            callbacks=self.kept.callbacks,
+            callbacks=self.callbacks.callbacks,
             logger=self._logger(task, visit.clock),
             datamodule=None if isinstance(self.module, GAN) else datamodule_of(data, task.client_id),
         )
@@ -196,7 +194,7 @@ class _InTrainer(L.Callback):
         self.metrics: dict[str, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.owner.kept.load_callbacks(self.visit.stored)  # after the callbacks themselves have been set up
+        self.owner.callbacks.load(self.visit.stored)  # after the callbacks themselves have been set up
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         begin(self.visit, trainer, self.owner.clock)

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import lightning as L
 
@@ -30,10 +30,11 @@ from fedgan_lightning.federation.checks import (
     checked_trainer,
     checked_work,
 )
-from fedgan_lightning.federation.client_settings import begin, client_options, context_of
+from fedgan_lightning.federation.client_callbacks import check_callbacks
+from fedgan_lightning.federation.client_settings import Begun, begin, client_options, context_of
 from fedgan_lightning.federation.costs import CostLedger, cost_metrics
 from fedgan_lightning.federation.executors import AutoExecutor, AutotunedExecutor
-from fedgan_lightning.federation.kept_state import check_attributes, check_callbacks
+from fedgan_lightning.federation.kept_attributes import check_attributes
 from fedgan_lightning.federation.policy import Buffers, IntegerBuffers, OptimizerState, Policy, Sync, resolve
 from fedgan_lightning.federation.preparation import finish
 from fedgan_lightning.federation.ranks import Ranks, leave_at_exit
@@ -85,8 +86,7 @@ class FederatedOrchestrator(L.Callback):
             entries inside a network.
         optimizer_state: What becomes of optimizer moments at a sync: ``average`` like the weights, ``keep`` on each
             client, or ``reset``. One word for all averaged networks, or one per network. Local networks keep theirs.
-        buffers: Buffers of averaged networks: ``merge`` (BatchNorm with pooled variance, integers by their rounded
-            mean), ``local`` (FedBN), or
+        buffers: Buffers of averaged networks: ``merge`` (BatchNorm with pooled variance), ``local`` (FedBN), or
             ``estimate``: local, and the server's generator gets statistics from its own samples.
         integer_buffers: What integer buffers (counters, such as those of moving averages) are merged into: their
             rounded ``mean``, weighted as updates are, or the ``max`` over clients.
@@ -167,10 +167,10 @@ class FederatedOrchestrator(L.Callback):
         self._restored: Mapping[str, Any] | None = None
         self._fingerprint, self._files_at = RunFingerprint(), Path()
         self._reports: list[RoundReport] = []
-        self._round_started, self._cohort = 0.0, cast(tuple[int, ...], ())
+        self._round_started = 0.0
+        self._cohort: tuple[int, ...] = ()
         self._strikes: dict[int, int] = {}
-        self._preview: L.Trainer | None = None
-        self._prepared: frozenset[str] = frozenset()
+        self._begun: Begun = (None, frozenset())
         self.ranks = Ranks()
 
     # ------------------------------------------------------------------ before the first round
@@ -179,7 +179,7 @@ class FederatedOrchestrator(L.Callback):
         server, data = self._checked(trainer, pl_module)
         if trainer.world_size > 1:
             leave_at_exit()
-        self._preview, self._prepared = begin(self, trainer, server.model, data, stage)
+        self._begun = begin(self, trainer, server.model, data, stage)
         policy = self.policy_of(server.model)
         server.attach(policy, self.algorithm, seed=self.seed)
         check_parts(self, server.model, policy)
@@ -189,7 +189,7 @@ class FederatedOrchestrator(L.Callback):
         check_data(server.model, data)
         self._restored = None  # a checkpoint that was looked at is none to continue from: that is read after this
         if stage == "fit":
-            check_optimizers(server, self._preview)
+            check_optimizers(server, self._begun[0])
             check_attributes(server.model, self.client_attributes)
             if trainer.precision == "64-true":
                 server.double()  # Lightning does so after it has read a checkpoint, whose doubles pass through float32
@@ -221,20 +221,19 @@ class FederatedOrchestrator(L.Callback):
         self._restore(server, data)
         if server.rounds_completed >= self.rounds:
             trainer.should_stop = True
-        root = trainer.strategy.root_device
-        check_device(root)
-        local = getattr(trainer, "num_devices", 1)
-        self.ranks = Ranks(rank=trainer.global_rank, world_size=trainer.world_size, local_world_size=local, device=root)
+        check_device(root := trainer.strategy.root_device)
+        self.ranks = Ranks.of(trainer)
         context = context_of(
             self,
             server.model,
             data,
+            policy=server.policy,
             store=self.store,
             options=client_options(self, root, precision=trainer.precision),
-            begun=(self._preview, self._prepared),
+            begun=self._begun,
             logs=Path(trainer.default_root_dir) / "client_logs",
         )
-        context = replace(context, policy=server.policy, stop_requested=self.signals.is_set, ranks=self.ranks)
+        context = replace(context, stop_requested=self.signals.is_set, ranks=self.ranks)
         if not server.algorithm_state:
             server.algorithm_state = dict(self.algorithm.server_state(context))
         self.executor.setup(context)
@@ -266,8 +265,9 @@ class FederatedOrchestrator(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.executor.teardown()
-        if self._preview is not None and isinstance(pl_module, ServerModule):
-            finish(pl_module.model, self._prepared, stage=stage, trainer=self._preview)
+        preview, prepared = self._begun
+        if preview is not None and isinstance(pl_module, ServerModule):
+            finish(pl_module.model, prepared, stage=stage, trainer=preview)
 
     # ------------------------------------------------------------------ a round
 
@@ -338,7 +338,7 @@ class FederatedOrchestrator(L.Callback):
         seconds = time.perf_counter() - self._round_started
         self.ledger.round_seconds += seconds
         metrics = {**report.metrics(), **cost_metrics(self._reports, self.ledger), "round/seconds": seconds}
-        log_round(trainer, server, metrics, own_names=self._preview is not None)
+        log_round(trainer, server, metrics, own_names=self._begun[0] is not None)
         if server.rounds_completed >= self.rounds:
             trainer.should_stop = True
         info = RoundInfo(report.round, cohort=self._cohort)

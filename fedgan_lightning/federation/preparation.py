@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fedgan_lightning.errors import ConfigurationError, FedGANError, message
 from fedgan_lightning.federation.policy import Policy
+from fedgan_lightning.hooks import nothing
 
 logger = logging.getLogger("fedgan_lightning")
 
@@ -168,7 +169,7 @@ def client_copy(model: L.LightningModule, policy: Policy, prepared: Iterable[str
             _count_steps(value.optimizer)
     done = {*prepared, *(last for last, first in AFTER.items() if first in prepared)}
     for name in done:
-        object.__setattr__(copied, name, _nothing_more)
+        object.__setattr__(copied, name, nothing)
     return copied
 
 
@@ -190,10 +191,6 @@ def _count_steps(optimizer: Any) -> None:
 def without_validation(module: L.LightningModule) -> None:
     """Let a client's module have no ``validation_step``, so that no Trainer misses its data."""
     object.__setattr__(module, "validation_step", types.MethodType(L.LightningModule.validation_step, module))
-
-
-def _nothing_more(*arguments: Any, **options: Any) -> None:
-    """Stand for a hook that has been called."""
 
 
 def _copied(model: L.LightningModule) -> L.LightningModule:

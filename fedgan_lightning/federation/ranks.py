@@ -58,6 +58,16 @@ class Ranks:
         self.rank, self.world_size, self.local_world_size = rank, world_size, local_world_size
         self.device = torch.device(device)
 
+    @classmethod
+    def of(cls, trainer: Any) -> Ranks:
+        """Return the processes of a Trainer."""
+        return cls(
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            local_world_size=getattr(trainer, "num_devices", 1),
+            device=trainer.strategy.root_device,
+        )
+
     def share(self, costs: Mapping[int, int]) -> list[int]:
         """Return this rank's clients, in ascending order.
 

@@ -88,8 +88,8 @@ class TrainerSteps:
         The losses are those of training without penalties, augmentation and anchors, of the raw generator. Noise is the
         same in every epoch, and nothing is changed: training goes on as if there was no validation.
 
-        In a fit without a validation loader this is Lightning's own empty step, so that no warning misses a loader that
-        is missing.
+        In a fit without a validation loader this is Lightning's own empty step, so that no fit
+        warns of a missing loader.
         """
         module: Any = super()
         return self._validate if may_validate(self) else module.validation_step  # type: ignore[no-any-return]

@@ -109,10 +109,6 @@ class TestLogger:
 class Clocked(Net):
     """Notes what the clocks say at the start of every minibatch."""
 
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
     def on_train_batch_start(self, batch, index):
         trainer = self.trainer
         SEEN.append(
@@ -250,10 +246,9 @@ class TestCheckpoints:
 
     def test_trained_weights_come_back_with_their_hyper_parameters(self):
         found = federate(Mine(3))
-        for name in ("last.ckpt",):
-            loaded = Mine.load_from_checkpoint(f"run/checkpoints/{name}")
-            assert loaded.width == 3
-            assert torch.equal(loaded.net.weight, found.server.model.net.weight)
+        loaded = Mine.load_from_checkpoint("run/checkpoints/last.ckpt")
+        assert loaded.width == 3
+        assert torch.equal(loaded.net.weight, found.server.model.net.weight)
 
     def test_networks_that_are_given_are_filled(self):
         def networks():
@@ -533,7 +528,8 @@ class TestAttributes:
         with caplog.at_level(logging.WARNING, logger="fedgan_lightning"):
             found = federate(Pool(), rounds=3, steps=2, client_attributes=["pool", "step", "average"])
         assert [row[:2] for row in SEEN] == [(0, 0), (0, 0), (2, 2), (2, 2), (4, 4), (4, 4)]
-        assert "step" not in caplog.text.split("set federation.client_attributes")[0].split("put back")[-1]
+        named = caplog.text.split("before every client: ")[1].split(". To keep")[0].split(", ")
+        assert named == ["net.bias.requires_grad", "net.training"]
         assert len(found.orchestrator.store) == 2
 
     @pytest.mark.parametrize("named", [[], ["step"]])
@@ -1052,7 +1048,7 @@ class TestValidation:
         gan = GAN(MLPGenerator(4, (2,), output="linear"), MLPDiscriminator((2,)))
         found = federate(copy.deepcopy(gan), own=own, rounds=1)
         plain = federate(copy.deepcopy(gan), own=data(clients=2, validation_share=0.25), rounds=1, run_dir="again")
-        assert {"train/val_loss_g", "val_loss_g"} & {*found.server.trainer.callback_metrics}
+        assert "train/val_loss_g" in found.server.trainer.callback_metrics
         for name, value in found.server.model.state_dict().items():
             assert torch.equal(plain.server.model.state_dict()[name], value)
         with pytest.raises(ConfigurationError, match="must train one after the other; got data.validation_share"):
