@@ -214,6 +214,7 @@ LAYERS = {
     "deployment.keys": 2,
     "deployment.supernode_supervisor": 1,
     "deployment.clientapp_shim": 0,
+    "deployment.clientapp": 1,
     "deployment.forkserver": 2,
     "deployment.programs": 3,
     "deployment.check": 19,

@@ -73,8 +73,9 @@ class FlowerPartitioner(Partition):
 
     def assign(self, samples: Samples, *, num_clients: int, generator: np.random.Generator) -> list[Indices]:
         partitioner = copy.deepcopy(self.partitioner)  # it takes one data set in its life
+        table = self._table(samples)
         try:
-            partitioner.dataset = self._table(samples)
+            partitioner.dataset = table
             count = int(partitioner.num_partitions)
             parts = [partitioner.load_partition(k)[POSITION] for k in range(count)] if count == num_clients else []
         except ImportError:

@@ -15,9 +15,11 @@ from pathlib import Path
 def main() -> None:
     """Pass on arguments, environment, folder and standard streams; end as the process that did the work ended.
 
-    Where no forkserver listens, become Flower's own program.
+    Where no forkserver listens, become the command that needs none.
     """
-    path, cold, *arguments = sys.argv[1:]
+    path, *rest = sys.argv[1:]
+    end = rest.index("--")
+    cold, arguments = rest[:end], rest[end + 1 :]
     request = {"arguments": arguments, "environment": dict(os.environ), "folder": str(Path.cwd())}
     with socket.socket(socket.AF_UNIX) as link:
         try:
@@ -30,7 +32,7 @@ def main() -> None:
         if is_taken:  # from here on a second process would do the task twice
             sys.exit(int(answers.readline() or 1))
     print("the process that has imported everything is gone; starting anew takes longer", file=sys.stderr, flush=True)
-    os.execv(cold, [cold, *arguments])
+    os.execv(cold[0], [*cold, *arguments])
 
 
 if __name__ == "__main__":

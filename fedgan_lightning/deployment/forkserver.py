@@ -1,7 +1,8 @@
 """A process that has imported everything and forks for every message, because Flower starts a new one for each.
 
-Flower looks for ``flwr-clientapp`` on PATH. A site's SuperNode finds one there (``clientapp_shim.py``) that asks this
-process to fork. The child is what Flower would have started, a process for one message; its imports are done already.
+Flower looks for ``flwr-clientapp`` on PATH. A site's SuperNode finds one there that runs the installed ClientApp
+(``clientapp.py``): through ``clientapp_shim.py``, which asks this process to fork, or, where processes do not fork
+well, by itself. The child is what Flower would have started, a process for one message; its imports are done already.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
-from importlib.metadata import entry_points
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fedgan_lightning.deployment import clientapp_shim
+from fedgan_lightning.deployment import clientapp, clientapp_shim
 from fedgan_lightning.deployment.supernode_supervisor import end_with_parent
 
 logger = logging.getLogger("fedgan_lightning")
 
 PROGRAM = "flwr-clientapp"
+#: What stands in for it.
+OWN_PROGRAM = (sys.executable, "-m", "fedgan_lightning.deployment.clientapp")
 #: What a message needs; the last one torch imports with the first step of an optimizer.
 MODULES = ("fedgan_lightning.deployment.apps", "fedgan_lightning.deployment.site", "flwr.clientapp", "torch._dynamo")
 #: Seconds until the process can be asked; it imports afterwards, and whoever asks meanwhile waits.
@@ -38,29 +40,36 @@ START_SECONDS = 30.0
 
 
 @contextlib.contextmanager
-def opened(cold: str, *, environment: Mapping[str, str]) -> Iterator[Path | None]:
-    """Give a folder with a quick ``flwr-clientapp``, to be put first on PATH; nothing where processes do not fork well.
+def opened(*, environment: Mapping[str, str], cold: Sequence[str] = OWN_PROGRAM) -> Iterator[Path]:
+    """Give a folder with a ``flwr-clientapp`` of this package, to be put first on PATH; quick where processes fork.
 
     Args:
-        cold: Flower's own program, for when the process that forks is gone.
         environment: That of the process that forks, so what counts while it imports; afterwards it is the asker's.
+        cold: The command that does the same without a process that forks.
     """
-    if sys.platform != "linux":  # elsewhere it would outlive its parent, and libraries do not survive the fork
-        yield None
-        return
     with tempfile.TemporaryDirectory(prefix="fedgan-") as name:  # readable by its owner alone, and a short path
         folder = Path(name)
-        asked = [sys.executable, "-I", "-S", str(Path(clientapp_shim.__file__)), str(folder / "socket"), cold]
-        (folder / PROGRAM).write_text(f'#!/bin/sh\nexec {shlex.join(asked)} "$@"\n')
-        (folder / PROGRAM).chmod(0o700)
+        _write_program(folder, cold)
+        if sys.platform != "linux":  # elsewhere it would outlive its parent, and libraries do not survive the fork
+            yield folder
+            return
         command = [sys.executable, "-m", "fedgan_lightning.deployment.forkserver", str(folder / "socket")]
         ending = end_with_parent(signal.SIGKILL)
         process = subprocess.Popen(command, env=dict(environment), start_new_session=True, preexec_fn=ending)
         try:
-            yield folder if _await(folder / "socket", process) else None
+            if _await(folder / "socket", process):
+                shim = str(Path(clientapp_shim.__file__))
+                _write_program(folder, [sys.executable, "-I", "-S", shim, str(folder / "socket"), *cold, "--"])
+            yield folder
         finally:
             process.kill()  # and its children with it
             process.wait()
+
+
+def _write_program(folder: Path, command: Sequence[str]) -> None:
+    path = folder / PROGRAM
+    path.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+    path.chmod(0o700)
 
 
 def _await(path: Path, process: subprocess.Popen) -> bool:
@@ -84,8 +93,7 @@ def serve(path: str) -> None:
         listener.listen(64)
         # Otherwise whoever asks torch for a GPU while importing starts CUDA, which does not survive a fork.
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-        (entry,) = entry_points(group="console_scripts", name=PROGRAM)
-        program = entry.load()
+        program = clientapp.program()
         for name in MODULES:
             importlib.import_module(name)
         import torch

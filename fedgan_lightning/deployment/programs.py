@@ -271,9 +271,9 @@ def start(command: Sequence[str], home: Path, *, log: str, first: Path | None = 
         )
 
 
-def quick_clientapp(home: Path) -> contextlib.AbstractContextManager[Path | None]:
-    """Give the folder with a ``flwr-clientapp`` that need not import anything; see ``forkserver.py``."""
-    return forkserver.opened(str(program(forkserver.PROGRAM)), environment=environment(home))
+def quick_clientapp(home: Path) -> contextlib.AbstractContextManager[Path]:
+    """Give the folder with a ``flwr-clientapp`` that runs what is installed; see ``forkserver.py``."""
+    return forkserver.opened(environment=environment(home))
 
 
 def environment(home: Path, *, first: Path | None = None) -> dict[str, str]:

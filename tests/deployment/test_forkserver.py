@@ -34,7 +34,7 @@ def quick(tmp_path, monkeypatch):
     cold = tmp_path / "cold"
     cold.write_text('#!/bin/sh\necho cold "$@"\nexit 3\n')
     cold.chmod(0o700)
-    with forkserver.opened(str(cold), environment=programs.environment(tmp_path)) as folder:
+    with forkserver.opened(cold=[str(cold)], environment=programs.environment(tmp_path)) as folder:
         yield folder / forkserver.PROGRAM
 
 
@@ -82,7 +82,7 @@ def test_a_killed_asker_takes_the_work_with_it_and_so_does_the_forking_process(q
         assert asker.wait() != 0, "nobody did it a second time"
 
 
-def test_without_the_forking_process_it_becomes_flower_s_own_program(quick):
+def test_without_the_forking_process_it_becomes_the_program_that_needs_none(quick):
     send_kill([forking()])
     assert eventually(lambda: not any(b"deployment.forkserver" in _command(p) for p in descendants(os.getpid())))
     told = run(quick, "--token", "a b")
@@ -105,4 +105,5 @@ def test_what_a_site_s_supernode_finds_is_the_quick_one(tmp_path, monkeypatch):
     site = ["--superlink", "h:1", "--ca", "ca.crt", "--key", "site0", "--client-id", "0", "--config", "config.yaml"]
     assert launch.main(["site", *site]) == 0
     assert "clientapp_shim.py" in found[0]
-    assert str(programs.program(forkserver.PROGRAM)) in found[0], "Flower's own, for when nobody is behind the door"
+    assert "fedgan_lightning.deployment.clientapp" in found[0], "what is installed, for when nobody is behind the door"
+    assert str(programs.program(forkserver.PROGRAM)) not in found[0], "Flower's own runs whatever arrives"

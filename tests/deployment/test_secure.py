@@ -215,7 +215,7 @@ def test_a_server_that_tells_one_client_otherwise_gets_nothing_from_it(tmp_path,
     hand.edit_question = lie
     found = hand.run()
     assert found.means == {}
-    assert "client 1 was told of other members, keys or weights" in found.lost[0][1]
+    assert "client 1 has a list of other members, keys or weights" in found.lost[0][1]
 
 
 @pytest.mark.parametrize(
