@@ -299,7 +299,8 @@ class BestCheckpoint(_InRunDirectory):
         """
         histories = histories_of(trainer)
         known = sorted({name for history in histories for entry in history for name in entry} - {"rounds"})
-        left_out = [name for item in trainer.callbacks for name in getattr(item, "left_out", [])]  # type: ignore[attr-defined]
+        others = [name for item in trainer.callbacks for name in getattr(item, "waiting", [])]  # type: ignore[attr-defined]
+        left_out = [name for item in trainer.callbacks for name in getattr(item, "left_out", [])] + others  # type: ignore[attr-defined]
         if self.monitor is not None and self.monitor not in known and (left_out or not known):
             why = f"left out: {', '.join(left_out)}" if left_out else "nothing is measured"
             logger.warning(f"no best checkpoint: {self.monitor} is not measured here ({why})")

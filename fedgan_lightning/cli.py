@@ -166,6 +166,12 @@ class FederatedCLI(LightningCLI):
         orchestrator: FederatedOrchestrator = self._get(self.config_init, "federation")
         return orchestrator
 
+    @property
+    def evaluation(self) -> Evaluation:
+        """The evaluation of the run."""
+        evaluation: Evaluation = self._get(self.config_init, "evaluation")
+        return evaluation
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         settings = self.config[self.subcommand]
         config = self._get(self.config_init, "trainer")

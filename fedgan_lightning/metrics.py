@@ -16,6 +16,7 @@ from fedgan_lightning.evaluation.downstream_tasks import (
 from fedgan_lightning.evaluation.features import (
     ClassifierFeatures,
     FeatureNet,
+    FileFeatures,
     InceptionFeatures,
     ModuleFeatures,
     PixelFeatures,

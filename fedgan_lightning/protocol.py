@@ -122,7 +122,7 @@ class ClientUpdate:
 
 @dataclass(frozen=True)
 class ClientFailure:
-    """What is known of a client that was asked, and did not answer.
+    """What is known of a client that was asked, and did not answer, or with nothing that can be read.
 
     Attributes:
         client_id: The client.
@@ -130,6 +130,7 @@ class ClientFailure:
         stage: What it was doing, as far as known: ``train``, ``reply``, ...
         cause: In words.
         reached: Whether its task was sent.
+        refused: Whether it did answer, with what is no answer: that counts against it.
     """
 
     client_id: int
@@ -137,6 +138,7 @@ class ClientFailure:
     stage: str
     cause: str
     reached: bool = True
+    refused: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from fedgan_lightning import FederatedOrchestrator, Federation, SequentialExecut
 from fedgan_lightning.checkpoints import AtomicCheckpointIO, BestCheckpoint, read_checkpoint
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.samples import Samples
-from fedgan_lightning.deployment.site import SHARED, digest_of
+from fedgan_lightning.deployment.shared_settings import SHARED, digest_of
 from fedgan_lightning.errors import CheckpointError, ConfigurationError
 from fedgan_lightning.evaluation.callback import Evaluation
 from fedgan_lightning.federation.checks import PRECISIONS, check_precision

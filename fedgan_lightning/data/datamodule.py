@@ -56,10 +56,12 @@ class FederatedDataModule(TickingDataModule):
         num_classes: Number of classes, known before ``setup``.
         has_client_samples: Whether clients' samples are at hand, as in simulation.
         client_names: What the user calls the clients; default their numbers.
+        has_server_samples: Whether whoever measures has samples to compare with.
         has_client_sums: Whether sums over each client's samples are, or only those over all clients'.
     """
 
     has_client_samples: ClassVar[bool] = True
+    has_server_samples: bool = True
     has_client_sums: bool = True
 
     @checked(

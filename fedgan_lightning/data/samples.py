@@ -118,6 +118,23 @@ class Samples:
         return x, y
 
 
+class SampleForm(Samples):
+    """What samples are, without any: their shape and dtype, where nobody here has one."""
+
+    def __post_init__(self) -> None:
+        """Nothing: a data set must hold samples, and this is none."""
+
+    @classmethod
+    def of(cls, shape: Sequence[int], *, is_image: bool) -> SampleForm:
+        """Return the form of samples of this shape.
+
+        Args:
+            shape: Of one sample.
+            is_image: Whether they are pixels, bytes; else numbers.
+        """
+        return cls(x=torch.empty(0, *shape, dtype=torch.uint8 if is_image else torch.float32))
+
+
 def to_bytes(images: Tensor) -> Tensor:
     """Return images in [-1, 1] as bytes: what a data set keeps of them, rounded, and cut where they go beyond."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -2,28 +2,41 @@
 
 Sites take their settings from their own SuperNode (``--node-config``) and not from the server:
 ``config`` (configuration file), ``site`` (a second file with what differs there: the source, the accelerator),
-``client-id``, ``state`` (folder for private state). Under Flower's simulation engine, where nobody sets these, the
+``policy`` (what it answers at most), ``client-id``, ``state`` (folder for private state), ``key`` and ``members`` (its
+node key, and the public ones of all sites). Under Flower's simulation engine, where nobody sets these, the
 server's run configuration counts, and a node holds the part of the partition that has its number.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import signal
 import sys
-from functools import lru_cache
+import time
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from fedgan_lightning.deployment import wire
+from fedgan_lightning.deployment.audit_log import AuditLog
 from fedgan_lightning.deployment.flower import FlowerExecutor
+from fedgan_lightning.deployment.replies import only_plain
 from fedgan_lightning.deployment.secure import SecureSessions
 from fedgan_lightning.deployment.secure_users import SecureExecutor, SecureQueries
 from fedgan_lightning.deployment.session import members_of_facts, members_to_facts, sealed_of_facts, sealed_to_facts
-from fedgan_lightning.deployment.sites import Sites, only_plain
+from fedgan_lightning.deployment.signatures import Signatures
+from fedgan_lightning.deployment.site_policy import SitePolicy
+from fedgan_lightning.deployment.sites import Sites
+from fedgan_lightning.deployment.status import StatusFile
 from fedgan_lightning.deployment.supernode_supervisor import end_with_parent
 from fedgan_lightning.errors import FedGANError
+
+logger = logging.getLogger("fedgan_lightning")
+
+#: Answers that are none, after which a site is not asked any more, where no validator says otherwise.
+STRIKES = 5
 
 
 def client_app() -> Any:
@@ -45,57 +58,106 @@ def client_app() -> Any:
 
 
 def _answered(function: Any, received: Any, context: Any) -> Any:
-    """Return the answer, or the error in one line: Flower itself would say no more than that there was one."""
+    """Return the answer, or the error in one line: Flower itself would say no more than that there was one.
+
+    The site's own record says what was asked and what became of it.
+    """
+    began, audit = time.monotonic(), AuditLog(_state_dir(context))
+    told: dict[str, Any] = {"what": "a message that cannot be read"}
     try:
-        return function(received, context)
+        told = _asked(received)
+        answer = function(received, context)
     except Exception as error:
+        outcome = "refused" if isinstance(error, FedGANError) else "failed"
+        audit.write(**told, outcome=outcome, reason=only_plain(error))
         return wire.content({"error": only_plain(error)})
+    seconds = round(time.monotonic() - began, 3)
+    audit.write(**told, outcome="answered", seconds=seconds, bytes_up=wire.size_of(answer))
+    return answer
+
+
+def _asked(received: Any) -> dict[str, Any]:
+    """Return what a message asks, for the site's record."""
+    facts = wire.facts_of(received.content)
+    kind = str(received.metadata.message_type)
+    what = kind if kind == wire.TRAIN else str(facts.get("query", facts.get("ask")))
+    named = ("round", "client_id", "steps", "epochs", "limit", "kind", "side", "session", "run", "survivors")
+    told = {name: facts[name] for name in named if name in facts and not isinstance(facts[name], bytes)}
+    own = {"digest": wire.hash_of(wire.query_facts(facts), {})[:16]} if facts.get("ask") == "sums" else {}
+    return {"what": what[:100], **told, **own, "bytes_down": wire.size_of(received.content)}
 
 
 @lru_cache(maxsize=16)
-def _built(config: str, options: tuple[str, ...], own: str | None, client_id: int, state: str) -> Any:
+def _built(
+    config: str,
+    options: tuple[str, ...],
+    own: str | None,
+    client_id: int,
+    state: str,
+    policy: str | None = None,
+    key: str | None = None,
+    members: str | None = None,
+) -> Any:
     """Return the site. SuperNodes start a process for every message; the workers of a simulation stay."""
     from fedgan_lightning.deployment.site import Site
 
-    return Site.of(config, own=own, client_id=client_id, state_dir=state, options=options)
+    more = {
+        "policy": None if policy is None else SitePolicy.read(policy),
+        "signatures": None if key is None or members is None else Signatures(Path(key), Path(members)),
+    }
+    return Site.of(config, own=own, client_id=client_id, state_dir=state, options=options, **more)
+
+
+def _state_dir(context: Any) -> str:
+    home = Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser() / "fedgan"
+    return str(context.node_config.get("state", home))
 
 
 def _site(context: Any) -> Any:
+    """Return the site that a node's own configuration describes; the server's counts where it has none."""
     node, run = context.node_config, context.run_config
     number = int(node.get("client-id", node.get("partition-id", -1)))
-    config = str(node.get("config", run["config"]))
+    config = str(node.get("config", run["config"] if "config" not in node else ""))
     options = () if "config" in node else tuple(shlex.split(str(run["options"])))
-    state = node.get("state", str(Path(os.environ.get("FLWR_HOME", "~/.flwr")).expanduser() / "fedgan"))
+    named = {name: str(node[name]) if name in node else None for name in ("policy", "key", "members")}
     own = str(node["site"]) if "site" in node else None
-    return _built(config, options, own, number, str(state))
+    return _built(config, options, own, number, _state_dir(context), **named)
+
+
+def _opened(received: Any, context: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the site and what a message says beside its tensors, after a look at its length and its run."""
+    site = _site(context)
+    site.policy.check_size(wire.size_of(received.content))
+    facts = wire.facts_of(received.content)
+    site.check_message(facts)
+    return site, facts
 
 
 def _train(received: Any, context: Any) -> Any:
+    site, facts = _opened(received, context)
+    if "session" not in facts:
+        site.check_plain()
     task, accepted = wire.to_task(received.content)
-    facts, site = wire.facts_of(received.content), _site(context)
-    _open(site, facts)
+    if "session" in facts:
+        site.session().open(int(facts["session"]), sealed_of_facts(facts), subject=wire.hash_of_task(task))
     update = site.train(task, accepted=accepted, digest=str(facts["digest"]))
     return wire.from_update(update) if "session" not in facts else site.masked_update(int(facts["session"]), update)
 
 
-def _open(site: Any, facts: dict[str, Any]) -> None:
-    """Begin an answer: under masks, or in the clear where the site's own configuration has no secure aggregation."""
-    if "session" in facts:
-        site.session().open(int(facts["session"]), sealed_of_facts(facts))
-    else:
-        site.check_plain()
-
-
 def _query(received: Any, context: Any) -> Any:
-    facts, site = wire.facts_of(received.content), _site(context)
+    site, facts = _opened(received, context)
     if facts["ask"] == "facts":
         return wire.content(site.facts())
     if facts["ask"] in STAGES:
         return wire.content(STAGES[facts["ask"]](site, int(facts["session"]), facts))
-    _open(site, facts)
-    is_masked = "session" in facts
-    sums = site.sums(facts, wire.state_of(received.content, "state"), is_masked=is_masked)
-    return site.masked_sums(int(facts["session"]), sums) if is_masked else wire.content({}, sums=sums)
+    session = int(facts["session"]) if "session" in facts else None
+    if session is None:
+        site.check_plain()
+    state = wire.state_of(received.content, "state")
+    if session is not None:
+        site.session().open(session, sealed_of_facts(facts), subject=wire.hash_of(wire.query_facts(facts), state))
+    sums = site.sums(facts, state, session=session)
+    return site.masked_sums(session, sums) if session is not None else wire.content({}, sums=sums)
 
 
 def _advertise(site: Any, session: int, facts: dict[str, Any]) -> dict[str, Any]:
@@ -104,15 +166,22 @@ def _advertise(site: Any, session: int, facts: dict[str, Any]) -> dict[str, Any]
 
 
 def _share(site: Any, session: int, facts: dict[str, Any]) -> dict[str, Any]:
-    return sealed_to_facts(site.session().share(session, members_of_facts(facts)))
+    return sealed_to_facts(site.session().share(session, members_of_facts(facts), subject=str(facts["subject"])))
+
+
+def _consent(site: Any, session: int, facts: dict[str, Any]) -> dict[str, Any]:
+    return {"consent": site.session().consent(session, [int(k) for k in facts["survivors"]])}
 
 
 def _unmask(site: Any, session: int, facts: dict[str, Any]) -> dict[str, Any]:
-    return sealed_to_facts(site.session().unmask(session, [int(k) for k in facts["survivors"]]))
+    consents = {int(k): bytes(own) for k, own in zip(facts.get("consenting", []), facts.get("consents", []))}
+    allow = partial(site.allow_opening, session)
+    survivors = [int(k) for k in facts["survivors"]]
+    return sealed_to_facts(site.session().unmask(session, survivors, consents=consents, allow=allow))
 
 
 #: Messages of secure aggregation beside the one that asks for the work itself.
-STAGES = {"advertise": _advertise, "share": _share, "unmask": _unmask}
+STAGES = {"advertise": _advertise, "share": _share, "consent": _consent, "unmask": _unmask}
 
 
 def server_app() -> Any:
@@ -127,42 +196,68 @@ def server_app() -> Any:
         # Without its SuperLink this process would wait for ever, and write at last.
         if Path(sys.argv[0]).name == "flwr-serverapp":
             end_with_parent(signal.SIGKILL)()
-        options = shlex.split(str(context.run_config["options"]))
-        serve_over(grid, ["--config", str(context.run_config["config"]), *options])
+        run = context.run_config
+        options, keys = shlex.split(str(run["options"])), str(run.get("keys", ""))
+        has_data = bool(run.get("server-data", True))
+        arguments, prometheus = ["--config", str(run["config"]), *options], str(run.get("prometheus", ""))
+        folder, file = Path(keys) if keys else None, Path(prometheus) if prometheus else None
+        serve_over(grid, arguments, has_data=has_data, keys=folder, prometheus=file)
 
     return app
 
 
-def serve_over(grid: Any, arguments: list[str]) -> None:
+def serve_over(
+    grid: Any,
+    arguments: list[str],
+    *,
+    has_data: bool = True,
+    keys: Path | None = None,
+    prometheus: Path | None = None,
+) -> None:
     """Run ``fit`` with the sites behind ``grid`` as clients; continue the run where its directory holds one.
 
     Args:
         grid: Flower's grid.
         arguments: Options of ``fit``.
+        has_data: Whether the server has samples of its own, from the source of its configuration.
+        keys: Folder with the public key of every site, where keys of secure aggregation are to be checked.
+        prometheus: File for figures of the run.
     """
     from fedgan_lightning.cli import run
     from fedgan_lightning.deployment.data import RemoteDataModule
-    from fedgan_lightning.deployment.site import digest_of
+    from fedgan_lightning.deployment.shared_settings import digest_of
+    from fedgan_lightning.federation.rules import UpdateValidator
 
     def prepare(cli: Any) -> None:
         orchestrator, num_clients = cli.orchestrator, cli.datamodule.num_clients
         timeout, memory = orchestrator.rules.timeout, Path(cli.trainer.default_root_dir) / "sites.json"
-        cli.datamodule.prepare_data()
+        if has_data:
+            cli.datamodule.prepare_data()
         digest, needed = digest_of(cli.plain_settings, cli.datamodule, cli.model.model), None
         print(f"settings {digest}: those of every site, too", flush=True)
         if cli.config[cli.subcommand].ckpt_path is not None:
             needed = max(orchestrator.rules.needed(num_clients), min(orchestrator.aggregator.needed, num_clients))
             if orchestrator.secure is not None:
                 needed = max(needed, orchestrator.secure.needed(num_clients))
-        sites = Sites(grid, num_clients=num_clients, digest=digest, memory=memory, needed=needed)
+        if orchestrator.secure is None and orchestrator.validator is None:
+            orchestrator.validator = UpdateValidator(strikes=STRIKES)  # no answer of a site ends a run
+        strikes = (orchestrator.secure or orchestrator.validator).strikes
+        sites = Sites(grid, num_clients=num_clients, digest=digest, memory=memory, needed=needed, strikes=strikes)
+        status = StatusFile(cli.trainer.default_root_dir, sites, prometheus=prometheus)
+        sites.on_change = status.write
+        cli.trainer.callbacks.append(status)
+        status.write()
         if orchestrator.secure is None:
             orchestrator.executor = FlowerExecutor(sites, timeout=timeout)
-            cli.datamodule = RemoteDataModule(cli.datamodule, sites)
+            cli.datamodule = RemoteDataModule(cli.datamodule, sites, has_samples=has_data)
             return
-        weight = orchestrator.aggregator.weight
-        sessions = SecureSessions(sites, secure=orchestrator.secure, weight=weight, timeout=timeout)
+        least = orchestrator.secure.needed(num_clients)
+        if num_clients < least or orchestrator.rules.needed(num_clients) < least:
+            logger.warning(f"secure aggregation of {num_clients} sites needs {least} of them in every round")
+        options = {"weight": orchestrator.aggregator.weight, "timeout": timeout, "keys": keys}
+        sessions = SecureSessions(sites, secure=orchestrator.secure, **options)
         orchestrator.executor = SecureExecutor(sessions)
-        cli.datamodule = RemoteDataModule(cli.datamodule, SecureQueries(sessions))
+        cli.datamodule = RemoteDataModule(cli.datamodule, SecureQueries(sessions), has_samples=has_data)
 
     try:
         run(["fit", *arguments, "--ckpt_path", "last"], prepare=prepare)

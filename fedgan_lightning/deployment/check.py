@@ -13,6 +13,7 @@ from typing import Any
 from fedgan_lightning.deployment.keys import fingerprint, read_pem
 from fedgan_lightning.deployment.programs import await_port
 from fedgan_lightning.deployment.site import Site
+from fedgan_lightning.deployment.site_policy import SitePolicy
 from fedgan_lightning.errors import ConfigurationError, FedGANError, message
 
 #: Seconds for the SuperLink, or the proxy in front of it, to answer.
@@ -22,7 +23,7 @@ FLEET_PATH, UNSIGNED = "/v1/fleet/pull-messages", 401
 #: What other answers mean.
 WHY = {
     400: "the server's proxy takes no certificate but those of its authority: see nginx at the site",
-    403: "the proxy lets ten paths through: take the server's configuration from docs/nginx.conf",
+    403: "the proxy lets ten paths through: take the server's configuration, nginx.conf, from the package",
     **dict.fromkeys((502, 503, 504), "a proxy does not reach what is behind it, or its certificate: see nginx's log"),
 }
 
@@ -38,6 +39,8 @@ def check(
     key: Path,
     port: int,
     tls: tuple[Path, Path] | None = None,
+    policy: Path | None = None,
+    members: Path | None = None,
 ) -> None:
     """Try data, model, keys and connection of a site, and print what came of each.
 
@@ -51,6 +54,8 @@ def check(
         key: Private key of the node.
         port: Of this machine, for its own processes.
         tls: Certificate and key for these.
+        policy: What the site answers.
+        members: Public keys of all sites.
 
     Raises:
         ConfigurationError: For the first thing that is not right.
@@ -62,7 +67,7 @@ def check(
         _check_pair(*tls, authority=ca)
     _check_writable(state)
     await_port("127.0.0.1", port, seconds=0.0)
-    site = _built(config, own=own, client_id=client_id, state=state)
+    site = _built(config, own=own, client_id=client_id, state=state, policy=policy)
     facts = site.facts()
     names = site.whole.class_names or ["samples"]
     counts = ", ".join(f"{name} {count:,}" for name, count in zip(names, facts["label_counts"]) if count)
@@ -71,6 +76,9 @@ def check(
     down, up = (sum(sizes.values()) / 1e6 for sizes in (rehearsal.bytes_down, rehearsal.bytes_up))
     _say("one step", f"{rehearsal.seconds:.2f} s on {rehearsal.device}, of a model that is not trained yet")
     _say("a round", f"about {down:.2f} MB down and {up:.2f} MB up, beside sums for metrics")
+    _say("test split", f"{site.num_test:,} samples are held out by the source, and not trained on")
+    _say("answers", site.told())
+    _say("members", _members(members, site.client_id))
     _say("settings", f"{facts['digest']}: server and sites must have the same")
     _reach(superlink, ca)
     _say("connection", f"Flower answers behind {superlink}, which has a certificate of {ca}")
@@ -119,12 +127,21 @@ def _check_writable(folder: Path) -> None:
         raise ConfigurationError(message("the --state folder of a site must be writable", received=folder, fix=fix))
 
 
-def _built(config: Path, *, own: Path | None, client_id: int, state: Path) -> Site:
+def _members(members: Path | None, client_id: int) -> str:
+    if members is None:
+        return "keys of other sites are believed as the server passes them on (--members)"
+    known = sorted(path.stem for path in members.glob("site*.pub"))
+    return f"{len(known)} sites' keys are checked: {', '.join(known)}"
+
+
+def _built(config: Path, *, own: Path | None, client_id: int, state: Path, policy: Path | None) -> Site:
     """Return the site; whatever its settings make other libraries say becomes one line."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     try:
-        return Site.of(str(config), own=str(own) if own else None, client_id=client_id, state_dir=state)
+        rules = None if policy is None else SitePolicy.read(policy)
+        own_file = str(own) if own else None
+        return Site.of(str(config), own=own_file, client_id=client_id, state_dir=state, policy=rules)
     except FedGANError:
         raise
     except (MisconfigurationException, ValueError, IndexError, OSError) as error:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
-from fedgan_lightning.data.samples import ClientSamples
+from fedgan_lightning.data.samples import ClientSamples, SampleForm, Samples
+from fedgan_lightning.deployment.sites import Check
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.federated_queries import FederatedQuery
 from fedgan_lightning.protocol import State
@@ -25,7 +26,7 @@ class Survey(Protocol):
 
     def facts(self) -> dict[int, dict[str, Any]]: ...
 
-    def sums(self, facts: dict[str, Any], state: State) -> list[State]: ...
+    def sums(self, facts: dict[str, Any], state: State, *, check: Check) -> list[State]: ...
 
 
 def _check_labels(widths: Mapping[int, int], *, num_classes: int) -> None:
@@ -48,17 +49,19 @@ def _check_labels(widths: Mapping[int, int], *, num_classes: int) -> None:
 class RemoteDataModule(FederatedDataModule):
     """The federation's data as its server sees it: what sites told of sizes and labels, and the server's own samples.
 
-    ``train_samples`` and ``test_samples`` are the server's own, from the source of its configuration: rulers are
-    trained and checked on them. Whatever else concerns clients' samples is asked of the sites as sums.
+    ``train_samples`` and ``test_samples`` are the server's own, where it has any: rulers are trained and checked on
+    them. Most servers have none; then both are a form without samples. Whatever else concerns clients' samples is asked
+    of the sites as sums.
 
     Args:
         own: The data module of the server's configuration.
         survey: Asks the sites.
+        has_samples: Whether the server has samples of its own, from the source of its configuration.
     """
 
     has_client_samples: ClassVar[bool] = False
 
-    def __init__(self, own: FederatedDataModule, survey: Survey) -> None:
+    def __init__(self, own: FederatedDataModule, survey: Survey, *, has_samples: bool = True) -> None:
         super().__init__(
             own.source,
             partition=own.partition,
@@ -69,7 +72,7 @@ class RemoteDataModule(FederatedDataModule):
             validation_share=own.validation_share,
             seed=own.seed,
         )
-        self._survey = survey
+        self._survey, self.has_server_samples = survey, has_samples
         self.has_client_sums = not survey.sums_only
         self._facts: dict[int, dict[str, Any]] = {}
 
@@ -79,6 +82,32 @@ class RemoteDataModule(FederatedDataModule):
             facts = self._survey.facts()
             _check_labels({k: len(own["label_counts"]) for k, own in facts.items()}, num_classes=self.num_classes)
             self._facts = facts
+
+    @property
+    def train_samples(self) -> Samples:  # type: ignore[override] # of a data set that does not change
+        return super().train_samples if self.has_server_samples else self._form()
+
+    @property
+    def test_samples(self) -> Samples:  # type: ignore[override]
+        return super().test_samples if self.has_server_samples else self._form()
+
+    def _form(self) -> SampleForm:
+        """Return what sites say of the samples that they hold.
+
+        Raises:
+            ConfigurationError: If some hold pixels, and some numbers.
+        """
+        self.setup()
+        kinds = {own["is_image"] for own in self._facts.values()}
+        if len(kinds) > 1:
+            raise ConfigurationError(
+                message(
+                    "sites must hold samples of one kind",
+                    received="pixels (bytes) at some and numbers at others",
+                    fix="give all of them the same kind of data.source",
+                )
+            )
+        return SampleForm.of(self.sample_shape, is_image=kinds.pop())
 
     def num_examples(self, client_id: int) -> int:
         return int(self._facts[client_id]["num_examples"])
@@ -96,17 +125,17 @@ class RemoteDataModule(FederatedDataModule):
         """Yield what every client answers, or the sum of all their answers, made where the samples are.
 
         Raises:
-            ConfigurationError: If an answer is none.
-            QuorumError: If a site does not answer.
+            QuorumError: If a site does not answer, or with what is no answer.
         """
-        sizes = {k: self.num_examples(k) for k in range(self.num_clients)}
-        found = self._survey.sums({**query.facts(), "query": query.kind}, query.state())
-        for client_id, answer in enumerate(found):
-            if self._survey.sums_only:
-                query.check(answer, who="all sites together, of whom none can be named", sizes=[*sizes.values()])
+        sizes = [self.num_examples(k) for k in range(self.num_clients)]
+
+        def check(client_id: int | None, answer: State) -> None:
+            if client_id is None:
+                query.check(answer, who="all sites together, of whom none can be named", sizes=sizes)
             else:
                 query.check(answer, who=f"client {client_id}", sizes=[sizes[client_id]])
-            yield answer
+
+        yield from self._survey.sums({**query.facts(), "query": query.kind}, query.state(), check=check)
 
     def client_samples(self, client_id: int) -> ClientSamples:
         """Refuse.

@@ -13,7 +13,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from fedgan_lightning.deployment import wire
-from fedgan_lightning.deployment.sites import Sites, trouble_in
+from fedgan_lightning.deployment.replies import trouble_in
+from fedgan_lightning.deployment.sites import Sites
 from fedgan_lightning.errors import ConfigurationError, RoundInterrupted, message
 from fedgan_lightning.federation.client_update import ClientContext
 from fedgan_lightning.federation.schema import printable
@@ -113,6 +114,7 @@ class FlowerExecutor(Executor):
             content = wire.from_task(task, accepted=accepted, digest=self.sites.digest)
             node_id = self.sites.node_of(task.client_id)
             assert node_id is not None  # checked by run
+            content = self.sites.stamp(content, node_id)
             messages.append(Message(content, dst_node_id=node_id, message_type=wire.TRAIN, group_id=str(task.round)))
         keys = self.sites.grid.push_messages(messages) if messages else []
         now = time.monotonic()
@@ -121,13 +123,13 @@ class FlowerExecutor(Executor):
     def _answer(self, reply: Any, sent: Sent, *, is_late: bool) -> ClientUpdate | ClientFailure:
         assert self._context is not None
         trouble, task = trouble_in(reply), sent.task
-        if trouble is None:
-            try:
-                update = wire.to_update(reply.content, client_id=task.client_id)
-            except Exception as error:  # what comes can be anything, and must not end the server
-                trouble = printable(f"an answer that is no update ({type(error).__name__}: {error})")
         if trouble is not None:
             return ClientFailure(task.client_id, task.round, stage="reply", cause=trouble)
+        try:
+            update = wire.to_update(reply.content, client_id=task.client_id)
+        except Exception as error:  # what comes can be anything, and must not end the server
+            cause = printable(f"an answer that is no update ({type(error).__name__}: {error})")
+            return ClientFailure(task.client_id, task.round, stage="reply", cause=cause, refused=True)
         if not is_late:
             self._context.store.write(task.client_id, {ACCEPTED: torch.tensor(task.seed)})
         return dataclasses.replace(update, metrics={**update.metrics, ROUND_TRIP: time.monotonic() - sent.since})

@@ -55,7 +55,9 @@ def opened(*, environment: Mapping[str, str], cold: Sequence[str] = OWN_PROGRAM)
             return
         command = [sys.executable, "-m", "fedgan_lightning.deployment.forkserver", str(folder / "socket")]
         ending = end_with_parent(signal.SIGKILL)
-        process = subprocess.Popen(command, env=dict(environment), start_new_session=True, preexec_fn=ending)
+        process = subprocess.Popen(
+            command, env=dict(environment), start_new_session=True, preexec_fn=ending, umask=0o077
+        )
         try:
             if _await(folder / "socket", process):
                 shim = str(Path(clientapp_shim.__file__))

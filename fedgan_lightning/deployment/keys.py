@@ -25,6 +25,10 @@ AUTHORITY_DAYS, VALID_DAYS = 3650, 365
 NOTICE_DAYS = 30
 #: What a machine calls itself.
 LOCAL = ("localhost", "127.0.0.1")
+#: List of certificates that do not count, beside the authority.
+REVOKED = "ca.crl"
+#: So much earlier than now a certificate begins: clocks differ.
+EARLIER = datetime.timedelta(minutes=5)
 #: Fewest bits of a site's own key: elliptic curves, RSA.
 CURVE_BITS, RSA_BITS = 256, 2048
 
@@ -60,6 +64,7 @@ def prepare(folder: Path, *, sites: int, hosts: Sequence[str] = ()) -> dict[str,
     # Whatever could be refused has been.
     if done["ca"] == "made":
         make_authority(folder)
+    revoke(folder)
     done["server"] = "renewed" if (folder / "server.crt").exists() else "made"
     make_server_certificate(folder, hosts=names, public=server)
     for path, public in keys.items():
@@ -92,6 +97,32 @@ def make_authority(folder: Path) -> None:
     own = own.add_extension(identifier, critical=False)
     _write(folder / "ca.key", _pem(authority))
     _write(folder / "ca.crt", _certificate(own.sign(authority, hashes.SHA384())), is_secret=False)
+
+
+def revoke(folder: Path, certificate: Path | None = None) -> None:
+    """Write ``ca.crl``, the list of certificates that do not count any more, with one more; without one, as it is.
+
+    It stays valid as long as the authority: nginx refuses everybody where a list has ended.
+
+    Args:
+        folder: Where the authority is.
+        certificate: What is to be revoked.
+    """
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+
+    signer, issuer = _authority_in(folder)
+    made = x509.CertificateRevocationListBuilder().issuer_name(issuer.subject)
+    made = made.last_update(_now() - EARLIER).next_update(issuer.not_valid_after_utc)
+    path = folder / REVOKED
+    for known in read_pem(path, x509.load_pem_x509_crl) if path.exists() else ():
+        made = made.add_revoked_certificate(known)
+    if certificate is not None:
+        number = read_pem(certificate, x509.load_pem_x509_certificate).serial_number
+        entry = x509.RevokedCertificateBuilder().serial_number(number).revocation_date(_now()).build()
+        made = made.add_revoked_certificate(entry)
+    signed: Any = made.sign(signer, hashes.SHA384())
+    _write(path, signed.public_bytes(serialization.Encoding.PEM), is_secret=False)
 
 
 def make_server_certificate(folder: Path, *, hosts: Sequence[str], public: Any = None) -> None:
@@ -164,10 +195,10 @@ def _public_half(path: Path) -> bytes:
 
 
 def check_valid(path: Path) -> None:
-    """Refuse a certificate that has ended, and warn of one that is about to.
+    """Refuse a certificate that has ended, or has not begun, and warn of one that is about to end.
 
     Raises:
-        ConfigurationError: If it has ended, or is none.
+        ConfigurationError: If it has, has not, or is none.
     """
     from cryptography import x509
 
@@ -179,6 +210,14 @@ def check_valid(path: Path) -> None:
     if end < _now():
         raise ConfigurationError(
             message("certificates must be valid", received=f"{path}, which ended on {end:%Y-%m-%d}", fix=fix)
+        )
+    if (begin := found.not_valid_before_utc) > _now():
+        raise ConfigurationError(
+            message(
+                "certificates must be valid by this machine's clock",
+                received=f"{path}, which begins on {begin:%Y-%m-%d %H:%M} UTC; here it is {_now():%Y-%m-%d %H:%M} UTC",
+                fix="set the clock (timedatectl set-ntp true), or wait",
+            )
         )
     if end < _now() + datetime.timedelta(days=NOTICE_DAYS):
         logger.warning(f"{path} ends on {end:%Y-%m-%d}: {fix}")
@@ -322,7 +361,7 @@ def _unsigned(subject: Any, public: Any, *, issuer: Any, end: datetime.datetime)
 
     found = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer)
     found = found.public_key(public).serial_number(x509.random_serial_number())
-    return found.not_valid_before(_now() - datetime.timedelta(minutes=5)).not_valid_after(end)
+    return found.not_valid_before(_now() - EARLIER).not_valid_after(end)
 
 
 def _issue(

@@ -1,22 +1,23 @@
-"""``python -m fedgan_lightning deploy ROLE``: keys, the server, a site, or all of it on one machine for a trial.
+"""``python -m fedgan_lightning deploy ROLE``: keys, kits, the server, a site, or all of it on one machine for a trial.
 
-Every role starts Flower's own programs; nothing here listens or encrypts.
+Every role starts Flower's own programs, and nginx in front of them where asked; nothing here listens or encrypts.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from fedgan_lightning.claim import check_unclaimed
-from fedgan_lightning.deployment import programs
+from fedgan_lightning.claim import check_unclaimed, claimed
+from fedgan_lightning.deployment import kits, membership, options_of, programs, proxy, status
 from fedgan_lightning.deployment.supernode_supervisor import keep_running, kept
 from fedgan_lightning.documents import check_settings_file
 from fedgan_lightning.errors import ConfigurationError, message
-from fedgan_lightning.files import expanded
 
 
 class _Parser(argparse.ArgumentParser):
@@ -27,49 +28,29 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str]) -> int:
     """Run a role; return the exit code."""
     parser = _Parser(prog="python -m fedgan_lightning deploy", description=__doc__)
-    roles = parser.add_subparsers(dest="role", required=True, parser_class=_Parser)
-    keys = roles.add_parser(
-        "keys", help="make a certificate authority, a server certificate and node keys, or renew certificates"
-    )
-    keys.add_argument("folder", type=expanded)
-    keys.add_argument("--sites", type=int, required=True)
-    keys.add_argument("--host", nargs="+", default=[], help="names of the server; by default those that it has")
-    server = roles.add_parser("server", help="SuperLink and run; continues a run that was cut off")
-    _shared(server)
-    server.add_argument("--keys", type=expanded, required=True, help="ca.crt, server.crt, server.key, *.pub of sites")
-    server.add_argument("--home", type=expanded, default="federation", help="database and logs of the SuperLink")
-    server.add_argument("--host", default="127.0.0.1", help="where the SuperLink listens")
-    server.add_argument("--port", type=int, default=8000)
-    site = roles.add_parser("site", help="a SuperNode: stays, and does what the federation asks")
-    site.add_argument("--superlink", required=True, metavar="HOST:PORT")
-    site.add_argument("--ca", type=expanded, required=True, help="certificate of the server's authority")
-    site.add_argument("--key", type=expanded, required=True, help="private key of this site")
-    site.add_argument("--client-id", type=int, required=True)
-    site.add_argument("--config", type=expanded, required=True, help="configuration, the same everywhere")
-    site.add_argument("--site", type=expanded, help="what differs here: the source, the accelerator")
-    site.add_argument("--state", type=expanded, default="site", help="folder for private state")
-    site.add_argument("--port", type=int, default=9094, help="port on this machine, for Flower's own processes")
-    site.add_argument("--tls", type=expanded, help="FILE.crt and FILE.key of this site: TLS between these, too")
-    site.add_argument("--check", action="store_true", help="try data, model, keys and connection, and take no part")
-    trial = roles.add_parser("trial", help="a server and its sites as processes of this machine")
-    _shared(trial)
-    trial.add_argument("--sites", type=int, required=True)
-    trial.add_argument("--site", type=expanded, nargs="*", default=[], help="what differs at each site, in order")
-    trial.add_argument("--home", type=expanded, default="federation", help="keys, databases and logs")
+    options_of.add_roles(parser.add_subparsers(dest="role", required=True, parser_class=_Parser))
     options, others = parser.parse_known_args(arguments)
     named = getattr(options, "site", None) or []
-    for path in filter(None, (getattr(options, "config", None), *(named if isinstance(named, list) else [named]))):
+    files = (getattr(options, "config", None), getattr(options, "data", None))
+    for path in filter(None, (*files, *(named if isinstance(named, list) else [named]))):
         programs.check_file(path)
         check_settings_file(path)
     if others and options.role not in ("server", "trial"):
         parser.error(f"unknown options {' '.join(others)}")
-    _check_flower()
-    return int({"keys": _keys, "server": _server, "site": _site, "trial": _trial}[options.role](options, others) or 0)
+    if options.role not in ("status", "kit"):
+        _check_flower()
+    with _private():
+        return int(ROLES[options.role](options, others) or 0)
 
 
-def _shared(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=expanded, required=True, help="configuration; more options are those of fit")
-    parser.add_argument("--run_dir", type=expanded, required=True, help="directory of the run")
+@contextmanager
+def _private() -> Iterator[None]:
+    """Let what a role writes be readable by its owner alone, whatever the shell's umask."""
+    before = os.umask(programs.PRIVATE)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def _check_flower() -> None:
@@ -95,41 +76,82 @@ def _keys(options: argparse.Namespace, others: list[str]) -> None:
     for word in dict.fromkeys(done.values()):
         print(f"{word}: {', '.join(name for name, own in done.items() if own == word)}")
     print(
-        f"{options.folder}: ca.crt, siteN, siteN.tls.crt and siteN.tls.key go to site N; "
-        "siteN.pub, server.crt and server.key to the server, ca.key into a safe; keep *.crt and *.pub for renewal"
+        f"{options.folder}: siteN, siteN.tls.crt and siteN.tls.key go to site N with ca.crt and ca.crl (deploy kit); "
+        "siteN.pub, server.crt and server.key to the server, ca.key into a safe; keep *.crt, *.pub and ca.crl"
     )
+
+
+def _kit(options: argparse.Namespace, others: list[str]) -> None:
+    programs.check_address(options.server)
+    told = {"server": options.server, "config": options.config, "policy": options.policy}
+    for path in kits.write_kits(options.folder, options.out, clients=options.client_id, **told):
+        print(f"{path}: holds private keys; give it to its site by a safe way, and delete it here")
+
+
+def _expel(options: argparse.Namespace, others: list[str]) -> None:
+    for path in membership.expel(options.folder, options.client_id):
+        print(f"wrote {path}")
+    if (options.home / "config.toml").exists():
+        gone = membership.unregister(options.home, options.folder, options.port)
+        print(f"node {', '.join(gone)} is not let in any more" if gone else "no SuperLink knew the site")
+    print("give the new ca.crl to the server's proxy, if there is one, and nginx -s reload")
+
+
+def _status(options: argparse.Namespace, others: list[str]) -> None:
+    print("\n".join(status.lines(status.read(options.run_dir))))
 
 
 def _site(options: argparse.Namespace, others: list[str]) -> int:
     """Keep a SuperNode running, or try what it needs."""
     from fedgan_lightning.deployment.keys import check_valid
 
+    options_of.take_kit(options)
     programs.check_address(options.superlink)
     if options.client_id < 0:
         fix = "give each site its number, from 0 on"
         raise ConfigurationError(message("--client-id must be at least 0", received=options.client_id, fix=fix))
     own = () if options.tls is None else programs.pair(options.tls)
-    for path in filter(None, (options.ca, options.key, options.config, options.site, *own)):
+    for path in filter(None, (options.ca, options.key, options.config, options.site, options.policy, *own)):
         programs.check_file(path)
     for path in (options.ca, *own[:1]):
         check_valid(path)
-    if options.check:
-        return _check(options, tls=own or None)
-    command = programs.supernode(
-        superlink=options.superlink,
-        ca=options.ca,
-        key=options.key,
-        port=options.port,
-        tls=options.tls,
-        node={
-            "client-id": options.client_id,
-            "config": str(options.config.resolve()),
-            "state": str(options.state.resolve()),
-            **({"site": str(options.site.resolve())} if options.site else {}),
-        },
-    )
-    with programs.quick_clientapp(options.state) as first:
+    _limit(options)
+    with ExitStack() as stack:
+        if options.through is not None:
+            _start_site_proxy(options, stack)
+        if options.check:
+            return _check(options, tls=own or None)
+        node = {"client-id": options.client_id, "config": options.config, "state": options.state, "key": options.key}
+        node |= {name: getattr(options, name) for name in ("site", "policy", "members")}
+        command = programs.supernode(
+            superlink=options.superlink,
+            ca=options.ca,
+            key=options.key,
+            port=options.port,
+            tls=options.tls,
+            node={n: str(v.resolve()) if isinstance(v, Path) else v for n, v in node.items() if v is not None},
+        )
+        first = stack.enter_context(programs.quick_clientapp(options.state))
         return keep_running(command, environment=programs.environment(options.state, first=first))
+
+
+def _limit(options: argparse.Namespace) -> None:
+    """Let what this process starts see one GPU, and use so many threads; both are the site's to say."""
+    if options.gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = options.gpu
+    if options.threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(options.threads)
+
+
+def _start_site_proxy(options: argparse.Namespace, stack: ExitStack) -> None:
+    """Start nginx, which shows the site's certificate to the server's, and let the SuperNode name it."""
+    port, crl = programs.free_port(), options.ca.with_name("ca.crl")
+    for path in (crl, *programs.pair(options.tls)):
+        programs.check_file(path)
+    changed = proxy.site_changes(ca=options.ca, crl=crl, tls=options.tls, server=options.through, port=port)
+    started = stack.enter_context(programs.processes())
+    started.append(proxy.start("nginx-site.conf", options.state / "proxy", changed=changed, port=port))
+    options.superlink = f"localhost:{port}"
 
 
 def _check(options: argparse.Namespace, *, tls: tuple[Path, Path] | None) -> int:
@@ -145,18 +167,36 @@ def _check(options: argparse.Namespace, *, tls: tuple[Path, Path] | None) -> int
         key=options.key,
         port=options.port,
         tls=tls,
+        policy=options.policy,
+        members=options.members,
     )
     return 0
 
 
 def _server(options: argparse.Namespace, others: list[str]) -> int:
+    from fedgan_lightning.deployment.server_check import check_server
+
     check_unclaimed(options.run_dir)
-    with programs.processes() as started:
+    if options.data is not None:
+        others = ["--config", str(options.data.resolve()), *others]
+    facts = check_server(options.config, options.run_dir, others, keys=options.keys, has_data=options.data is not None)
+    print("\n".join(facts), flush=True)
+    if options.check:
+        programs.await_port(options.host, options.port, seconds=0.0)
+        print("ready: the same command without --check starts the server")
+        return 0
+    told: dict[str, str | bool] = {"keys": str(options.keys.resolve()), "server-data": options.data is not None}
+    told |= {} if options.prometheus is None else {"prometheus": str(options.prometheus.resolve())}
+    with claimed(options.home), programs.processes() as started:
         started.append(programs.superlink(options.home, keys=options.keys, host=options.host, port=options.port))
         programs.await_superlink(options.port, options.keys, started[-1])
         programs.end_old_runs(options.home, options.keys, options.port)
         programs.register(options.home, options.keys, options.port)
-        return programs.run_app(options.home, options.config, options.run_dir, others)
+        membership.unregister(options.home, options.keys, options.port)
+        if options.proxy is not None:
+            changed = proxy.server_changes(keys=options.keys, superlink=options.port, port=options.proxy)
+            started.append(proxy.start("nginx.conf", options.home / "proxy", changed=changed, port=options.proxy))
+        return programs.run_app(options.home, options.config, options.run_dir, others, told=told)
 
 
 def _trial(options: argparse.Namespace, others: list[str]) -> int:
@@ -173,7 +213,8 @@ def _trial(options: argparse.Namespace, others: list[str]) -> int:
         programs.register(home, keys, port)
         sites = _start_sites(options, home=home, keys=keys, port=port, first=first, started=started)
         with programs.watched(sites):
-            return programs.run_app(home, options.config, options.run_dir, others)
+            told = {"server-data": not options.site}  # where sites have data of their own, this server has none
+            return programs.run_app(home, options.config, options.run_dir, others, told=told)
 
 
 def _start_sites(
@@ -182,7 +223,7 @@ def _start_sites(
     home: Path,
     keys: Path,
     port: int,
-    first: Path | None,
+    first: Path,
     started: list[subprocess.Popen],
 ) -> dict[Path, subprocess.Popen]:
     """Start the sites of a trial, each kept by a process of its own, and list these; return them by their logs."""
@@ -202,3 +243,8 @@ def _start_sites(
         started.append(programs.start(kept(command), own, log="supernode.log", first=first))
         sites[own / "supernode.log"] = started[-1]
     return sites
+
+
+#: What each role does.
+ROLES = {"keys": _keys, "kit": _kit, "server": _server, "site": _site, "trial": _trial, "expel": _expel}
+ROLES |= {"status": _status}

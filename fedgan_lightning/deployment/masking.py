@@ -37,11 +37,24 @@ class Keys:
 
 @dataclass(frozen=True)
 class Member:
-    """What a client tells all others through the server: its public keys, and N_k."""
+    """What a client tells all others through the server: its public keys, N_k, and a signature of these.
+
+    Attributes:
+        mask: Public key for masks.
+        seal: Public key for sealing shares.
+        num_examples: N_k.
+        signature: By the client's node key; empty without one.
+    """
 
     mask: bytes
     seal: bytes
     num_examples: int
+    signature: bytes = b""
+
+    def signed_text(self, session: int, client_id: int) -> bytes:
+        """Return what a signature is of."""
+        plain = ["fedgan member", session, client_id, self.mask.hex(), self.seal.hex(), self.num_examples]
+        return json.dumps(plain).encode()
 
 
 def public(private: bytes) -> bytes:
@@ -59,12 +72,17 @@ def shared_secret(private: bytes, others_public: bytes) -> bytes:
     return generate_shared_key(bytes_to_private_key(private), bytes_to_public_key(others_public))
 
 
-def transcript(session: int, members: Mapping[int, Member]) -> bytes:
-    """Return a hash of who takes part, with which keys and weights: a server cannot tell it differently to different
-    clients, since shares that were sealed under another one are refused.
+def transcript(session: int, members: Mapping[int, Member], subject: str) -> bytes:
+    """Return a hash of who takes part, with which keys and weights, and of what is asked: a server cannot tell it
+    differently to different clients, since shares that were sealed under another one are refused.
+
+    Args:
+        session: The session.
+        members: Who takes part.
+        subject: Hash of the task or query that all answer.
     """
     listed = [(k, own.mask.hex(), own.seal.hex(), own.num_examples) for k, own in sorted(members.items())]
-    return hashlib.sha256(json.dumps([session, listed]).encode()).digest()
+    return hashlib.sha256(json.dumps([session, listed, subject]).encode()).digest()
 
 
 @dataclass(frozen=True)
@@ -98,7 +116,7 @@ class Shares:
             raise ValueError(f"shares from client {source} cannot be opened") from error
         found, meant, seed, key = share_keys_plaintext_separate(text[SEED_BYTES:])
         if text[:SEED_BYTES] != under or (found, meant) != (source, destination):
-            raise ValueError(f"client {source} has a list of other members, keys or weights")
+            raise ValueError(f"client {source} has a list of other members, keys or weights, or another task")
         return cls(seed, key)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -26,6 +27,8 @@ from fedgan_lightning.errors import ConfigurationError, message
 
 logger = logging.getLogger("fedgan_lightning")
 
+#: File of a server's folder with the SuperLink's numbers of sites.
+NODES = "nodes.json"
 APP = Path(__file__).parent / "app"
 #: No telemetry, no look for updates, no installation of packages at run time.
 QUIET = {
@@ -36,6 +39,10 @@ QUIET = {
 }
 #: How often Flower looks for a task to start a process for, in seconds; its own default is one.
 PACE = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
+#: What others on this machine may read of what a program writes: nothing. Databases hold updates in the clear.
+PRIVATE = 0o077
+#: A log that has become so long is kept aside when its program starts again, and so many are kept.
+MOST_LOG_BYTES, MOST_LOGS = 10 << 20, 5
 #: Seconds for the SuperLink to start, and for the port of its predecessor to be free.
 START_SECONDS, PORT_SECONDS = 180.0, 20.0
 
@@ -107,7 +114,7 @@ def connect(home: Path, keys: Path | None, port: int) -> None:
 def flwr(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a command of Flower's command line to its end."""
     command = [str(program("flwr")), *arguments]
-    return subprocess.run(command, env=environment(home), capture_output=True, text=True, check=False)
+    return subprocess.run(command, env=environment(home), capture_output=True, text=True, check=False, umask=PRIVATE)
 
 
 def end_old_runs(home: Path, keys: Path, port: int) -> None:
@@ -125,21 +132,48 @@ def end_old_runs(home: Path, keys: Path, port: int) -> None:
 
 
 def register(home: Path, keys: Path, port: int) -> None:
-    """Tell the SuperLink which sites may come; those that it knows already are no error."""
+    """Tell the SuperLink which sites may come, and note their nodes; those that it knows already are no error."""
     connect(home, keys, port)
+    known = nodes(home)
     for path in sorted(keys.glob("*.pub")):
-        done = flwr(home, "supernode", "register", str(path), "own")
-        if done.returncode and "already" not in (done.stdout + done.stderr):
+        done = flwr(home, "supernode", "register", str(path), "own", "--format", "json")
+        said = done.stdout + done.stderr
+        if (found := re.search(r'"node-id":\s*"?(\d+)', said)) is not None:
+            known[blob(path)] = found[1]
+        elif "already" not in said:
             raise ConfigurationError(
                 message(
                     "a site's key must be fit to be registered",
-                    received=f"{path}: {done.stdout}{done.stderr}",
+                    received=f"{path}: {said}",
                     fix="see above",
                 )
             )
+    (home / NODES).write_text(json.dumps(known))
 
 
-def run_app(home: Path, config: Path, run_dir: Path, others: Sequence[str], *, engine: Sequence[str] = ()) -> int:
+def nodes(home: Path) -> dict[str, str]:
+    """Return the SuperLink's numbers of sites, by :func:`blob`, as far as :func:`register` has noted them."""
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads((home / NODES).read_text())
+        return {str(key): str(own) for key, own in known.items()} if isinstance(known, dict) else {}
+    return {}
+
+
+def blob(path: Path) -> str:
+    """Return the key itself of a public key file of OpenSSH's."""
+    parts = path.read_text().split()
+    return parts[1] if len(parts) > 1 else ""
+
+
+def run_app(
+    home: Path,
+    config: Path,
+    run_dir: Path,
+    others: Sequence[str],
+    *,
+    engine: Sequence[str] = (),
+    told: Mapping[str, str | bool] | None = None,
+) -> int:
     """Run the federation; return 0 if it came to its end.
 
     Args:
@@ -148,11 +182,14 @@ def run_app(home: Path, config: Path, run_dir: Path, others: Sequence[str], *, e
         run_dir: Where the run is written.
         others: Options beside these.
         engine: Arguments of ``flwr run`` for its simulation engine, such as the number of SuperNodes.
+        told: What else the app's server is told; see ``app/pyproject.toml``.
     """
     options = [*others, "--run_dir", str(run_dir.resolve()), "--trainer.enable_progress_bar", "false"]
-    run_config = f"config={json.dumps(str(config.resolve()))} options={json.dumps(shlex.join(options))}"
+    settings = {"config": str(config.resolve()), "options": shlex.join(options), **(told or {})}
+    run_config = " ".join(f"{name}={json.dumps(value)}" for name, value in settings.items())
     command = [str(program("flwr")), "run", str(APP), "own", "--stream", *engine, "--run-config", run_config]
-    subprocess.run(command, env=environment(home), check=False, preexec_fn=end_with_parent(signal.SIGKILL))
+    ending = end_with_parent(signal.SIGKILL)
+    subprocess.run(command, env=environment(home), check=False, preexec_fn=ending, umask=PRIVATE)
     with contextlib.suppress(OSError, ValueError):
         status = json.loads((run_dir / "summary.json").read_text())["status"]
         print(f"{run_dir}: {status}")
@@ -250,7 +287,9 @@ def watched(started: Mapping[Path, subprocess.Popen]) -> Iterator[None]:
         watching.join()
 
 
-def start(command: Sequence[str], home: Path, *, log: str, first: Path | None = None) -> subprocess.Popen:
+def start(
+    command: Sequence[str], home: Path, *, log: str, first: Path | None = None, ending: int = signal.SIGKILL
+) -> subprocess.Popen:
     """Start a program that ends with this process, and writes to a log.
 
     Args:
@@ -258,8 +297,10 @@ def start(command: Sequence[str], home: Path, *, log: str, first: Path | None = 
         home: Flower's folder, and that of the log.
         log: Name of the log, which is continued.
         first: Folder whose programs take precedence.
+        ending: Signal that it is sent when this process ends; asked to end, a SuperLink waits for its connections.
     """
-    home.mkdir(parents=True, exist_ok=True)
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    rotate(home / log)
     with (home / log).open("ab") as file:
         return subprocess.Popen(
             list(command),
@@ -267,8 +308,19 @@ def start(command: Sequence[str], home: Path, *, log: str, first: Path | None = 
             stdout=file,
             stderr=file,
             start_new_session=True,
-            preexec_fn=end_with_parent(signal.SIGKILL),  # asked to end, a SuperLink waits for its connections
+            umask=PRIVATE,
+            preexec_fn=end_with_parent(ending),
         )
+
+
+def rotate(log: Path) -> None:
+    """Keep a long log as ``.1``, and what was that as ``.2``, before a program goes on with a new one."""
+    if log.exists() and log.stat().st_size > MOST_LOG_BYTES:
+        for number in range(MOST_LOGS - 1, 0, -1):
+            older = log.with_name(f"{log.name}.{number}")
+            if older.exists():
+                older.replace(log.with_name(f"{log.name}.{number + 1}"))
+        log.replace(log.with_name(f"{log.name}.1"))
 
 
 def quick_clientapp(home: Path) -> contextlib.AbstractContextManager[Path]:

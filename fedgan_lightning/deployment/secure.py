@@ -13,6 +13,7 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +28,7 @@ from fedgan_lightning.deployment.session import (
     shares_of,
     summand_of_content,
 )
+from fedgan_lightning.deployment.signatures import Signatures
 from fedgan_lightning.deployment.sites import ANSWER_SECONDS, Sites
 from fedgan_lightning.errors import UpdateError
 from fedgan_lightning.federation.client_update import never
@@ -53,6 +55,7 @@ class Opened:
         facts: What each client in the sum says beside its vector.
         bytes_up: What each client sent, by network.
         lost: Stage and cause of every client that is not in the sum.
+        refused: Those of them who answered with what is no answer.
         seconds: Time that each client's answers took, from query to answer.
     """
 
@@ -61,6 +64,7 @@ class Opened:
     facts: dict[int, dict[str, Any]] = field(default_factory=dict)
     bytes_up: dict[int, Counter[str]] = field(default_factory=dict)
     lost: dict[int, tuple[str, str]] = field(default_factory=dict)
+    refused: set[int] = field(default_factory=set)
     seconds: dict[int, float] = field(default_factory=dict)
 
 
@@ -73,12 +77,21 @@ class SecureSessions:
         weight: The aggregator's weight of N_k examples.
         timeout: Seconds that clients have for each of the four answers; ``None`` waits for vectors as long as sites are
             connected.
+        keys: Folder with the public node key of every site, ``siteN.pub``: one that others would not believe is
+            refused before they are asked. ``None`` believes all.
     """
 
     def __init__(
-        self, sites: Sites, *, secure: SecureAggregation, weight: Callable[[int], float], timeout: float | None = None
+        self,
+        sites: Sites,
+        *,
+        secure: SecureAggregation,
+        weight: Callable[[int], float],
+        timeout: float | None = None,
+        keys: Path | None = None,
     ) -> None:
         self.sites, self.secure, self.weight, self.timeout = sites, secure, weight, timeout
+        self.signatures = None if keys is None else Signatures(None, keys)
 
     def run(
         self,
@@ -86,6 +99,7 @@ class SecureSessions:
         query: Callable[[int], Any],
         *,
         kind: str,
+        subject: str,
         group: str = "",
         complete: bool = False,
         size_of: Callable[[int], int] | None = None,
@@ -98,6 +112,7 @@ class SecureSessions:
             clients: Who is asked.
             query: Records for a client; the session's are added to them.
             kind: Type of the message that carries them.
+            subject: Hash of what is asked, which all clients are told before they share secrets.
             group: Name under which Flower lists the messages.
             complete: Whether to open the sum of all of them or none. What sites answer every time alike would otherwise
                 be told apart: the sum with a site, less the sum without it.
@@ -109,7 +124,8 @@ class SecureSessions:
         Raises:
             RoundInterrupted: If the user asks to stop.
         """
-        session = _Run(self, secrets.randbits(62), kind, group, stop_requested, size_of=size_of, check=check)
+        about = {"kind": kind, "subject": subject, "group": group}
+        session = _Run(self, secrets.randbits(62), stop_requested, size_of=size_of, check=check, **about)
         return session.opened(clients, query, complete=complete)
 
 
@@ -120,15 +136,16 @@ class _Run:
         self,
         owner: SecureSessions,
         session: int,
-        kind: str,
-        group: str,
         stop_requested: Callable[[], bool],
         *,
+        kind: str,
+        subject: str,
+        group: str,
         size_of: Callable[[int], int] | None,
         check: Callable[[int, Mapping[str, Layout], Mapping[str, Any]], None] | None,
     ) -> None:
         self.size_of, self.check = size_of, check
-        self.owner, self.session, self.kind, self.group = owner, session, kind, group
+        self.owner, self.session, self.kind, self.subject, self.group = owner, session, kind, subject, group
         self.stop_requested, self.result = stop_requested, Opened()
 
     def opened(self, clients: Sequence[int], query: Callable[[int], Any], *, complete: bool) -> Opened:
@@ -166,11 +183,15 @@ class _Run:
                 (own,) = members_of_facts(wire.facts_of(records)).values()
                 self._check_member(k, own, probe, taken)
             except Exception as error:  # what comes can be anything, and must not end the server
-                self._lose(k, "advertise", printable(f"no keys ({error})"))
+                self._refuse(k, "advertise", printable(f"no keys ({error})"))
                 continue
             found[k] = own
             taken |= {own.mask, own.seal}
-            self._count(k, {OVERHEAD: len(own.mask) + len(own.seal)})
+            self._count(k, {OVERHEAD: len(own.mask) + len(own.seal) + len(own.signature)})
+        if any(own.signature for own in found.values()):  # those who sign believe nobody who does not
+            for k in [k for k, own in found.items() if not own.signature]:
+                self._refuse(k, "advertise", "keys without a signature, where others sign theirs")
+                del found[k]
         return found
 
     def _check_member(self, client_id: int, own: Member, probe: bytes, taken: set[bytes]) -> None:
@@ -182,6 +203,10 @@ class _Run:
         stated = None if self.size_of is None else self.size_of(client_id)
         if own.num_examples < 1 or own.num_examples != (stated or own.num_examples):
             raise ValueError(f"{own.num_examples} examples" + (f", and {stated} when it joined" if stated else ""))
+        if max(map(len, (own.mask, own.seal, own.signature))) > MOST_SEALED:
+            raise ValueError(f"more than {MOST_SEALED} bytes")
+        if self.owner.signatures is not None and own.signature:
+            self.owner.signatures.check_members(self.session, {client_id: own})
         if own.mask == own.seal or {own.mask, own.seal} & taken:
             raise ValueError("keys that another has, too")
         for key in (own.mask, own.seal):
@@ -189,7 +214,7 @@ class _Run:
 
     def _sealed(self, members: Mapping[int, Member]) -> dict[int, dict[int, bytes]]:
         """Return the sealed shares, by source and destination."""
-        request = {"ask": "share", "session": self.session, **members_to_facts(members)}
+        request = {"ask": "share", "session": self.session, "subject": self.subject, **members_to_facts(members)}
         found: dict[int, dict[int, bytes]] = {}
         for k, records in self._ask({k: wire.content(request) for k in members}, "share").items():
             try:
@@ -199,7 +224,7 @@ class _Run:
                 if max(map(len, own.values())) > MOST_SEALED:
                     raise ValueError(f"more than {MOST_SEALED} bytes")
             except Exception as error:
-                self._lose(k, "share", printable(f"no shares ({error})"))
+                self._refuse(k, "share", printable(f"no shares ({error})"))
                 continue
             found[k] = own
             self._count(k, {OVERHEAD: sum(map(len, own.values()))})
@@ -221,15 +246,15 @@ class _Run:
                 if self.check is not None:
                     self.check(k, summand.layouts, facts)
             except UpdateError as error:
-                self._lose(k, "reply", printable(error))
+                self._refuse(k, "reply", printable(error))
             except Exception as error:
-                self._lose(k, "reply", printable(f"no masked vector ({error})"))
+                self._refuse(k, "reply", printable(f"no masked vector ({error})"))
             else:
                 found[k], self.result.facts[k] = summand, facts
         layouts = [own.layouts for own in found.values()]
         usual = max(layouts, key=layouts.count, default={})
         for k in [k for k, own in found.items() if own.layouts != usual]:
-            self._lose(k, "reply", "its update differs from the others' in entries, shapes or dtypes")
+            self._refuse(k, "reply", "its update differs from the others' in entries, shapes or dtypes")
             del found[k]
         for k, vector in found.items():
             self._count(k, masked_bytes(vector.layouts))
@@ -238,6 +263,9 @@ class _Run:
     def _unmasked(self, vectors: Mapping[int, Summand]) -> dict[int, dict[int, bytes]]:
         """Return the shares that the secrets are made of again, by who holds them and whose they are."""
         request = {"ask": "unmask", "session": self.session, "survivors": sorted(vectors)}
+        if self.owner.secure.consistency:
+            consents = self._consents(vectors)
+            request |= {"consenting": sorted(consents), "consents": [consents[k] for k in sorted(consents)]}
         found: dict[int, dict[int, bytes]] = {}
         answers = self._ask({k: wire.content(request) for k in vectors}, "unmask", is_loss=False)
         for k, records in answers.items():
@@ -247,6 +275,17 @@ class _Run:
                 logger.warning(f"client {k} answers the last message of a session without shares")
                 continue
             self._count(k, {OVERHEAD: sum(map(len, found[k].values()))})
+        return found
+
+    def _consents(self, vectors: Mapping[int, Summand]) -> dict[int, bytes]:
+        """Return signatures of the list of those whose vectors came, by who signs it."""
+        request = {"ask": "consent", "session": self.session, "survivors": sorted(vectors)}
+        found: dict[int, bytes] = {}
+        for k, records in self._ask({k: wire.content(request) for k in vectors}, "consent", is_loss=False).items():
+            signature = wire.facts_of(records).get("consent")
+            if isinstance(signature, bytes) and len(signature) <= MOST_SEALED:
+                found[k] = signature
+                self._count(k, {OVERHEAD: len(signature)})
         return found
 
     def _sum(
@@ -322,6 +361,10 @@ class _Run:
 
     def _lose(self, client_id: int, stage: str, cause: str) -> None:
         self.result.lost[client_id] = (stage, cause)
+
+    def _refuse(self, client_id: int, stage: str, cause: str) -> None:
+        self.result.refused.add(client_id)
+        self._lose(client_id, stage, cause)
 
     def _enough(self, left: Mapping[int, Any], needed: int, stage: str) -> bool:
         if len(left) < needed:

@@ -10,6 +10,7 @@ import torch
 from fedgan_lightning.deployment import wire
 from fedgan_lightning.deployment.flower import ACCEPTED, CONNECTED, refuse_exchange
 from fedgan_lightning.deployment.secure import SecureSessions
+from fedgan_lightning.deployment.sites import Check, no_check
 from fedgan_lightning.errors import OutOfRangeError, QuorumError, UpdateError, message
 from fedgan_lightning.federation.client_update import ClientContext
 from fedgan_lightning.federation.report import is_position
@@ -20,6 +21,8 @@ from fedgan_lightning.protocol import ROUND_TRIP, ClientFailure, ClientReport, C
 
 #: Scalars that sites say in the clear: they follow from sizes and clocks, not from data.
 CLEAR = ("images", "steps", "optimizer_steps", "seconds")
+#: Who tells what all sites together do.
+TOGETHER = "together"
 #: Stages at which a client that is lost has not been sent its task.
 BEFORE_THE_TASK = ("advertise", "share")
 
@@ -60,13 +63,15 @@ class SecureExecutor(Executor):
             sorted(listed),
             query,
             kind=wire.TRAIN,
+            subject=wire.hash_of_task(next(iter(listed.values()))),
             group=str(round),
             size_of=self._context.data.num_examples,
             check=self._check(listed),
             stop_requested=self._context.stop_requested,
         )
         for client_id, (stage, cause) in sorted(found.lost.items()):
-            yield ClientFailure(client_id, round, stage=stage, cause=cause, reached=stage not in BEFORE_THE_TASK)
+            told = {"reached": stage not in BEFORE_THE_TASK, "refused": client_id in found.refused}
+            yield ClientFailure(client_id, round, stage=stage, cause=cause, **told)
         if not found.means:
             return
         members = []
@@ -121,23 +126,28 @@ class SecureQueries:
         """Return what every site said of itself; see :meth:`Sites.facts`."""
         return self.sessions.sites.facts()
 
-    def sums(self, facts: dict[str, Any], state: State) -> list[State]:
-        """Return the sums over all sites, as one state.
+    def sums(self, facts: dict[str, Any], state: State, *, check: Check = no_check) -> list[State]:
+        """Return the sums over all sites, as one state; sites tell them once in a run.
 
         Args:
             facts: A query's, with its ``query``.
             state: Its tensors.
+            check: Called with the sums; raises an error if these cannot be right.
 
         Raises:
             OutOfRangeError: If a site's sums are too large to be masked.
             QuorumError: If a site is not in them: sums of some would be mistaken for those of all.
         """
-        known = self.facts()
-        query = {**facts, "ask": "sums"}
+        known, answers = self.facts(), self.sessions.sites.answers
+        query, subject = {**facts, "ask": "sums"}, wire.hash_of(facts, state)
+        key = wire.hash_of({**facts, "digest": self.sessions.sites.digest, "members": sorted(known)}, state)
+        if kept := answers.of(key):
+            return [kept[TOGETHER]]
         found = self.sessions.run(
             sorted(known),
             lambda _: wire.content(query, state=state),
             kind=wire.QUERY,
+            subject=subject,
             complete=True,
             size_of=lambda client_id: int(known[client_id]["num_examples"]),
         )
@@ -145,12 +155,22 @@ class SecureQueries:
             too_large = [cause for _, cause in found.lost.values() if cause.startswith(OutOfRangeError.__name__)]
             if too_large:
                 raise OutOfRangeError(too_large[0])
-            causes = [f"client {k} ({stage}: {cause})" for k, (stage, cause) in sorted(found.lost.items())]
+            by_cause: dict[str, list[int]] = {}
+            for k, (stage, cause) in sorted(found.lost.items()):
+                by_cause.setdefault(f"{stage}: {cause}", []).append(k)
+            causes = [f"client {', '.join(map(str, own))} ({cause})" for cause, own in by_cause.items()]
             raise QuorumError(
                 message(
                     "every site must be in the sums that the evaluation asks for",
                     received="; ".join(causes),
-                    fix="look at their logs, and start again with --ckpt_path last",
+                    fix="look at their logs",
                 )
             )
+        try:
+            check(None, found.means["sums"])
+        except Exception as error:
+            received = printable(f"a sum of all of them that cannot be right ({error})")
+            fix = "nobody can say whose answer it is; look at all sites' data, or leave the metric out"
+            raise QuorumError(message("sites must answer with sums", received=received, fix=fix)) from error
+        answers.keep(key, TOGETHER, found.means["sums"])
         return [found.means["sums"]]

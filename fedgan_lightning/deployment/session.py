@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ import torch
 
 from fedgan_lightning.deployment import masking, wire
 from fedgan_lightning.deployment.masking import Keys, Member, Shares
+from fedgan_lightning.deployment.signatures import Signatures, consent_text
 from fedgan_lightning.errors import ProtocolError, message
 from fedgan_lightning.federation.secure import FEWEST, SecureAggregation, Summand, sizes_of
 from fedgan_lightning.files import replacing
 from fedgan_lightning.packing import Layout
 from fedgan_lightning.protocol import State
 
-ADVERTISED, SHARED, MASKED = "advertised", "shared", "masked"
+ADVERTISED, SHARED, MASKED, CONSENTED = "advertised", "shared", "masked", "agreed"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Secrets:
         num_examples: N_k, as it told all others.
         keys: Its private keys.
         members: Who takes part, itself included.
+        subject: Hash of the task or query that the session is about.
         seed: Seed of its own mask.
         own: Its shares of its own secrets.
         held: Its shares of those of the others whose updates may be in the sum.
@@ -47,6 +49,7 @@ class Secrets:
     num_examples: int
     keys: Keys
     members: Mapping[int, Member]
+    subject: str = ""
     seed: bytes = b""
     own: Shares | None = None
     held: Mapping[int, Shares] | None = None
@@ -65,6 +68,7 @@ class Secrets:
             num_examples=int(found["num_examples"]),
             keys=Keys(**_bytes(found["keys"])),
             members={int(k): Member(**_bytes(own)) for k, own in found["members"].items()},
+            subject=str(found["subject"]),
             seed=bytes.fromhex(found["seed"]),
             own=None if found["own"] is None else Shares(**_bytes(found["own"])),
             held=None if found["held"] is None else {int(k): Shares(**_bytes(v)) for k, v in found["held"].items()},
@@ -82,26 +86,41 @@ class Session:
         client_id: The client.
         secure: Bounds and threshold, from the site's own configuration.
         weight: The aggregator's weight of N_k examples, from the site's own configuration.
+        signatures: Signs this site's keys and checks those of the others; ``None`` believes the server who they are.
     """
 
     def __init__(
-        self, folder: Path, *, client_id: int, secure: SecureAggregation, weight: Callable[[int], float]
+        self,
+        folder: Path,
+        *,
+        client_id: int,
+        secure: SecureAggregation,
+        weight: Callable[[int], float],
+        signatures: Signatures | None = None,
     ) -> None:
         self.path, self.client_id, self.secure, self.weight = folder / "secure.json", client_id, secure, weight
+        self.signatures = signatures
 
     def advertise(self, session: int, *, num_examples: int) -> Member:
         """Begin a session; return what all others may know."""
         keys = Keys.fresh()
         own = Member(masking.public(keys.mask), masking.public(keys.seal), num_examples)
+        if self.signatures is not None:
+            own = replace(own, signature=self.signatures.sign(own.signed_text(session, self.client_id)))
         self._write(Secrets(session, ADVERTISED, num_examples, keys, {self.client_id: own}))
         return own
 
-    def share(self, session: int, members: Mapping[int, Member]) -> dict[int, bytes]:
+    def share(self, session: int, members: Mapping[int, Member], *, subject: str) -> dict[int, bytes]:
         """Return shares of this site's two secrets, sealed for each other member.
 
+        Args:
+            session: The session.
+            members: Who takes part, itself included.
+            subject: Hash of the task or query that the session is about; no other is answered under its masks.
+
         Raises:
-            ProtocolError: If it is told of too few members, of equal keys, of no examples, or of keys that are not its
-                own.
+            ProtocolError: If it is told of too few members, of equal keys, of no examples, of keys that are not its
+                own, or of keys that their owner did not sign.
         """
         known = self._read(session, ADVERTISED)
         keys = [key for own in members.values() for key in (own.mask, own.seal)]
@@ -109,12 +128,14 @@ class Session:
             raise _refused("members must have keys of their own", "equal ones, or others than this site's")
         if len(members) < FEWEST:
             raise _refused(f"a session must have at least {FEWEST} members", len(members))
+        if self.signatures is not None:
+            self.signatures.check_members(session, members)
         if min(own.num_examples for own in members.values()) < 1:
             raise _refused("members must count at least one example", min(own.num_examples for own in members.values()))
         needed, seed = self.secure.needed(len(members)), secrets.token_bytes(masking.SEED_BYTES)
         split = [masking.split(secret, needed=needed, number=len(members)) for secret in (seed, known.keys.mask)]
         shares = {k: Shares(*pair) for k, pair in zip(sorted(members), zip(*split))}
-        transcript = masking.transcript(session, members)
+        transcript = masking.transcript(session, members, subject)
         sealed = {
             k: shares[k].sealed(
                 masking.shared_secret(known.keys.seal, own.seal), source=self.client_id, destination=k, under=transcript
@@ -123,21 +144,29 @@ class Session:
             if k != self.client_id
         }
         own = shares[self.client_id]
-        self._write(Secrets(session, SHARED, known.num_examples, known.keys, dict(members), seed, own))
+        self._write(Secrets(session, SHARED, known.num_examples, known.keys, dict(members), subject, seed, own))
         return sealed
 
-    def open(self, session: int, sealed: Mapping[int, bytes]) -> None:
+    def open(self, session: int, sealed: Mapping[int, bytes], *, subject: str) -> None:
         """Take the shares that others sealed for this site: their updates, and its own, are to be in the sum.
 
+        Args:
+            session: The session.
+            sealed: The shares, by who sealed them.
+            subject: Hash of what is asked now.
+
         Raises:
-            ProtocolError: If they are too few, or not what their members sealed.
+            ProtocolError: If they are too few, not what their members sealed, or something else is asked than all were
+                told.
         """
         known = self._read(session, SHARED)
+        if subject != known.subject:
+            raise _refused("a session must be about the task or query that all members were told of", "another one")
         if not {*sealed} <= {*known.members} - {self.client_id}:
             raise _refused("shares must come from other members", sorted(sealed))
         if len(sealed) + 1 < self.secure.needed(len(known.members)):
             raise _refused(f"{self.secure.needed(len(known.members))} members must be left", len(sealed) + 1)
-        transcript = masking.transcript(session, known.members)
+        transcript = masking.transcript(session, known.members, known.subject)
         assert known.own is not None
         held = {self.client_id: known.own}
         for k, text in sealed.items():
@@ -147,9 +176,7 @@ class Session:
             except ValueError as error:
                 raise _refused("shares must be for this session and its members", error) from error
         # From here on nothing but the answer to the last message is left to be asked for: no vector is masked twice.
-        self._write(
-            Secrets(session, MASKED, known.num_examples, known.keys, known.members, known.seed, known.own, held)
-        )
+        self._write(replace(known, stage=MASKED, held=held))
 
     def masked(self, session: int, groups: Mapping[str, State]) -> Summand:
         """Return this site's states under its masks, weighted as :func:`shares_of` says.
@@ -176,21 +203,60 @@ class Session:
             found = found.plus(*vectors) if self.client_id < k else found.minus(*vectors)
         return found
 
-    def unmask(self, session: int, survivors: Iterable[int]) -> dict[int, bytes]:
+    def unmask(
+        self,
+        session: int,
+        survivors: Iterable[int],
+        *,
+        consents: Mapping[int, bytes] | None = None,
+        allow: Callable[[str, list[int]], None] = lambda subject, left: None,
+    ) -> dict[int, bytes]:
         """Return a share by member, and forget everything: of the seed for those whose vectors are in, else of the key.
 
+        Args:
+            session: The session.
+            survivors: Whose vectors are in the sum.
+            consents: Signatures of this list by those who agree to it, where ``secure.consistency`` asks for them.
+            allow: Called with the subject and the list before anything is told; raises an error where it must not be.
+
         Raises:
-            ProtocolError: If survivors are too few, or no members.
+            ProtocolError: If survivors are too few, or no members, or too few have agreed to the list.
         """
-        known = self._read(session, MASKED)
+        known = self._read(session, CONSENTED if self.secure.consistency else MASKED)
         assert known.held is not None
         self.path.unlink()
         left = {*survivors}
         if self.client_id not in left or not left <= {*known.held}:
             raise _refused("survivors must be members whose shares are known", sorted(left))
-        if len(left) < self.secure.needed(len(known.members)):
-            raise _refused(f"{self.secure.needed(len(known.members))} members must be left", len(left))
+        needed = self.secure.needed(len(known.members))
+        if len(left) < needed:
+            raise _refused(f"{needed} members must be left", len(left))
+        if self.secure.consistency:
+            self._signing().check_consents(session, sorted(left), consents or {}, members=known.members, needed=needed)
+        allow(known.subject, sorted(left))
         return {k: own.seed if k in left else own.key for k, own in known.held.items()}
+
+    def consent(self, session: int, survivors: Iterable[int]) -> bytes:
+        """Return a signature of whose vectors are in the sum: all must have been told the same.
+
+        Raises:
+            ProtocolError: If they are no members, or this site has agreed to another list before.
+        """
+        known = self._read(session, MASKED)
+        assert known.held is not None
+        left = sorted({*survivors})
+        if self.client_id not in left or not {*left} <= {*known.held}:
+            raise _refused("survivors must be members whose shares are known", left)
+        signed = self._signing().sign(consent_text(session, left))
+        self._write(replace(known, stage=CONSENTED))
+        return signed
+
+    def _signing(self) -> Signatures:
+        if self.signatures is None:
+            raise _refused(
+                "a site must have the public keys of all sites where secure.consistency is set", "none (--members)"
+            )
+        return self.signatures
 
     # ------------------------------------------------------------------ on disk
 
@@ -250,13 +316,15 @@ def members_to_facts(members: Mapping[int, Member]) -> dict[str, Any]:
         "mask_keys": [own.mask for _, own in listed],
         "seal_keys": [own.seal for _, own in listed],
         "sizes": [own.num_examples for _, own in listed],
+        "signatures": [own.signature for _, own in listed],
     }
 
 
 def members_of_facts(facts: Mapping[str, Any]) -> dict[int, Member]:
     """Undo :func:`members_to_facts`."""
-    columns = (facts[name] for name in ("clients", "mask_keys", "seal_keys", "sizes"))
-    return {int(k): Member(bytes(mask), bytes(seal), int(size)) for k, mask, seal, size in zip(*columns)}
+    columns = (facts[name] for name in ("clients", "mask_keys", "seal_keys", "sizes", "signatures"))
+    listed = list(zip(*columns, strict=True))
+    return {int(k): Member(bytes(mask), bytes(seal), int(size), bytes(own)) for k, mask, seal, size, own in listed}
 
 
 def sealed_to_facts(sealed: Mapping[int, bytes]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ Flower starts a process for every message, so what must last lies on the site's 
 from __future__ import annotations
 
 import hashlib
-import json
+import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,82 +16,40 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
-from fedgan_lightning.data.held_out import HeldOutBatches, divided
-from fedgan_lightning.data.order import steps_per_epoch
-from fedgan_lightning.data.samples import BatchStream, ClientSamples
+from fedgan_lightning.data.held_out import divided
+from fedgan_lightning.data.samples import ClientSamples
 from fedgan_lightning.deployment import wire
 from fedgan_lightning.deployment.secure_users import CLEAR
 from fedgan_lightning.deployment.session import Session, summand_to_content
+from fedgan_lightning.deployment.shared_settings import digest_of
+from fedgan_lightning.deployment.signatures import Signatures
+from fedgan_lightning.deployment.site_data import SiteData
+from fedgan_lightning.deployment.site_memory import SiteMemory
+from fedgan_lightning.deployment.site_policy import SitePolicy
+from fedgan_lightning.deployment.site_queries import SiteQueries
 from fedgan_lightning.errors import ConfigurationError, UpdateError, message
-from fedgan_lightning.evaluation.federated_queries import COUNT, FeatureMoments, QueryContext
-from fedgan_lightning.evaluation.fidelity import ThirdPowers
-from fedgan_lightning.evaluation.ranking import ItemCounts, Rankings
+from fedgan_lightning.evaluation.federated_queries import QueryContext
+from fedgan_lightning.evaluation.metrics import Metric
+from fedgan_lightning.evaluation.modalities import default_metrics
 from fedgan_lightning.federation.aggregation import checked_states
 from fedgan_lightning.federation.algorithm import FederatedAlgorithm
-from fedgan_lightning.federation.checks import CLIENT_TRAINER, same_precision
 from fedgan_lightning.federation.client_settings import begin, client_options, context_of
 from fedgan_lightning.federation.client_update import ClientContext
 from fedgan_lightning.federation.costs import bytes_by_network
 from fedgan_lightning.federation.local import LocalTrainer
 from fedgan_lightning.federation.optimizer_state import only_moments
 from fedgan_lightning.federation.report import is_position, lengths
+from fedgan_lightning.federation.round_schedules import steps_of
 from fedgan_lightning.federation.store import ClientStore
 from fedgan_lightning.hooks import DataHook, offers
 from fedgan_lightning.protocol import ClientTask, ClientUpdate, State
-from fedgan_lightning.states import frozen, network_of
-from fedgan_lightning.version import __version__
+from fedgan_lightning.states import network_of
 
 #: Private states that a site keeps, for a server that goes back to an older checkpoint.
 STATES_KEPT = 20
-#: What a site answers about its samples, and nothing else; see :mod:`fedgan_lightning.evaluation.federated_queries`.
-QUERIES = {query.kind: query for query in (FeatureMoments, ThirdPowers, ItemCounts, Rankings)}
-#: Sums over fewer samples say nearly what the samples are.
-FEWEST_SAMPLES = 10
-#: Settings of ``federation`` that both sides must share.
-SHARED: tuple[str, ...] = ("local_steps", "local_epochs", "algorithm", "transforms", "sync", "optimizer_state")
-SHARED += ("buffers", "integer_buffers", "client_attributes", "client_callbacks", "client_trainer")
-
-
-class SiteData:
-    """The data of one site, as an executor asks for it; the site is client ``client_id`` of the federation."""
-
-    def __init__(
-        self, view: ClientSamples, held_out: ClientSamples, *, client_id: int, data: FederatedDataModule
-    ) -> None:
-        self.view, self.held_out, self.client_id = view, held_out, client_id
-        self.batch_size, self.seed, self.drop_last = data.batch_size, data.seed, data.drop_last
-        self.validation_share = data.validation_share
-        self.sample_shape, self.num_classes, self.class_names = data.sample_shape, data.num_classes, data.class_names
-
-    @property
-    def num_clients(self) -> int:
-        return 1
-
-    def num_examples(self, client_id: int) -> int:
-        return len(self.view)
-
-    def steps_per_epoch(self, client_id: int) -> int:
-        return steps_per_epoch(len(self.view), batch_size=self.batch_size, drop_last=self.drop_last)
-
-    def client_batches(self, client_id: int, *, first_step: int, num_steps: int) -> BatchStream:
-        return BatchStream(
-            self.view,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            stream=self.client_id,
-            first_step=first_step,
-            num_steps=num_steps,
-            drop_last=self.drop_last,
-        )
-
-    def client_validation_batches(self, client_id: int) -> HeldOutBatches | None:
-        return HeldOutBatches(self.held_out, batch_size=self.batch_size) if len(self.held_out) else None
-
-    def fingerprint(self) -> str:
-        return f"site {self.client_id}"
 
 
 @dataclass(frozen=True)
@@ -118,14 +77,25 @@ class Site:
         client_id: Its number in the federation.
         state_dir: Folder for its private state.
         part: Which part of the configured partition is its data; ``None`` takes all that the source holds.
+        policy: What it answers at most; default that of a site which trusts nobody, or, where it has a part, a trial's.
+        signatures: Signs for it and checks what others sign; ``None`` believes the server who the others are.
     """
 
     def __init__(
-        self, arguments: Sequence[str], *, client_id: int, state_dir: str | Path, part: int | None = None
+        self,
+        arguments: Sequence[str],
+        *,
+        client_id: int,
+        state_dir: str | Path,
+        part: int | None = None,
+        policy: SitePolicy | None = None,
+        signatures: Signatures | None = None,
     ) -> None:
         from fedgan_lightning.cli import built
 
         cli = built(arguments)
+        self.policy = policy or (SitePolicy() if part is None else SitePolicy.of_trial())
+        self.signatures, self.evaluation = signatures, cli.evaluation
         self.client_id, self.state_dir = client_id, Path(state_dir) / f"client{client_id:05d}"
         self.module, self.orchestrator = cli.model.model, cli.orchestrator
         self.trainer = cli.trainer
@@ -147,13 +117,23 @@ class Site:
             view, held_out = data.client_samples(part), data.held_out_samples(part)
         self.whole, self.digest = data, digest_of(cli.plain_settings, data, self.module)
         self.data = SiteData(view, held_out, client_id=client_id, data=data)
+        self.memory = SiteMemory(self.state_dir)
+        self.tag = hashlib.sha256(f"{data.train_samples.digest} {view.indices.tolist()}".encode()).hexdigest()[:16]
+        self.policy.check_networks(self.orchestrator.policy_of(self.module).shared_networks)
         self.begun = begin(self.orchestrator, self.trainer, self.module, self.data, "fit")
         if offers(self.module, DataHook):
             self.module.check_data(data.sample_shape, data.num_classes)  # type: ignore[operator]
 
     @classmethod
     def of(
-        cls, config: str, *, own: str | None, client_id: int, state_dir: str | Path, options: Sequence[str] = ()
+        cls,
+        config: str,
+        *,
+        own: str | None,
+        client_id: int,
+        state_dir: str | Path,
+        options: Sequence[str] = (),
+        **more: Any,
     ) -> Site:
         """Return the site that these settings describe.
 
@@ -164,18 +144,55 @@ class Site:
             client_id: Its number in the federation.
             state_dir: Folder for its private state.
             options: Of the command line, beside the first file.
+            **more: ``policy`` and ``signatures``.
         """
         arguments = ["--config", config, *options, *(("--config", own) if own is not None else ())]
-        return cls(arguments, client_id=client_id, state_dir=state_dir, part=client_id if own is None else None)
+        part = client_id if own is None else None
+        return cls(arguments, client_id=client_id, state_dir=state_dir, part=part, **more)
+
+    def check_message(self, facts: Mapping[str, Any]) -> None:
+        """Refuse a message of a run that this site began with another number, or with other samples.
+
+        Raises:
+            ConfigurationError: If it did, or the server knows it with others.
+        """
+        self.memory.check_run(str(facts.get("run", "")), client_id=self.client_id, data=self.tag)
+        if (joined := str(facts.get("joined", ""))) and joined != self.tag:
+            raise ConfigurationError(
+                message(
+                    "a site must go on with the samples that it joined with",
+                    received=f"samples of hash {self.tag}, and {joined} when it joined",
+                    fix="put them back, or agree with the server on a new run",
+                )
+            )
 
     def facts(self) -> dict[str, Any]:
-        """Return what the server may know: sizes, counts of labels, and the hash of what all share."""
+        """Return what the server may know: sizes, counts of labels, and hashes of what all share and of the samples."""
         labels = self.data.view.samples.y
         counts = [len(self.data.view)]
         if labels is not None and self.whole.num_classes:
             counts = torch.bincount(labels[self.data.view.indices], minlength=self.whole.num_classes).tolist()
-        size = len(self.data.view)
-        return {"client_id": self.client_id, "num_examples": size, "label_counts": counts, "digest": self.digest}
+        told = {"client_id": self.client_id, "num_examples": len(self.data.view), "label_counts": counts}
+        return {**told, "is_image": self.whole.train_samples.is_image, "data": self.tag, "digest": self.digest}
+
+    @property
+    def num_test(self) -> int:
+        """Number of samples that the source holds out."""
+        return len(self.whole.test_samples)
+
+    def told(self) -> str:
+        """Return, in words, what this site tells of its samples."""
+        queries = SiteQueries(self._metrics(), self._context_of_queries(), policy=self.policy, memory=self.memory)
+        return queries.described()
+
+    def _metrics(self) -> list[Metric]:
+        found = self.evaluation.metrics
+        if found is None:
+            found = default_metrics(self.whole, condition=getattr(self.module, "condition", None))
+        return list(found)
+
+    def _context_of_queries(self) -> QueryContext:
+        return QueryContext(self.data.view, self.whole, self.module)
 
     def train(self, task: ClientTask, *, accepted: int, digest: str) -> ClientUpdate:
         """Do a task.
@@ -186,9 +203,21 @@ class Site:
             digest: The server's hash of what all share.
 
         Raises:
-            ConfigurationError: If something of it differs from the server's.
+            ConfigurationError: If something of it differs from the server's, it is another client's, or the site's
+                policy forbids it.
             UpdateError: If the update is not finite.
         """
+        if task.client_id != self.client_id:
+            raise ConfigurationError(
+                message(
+                    "a site must be asked under its own number",
+                    received=f"a task of client {task.client_id} at the site of client {self.client_id}",
+                    fix="start the site with the --client-id that it joined with",
+                )
+            )
+        own = self.orchestrator
+        self.policy.check_task(task, own_steps=most_steps(own), own_epochs=own.local_epochs)
+        self.data.deadline = time.monotonic() + (self.policy.most_seconds or math.inf)
         if digest != self.digest:
             raise ConfigurationError(
                 message(
@@ -253,38 +282,19 @@ class Site:
         checked_states(update)
         return update
 
-    def sums(self, facts: Mapping[str, Any], state: State, *, is_masked: bool = False) -> dict[str, Tensor]:
-        """Return sums over this site's samples.
+    def sums(self, facts: Mapping[str, Any], state: State, *, session: int | None = None) -> dict[str, Tensor]:
+        """Return sums over this site's samples; see :class:`SiteQueries`.
 
         Args:
             facts: The query, and what it is about.
             state: Tensors that come with it.
-            is_masked: Whether nobody will see them without those of others.
+            session: That of secure aggregation, under whose masks nobody sees them without those of others.
 
         Raises:
-            ConfigurationError: If the query is not known, or the sums are over fewer than ten samples.
+            ConfigurationError: If the site's own settings ask no such query, or its policy or memory forbids an answer.
         """
-        asked = str(facts["query"])
-        if asked not in QUERIES:
-            known = ", ".join(QUERIES)
-            raise ConfigurationError(
-                message(
-                    f"a query to a site must be one of {known}",
-                    received=asked,
-                    fix="install the same version everywhere",
-                )
-            )
-        context = QueryContext(self.data.view, self.whole, self.module)
-        found = QUERIES[asked].read(facts, state, context).answer(context)
-        if not is_masked and int(found[COUNT]) < FEWEST_SAMPLES:
-            raise ConfigurationError(
-                message(
-                    f"a site must tell sums over at least {FEWEST_SAMPLES} samples",
-                    received=f"{int(found[COUNT])} for {asked}",
-                    fix="take the metric out of evaluation.metrics, or raise its number of samples",
-                )
-            )
-        return found
+        queries = SiteQueries(self._metrics(), self._context_of_queries(), policy=self.policy, memory=self.memory)
+        return queries.answer(facts, state, run=str(facts.get("run", "")), session=session)
 
     # ------------------------------------------------------------------ secure aggregation
 
@@ -304,8 +314,22 @@ class Site:
                 )
             )
         return Session(
-            self.state_dir, client_id=self.client_id, secure=options.secure, weight=options.aggregator.weight
+            self.state_dir,
+            client_id=self.client_id,
+            secure=options.secure,
+            weight=options.aggregator.weight,
+            signatures=self.signatures,
         )
+
+    def allow_opening(self, session: int, subject: str, survivors: list[int]) -> None:
+        """Remember that a sum is opened, or refuse it: see :class:`SiteMemory`.
+
+        Raises:
+            ProtocolError: If another group's sum of the same was opened before.
+        """
+        if self.policy.new_members == "refuse":
+            self.memory.check_cohort(subject.partition(".")[0], survivors)  # whatever else a task says of its state
+        self.memory.note_opened(session)
 
     def check_plain(self) -> None:
         """Refuse to answer in the clear what this site's configuration wants masked.
@@ -368,40 +392,8 @@ class Site:
                 path.unlink(missing_ok=True)
 
 
-def digest_of(settings: Mapping[str, Any], data: FederatedDataModule, module: nn.Module) -> str:
-    """Return a hash of what server and sites share.
-
-    That is the version, the model, local work, policies, batch size, seed and precision, what samples mean (their
-    shape, the names of the classes, the words or items), and the weights of frozen networks, which do not travel.
-
-    Args:
-        settings: Those of the command line.
-        data: Built from them.
-        module: The global module as it is built.
-    """
-    federation = {name: settings["federation"][name] for name in SHARED}
-    if (secure := settings["federation"]["secure"]) is not None:  # then a client weights its own update
-        federation |= {"secure": secure, "aggregator": settings["federation"]["aggregator"]}
-    source = data.build_shared_metadata()
-    meaning = [list(source.sample_shape), list(source.class_names), source.shared_metadata()]
-    stream = [settings["data"].get(name) for name in ("batch_size", "drop_last", "validation_share")]
-    stream.append({name: settings["trainer"].get(name) for name in CLIENT_TRAINER})
-    stream.append(hash_of_constants(module))
-    work = [settings["model"], federation, *stream, settings["seed_everything"]]
-    work.append(same_precision(settings["trainer"]["precision"]))
-    shared = [__version__, *work, meaning]
-    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def hash_of_constants(module: nn.Module) -> str:
-    """Return a hash of the entries that nobody trains; nothing where there are none."""
-    constants, state = frozen(module), module.state_dict()
-    if not constants:
-        return ""
-    found = hashlib.sha256()
-    for name in sorted(constants):
-        found.update(f"{name} {tuple(state[name].shape)} {state[name].dtype}".encode())
-        value = state[name].detach().cpu()
-        value = value if value.layout is torch.strided else value.to_dense()
-        found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+def most_steps(federation: Any) -> int | None:
+    """Return the most local steps of a round in a configuration, whatever its schedule says of single rounds."""
+    rounds = range(federation.rounds)
+    scheduled = [steps_of(federation.schedules, own, federation.rounds).get("steps", 0) for own in rounds]
+    return max(scheduled, default=0) or federation.local_steps

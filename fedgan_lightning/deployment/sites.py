@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from fedgan_lightning.deployment import wire
+from fedgan_lightning.deployment.answers import Answers
+from fedgan_lightning.deployment.replies import Refusal, checked_facts, trouble_in
 from fedgan_lightning.errors import QuorumError, RoundInterrupted, message
-from fedgan_lightning.federation.aggregation import MOST_EXAMPLES
 from fedgan_lightning.federation.client_update import never
-from fedgan_lightning.federation.schema import is_whole, printable
+from fedgan_lightning.federation.schema import printable
 from fedgan_lightning.files import write_text
 from fedgan_lightning.protocol import State
 
 logger = logging.getLogger("fedgan_lightning")
 
-#: Letters that are kept of what a site says is wrong.
-MOST_LETTERS = 500
+#: Seconds between two lines that say who is waited for.
+TELL_SECONDS = 60.0
 #: Seconds between two looks for answers: Flower's own loop takes three.
 POLL_SECONDS = 0.2
 #: Seconds between two looks at who is connected, while answers are waited for.
@@ -30,6 +33,14 @@ WATCH_SECONDS = 10.0
 JOIN_SECONDS, RETURN_SECONDS, ANSWER_SECONDS = 600.0, 90.0, 600.0
 
 
+#: Looks at a client's sums; of all clients' together, where there are no others, ``None``.
+Check: TypeAlias = Callable[[int | None, State], None]
+
+
+def no_check(client_id: int | None, sums: State) -> None:
+    """Find nothing."""
+
+
 class Sites:
     """The sites that are connected to a Flower grid, by client.
 
@@ -37,18 +48,36 @@ class Sites:
         grid: Flower's grid.
         num_clients: Sites that the federation has.
         digest: Hash of what all share.
-        memory: File for what sites said of themselves when the federation began.
+        memory: File for what sites said of themselves when the federation began; beside it lies what they tell of their
+            samples.
         needed: Sites with which a server goes on that finds the others in ``memory``; ``None`` begins anew, with all.
+        strikes: Answers to queries that are none, after which a site is not asked any more; ``None`` asks for ever.
+
+    Attributes:
+        on_change: Called when who is connected, or refused, has changed.
+        left_out: Why clients are not in the sums of a query, by its hash and by client.
+        run: Name of the run, by which sites know what they have told of it; the same after a restart.
     """
 
     #: Whether :meth:`sums` are those of all sites together.
     sums_only: ClassVar[bool] = False
 
     def __init__(
-        self, grid: Any, *, num_clients: int, digest: str, memory: Path | None = None, needed: int | None = None
+        self,
+        grid: Any,
+        *,
+        num_clients: int,
+        digest: str,
+        memory: Path | None = None,
+        needed: int | None = None,
+        strikes: int | None = None,
     ) -> None:
         self.grid, self.num_clients, self.digest = grid, num_clients, digest
-        self.memory, self.needed = memory, needed
+        self.memory, self.needed, self.run = memory, needed, secrets.token_hex(8)
+        self.strikes, self.struck = strikes, Counter[int]()
+        self.left_out: dict[str, dict[int, str]] = {}
+        self.on_change: Callable[[], None] = lambda: None
+        self.answers = Answers(None if memory is None else memory.with_name("answers"))
         self._facts: dict[int, dict[str, Any]] = {} if needed is None else self._remembered()
         self._has_begun = False
         self._nodes: dict[int, int] = {}
@@ -64,7 +93,7 @@ class Sites:
         Raises:
             QuorumError: If they are not, in time.
         """
-        began = time.monotonic()
+        began = told = time.monotonic()
         while not self._has_begun:
             self.refresh()
             waited = time.monotonic() - began
@@ -75,6 +104,9 @@ class Sites:
             elif waited > JOIN_SECONDS:
                 raise self._too_few(missing)
             else:
+                if time.monotonic() - told > TELL_SECONDS or told == began:
+                    told = time.monotonic()
+                    logger.info(f"waiting for {_clients(missing)}, {JOIN_SECONDS - waited:.0f} s more")
                 time.sleep(1.0)
         return dict(self._facts)
 
@@ -108,6 +140,7 @@ class Sites:
         try:
             kept = json.loads(self.memory.read_text())
             known = {int(k): dict(own) for k, own in kept["sites"].items()} if kept["digest"] == self.digest else {}
+            self.run = str(kept["run"]) if known else self.run
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning(
                 f"{self.memory} cannot be read, so all sites are waited for: {type(error).__name__}: {error}"
@@ -118,7 +151,8 @@ class Sites:
     def _remember(self) -> None:
         """Write the file, at the beginning of a federation alone: later it tells what its checkpoints are about."""
         if self.memory is not None and self.needed is None:
-            write_text(self.memory, json.dumps({"digest": self.digest, "sites": self._facts}, indent=1, sort_keys=True))
+            known = {"digest": self.digest, "run": self.run, "sites": self._facts}
+            write_text(self.memory, json.dumps(known, indent=1, sort_keys=True))
 
     @property
     def num_connected(self) -> int:
@@ -150,6 +184,21 @@ class Sites:
             changed = "; ".join(f"{word}: {_clients(own)}" for word, own in changes.items() if own)
             logger.info(f"{len(present)} of {self.num_clients} sites connected ({changed})")
         self._present = present
+        if any(changes.values()):
+            self.on_change()
+
+    def status(self) -> dict[str, Any]:
+        """Return who is connected, who is missing, and who was refused and why, as plain values."""
+        missing = sorted({*range(self.num_clients)} - self._present)
+        refused = {str(node_id): reason for node_id, reason in self._refused.items()}
+        return {"connected": sorted(self._present), "missing": missing, "refused": refused}
+
+    def stamp(self, content: Any, node_id: int) -> Any:
+        """Return records that say, beside all else, of which run they are, and what the site said of its samples."""
+        client_id = next((k for k, node in self._nodes.items() if node == node_id), None)
+        content["facts"]["run"] = self.run
+        content["facts"]["joined"] = "" if client_id is None else str(self._facts[client_id].get("data", ""))
+        return content
 
     def refresh(self) -> None:
         """Look who is connected, and ask those that are new who they are."""
@@ -169,6 +218,7 @@ class Sites:
         if reason is not None:
             self._refused[node_id] = reason
             logger.warning(f"site {node_id} refused: it {reason}")
+            self.on_change()
             return
         self._nodes[facts["client_id"]], self._facts[facts["client_id"]] = node_id, facts
         logger.info(f"client {facts['client_id']} joined with {facts['num_examples']} samples")
@@ -192,32 +242,61 @@ class Sites:
         node_id = self._nodes.get(client_id)
         return node_id if node_id in self._connected else None
 
-    def sums(self, facts: dict[str, Any], state: State) -> list[State]:
-        """Return the sums that every site makes of its own samples.
+    def sums(self, facts: dict[str, Any], state: State, *, check: Check = no_check) -> list[State]:
+        """Return the sums that sites make of their own samples; each tells them once in a run.
+
+        A site that refuses, or answers with what is no answer, is left out by name, here and whenever the same is asked
+        again.
 
         Args:
             facts: A query's, with its ``query``.
             state: Its tensors.
+            check: Called with client and sums; raises an error if these cannot be right.
 
         Raises:
-            QuorumError: If a site does not answer: sums of some would be mistaken for those of all.
+            QuorumError: If a site is away: it may come back, and sums of some are not those of all; or if none tells
+                any.
         """
         self.facts()
-        query = {**facts, "ask": "sums"}
-        if missing := self._missing():
+        key = wire.hash_of({**facts, "digest": self.digest}, state)
+        left_out = self.left_out.setdefault(key, {})
+        clients = [k for k in range(self.num_clients) if k not in left_out and not self.is_benched(k)]
+        known = {int(k): own for k, own in self.answers.of(key).items()}
+        asked = [k for k in clients if k not in known]
+        if missing := sorted({*asked} & {*self._missing()}):
             raise _incomplete(dict.fromkeys(missing, "not connected since the server's start"))
-        nodes = {client_id: self._nodes[client_id] for client_id in range(self.num_clients)}
-        answers = self._ask({node: wire.content(query, state=state) for node in nodes.values()})
-        found: list[State] = []
-        silent: dict[int, str] = {}
-        for client_id, node in nodes.items():
+        contents = {self._nodes[k]: wire.content({**facts, "ask": "sums"}, state=state) for k in asked}
+        answers, away = self._ask(contents), dict[int, str]()
+        for client_id in asked:
+            node = self._nodes[client_id]
+            if node not in answers:
+                trouble = self._troubles.get(node, "")
+                (left_out if isinstance(trouble, Refusal) else away)[client_id] = trouble
+                continue
             try:
-                found.append(wire.state_of(answers[node], "sums"))
-            except Exception:  # what comes can be anything, and its site has to be named
-                silent[client_id] = "an answer without sums" if node in answers else self._troubles.get(node, "")
-        if silent:
-            raise _incomplete(silent)
-        return found
+                found = wire.state_of(answers[node], "sums")
+                check(client_id, found)
+            except Exception as error:  # what comes can be anything, and its site has to be named
+                left_out[client_id] = printable(f"no sums ({error})")
+                self.strike(client_id)
+            else:
+                known[client_id] = found
+                self.answers.keep(key, str(client_id), found)
+        for client_id in sorted({*asked} & left_out.keys()):
+            logger.warning(f"{facts['query']} are summed up without client {client_id}: {left_out[client_id]}")
+        if away or not known:
+            raise _incomplete(away or left_out)
+        return [known[client_id] for client_id in clients if client_id in known]
+
+    def strike(self, client_id: int) -> None:
+        """Count an answer that is none."""
+        self.struck[client_id] += 1
+        if self.is_benched(client_id):
+            logger.warning(f"client {client_id} is not asked about its samples any more: metrics go without it")
+
+    def is_benched(self, client_id: int) -> bool:
+        """Whether a client has answered so often with what is no answer that it is not asked any more."""
+        return self.strikes is not None and self.struck[client_id] >= self.strikes
 
     def _ask(self, contents: Mapping[int, Any]) -> dict[int, Any]:
         """Return the answers by node, of those that answer in time and without an error."""
@@ -254,7 +333,7 @@ class Sites:
         from flwr.app import Message
 
         messages = [
-            Message(content, dst_node_id=node_id, message_type=kind, group_id=group)
+            Message(self.stamp(content, node_id), dst_node_id=node_id, message_type=kind, group_id=group)
             for node_id, content in contents.items()
         ]
         waiting = dict(zip(self.grid.push_messages(messages), contents)) if messages else {}
@@ -287,7 +366,7 @@ def _incomplete(causes: Mapping[int, str]) -> QuorumError:
         message(
             "every site must answer what the evaluation asks",
             received=f"no sums from clients {sorted(causes)} ({'; '.join(dict.fromkeys(causes.values()))})",
-            fix="look at their logs, and start again with --ckpt_path last",
+            fix="look at their logs",
         )
     )
 
@@ -297,39 +376,3 @@ def _clients(ids: Iterable[int]) -> str:
     listed = sorted(ids)
     more = f" and {len(listed) - 10} more" if len(listed) > 10 else ""
     return f"client{'s' if len(listed) > 1 else ''} {', '.join(map(str, listed[:10]))}{more}"
-
-
-def trouble_in(reply: Any) -> str | None:
-    """Return what is wrong with a reply, in words."""
-    if reply.has_error():
-        return printable(f"Flower error {reply.error.code}: {reply.error.reason}", most=MOST_LETTERS)
-    if "facts" not in reply.content:
-        return "an answer without facts"
-    try:
-        trouble = wire.facts_of(reply.content).get("error")
-    except Exception as error:  # records of another kind by that name
-        trouble = f"an answer without facts ({type(error).__name__})"
-    return None if trouble is None else printable(trouble, most=MOST_LETTERS)
-
-
-def checked_facts(answer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a site says of itself.
-
-    Raises:
-        ValueError: If it is none: sizes are whole numbers that a server can add up, and those of labels sum to N_k.
-    """
-    facts: dict[str, Any] = {name: answer[name] for name in ("client_id", "num_examples")}
-    facts["label_counts"] = list(answer["label_counts"])
-    size, counts = facts["num_examples"], facts["label_counts"]
-    if not all(map(is_whole, (*facts.values(),)[:2])) or not all(map(is_whole, counts)):
-        raise ValueError("sizes are whole numbers")
-    if not 1 <= size <= MOST_EXAMPLES:
-        raise ValueError(f"{printable(size)} examples, not between 1 and {MOST_EXAMPLES}")
-    if min(counts, default=-1) < 0 or sum(counts) != size:
-        raise ValueError(f"labels of {printable(sum(counts))} examples, and {size} examples")
-    return facts
-
-
-def only_plain(error: BaseException) -> str:
-    """Return an error in one line, for the other side."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]

@@ -68,7 +68,9 @@ def keep_running(command: Sequence[str], *, environment: Mapping[str, str]) -> i
         while not stops:
             started = time.monotonic()
             ending = end_with_parent(signal.SIGTERM)  # it says goodbye, and may come back at once
-            process = subprocess.Popen(list(command), env=dict(environment), start_new_session=True, preexec_fn=ending)
+            process = subprocess.Popen(
+                list(command), env=dict(environment), start_new_session=True, preexec_fn=ending, umask=0o077
+            )
             code, has_lost_starter = _wait(process, stops)
             _signal_group(process, signal.SIGKILL)  # what it started, and its port, must not be in the way
             now = time.monotonic()

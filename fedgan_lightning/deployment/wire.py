@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -63,6 +64,42 @@ def state_of(records: Any, group: str) -> dict[str, Tensor]:
         vectors[dtype] = vector.view(dtype)
     packed = Packed(layout, vectors)
     return {name: packed[name].clone() for name in packed}
+
+
+#: What a message says beside a query, of the way that it takes.
+OF_THE_WAY = ("ask", "run", "joined", "session", "others", "texts")
+
+
+def query_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a message says of its query, and nothing else that it says."""
+    return {name: value for name, value in facts.items() if name not in OF_THE_WAY}
+
+
+def hash_of(facts: Mapping[str, Any], state: State) -> str:
+    """Return a hash of plain values and of a state: both sides name a query, or a task, by it."""
+    found = hashlib.sha256(json.dumps(dict(facts), sort_keys=True, default=str).encode())
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        found.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def hash_of_task(task: ClientTask) -> str:
+    """Return a hash of what a task has in common with those of the round's other clients: of its state, then of the
+    rest, with a dot between.
+    """
+    names = ("round", "steps", "epochs", "before", "rounds", "total", "stepping")
+    facts = {name: getattr(task, name) for name in names}
+    facts |= {"positions": list(task.schedule_positions), "hyperparameters": dict(task.hyperparameters)}
+    return f"{hash_of({}, task.state)}.{hash_of(facts, {})}"
+
+
+def size_of(records: Any) -> int:
+    """Return the size of a message's arrays and texts in bytes, without reading any of them."""
+    arrays = sum(len(array.data) for array in records["arrays"].values())
+    texts = (value for value in records["facts"].values() if isinstance(value, (str, bytes)))
+    return arrays + sum(map(len, texts))
 
 
 def from_task(task: ClientTask, *, accepted: int, digest: str) -> Any:

@@ -84,15 +84,25 @@ class Evaluation(L.Callback):
             self._data, self._ready, self.facts, self.left_out = data, [], {}, []
         if self.metrics is None:
             self.metrics = default_metrics(data, condition=_condition(pl_module))
-        if not data.has_client_samples and (blind := [own for own in self.metrics if own.needs_client_samples]):
-            self.metrics = [own for own in self.metrics if own not in blind]
-            self.left_out = [type(own).__name__ for own in blind]
-            logger.info(f"not measured, because clients' samples are elsewhere: {', '.join(self.left_out)}")
+        if not data.has_client_samples:
+            self._leave_out([own for own in self.metrics if own.needs_client_samples], "clients' samples are elsewhere")
+        if not data.has_server_samples:
+            blind = [own for own in self.metrics if own.needs_server_samples]
+            self._leave_out(blind, "the server has no samples of its own")
         if isinstance(pl_module, ServerModule) and (self.metrics or not offers(pl_module.model, SampleSource)):
             self._find_samples(pl_module, data)
         _warn_of_silence(pl_module, self.metrics)
         self.facts["num_samples"] = self.num_samples
-        self._prepare(trainer, patient=stage == "fit")
+        self._prepare(trainer)
+
+    def _leave_out(self, metrics: Sequence[Metric], why: str) -> None:
+        """Go without these metrics, by name."""
+        if metrics:
+            assert self.metrics is not None
+            names = [type(own).__name__ for own in metrics]
+            self.metrics = [own for own in self.metrics if own not in metrics]
+            self.left_out += names
+            logger.info(f"not measured, because {why}: {', '.join(names)}")
 
     def _go_without_samples(self, data: Any) -> None:
         """Measure nothing, where nobody can say what real samples are.
@@ -125,12 +135,9 @@ class Evaluation(L.Callback):
                 "Set evaluation.sample_with to a function of the module and the number of samples"
             )
 
-    def _prepare(self, trainer: L.Trainer, *, patient: bool) -> None:
-        """Prepare the metrics that are not ready, and leave out those that cannot be taken here.
-
-        Args:
-            trainer: The server's.
-            patient: Whether to leave metrics for later for which some site does not answer.
+    def _prepare(self, trainer: L.Trainer) -> None:
+        """Prepare the metrics that are not ready: leave out those that cannot be taken here, and leave those for later
+        for which some site does not answer.
         """
         assert self.metrics is not None
         data: FederatedDataModule = trainer.datamodule  # type: ignore[attr-defined]
@@ -140,39 +147,42 @@ class Evaluation(L.Callback):
             try:
                 self.facts |= metric.prepare(data, device=trainer.strategy.root_device)
             except (OutOfRangeError, SampleSizeError) as error:  # of sums that sites cannot mask; of small data
-                if isinstance(error, SampleSizeError) and self._asked:
+                if isinstance(error, SampleSizeError) and self._asked and data.has_server_samples:
                     raise
                 self.metrics.remove(metric)
                 self.left_out.append(type(metric).__name__)
                 logger.warning(f"{type(metric).__name__} is not measured: {error}")
-            except QuorumError as error:
-                if not patient:
-                    raise
+            except QuorumError as error:  # of somebody whose samples are elsewhere, and who must not end the run
                 logger.warning(f"{type(metric).__name__} has to wait: {error}")
             else:
                 self._ready.append(metric)
+
+    @property
+    def waiting(self) -> list[str]:
+        """Metrics that some site has not answered for yet."""
+        return [type(own).__name__ for own in self.metrics or () if own not in self._ready and not own.test_only]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Score the untrained generator: what training must be compared with.
 
         Raises:
-            QuorumError: If a site does not answer: a run that is continued can wait for it, and a new one needs all.
             ConfigurationError: If a callback watches a metric in rounds in which it is not measured.
         """
         if completed_rounds(trainer) == 0:
-            self._prepare(trainer, patient=False)
+            self._prepare(trainer)
             self._log(trainer, pl_module, self.evaluate(trainer, pl_module), monitor=False)
         measured = {name for entry in self.history for name in entry} - {"rounds"}
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         is_known = isinstance(pl_module, ServerModule) and not is_foreign(pl_module.model)
+        is_known = is_known and not self.waiting
         check_watchers(callbacks, measured=measured, every_n_rounds=self.every_n_rounds, is_known=is_known)
 
     def on_round_end(self, trainer: L.Trainer, server: ServerModule, info: Any, metrics: Any) -> None:
         """Score the generator every ``every_n_rounds``, and at the end."""
         rounds = completed_rounds(trainer)
         if rounds % self.every_n_rounds == 0 or rounds == planned_rounds(trainer):
-            self._prepare(trainer, patient=True)
-            self._log(trainer, server, self.evaluate(trainer, server, patient=True), monitor=True)
+            self._prepare(trainer)
+            self._log(trainer, server, self.evaluate(trainer, server), monitor=True)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._log(trainer, pl_module, self.evaluate(trainer, pl_module), monitor=True)
@@ -180,16 +190,12 @@ class Evaluation(L.Callback):
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._log(trainer, pl_module, self.evaluate(trainer, pl_module), monitor=True)
 
-    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, *, patient: bool = False) -> dict[str, float]:
-        """Return the values of all metrics, the same on all ranks.
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, float]:
+        """Return the values of all metrics, the same on all ranks, without those for which some site does not answer.
 
         Args:
             trainer: The server's.
             pl_module: The server.
-            patient: Whether to go without the metrics for which some site does not answer; else the run ends.
-
-        Raises:
-            QuorumError: If a site does not answer, and that is not accepted.
         """
         assert isinstance(pl_module, ServerModule)
         metrics = [metric for metric in self._ready if trainer.state.fn == "test" or not metric.test_only]
@@ -200,8 +206,6 @@ class Evaluation(L.Callback):
             try:
                 values |= metric.inspect(pl_module.model)
             except QuorumError as error:
-                if not patient:
-                    raise
                 name = type(metric).__name__
                 logger.warning(f"{name} is not measured after round {completed_rounds(trainer)}: {error}")
         if pl_module.can_sample and metrics:

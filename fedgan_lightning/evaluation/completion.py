@@ -11,10 +11,10 @@ from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.samples import quantise
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.features import FeatureNet, FrozenNet
-from fedgan_lightning.evaluation.federated_queries import CHUNK
+from fedgan_lightning.evaluation.federated_queries import CHUNK, FeatureMoments, FederatedQuery
 from fedgan_lightning.evaluation.fid import FeatureSums, feature_sums, frechet_distance
 from fedgan_lightning.evaluation.inpainting_baselines import FILLS
-from fedgan_lightning.evaluation.metrics import Metric, client_sums, suitable
+from fedgan_lightning.evaluation.metrics import Metric, client_sums, network, networks
 from fedgan_lightning.gan.inpainting_mask import InpaintingMask
 from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import make_generator
@@ -41,6 +41,7 @@ class Completion(Metric):
         features: Feature network; default the small classifier for labelled data, else pixels.
     """
 
+    needs_server_samples = True
     larger_is_better = ("completion_psnr", "completion_ssim", "completion_spread")
 
     @checked(num_images="[2, inf)", seed="[0, inf)")
@@ -58,9 +59,12 @@ class Completion(Metric):
         self.net: FrozenNet | None = None
         self.real: FeatureSums | None = None
 
+    def queries(self, data: FederatedDataModule, *, sent: bool = False) -> list[FederatedQuery]:
+        return [FeatureMoments(net) for net in networks(self.features, data, sent=sent)]
+
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
         self.pictures, self.masked = pictures_with_holes(data, self.holes, count=self.num_images, seed=self.seed)
-        self.net = suitable(self.features, data).build(data.train_samples, num_classes=data.num_classes).to(device)
+        self.net = network(self.features, data).to(device)
         sums = list(client_sums(data, self.net))
         self.real = sum(sums[1:], start=sums[0])
         facts: dict[str, Any] = {

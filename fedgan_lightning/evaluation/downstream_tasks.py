@@ -18,7 +18,7 @@ from fedgan_lightning.evaluation import neighbours
 from fedgan_lightning.evaluation.features import Classifier, FeatureNet, FrozenNet, PixelFeatures, train_classifier
 from fedgan_lightning.evaluation.federated_queries import CHUNK, chunks
 from fedgan_lightning.evaluation.fidelity import extracted
-from fedgan_lightning.evaluation.metrics import Metric, clients_of, everything, seen_by_clients
+from fedgan_lightning.evaluation.metrics import Metric, clients_of, everything, network, seen_by_clients
 from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import isolated_rng, make_generator
 
@@ -35,6 +35,7 @@ class SyntheticTraining(Metric):
         seed: Seed of the classifier's initial weights and minibatches.
     """
 
+    needs_server_samples = True
     test_only = True
 
     @checked(epochs="[1, inf)", seed="[0, inf)")
@@ -207,7 +208,7 @@ class Memorisation(Metric):
         self.usual = 0.0
 
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
-        self.net = self.features.build(data.train_samples, num_classes=data.num_classes).to(device)
+        self.net = network(self.features, data).to(device)
         self.clients = [self._features(chunks(view)) for view in clients_of(data)]
         self.reach = [neighbours.radii(own, k=1) for own in self.clients]
         held_out = self._features(x for view in seen_by_clients(data) for x in chunks(view))

@@ -5,18 +5,22 @@ All take samples as the framework has them, float in [-1, 1] for images, and ret
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import io
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedgan_lightning.data.samples import ClientSamples, Samples, to_bytes
-from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.data.reading import reason, user_path
+from fedgan_lightning.data.samples import ClientSamples, SampleForm, Samples, to_bytes
+from fedgan_lightning.errors import ConfigurationError, SampleSizeError, message
 from fedgan_lightning.files import cache_folder, remembered
 from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import isolated_rng, make_generator
@@ -107,7 +111,21 @@ class ClassifierFeatures(FeatureNet):
     def __init__(self, *, epochs: int = 8, seed: int = 0, cache: str | None = None) -> None:
         self.epochs, self.seed, self.cache = epochs, seed, cache
 
+    def untrained(self, samples: Samples, *, num_classes: int) -> FrozenNet:
+        """Return the network before its training, for samples of this shape."""
+        with isolated_rng(self.seed):
+            net = Classifier(tuple(samples.x.shape[1:]), num_classes, is_image=samples.is_image)
+        return FrozenNet(net, num_features=self.num_features, name="classifier", digest="")
+
     def build(self, samples: Samples, *, num_classes: int) -> FrozenNet:
+        if isinstance(samples, SampleForm):
+            raise SampleSizeError(
+                message(
+                    "ClassifierFeatures must have labelled samples to train on, at the server",
+                    received="none",
+                    fix="use PixelFeatures, or FileFeatures that all sites have",
+                )
+            )
         if samples.y is None or num_classes < 2:
             raise ConfigurationError(
                 message(
@@ -117,17 +135,13 @@ class ClassifierFeatures(FeatureNet):
                 )
             )
 
-        def untrained() -> Classifier:
-            with isolated_rng(self.seed):
-                return Classifier(tuple(samples.x.shape[1:]), num_classes, is_image=samples.is_image)
-
-        def read(path: Path) -> Classifier:
-            net = untrained()
+        def read(path: Path) -> nn.Module:
+            net = self.untrained(samples, num_classes=num_classes).net.requires_grad_(True)
             net.load_state_dict(torch.load(path, weights_only=True))
             return net
 
-        def make() -> Classifier:
-            net = untrained()
+        def make() -> nn.Module:
+            net = self.untrained(samples, num_classes=num_classes).net.train().requires_grad_(True)
             with isolated_rng(self.seed):
                 train_classifier(net, samples, epochs=self.epochs, seed=self.seed)
             return net
@@ -183,6 +197,79 @@ class InceptionFeatures(FeatureNet):
         if self.weights_path is not None:
             digest = hashlib.sha256(Path(self.weights_path).read_bytes()).hexdigest()[:12]
         return FrozenNet(_Bytes(net), num_features=2048, name="inception", digest=digest)
+
+
+class FileFeatures(FeatureNet):
+    """A network in a file that server and sites have, each its own copy, named by its hash: nothing of it travels.
+
+    Whoever loads a TorchScript file runs what it says, so sites take one from somebody whom they trust with that;
+    weights for a module that is installed run nothing. Both may give features, or features and class logits, such as
+    those of a classifier that the federation has trained before (``configs/classifier.yaml``).
+
+    Args:
+        path: The file: TorchScript, or weights in safetensors.
+        sha256: SHA-256 of the file, 64 hexadecimal digits.
+        module: What the weights are of: samples (N, ...) -> features (N, d), or (features, logits (N, C)).
+    """
+
+    @checked()
+    def __init__(self, path: str, sha256: str, *, module: nn.Module | None = None) -> None:
+        self.path, self.sha256, self.module = user_path(path), sha256.lower(), module
+        if len(self.sha256) != 64 or set(self.sha256) - set("0123456789abcdef"):
+            fix = f"write what sha256sum {path} prints"
+            raise ConfigurationError(message("sha256 must have 64 hexadecimal digits", received=sha256, fix=fix))
+
+    def build(self, samples: Samples, *, num_classes: int) -> FrozenNet:
+        net = self._loaded(self._read()).eval()
+        with torch.no_grad():
+            output = net(torch.zeros(2, *samples.x.shape[1:]))
+        features = output[0] if isinstance(output, tuple) else output
+        if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != 2:
+            shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ConfigurationError(
+                message(
+                    "a feature network must give features (N, d), or (features, logits), of samples (N, ...)",
+                    received=f"{shape} of {self.path.name} for two samples of {list(samples.x.shape[1:])}",
+                    fix="write a module that flattens them",
+                )
+            )
+        return FrozenNet(net, num_features=features.shape[1], name=self.path.name, digest=self.sha256)
+
+    def _read(self) -> bytes:
+        try:
+            content = self.path.read_bytes()
+        except OSError as error:
+            raise ConfigurationError(
+                message("FileFeatures must have its file", received=f"{self.path} ({error.strerror})", fix="copy it")
+            ) from error
+        if (found := hashlib.sha256(content).hexdigest()) != self.sha256:
+            raise ConfigurationError(
+                message(
+                    f"{self.path} must have the SHA-256 that the settings name, {self.sha256}",
+                    received=found,
+                    fix="copy the file that the federation agreed upon",
+                )
+            )
+        return content
+
+    def _loaded(self, content: bytes) -> nn.Module:
+        """Return the network of a file whose hash is right."""
+        try:
+            if self.module is None:
+                scripted: nn.Module = torch.jit.load(io.BytesIO(content), map_location="cpu")
+                return scripted
+            net = copy.deepcopy(self.module)
+            net.load_state_dict(load(content))
+            return net
+        except Exception as error:  # torch and safetensors have many
+            what = "TorchScript" if self.module is None else f"weights of {type(self.module).__name__}"
+            raise ConfigurationError(
+                message(
+                    f"{self.path} must hold {what}",
+                    received=reason(error),
+                    fix="name the module whose weights it holds" if self.module is None else "name its module",
+                )
+            ) from error
 
 
 class ModuleFeatures(FeatureNet):

@@ -91,6 +91,14 @@ class FederatedQuery(ABC):
         """Return how many samples clients of these sizes sum up at most."""
         return sum(sizes)
 
+    def least(self) -> int:
+        """Return the fewest samples that a client must sum up: from sums over fewer single ones can be computed."""
+        return 1
+
+    def positions(self, context: QueryContext) -> Tensor:
+        """Return which of the client's samples are summed up, as positions in its view."""
+        return torch.arange(len(context.view))
+
     def check(self, answer: State, *, who: str = "a site", sizes: Sequence[int] | None = None) -> None:
         """Refuse an answer that is none.
 
@@ -183,6 +191,13 @@ class FeatureMoments(FederatedQuery):
     def most(self, sizes: Sequence[int]) -> int:
         return sum(sizes) if self.limit is None else sum(min(size, self.limit) for size in sizes)
 
+    def least(self) -> int:
+        """Of up to d samples the products have the rank of their number, and their span is that of the samples."""
+        return self.net.num_features + 1
+
+    def positions(self, context: QueryContext) -> Tensor:
+        return chosen(context.view, self.limit)
+
     def objection(self, answer: State, *, count: int) -> str | None:
         """Cauchy and Schwarz: |C_ij|^2 <= C_ii C_jj for C = sum f f^T - (sum f)(sum f)^T / n, which is symmetric."""
         total, outer = answer["total"].double(), answer["outer"].double()
@@ -207,11 +222,15 @@ def net_of(facts: Mapping[str, Any], state: State, context: QueryContext) -> Fro
 
 
 def chunks(data: ClientSamples, limit: int | None = None) -> Iterator[Tensor]:
-    """Yield the samples, without labels, in batches; at most ``limit`` of them, always the same, drawn by chance: the
-    first ones of a folder may all be of one class.
-    """
-    chosen = torch.arange(len(data))
-    if limit is not None and limit < len(data):
-        chosen = torch.randperm(len(data), generator=make_generator(0, "some samples"))[:limit].sort().values
-    for positions in chosen.split(CHUNK):
+    """Yield the samples that :func:`chosen` says, without labels, in batches."""
+    for positions in chosen(data, limit).split(CHUNK):
         yield data.take(positions)[0]
+
+
+def chosen(data: ClientSamples, limit: int | None = None) -> Tensor:
+    """Return the positions of at most ``limit`` samples, always the same, drawn by chance: the first ones of a folder
+    may all be of one class.
+    """
+    if limit is None or limit >= len(data):
+        return torch.arange(len(data))
+    return torch.randperm(len(data), generator=make_generator(0, "some samples"))[:limit].sort().values

@@ -24,7 +24,15 @@ from fedgan_lightning.evaluation.federated_queries import (
 )
 from fedgan_lightning.evaluation.fid import FeatureSums, feature_sums, frechet_distance
 from fedgan_lightning.evaluation.kernel import MOST_FEATURES, KernelSums, kernel_distance, kernel_sums, num_distinct
-from fedgan_lightning.evaluation.metrics import Metric, check_reals, clients_of, everything, is_enough, suitable
+from fedgan_lightning.evaluation.metrics import (
+    Metric,
+    check_reals,
+    clients_of,
+    everything,
+    is_enough,
+    network,
+    networks,
+)
 from fedgan_lightning.evaluation.portable import to_facts
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import State
@@ -67,6 +75,12 @@ class ThirdPowers(FederatedQuery):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {"third": (num_distinct(self.net.num_features),), "own": ()}
 
+    def least(self) -> int:
+        """A sum of third powers of up to about d^2 / 6 vectors tells them, in general (Chiantini et al. 2017): it has
+        d (d + 1) (d + 2) / 6 numbers, and each of them d.
+        """
+        return (self.net.num_features + 1) * (self.net.num_features + 2) // 6 + 1
+
     def objection(self, answer: State, *, count: int) -> str | None:
         """With u = (f / sqrt d, 1) every |u_i u_j u_k| <= |u|^6, the last u u u is 1, and |u| >= 1."""
         third, own = answer["third"].double(), float(answer["own"])
@@ -101,11 +115,14 @@ class KernelDistance(Metric):
         assert self.net is not None
         return kernel_sums(extracted(self.net, batches), num_features=self.net.num_features)
 
+    def queries(self, data: FederatedDataModule, *, sent: bool = False) -> list[FederatedQuery]:
+        return [ThirdPowers(net) for net in networks(self.features, data, sent=sent, pixels=self._pixels(data))]
+
+    def _pixels(self, data: FederatedDataModule) -> PixelFeatures:
+        return PixelFeatures(side=math.isqrt(MOST_FEATURES // data.sample_shape[0]))
+
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
-        features = self.features
-        if features is None and data.num_classes < 2:
-            features = PixelFeatures(side=math.isqrt(MOST_FEATURES // data.sample_shape[0]))
-        self.net = suitable(features, data).build(data.train_samples, num_classes=data.num_classes).to(device)
+        self.net = network(self.features, data, pixels=self._pixels(data)).to(device)
         self.real = KernelSums.of_state(summed(data, ThirdPowers(self.net)))
         check_reals(self.real.count, of="KernelDistance")
         self.held_out = None
@@ -144,7 +161,7 @@ class PrecisionRecall(Metric):
         self.held_out = torch.empty(0)
 
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
-        self.net = suitable(self.features, data).build(data.train_samples, num_classes=data.num_classes).to(device)
+        self.net = network(self.features, data).to(device)
         self.clients = [torch.cat(list(self._features(chunks(view)))) for view in clients_of(data)]
         self.held_out = torch.cat(list(self._features(chunks(everything(data.test_samples)))))
         if len(self.held_out) <= self.k:
@@ -192,7 +209,9 @@ class ClassifierScore(Metric):
         self.net: FrozenNet | None = None
 
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
-        self.net = self.features.build(data.train_samples, num_classes=data.num_classes).to(device)
+        self.net = network(self.features, data).to(device)
+        if not is_enough(data.test_samples, for_what="classifier_score_of_reals", least=1):
+            return {}
         return {"classifier_score_of_reals": self._score(chunks(everything(data.test_samples)))}
 
     def compute(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
@@ -236,7 +255,7 @@ class IntraClassDistance(Metric):
             raise ConfigurationError(
                 message("IntraClassDistance must have labelled data", received="no labels", fix="leave it out")
             )
-        self.net = suitable(self.features, data).build(data.train_samples, num_classes=data.num_classes).to(device)
+        self.net = network(self.features, data).to(device)
         self.real = {}
         for view in clients_of(data):
             for x, y in view.chunks(CHUNK):

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
-from fedgan_lightning.data.samples import ClientSamples, Samples
+from fedgan_lightning.data.samples import ClientSamples, SampleForm, Samples
 from fedgan_lightning.errors import ConfigurationError, SampleSizeError, message
 from fedgan_lightning.evaluation import modes
-from fedgan_lightning.evaluation.features import ClassifierFeatures, FeatureNet, FrozenNet, PixelFeatures
-from fedgan_lightning.evaluation.federated_queries import CHUNK, FeatureMoments, answers, chunks
+from fedgan_lightning.evaluation.features import ClassifierFeatures, FeatureNet, FileFeatures, FrozenNet, PixelFeatures
+from fedgan_lightning.evaluation.federated_queries import CHUNK, FeatureMoments, FederatedQuery, answers, chunks
 from fedgan_lightning.evaluation.fid import FeatureSums, feature_sums, frechet_distance
 from fedgan_lightning.evaluation.portable import sums_of_state
 from fedgan_lightning.options import checked
@@ -32,12 +32,15 @@ class Metric(ABC):
         test_only: Whether it takes so long that it belongs to the full evaluation, which ``test`` makes.
         needs_client_samples: Whether it looks at clients' samples one by one, and does with no sums over them (see
             :mod:`fedgan_lightning.evaluation.federated_queries`); it is left out where they are elsewhere.
+        needs_server_samples: Whether it compares with samples that the server itself has; it is left out where it has
+            none.
         larger_is_better: Which of its values are; of all others smaller ones are better.
         networks: Networks that ``inspect`` reads, of which the server must have the clients' weights.
     """
 
     test_only: ClassVar[bool] = False
     needs_client_samples: ClassVar[bool] = False
+    needs_server_samples: ClassVar[bool] = False
     larger_is_better: ClassVar[tuple[str, ...]] = ()
     networks: ClassVar[tuple[str, ...]] = ()
 
@@ -48,6 +51,17 @@ class Metric(ABC):
         Raises:
             ConfigurationError: If the data has not what the metric needs.
         """
+
+    def queries(self, data: FederatedDataModule, *, sent: bool = False) -> list[FederatedQuery]:
+        """Return what it asks clients about their samples, as a client's own settings have it; by default nothing.
+
+        Clients answer these queries and no others.
+
+        Args:
+            data: The client's.
+            sent: Whether networks count whose weights come with the query.
+        """
+        return []
 
     @abstractmethod
     def compute(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
@@ -77,8 +91,11 @@ class FrechetDistance(Metric):
         self.real: FeatureSums | None = None
         self.held_out: FeatureSums | None = None
 
+    def queries(self, data: FederatedDataModule, *, sent: bool = False) -> list[FederatedQuery]:
+        return [FeatureMoments(net, limit=self.max_reals) for net in networks(self.features, data, sent=sent)]
+
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
-        self.net = suitable(self.features, data).build(data.train_samples, num_classes=data.num_classes).to(device)
+        self.net = network(self.features, data).to(device)
         self.real = None  # of another data set, if this is not its first
         for mine in client_sums(data, self.net, limit=self.max_reals):
             self.real = mine if self.real is None else self.real + mine
@@ -115,22 +132,24 @@ class ClassCoverage(Metric):
     of samples that the classifier puts into the class asked for.
 
     Args:
-        features: The classifier; its accuracy on the test split is reported as ``classifier_accuracy``.
+        features: The classifier; its accuracy on the test split, if there is one, is ``classifier_accuracy``.
     """
 
     larger_is_better = ("classes", "class_accuracy")
 
     @checked()
-    def __init__(self, features: ClassifierFeatures | None = None) -> None:
+    def __init__(self, features: ClassifierFeatures | FileFeatures | None = None) -> None:
         self.features = features if features is not None else ClassifierFeatures()
         self.net: FrozenNet | None = None
         self.shares = torch.empty(0)
 
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
-        self.net = self.features.build(data.train_samples, num_classes=data.num_classes).to(device)
+        self.net = network(self.features, data).to(device)
         counts = torch.from_numpy(data.label_counts()).double().sum(0)
         self.shares = counts / counts.sum()
         test = data.test_samples
+        if not is_enough(test, for_what="classifier_accuracy", least=1):
+            return {}
         guessed = torch.cat([self.net.classify(x) for x in chunks(everything(test))])
         assert test.y is not None
         return {"classifier_accuracy": float((guessed == test.y).float().mean())}
@@ -170,6 +189,8 @@ class ModeCoverage(Metric):
                 )
             )
         self.centres, self.sigma = source.centres, float(source.sigma)  # type: ignore[attr-defined]
+        if not is_enough(data.test_samples, for_what="statistics of real samples", least=1):
+            return {"num_modes": len(self.centres)}
         real = modes.mode_statistics(data.test_samples.x, centres=self.centres, sigma=self.sigma)
         of_reals = {f"{name}_of_reals": real[name] for name in ("high_quality", "mode_spread")}
         return {"num_modes": len(self.centres), **of_reals}
@@ -185,6 +206,8 @@ class SlicedWasserstein(Metric):
     Args:
         num_projections: Random directions, drawn once with a fixed seed.
     """
+
+    needs_server_samples = True
 
     @checked(num_projections="[1, inf)")
     def __init__(self, num_projections: int = 100) -> None:
@@ -231,7 +254,9 @@ def is_enough(test: Samples, *, for_what: str, least: int = 2) -> bool:
         for_what: What needs it, for the message.
         least: Samples that it needs.
     """
-    if len(test) < least:
+    if len(test) < least and isinstance(test, SampleForm):
+        logger.info(f"{for_what} are left out: the server has no samples of its own")
+    elif len(test) < least:
         logger.warning(
             f"{for_what} are left out: the test split has {len(test)} of the {least} samples that they need. "
             "Raise the source's test_fraction, or add samples"
@@ -255,9 +280,43 @@ def check_reals(count: int, *, of: str, least: int = 2, split: str = "training")
         )
 
 
-def suitable(features: FeatureNet | None, data: FederatedDataModule) -> FeatureNet:
-    """Return ``features``, or the small classifier for labelled data and pixels for other data."""
-    return features or (ClassifierFeatures() if data.num_classes > 1 else PixelFeatures())
+def network(
+    features: FeatureNet | None, data: FederatedDataModule, *, pixels: PixelFeatures | None = None
+) -> FrozenNet:
+    """Return the feature network for these data; by default the small classifier, where there are labelled samples to
+    train it on, else pixels.
+
+    Args:
+        features: What was asked for.
+        data: The server's.
+        pixels: Which pixels, by default.
+    """
+    trains = data.num_classes > 1 and len(data.train_samples) > 0
+    found = features or (ClassifierFeatures() if trains else pixels or PixelFeatures())
+    return found.build(data.train_samples, num_classes=data.num_classes)
+
+
+def networks(
+    features: FeatureNet | None, data: FederatedDataModule, *, sent: bool, pixels: PixelFeatures | None = None
+) -> list[FrozenNet]:
+    """Return the networks that a client with these settings may be asked about.
+
+    Args:
+        features: What its settings say.
+        data: Its own.
+        sent: Whether the weights of the small classifier may come with a query; who sends them can choose them so that
+            sums tell single samples.
+        pixels: Which pixels, by default.
+    """
+    classifies = sent and data.num_classes > 1
+    asked = [pixels or PixelFeatures(), *([ClassifierFeatures()] if classifies else [])]
+    found: list[FrozenNet] = []
+    for own in asked if features is None else [features]:
+        if not isinstance(own, ClassifierFeatures):
+            found.append(own.build(data.train_samples, num_classes=data.num_classes))
+        elif classifies:
+            found.append(own.untrained(data.train_samples, num_classes=data.num_classes))
+    return found
 
 
 def client_sums(data: FederatedDataModule, net: FrozenNet, *, limit: int | None = None) -> Iterator[FeatureSums]:

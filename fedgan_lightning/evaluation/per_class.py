@@ -9,10 +9,10 @@ from torch import Tensor
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.errors import ConfigurationError, message
-from fedgan_lightning.evaluation.features import ClassifierFeatures, FeatureNet, FrozenNet
-from fedgan_lightning.evaluation.federated_queries import CHUNK
+from fedgan_lightning.evaluation.features import ClassifierFeatures, FeatureNet, FileFeatures, FrozenNet
+from fedgan_lightning.evaluation.federated_queries import CHUNK, FeatureMoments, FederatedQuery
 from fedgan_lightning.evaluation.fid import FeatureSums, feature_sums, frechet_distance
-from fedgan_lightning.evaluation.metrics import Metric, client_sums, suitable
+from fedgan_lightning.evaluation.metrics import Metric, client_sums, network, networks
 from fedgan_lightning.options import checked
 
 #: Above this number of clients only the extremes are reported.
@@ -32,13 +32,13 @@ class ClassBreakdown(Metric):
     test_only = True
 
     @checked()
-    def __init__(self, features: ClassifierFeatures | None = None) -> None:
+    def __init__(self, features: ClassifierFeatures | FileFeatures | None = None) -> None:
         self.features = features if features is not None else ClassifierFeatures()
         self.net: FrozenNet | None = None
         self.names: list[str] = []
 
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
-        self.net = self.features.build(data.train_samples, num_classes=data.num_classes).to(device)
+        self.net = network(self.features, data).to(device)
         self.names = [str(name) for name in data.class_names] or [str(label) for label in range(data.num_classes)]
         counts = data.label_counts().sum(0)
         return {f"class_share_of_union/{name}": n / counts.sum() for name, n in zip(self.names, counts.tolist())}
@@ -74,6 +74,9 @@ class ClientDistances(Metric):
         self.net: FrozenNet | None = None
         self.clients: list[FeatureSums] = []
 
+    def queries(self, data: FederatedDataModule, *, sent: bool = False) -> list[FederatedQuery]:
+        return [FeatureMoments(net) for net in networks(self.features, data, sent=sent)]
+
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
         if not data.has_client_sums:
             raise ConfigurationError(
@@ -83,7 +86,7 @@ class ClientDistances(Metric):
                     fix="take it out of evaluation.metrics",
                 )
             )
-        self.net = suitable(self.features, data).build(data.train_samples, num_classes=data.num_classes).to(device)
+        self.net = network(self.features, data).to(device)
         self.clients = list(client_sums(data, self.net))
         return {}
 

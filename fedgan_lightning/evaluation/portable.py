@@ -16,27 +16,29 @@ from fedgan_lightning.protocol import State
 
 
 def to_facts(net: FrozenNet) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return what a site needs to make the network anew, and its weights.
-
-    Raises:
-        ConfigurationError: If it is neither the small classifier nor pixels: sites know no others.
-    """
-    if isinstance(net.net, Classifier):
+    """Return what a client needs to make the network anew, or to know which of its own is meant, and its weights."""
+    if isinstance(net.net, Classifier) and net.name == "classifier":
         return {"kind": "classifier", "num_classes": net.net.head.out_features}, dict(net.net.state_dict())
     if net.name.startswith("pixels"):
         pools = [layer for layer in net.net.modules() if isinstance(layer, nn.AdaptiveAvgPool2d)]
         return {"kind": "pixels", "side": int(pools[0].output_size) if pools else 0}, {}  # type: ignore[arg-type]
-    raise ConfigurationError(
-        message(
-            "sites of a federation must compute features by the small classifier or by pixels",
-            received=net.name,
-            fix="use ClassifierFeatures or PixelFeatures in evaluation.metrics",
-        )
-    )
+    return {"kind": "own", "name": net.name, "hash": net.digest}, {}
 
 
 def from_facts(facts: Mapping[str, Any], state: State, *, sample_shape: tuple[int, ...], is_image: bool) -> FrozenNet:
-    """Return the network that :func:`to_facts` described."""
+    """Return the network that :func:`to_facts` described.
+
+    Raises:
+        ConfigurationError: If its weights are not in ``state``, because every client has them.
+    """
+    if facts["kind"] == "own":
+        raise ConfigurationError(
+            message(
+                "a feature network must be one of those that a client's own settings name",
+                received=f"{facts['name']} with hash {facts['hash']}",
+                fix="give all of them the same evaluation.metrics",
+            )
+        )
     if facts["kind"] == "classifier":
         net = Classifier(sample_shape, int(facts["num_classes"]), is_image=is_image)
         net.load_state_dict(dict(state))

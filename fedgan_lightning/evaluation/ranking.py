@@ -41,6 +41,10 @@ class RankingQuality(Metric):
     def __init__(self) -> None:
         self.data: FederatedDataModule | None = None
 
+    def queries(self, data: FederatedDataModule, *, sent: bool = False) -> list[FederatedQuery]:
+        items = data.sample_shape[0]
+        return [ItemCounts(items), Rankings(items, scores=torch.empty(0))]
+
     def prepare(self, data: FederatedDataModule, *, device: torch.device) -> dict[str, Any]:
         self.data = data
         counts = summed(data, ItemCounts(data.sample_shape[0]))

@@ -28,6 +28,8 @@ class ProfileCentroids(Metric):
         k: Centroids.
     """
 
+    needs_server_samples = True
+
     @checked(k="[1, inf)")
     def __init__(self, k: int = 9) -> None:
         self.k = k
@@ -72,6 +74,7 @@ class DiscriminativeScore(Metric):
         seed: Seed of the classifier.
     """
 
+    needs_server_samples = True
     test_only = True
 
     @checked(steps="[1, inf)", seed="[0, inf)")
@@ -116,6 +119,7 @@ class PredictiveScore(Metric):
         seed: Seed of the net.
     """
 
+    needs_server_samples = True
     test_only = True
 
     @checked(steps="[1, inf)", seed="[0, inf)")

@@ -113,6 +113,7 @@ class BLEU(Metric):
         max_sentences: Sentences of the test split, and of the training split for the fact, that are used at most.
     """
 
+    needs_server_samples = True
     larger_is_better = (*(f"bleu_{n}" for n in ORDERS), "distinct")
 
     @checked(max_sentences="[1, inf)")
@@ -147,6 +148,8 @@ class SelfBLEU(Metric):
     Args:
         max_sentences: Generated sentences, and held-out ones, that are used at most.
     """
+
+    needs_server_samples = True
 
     @checked(max_sentences="[2, inf)")
     def __init__(self, *, max_sentences: int = 500) -> None:
@@ -183,6 +186,8 @@ class HeldOutLikelihood(Metric):
     Args:
         max_sentences: Sentences of the test split that are used at most.
     """
+
+    needs_server_samples = True
 
     @checked(max_sentences="[1, inf)")
     def __init__(self, *, max_sentences: int = 2000) -> None:

@@ -103,4 +103,5 @@ def context_of(
         attributes=federation.client_attributes,
         logs=logs,
         num_logged=federation.client_logs,
+        secure=federation.secure,
     )

@@ -25,6 +25,7 @@ from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.federation.ranks import Ranks
 from fedgan_lightning.federation.round_schedules import ALGORITHM
 from fedgan_lightning.federation.round_trainer import TrainerClock, clock_of, device_of
+from fedgan_lightning.federation.secure import SecureAggregation
 from fedgan_lightning.federation.store import ClientStore
 from fedgan_lightning.federation.transform_chain import TransformChain
 from fedgan_lightning.packing import Layout, Packed, unstack
@@ -56,6 +57,7 @@ class ClientContext:
         attributes: Dotted names of plain attributes of the module that every client keeps.
         logs: Folder of what clients log; ``None`` for nothing.
         num_logged: Clients that log: those with smaller numbers.
+        secure: Bounds of secure aggregation; ``None`` without.
     """
 
     model: L.LightningModule
@@ -73,6 +75,7 @@ class ClientContext:
     attributes: Sequence[str] = ()
     logs: Path | None = None
     num_logged: int = 0
+    secure: SecureAggregation | None = None
 
     @property
     def device(self) -> torch.device:

@@ -89,7 +89,7 @@ class Receiver:
         report = self._report(failure.client_id, was_sent=failure.reached and not is_late)
         if not is_late:  # its answer of this round may still come
             self.open.discard(failure.client_id)
-        self._incident(report, "failed", f"{failure.stage}: {failure.cause}")
+        self._incident(report, "rejected" if failure.refused else "failed", f"{failure.stage}: {failure.cause}")
 
     def _take_update(self, answer: ClientUpdate) -> ClientUpdate | None:
         client_id, checks = answer.client_id, self.checks

@@ -62,6 +62,7 @@ class RoundRunner:
             strikes=strikes,
             needed=aggregator.needed,
             num_clients=context.data.num_clients,
+            secure=context.secure,
         )
 
     def run(self, server: ServerModule, task: ClientTask) -> Iterator[Event]:

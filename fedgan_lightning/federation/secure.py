@@ -86,14 +86,27 @@ class SecureAggregation:
             server can get both secrets of one client from two halves of the others, and at least three clients.
         max_update: Largest absolute entry of a parameter update; step = max_update / 2^30.
         max_value: Largest absolute entry of a shared buffer or moment; step = max_value / 2^62.
+        consistency: Whether clients sign whose updates are summed up, and open nothing before enough have signed the
+            same list: one more message, against a server that tells them different ones (Bonawitz et al. 2017, round
+            3). It needs each site's public key at all others (``deploy site --members``).
+        strikes: Answers that are none, after which a client is no longer asked; ``None`` asks for ever.
 
     Raises:
         ConfigurationError: If a value is out of range.
     """
 
-    @checked("federation.secure", threshold="(0.5, 1]", max_update="(0, inf)", max_value="(0, inf)")
-    def __init__(self, *, threshold: float = 0.6, max_update: float = 4.0, max_value: float = 1024.0) -> None:
+    @checked("federation.secure", threshold="(0.5, 1]", max_update="(0, inf)", max_value="(0, inf)", strikes="[1, inf)")
+    def __init__(
+        self,
+        *,
+        threshold: float = 0.6,
+        max_update: float = 4.0,
+        max_value: float = 1024.0,
+        consistency: bool = False,
+        strikes: int | None = 5,
+    ) -> None:
         self.threshold, self.max_update, self.max_value = threshold, max_update, max_value
+        self.consistency, self.strikes = consistency, strikes
 
     def needed(self, num_clients: int) -> int:
         """Return how many of so many clients must stay: more than half of them, and never fewer than three."""

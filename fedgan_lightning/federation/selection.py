@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from fedgan_lightning.errors import QuorumError, message
 from fedgan_lightning.federation.rules import RoundRules, UpdateValidator
+from fedgan_lightning.federation.secure import SecureAggregation
 from fedgan_lightning.protocol import ClientSampler
 from fedgan_lightning.seeding import derive_seed, make_numpy_generator
 
@@ -32,7 +33,8 @@ class ClientSelection:
         validator: After how many rejected updates a client is not asked again; ``None`` benches nobody.
         seed: Root seed of cohorts.
         needed: Updates that the aggregator needs.
-        strikes: Rejected updates by client; counted on in place.
+        strikes: Rejected answers by client; counted on in place.
+        secure: How many a sum needs, and after how many rejected answers a client is not asked, where there are sums.
     """
 
     def __init__(
@@ -45,9 +47,12 @@ class ClientSelection:
         seed: int,
         needed: int = 1,
         strikes: dict[int, int],
+        secure: SecureAggregation | None = None,
     ) -> None:
         self.sampler, self.num_clients, self.rules, self.seed = sampler, num_clients, rules, seed
-        self.limit = None if validator is None else validator.strikes
+        options = validator if validator is not None else secure
+        self.limit = None if options is None else options.strikes
+        self.secure = secure
         self.needed, self.strikes = max(1, needed), strikes
 
     def select(self, round: int, attempt: int) -> Selection:
@@ -71,7 +76,7 @@ class ClientSelection:
         goal = len(cohort) + missing
         wanted = missing + self.rules.num_reserves(goal)
         others = self._shuffled({*free} - {*cohort}, seed=seed, round=round)[:wanted] if wanted else []
-        needed = max(self.rules.needed(goal), self.needed)
+        needed = max(self.rules.needed(goal), self.needed, self.secure.needed(goal) if self.secure else 0)
         return Selection(tuple(sorted([*cohort, *others[:missing]])), others[missing:], needed)
 
     @staticmethod
@@ -88,7 +93,11 @@ class ClientSelection:
     def _too_few(self, population: Sequence[int], free: Sequence[int]) -> str:
         benched = sorted({*population} - {*free})
         why = f": {self.limit} updates or more of clients {benched} were refused" if benched else ""
-        fix = "look at the reasons in the log, raise validator.strikes, or loosen its bounds" if benched else ""
+        fix = (
+            "look at the reasons in the log, raise strikes (of the validator, or of secure), or loosen its bounds"
+            if benched
+            else ""
+        )
         return message(
             f"at least {self.needed} clients must be left to be asked",
             received=f"{len(free)}{why}",

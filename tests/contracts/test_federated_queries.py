@@ -11,7 +11,7 @@ import torch
 from fedgan_lightning import Evaluation, FederatedDataModule
 from fedgan_lightning.data.samples import ClientSamples
 from fedgan_lightning.deployment.data import RemoteDataModule
-from fedgan_lightning.deployment.site import QUERIES
+from fedgan_lightning.deployment.site_queries import QUERIES
 from fedgan_lightning.errors import ConfigurationError, QuorumError
 from fedgan_lightning.evaluation.federated_queries import FeatureMoments, QueryContext, answers, summed
 from fedgan_lightning.evaluation.fidelity import ThirdPowers

@@ -73,7 +73,8 @@ def test_flower_s_program_loads_what_is_installed(monkeypatch):
 def test_a_flower_whose_ways_are_not_known_starts_nothing(monkeypatch):
     """Its program would run what arrives."""
     other = types.ModuleType("run_clientapp")
-    package = sys.modules["flwr.supernode.runtime"]
+    import flwr.supernode.runtime as package
+
     monkeypatch.setattr(package, "run_clientapp", other)
     monkeypatch.setitem(sys.modules, "flwr.supernode.runtime.run_clientapp", other)
     with pytest.raises(ConfigurationError, match=r"how Flower loads an app.*Install flwr 1\.41 or 1\.42"):

@@ -25,7 +25,7 @@ from fedgan_lightning.deployment.apps import STAGES, _site, serve_over
 from fedgan_lightning.deployment.secure import SecureSessions
 from fedgan_lightning.deployment.secure_users import SecureQueries
 from fedgan_lightning.deployment.session import Session, sealed_of_facts, summand_to_content
-from fedgan_lightning.deployment.site import SHARED, digest_of
+from fedgan_lightning.deployment.shared_settings import SHARED, digest_of
 from fedgan_lightning.deployment.sites import Sites
 from fedgan_lightning.errors import ConfigurationError, ProtocolError, QuorumError, UpdateError
 from fedgan_lightning.federation.secure import Summand
@@ -39,6 +39,11 @@ from tests.unit.test_secure import states_of
 pytestmark = pytest.mark.flower
 
 # ---------------------------------------------------------------------- the protocol, carried by hand
+
+#: Hash of what all are asked.
+SUBJECT = "state.rest"
+TRAIN = {"kind": wire.TRAIN, "subject": SUBJECT}
+COLUMNS = ("clients", "mask_keys", "seal_keys", "sizes", "signatures")
 
 
 class Hand:
@@ -86,14 +91,16 @@ class Hand:
     def answer(self, k, facts):
         session = int(facts["session"])
         if facts["ask"] == "mask":
-            self.sessions[k].open(session, sealed_of_facts(facts))
+            self.sessions[k].open(session, sealed_of_facts(facts), subject=SUBJECT)
             return summand_to_content(self.sessions[k].masked(session, self.states(k)), facts={})
         site = _Site(k, self.sessions[k], self.sizes[k])
         return wire.content(STAGES[facts["ask"]](site, session, facts))
 
     def run(self):
         sessions = SecureSessions(self, secure=self.secure, weight=self.weight)
-        return sessions.run(range(len(self.sizes)), lambda k: wire.content({"ask": "mask"}), kind=wire.TRAIN)
+        return sessions.run(
+            range(len(self.sizes)), lambda k: wire.content({"ask": "mask"}), kind=wire.TRAIN, subject=SUBJECT
+        )
 
 
 @dataclasses.dataclass
@@ -109,6 +116,9 @@ class _Site:
 
     def facts(self):
         return {"num_examples": self.size}
+
+    def allow_opening(self, session, subject, survivors):
+        assert subject == SUBJECT
 
 
 def assert_mean(found, hand, kept) -> None:
@@ -176,9 +186,9 @@ def test_a_site_answers_each_message_once_and_in_order(tmp_path):
             hand.answer(k, facts)
     first.advertise(1, num_examples=10)
     with pytest.raises(ProtocolError, match="session 1 must be shared and go on from there, .* session 1, adv"):
-        first.open(1, {})
+        first.open(1, {}, subject=SUBJECT)
     with pytest.raises(ProtocolError, match="session 2 must be advertised .* got session 1, advertised"):
-        first.share(2, {})
+        first.share(2, {}, subject=SUBJECT)
 
 
 def test_no_vector_is_masked_twice(tmp_path):
@@ -191,7 +201,7 @@ def test_no_vector_is_masked_twice(tmp_path):
         if facts["ask"] == "unmask" and k == 0:
             query = next(own for client, own, _ in hand.seen if client == 0 and own["ask"] == "mask")
             with pytest.raises(ProtocolError, match="must be shared and go on from there, once; .* masked"):
-                sessions[0].open(int(query["session"]), sealed_of_facts(query))
+                sessions[0].open(int(query["session"]), sealed_of_facts(query), subject=SUBJECT)
             asked.append("again")
         return facts
 
@@ -223,7 +233,7 @@ def test_a_server_that_tells_one_client_otherwise_gets_nothing_from_it(tmp_path,
     [
         (lambda facts: {**facts, "seal_keys": [facts["seal_keys"][0]] * 3}, "members must have keys of their own"),
         (
-            lambda facts: {**facts, "clients": [0, 1], "sizes": [10, 20]},
+            lambda facts: {**facts, **{name: facts[name][:2] for name in COLUMNS}},
             "a session must have at least 3 members; got 2",
         ),
         (lambda facts: {**facts, "sizes": [10, 20, 0]}, "members must count at least one example; got 0"),
@@ -286,7 +296,7 @@ def test_a_client_that_counts_otherwise_than_when_it_joined_is_left_out(tmp_path
     hand = Hand(tmp_path, [10, 20, 2**62, 40])
     told = [10, 20, 30, 40]
     sessions = SecureSessions(hand, secure=hand.secure, weight=hand.weight)
-    options = {"kind": wire.TRAIN, "size_of": told.__getitem__}
+    options = {"kind": wire.TRAIN, "subject": SUBJECT, "size_of": told.__getitem__}
     found = sessions.run(range(4), lambda k: wire.content({"ask": "mask"}), **options)
     assert found.lost == {2: ("advertise", f"no keys ({2**62} examples, and 30 when it joined)")}
     assert {*found.members} == {0, 1, 3}
@@ -325,7 +335,9 @@ def test_a_layout_that_is_not_the_server_s_is_left_out_whatever_most_send(tmp_pa
 
     hand = Hand(tmp_path, [10, 20, 30, 40, 50], states=states)
     sessions = SecureSessions(hand, secure=hand.secure, weight=hand.weight)
-    found = sessions.run(range(5), lambda k: wire.content({"ask": "mask"}), kind=wire.TRAIN, check=refuse)
+    found = sessions.run(
+        range(5), lambda k: wire.content({"ask": "mask"}), kind=wire.TRAIN, subject=SUBJECT, check=refuse
+    )
     assert found.lost == {k: ("reply", f"client {k}: delta differs") for k in (0, 1)}
     assert {*found.facts} == {2, 3, 4}
 
@@ -380,6 +392,9 @@ SHORT = [
     *("--trainer.enable_progress_bar", "false", "--trainer.log_every_n_steps", "1"),
 ]
 SECURE = ["--federation.secure", "SecureAggregation"]
+#: Metrics in the samples themselves, of at most 50 of each site, and of all.
+PIXELS = """[{class_path: FrechetDistance, init_args: {features: PixelFeatures, max_reals: 50}},
+ {class_path: KernelDistance, init_args: {features: PixelFeatures}}]"""
 LENIENT = ["--federation.rules", "RoundRules", "--federation.rules.min_report_fraction", "0.5"]
 
 
@@ -395,9 +410,10 @@ def state(tmp_path_factory):
     return tmp_path_factory.mktemp("sites")
 
 
-def grid_of(state, *, told=None) -> LoopbackGrid:
+def grid_of(state, *options, told=None) -> LoopbackGrid:
     nodes = {100 + k: {"client-id": k, "state": str(state), **(told or {}).get(k, {})} for k in range(4)}
-    return LoopbackGrid(nodes, run_config={"config": CONFIG, "options": " ".join(quoted([*SHORT, *SECURE]))})
+    options = " ".join(quoted([*SHORT, *SECURE, *options]))
+    return LoopbackGrid(nodes, run_config={"config": CONFIG, "options": options})
 
 
 def deploy(tmp_path, grid, *options, name: str = "secure") -> None:
@@ -506,7 +522,7 @@ def test_a_claim_beside_a_masked_vector_is_refused_before_the_sum_is_opened(tmp_
     deploy(tmp_path, grid, *LENIENT, "--federation.rounds", str(len(CLAIMS)))
     incidents = summary(tmp_path, "secure")["incidents"]
     for incident, (_, reason) in zip(incidents, CLAIMS.values(), strict=True):
-        assert (incident["client_id"], incident["kind"]) == (1, "failed")
+        assert (incident["client_id"], incident["kind"]) == (1, "rejected")
         assert f"client 1: {reason}" in incident["reason"]
 
 
@@ -557,12 +573,13 @@ def test_a_site_answers_in_the_clear_only_where_its_own_configuration_lets_it(tm
 
 def test_features_of_all_sites_are_summed_under_masks_too(tmp_path, state):
     """The server gets one sum, the same as that of all sites' sums; where a site is not in it, none."""
-    grid = grid_of(state)
+    grid = grid_of(state, "--evaluation.metrics", PIXELS)
     query = {"query": "feature moments", "kind": "pixels", "side": 0, "limit": 50}
     site_of = {k: _site(grid.contexts[100 + k]) for k in range(4)}
     sites = Sites(grid, num_clients=4, digest=site_of[0].digest)
     survey = SecureQueries(SecureSessions(sites, secure=SecureAggregation(), weight=float))
-    for asked, names in ((query, ("total", "outer")), ({**query, "query": "third powers"}, ("third", "own"))):
+    cubes = {"query": "third powers", "kind": "pixels", "side": 0}
+    for asked, names in ((query, ("total", "outer")), (cubes, ("third", "own"))):
         (found,) = survey.sums(asked, {})
         exact = [own.sums(asked, {}) for own in site_of.values()]
         assert int(found["count"]) == sum(int(own["count"]) for own in exact) >= 200
@@ -590,7 +607,7 @@ def test_sums_without_a_site_that_is_lost_on_the_way_are_not_opened(state):
                 self._open = {key: own for key, own in self._open.items() if own.metadata.dst_node_id != 101}
             return keys
 
-    grid = grid_of(state)
+    grid = grid_of(state, "--evaluation.metrics", PIXELS)
     grid.__class__ = Leaving
     sites = Sites(grid, num_clients=4, digest=_site(grid.contexts[100]).digest)
     sessions = SecureSessions(sites, secure=SecureAggregation(), weight=float, timeout=1.0)
@@ -605,7 +622,7 @@ def test_a_metric_whose_sums_cannot_be_masked_is_left_out_by_name(tmp_path, stat
     metrics = ["--evaluation.metrics", "[FrechetDistance, KernelDistance, ModeCoverage]"]
     monkeypatch.setattr("fedgan_lightning.federation.secure.SUMS_BOUND", 2e4)
     with caplog.at_level("WARNING", logger="fedgan_lightning"):
-        deploy(tmp_path, grid_of(state), *metrics, "--best.monitor", "fid")
+        deploy(tmp_path, grid_of(state, *metrics), *metrics, "--best.monitor", "fid")
     (line,) = [record.message for record in caplog.records if "is not measured" in record.message]
     assert re.search("KernelDistance is not measured: .*entries of sums must be at most 20000 .*Scale the data", line)
     final = summary(tmp_path, "secure")["final"]

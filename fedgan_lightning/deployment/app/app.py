@@ -1,4 +1,4 @@
-"""What Flower loads: this file calls the installed package. Flower ships it from the server; sites do not check it."""
+"""What Flower loads at the server: this file calls the installed package. Sites load what they have installed."""
 
 from fedgan_lightning.deployment.apps import client_app, server_app
 
