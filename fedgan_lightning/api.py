@@ -95,13 +95,16 @@ class Federation:
             )
         check_epochs(self._options)
 
-    def fit(self, *, ckpt_path: str | Path | None = None) -> dict[str, float]:
+    def fit(self, *, ckpt_path: str | Path | None = None, accept_changes: bool = False) -> dict[str, float]:
         """Run the rounds; return the last values of all metrics.
 
         Args:
             ckpt_path: Checkpoint of this run to continue from: a file, ``last`` or ``best``. Without, a new run begins,
                 from the weights that ``model`` has now.
+            accept_changes: Whether a continued run may differ in rules, validator, aggregator and clients; what differs
+                is recorded in ``summary.json``.
         """
+        self.orchestrator.accept_changes = accept_changes
         first_save = self.checkpoint.every_n_rounds
         with begun(self.run_dir, ckpt_path, first_save=first_save) as found, threads(self.num_threads or 1):
             trainer = self._make_trainer(resuming=ckpt_path is not None, ckpt_path=found, is_fit=True)

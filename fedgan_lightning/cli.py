@@ -103,6 +103,13 @@ class FederatedCLI(LightningCLI):
             default=None,
             help="CPU threads; null lets the executor choose for the clients, and takes one for everything else.",
         )
+        parser.add_argument(
+            "--accept_changes",
+            type=bool,
+            default=False,
+            help="Whether a continued run may differ in rules, validator, aggregator, clients and secure of federation "
+            "and, between machines, have more clients; what differs is recorded.",
+        )
         parser.add_lightning_class_args(FederatedOrchestrator, "federation")
         parser.add_class_arguments(ServerModule, "server", skip={"model"}, instantiate=False)
         parser.add_lightning_class_args(Evaluation, "evaluation")
@@ -155,6 +162,7 @@ class FederatedCLI(LightningCLI):
         if not isinstance(self.datamodule, FederatedData):
             seed = int(self.config[self.subcommand].seed_everything)
             self.datamodule = FederatedDataModule.from_datamodule(self.datamodule, seed=seed)
+        self.orchestrator.accept_changes = bool(self.config[self.subcommand].accept_changes)
         server = self._get(self.config_init, "server")
         self.model = ServerModule(self.model, optimizer=server.optimizer, scheduler=server.scheduler)
         if self.prepare is not None:
@@ -259,8 +267,9 @@ def check_numbers(*, seed: Any, num_threads: int | None) -> None:
 
 
 def without_command(text: str) -> str:
-    """Drop what belongs to one command and not to the run: the checkpoint it resumed from."""
-    return "\n".join(line for line in text.splitlines() if not line.startswith("ckpt_path:")) + "\n"
+    """Drop what belongs to one command and not to the run: the checkpoint it resumed from, and what it may change."""
+    of_command = ("ckpt_path:", "accept_changes:")
+    return "\n".join(line for line in text.splitlines() if not line.startswith(of_command)) + "\n"
 
 
 def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:

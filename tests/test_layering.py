@@ -206,6 +206,7 @@ LAYERS = {
     "deployment.signatures": 5,
     "deployment.session": 6,
     "deployment.replies": 5,
+    "deployment.opened_sums": 5,
     "deployment.answers": 4,
     "deployment.sites": 6,
     "deployment.flower": 7,

@@ -22,6 +22,7 @@ from typing import Any
 from fedgan_lightning.deployment import wire
 from fedgan_lightning.deployment.audit_log import AuditLog
 from fedgan_lightning.deployment.flower import FlowerExecutor
+from fedgan_lightning.deployment.opened_sums import OpenedSums
 from fedgan_lightning.deployment.replies import only_plain
 from fedgan_lightning.deployment.secure import SecureSessions
 from fedgan_lightning.deployment.secure_users import SecureExecutor, SecureQueries
@@ -242,7 +243,8 @@ def serve_over(
         if orchestrator.secure is None and orchestrator.validator is None:
             orchestrator.validator = UpdateValidator(strikes=STRIKES)  # no answer of a site ends a run
         strikes = (orchestrator.secure or orchestrator.validator).strikes
-        sites = Sites(grid, num_clients=num_clients, digest=digest, memory=memory, needed=needed, strikes=strikes)
+        told = {"memory": memory, "needed": needed, "strikes": strikes, "accept_changes": orchestrator.accept_changes}
+        sites = Sites(grid, num_clients=num_clients, digest=digest, **told)
         status = StatusFile(cli.trainer.default_root_dir, sites, prometheus=prometheus)
         sites.on_change = status.write
         cli.trainer.callbacks.append(status)
@@ -256,7 +258,8 @@ def serve_over(
             logger.warning(f"secure aggregation of {num_clients} sites needs {least} of them in every round")
         options = {"weight": orchestrator.aggregator.weight, "timeout": timeout, "keys": keys}
         sessions = SecureSessions(sites, secure=orchestrator.secure, **options)
-        orchestrator.executor = SecureExecutor(sessions)
+        opened = OpenedSums(Path(cli.trainer.default_root_dir) / "opened")
+        orchestrator.executor = SecureExecutor(sessions, opened=opened)
         cli.datamodule = RemoteDataModule(cli.datamodule, SecureQueries(sessions), has_samples=has_data)
 
     try:

@@ -9,6 +9,7 @@ import torch
 
 from fedgan_lightning.deployment import wire
 from fedgan_lightning.deployment.flower import ACCEPTED, CONNECTED, refuse_exchange
+from fedgan_lightning.deployment.opened_sums import OpenedSums
 from fedgan_lightning.deployment.secure import SecureSessions
 from fedgan_lightning.deployment.sites import Check, no_check
 from fedgan_lightning.errors import OutOfRangeError, QuorumError, UpdateError, message
@@ -32,13 +33,14 @@ class SecureExecutor(Executor):
 
     Args:
         sessions: How sums come about.
+        opened: Sums that were opened before a checkpoint held them.
     """
 
     concurrent: ClassVar[bool] = True
     sums_only: ClassVar[bool] = True
 
-    def __init__(self, sessions: SecureSessions) -> None:
-        self.sessions = sessions
+    def __init__(self, sessions: SecureSessions, *, opened: OpenedSums | None = None) -> None:
+        self.sessions, self.opened = sessions, opened if opened is not None else OpenedSums(None)
         self._context: ClientContext | None = None
         self._checks: UpdateChecks | None = None
 
@@ -59,11 +61,20 @@ class SecureExecutor(Executor):
             return wire.from_task(listed[client_id], accepted=accepted, digest=self.sessions.sites.digest)
 
         (round,) = {task.round for task in listed.values()}
+        subject = wire.hash_of_task(next(iter(listed.values())))
+        if (known := self.opened.of(subject, [*listed])) is not None:  # by a server that was killed before it counted
+            for client in known.clients:
+                store.write(client.client_id, {ACCEPTED: torch.tensor(listed[client.client_id].seed)})
+            for client_id in sorted({*listed} - {own.client_id for own in known.clients}):
+                cause = "was not in the sum that was opened before"
+                yield ClientFailure(client_id, round, stage="reply", cause=cause)
+            yield known
+            return
         found = self.sessions.run(
             sorted(listed),
             query,
             kind=wire.TRAIN,
-            subject=wire.hash_of_task(next(iter(listed.values()))),
+            subject=subject,
             group=str(round),
             size_of=self._context.data.num_examples,
             check=self._check(listed),
@@ -81,7 +92,9 @@ class SecureExecutor(Executor):
             size, sent = found.members[client_id].num_examples, dict(found.bytes_up[client_id])
             members.append(ClientReport(client_id, "answered", num_examples=size, metrics=metrics, bytes_up=sent))
         means = {name: float(value) for name, value in found.means["metrics"].items()}
-        yield UpdateSum(round, tuple(members), found.means["delta"], found.means["extras"], means)
+        total = UpdateSum(round, tuple(members), found.means["delta"], found.means["extras"], means)
+        self.opened.keep(subject, [*listed], total)
+        yield total
 
     def _check(self, tasks: Mapping[int, ClientTask]) -> Callable[[int, Mapping[str, Layout], Mapping[str, Any]], None]:
         """Return what looks at every answer while its vector is masked: later nobody could be left out."""

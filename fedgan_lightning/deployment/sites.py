@@ -51,6 +51,7 @@ class Sites:
         memory: File for what sites said of themselves when the federation began; beside it lies what they tell of their
             samples.
         needed: Sites with which a server goes on that finds the others in ``memory``; ``None`` begins anew, with all.
+        accept_changes: Whether ``memory`` counts for a federation whose settings have changed since.
         strikes: Answers to queries that are none, after which a site is not asked any more; ``None`` asks for ever.
 
     Attributes:
@@ -71,7 +72,9 @@ class Sites:
         memory: Path | None = None,
         needed: int | None = None,
         strikes: int | None = None,
+        accept_changes: bool = False,
     ) -> None:
+        self.accept_changes = accept_changes
         self.grid, self.num_clients, self.digest = grid, num_clients, digest
         self.memory, self.needed, self.run = memory, needed, secrets.token_hex(8)
         self.strikes, self.struck = strikes, Counter[int]()
@@ -139,7 +142,8 @@ class Sites:
             return {}
         try:
             kept = json.loads(self.memory.read_text())
-            known = {int(k): dict(own) for k, own in kept["sites"].items()} if kept["digest"] == self.digest else {}
+            is_ours = kept["digest"] == self.digest or self.accept_changes
+            known = {int(k): dict(own) for k, own in kept["sites"].items()} if is_ours else {}
             self.run = str(kept["run"]) if known else self.run
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning(
@@ -149,8 +153,10 @@ class Sites:
         return {k: own for k, own in known.items() if 0 <= k < self.num_clients}
 
     def _remember(self) -> None:
-        """Write the file, at the beginning of a federation alone: later it tells what its checkpoints are about."""
-        if self.memory is not None and self.needed is None:
+        """Write the file at the beginning of a federation, and when sites have joined it since: it tells what its
+        checkpoints are about.
+        """
+        if self.memory is not None and (self.needed is None or self.accept_changes):
             known = {"digest": self.digest, "run": self.run, "sites": self._facts}
             write_text(self.memory, json.dumps(known, indent=1, sort_keys=True))
 

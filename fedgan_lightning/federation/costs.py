@@ -61,6 +61,7 @@ class CostLedger:
         client_runs: Client updates received.
         events: Clients that failed, updates that were rejected or late, rounds that were abandoned.
         incidents: The last of these, with client and reason.
+        changes: Settings that a continued run has changed, with the rounds that were complete.
         client_seconds: Time spent on clients.
         round_seconds: Wall time of rounds.
     """
@@ -75,6 +76,7 @@ class CostLedger:
         self.round_seconds = 0.0
         self.events: dict[str, int] = {}
         self.incidents: list[dict[str, Any]] = []
+        self.changes: list[dict[str, Any]] = []
 
     def record(self, report: RoundReport) -> None:
         """Count one attempt of a round."""
@@ -126,6 +128,7 @@ class CostLedger:
             "round_seconds": self.round_seconds,
             "client_steps_per_second": self.client_steps_per_second,
             **({"events": dict(self.events), "incidents": list(self.incidents)} if self.events else {}),
+            **({"changes": list(self.changes)} if self.changes else {}),
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -162,13 +162,12 @@ class FederatedOrchestrator(L.Callback):
         self.ledger, self.store = CostLedger(), ClientStore()
         #: Settings that a resumed run must share, as nested plain values; without them, what everything was made of.
         self.settings: dict[str, Any] = {}
-        self.signals = StopSignals()
+        self.accept_changes, self.signals = False, StopSignals()
         self._clock = ClientClock()
         self._restored: Mapping[str, Any] | None = None
         self._fingerprint, self._files_at = RunFingerprint(), Path()
         self._reports: list[RoundReport] = []
-        self._round_started = 0.0
-        self._cohort: tuple[int, ...] = ()
+        self._round_started, self._cohort = 0.0, tuple[int, ...]()
         self._strikes: dict[int, int] = {}
         self._begun: Begun = (None, frozenset())
         self.ranks = Ranks()
@@ -398,7 +397,7 @@ class FederatedOrchestrator(L.Callback):
             return
         state, self._restored = self._restored, None
         try:
-            self._take_over(state)
+            self._take_over(state, server.rounds_completed)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(
                 message(
@@ -408,13 +407,14 @@ class FederatedOrchestrator(L.Callback):
                 )
             ) from error
 
-    def _take_over(self, state: Mapping[str, Any]) -> None:
-        self._fingerprint.check(RunFingerprint(state["settings"], state["identity"]))
+    def _take_over(self, state: Mapping[str, Any], rounds: int) -> None:
+        changed = self._fingerprint.check(RunFingerprint(state["settings"], state["identity"]), self.accept_changes)
         if "store_files" in state:
             self.store.load_files(state["store_files"], self._files_at)
         else:
             self.store.load_state_dict(state["store"])
         self.ledger.load_state_dict(state["ledger"])
+        self.ledger.changes += [{"round": rounds, "changed": line} for line in changed]
         self._clock = ClientClock.of(state["clock"])
         self.executor.load_state_dict(state["executor"])
         self._strikes = {int(client_id): count for client_id, count in state["strikes"].items()}

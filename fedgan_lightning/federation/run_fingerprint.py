@@ -20,6 +20,10 @@ from torch import Tensor, nn
 
 from fedgan_lightning.errors import CheckpointError, message
 
+#: Settings that a run may change where that is asked for: what is refused, and by whom, and not what is trained.
+MAY_BE_CHANGED: dict[str, tuple[str, ...]] = {
+    "federation": ("rules", "validator", "aggregator", "clients", "secure"),
+}
 #: Settings of an optimizer that depend on the device, and say how it computes and not what.
 MEANS = ("foreach", "fused", "capturable", "differentiable")
 
@@ -119,30 +123,52 @@ class RunFingerprint:
     Attributes:
         settings: Nested plain values, by group and name: the command line's, or what everything was made of.
         identity: What must be equal whatever settings look like, the fingerprint of the data among it.
+        is_remote: Whether clients' samples are elsewhere, where new clients leave those of the others as they are.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     identity: Mapping[str, Any] = field(default_factory=dict)
+    is_remote: bool = False
 
     @classmethod
     def of(cls, federation: Any, server: Any, data: Any) -> RunFingerprint:
         """Return that of a federation."""
         settings = federation.settings or settings_of(federation, server, data)
-        return cls(settings=settings, identity=identity_of(federation, server, data))
+        is_remote = not getattr(data, "has_client_samples", True)
+        return cls(settings=settings, identity=identity_of(federation, server, data), is_remote=is_remote)
 
-    def check(self, before: RunFingerprint) -> None:
-        """Refuse to continue another run.
+    def check(self, before: RunFingerprint, accept: bool = False) -> list[str]:
+        """Refuse to continue another run; return what has changed and was accepted.
 
         Args:
             before: What the checkpoint says.
+            accept: Whether rules, screening, aggregator, cohorts and bounds of secure aggregation may differ, and
+                clients elsewhere may have joined.
 
         Raises:
             CheckpointError: If settings, data or anything else differ.
         """
         known = {group: values for group, values in before.settings.items() if group in self.settings}
-        check_unchanged(known, {group: self.settings[group] for group in known})  # these say what was changed
+        now_known = {group: self.settings[group] for group in known}
+        accepted: list[str] = []
+        for group, names in (MAY_BE_CHANGED | ({"data": ("num_clients",)} if self.is_remote else {})).items():
+            for name in names if group in known else ():
+                lines = differences({name: known[group].get(name)}, {name: now_known[group].get(name)}, f"{group}.")
+                if lines and not accept:
+                    raise CheckpointError(
+                        message(
+                            "a run must be resumed with the settings it was started with",
+                            received=f"a checkpoint that differs in {'; '.join(lines[:3])}",
+                            fix="restore the settings, start a new run in another directory, or accept and record the "
+                            "change with --accept_changes true",
+                        )
+                    )
+                accepted += lines
+                known[group] = {key: own for key, own in known[group].items() if key != name}
+                now_known[group] = {key: own for key, own in now_known[group].items() if key != name}
+        check_unchanged(known, now_known)  # these say what was changed
         data, now = before.identity["data"], self.identity["data"]
-        if data != now:
+        if data != now and not (accept and self.is_remote):
             raise CheckpointError(
                 message(
                     "a run must be resumed with the data it was started with",
@@ -151,7 +177,8 @@ class RunFingerprint:
                     fix="restore the data, or start a new run in another directory",
                 )
             )
-        check_unchanged(before.identity, self.identity)
+        check_unchanged({**before.identity, "data": now}, self.identity)
+        return accepted
 
 
 def identity_of(federation: Any, server: Any, data: Any) -> dict[str, Any]:
