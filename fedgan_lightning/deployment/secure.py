@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,6 +42,8 @@ logger = logging.getLogger("fedgan_lightning")
 
 #: Under this name the ledger counts keys, shares and metrics.
 OVERHEAD = "secure"
+#: What a client says that cannot open another's share: see :meth:`Shares.opened`.
+BLAMED = re.compile(r"shares from client (\d+) cannot be opened")
 #: Longest sealed share that is passed on, in bytes.
 MOST_SEALED = 10_000
 
@@ -258,7 +261,16 @@ class _Run:
             del found[k]
         for k, vector in found.items():
             self._count(k, masked_bytes(vector.layouts))
+        self._name_the_liar({*sealed})
         return found
+
+    def _name_the_liar(self, members: set[int]) -> None:
+        """Refuse a client whose shares most others could not open, and say of these that it was not they."""
+        causes = {k: BLAMED.search(cause) for k, (stage, cause) in self.result.lost.items() if stage == "reply"}
+        blamed = Counter(int(own[1]) for own in causes.values() if own is not None)
+        for suspect, count in blamed.items():
+            if suspect in members and 2 * count > len(members) - 1:
+                self._refuse(suspect, "share", f"{count} of {len(members) - 1} others cannot open its shares")
 
     def _unmasked(self, vectors: Mapping[int, Summand]) -> dict[int, dict[int, bytes]]:
         """Return the shares that the secrets are made of again, by who holds them and whose they are."""
@@ -372,7 +384,7 @@ class _Run:
         return len(left) >= needed
 
     def _given_up(self, left: Iterable[int], stage: str, cause: str) -> Opened:
-        for k in left:
+        for k in {*left} - self.result.refused:
             self._lose(k, stage, f"the sum cannot be opened: {cause}")
         return self.result
 

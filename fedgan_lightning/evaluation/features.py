@@ -38,7 +38,9 @@ class FrozenNet(nn.Module):
 
     def __init__(self, net: nn.Module, *, num_features: int, name: str, digest: str) -> None:
         super().__init__()
-        self.net = net.eval().requires_grad_(False)
+        self.net = net.eval()
+        for parameter in net.parameters():  # TorchScript has no requires_grad_
+            parameter.requires_grad_(False)
         self.num_features, self.name, self.digest = num_features, name, digest
 
     def train(self, mode: bool = True) -> FrozenNet:

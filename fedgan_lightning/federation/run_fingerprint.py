@@ -150,22 +150,22 @@ class RunFingerprint:
         """
         known = {group: values for group, values in before.settings.items() if group in self.settings}
         now_known = {group: self.settings[group] for group in known}
-        accepted: list[str] = []
+        changed: list[str] = []
         for group, names in (MAY_BE_CHANGED | ({"data": ("num_clients",)} if self.is_remote else {})).items():
             for name in names if group in known else ():
-                lines = differences({name: known[group].get(name)}, {name: now_known[group].get(name)}, f"{group}.")
-                if lines and not accept:
-                    raise CheckpointError(
-                        message(
-                            "a run must be resumed with the settings it was started with",
-                            received=f"a checkpoint that differs in {'; '.join(lines[:3])}",
-                            fix="restore the settings, start a new run in another directory, or accept and record the "
-                            "change with --accept_changes true",
-                        )
-                    )
-                accepted += lines
-                known[group] = {key: own for key, own in known[group].items() if key != name}
-                now_known[group] = {key: own for key, own in now_known[group].items() if key != name}
+                changed += differences({name: known[group].get(name)}, {name: now_known[group].get(name)}, f"{group}.")
+                known[group], now_known[group] = (
+                    {key: own for key, own in one[group].items() if key != name} for one in (known, now_known)
+                )
+        if changed and not accept:
+            raise CheckpointError(
+                message(
+                    "a run must be resumed with the settings it was started with",
+                    received=f"a checkpoint that differs in {'; '.join(changed[:3])}",
+                    fix="restore the settings, start a new run in another directory, or have the change accepted and "
+                    "recorded with --accept_changes true",
+                )
+            )
         check_unchanged(known, now_known)  # these say what was changed
         data, now = before.identity["data"], self.identity["data"]
         if data != now and not (accept and self.is_remote):
@@ -178,7 +178,7 @@ class RunFingerprint:
                 )
             )
         check_unchanged({**before.identity, "data": now}, self.identity)
-        return accepted
+        return changed
 
 
 def identity_of(federation: Any, server: Any, data: Any) -> dict[str, Any]:

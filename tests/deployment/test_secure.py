@@ -75,7 +75,7 @@ class Hand:
         found, troubles = {}, {}
         for k, records in contents.items():
             facts = self.edit_question(k, wire.facts_of(records))
-            order = ["advertise", "share", "mask", "unmask"]
+            order = ["advertise", "share", "mask", "consent", "unmask"]
             if order.index(facts["ask"]) >= order.index(self.lost.get(k, "unmask")) and k in self.lost:
                 troubles[k] = "gone"
                 continue
