@@ -64,7 +64,8 @@ def prepare(folder: Path, *, sites: int, hosts: Sequence[str] = ()) -> dict[str,
     # Whatever could be refused has been.
     if done["ca"] == "made":
         make_authority(folder)
-    revoke(folder)
+    if not (folder / REVOKED).exists():
+        revoke(folder)
     done["server"] = "renewed" if (folder / "server.crt").exists() else "made"
     make_server_certificate(folder, hosts=names, public=server)
     for path, public in keys.items():

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from fedgan_lightning.deployment import programs
+from fedgan_lightning.deployment.proxy import TEMPLATES
 from tests.conftest import ROOT
 from tests.processes import eventually
 
@@ -64,13 +65,14 @@ def start_proxy(template: Path, folder: Path, *, changed: dict[str, str], port: 
 def server_proxy(folder: Path, *, keys: Path, superlink: int, port: int) -> subprocess.Popen:
     changed = {"listen 443": f"listen 127.0.0.1:{port}", "127.0.0.1:8000": f"127.0.0.1:{superlink}"}
     changed |= {"/etc/fedgan": str(keys)}
-    return start_proxy(ROOT / "docs" / "nginx.conf", folder, changed=changed, port=port)
+    return start_proxy(TEMPLATES / "nginx.conf", folder, changed=changed, port=port)
 
 
-def site_proxy(folder: Path, *, keys: Path, number: int, server: int, port: int, ca: Path | None = None):
+def site_proxy(folder: Path, *, keys: Path, number: int, server: int, port: int, ca=None, crl=None):
     changed = {"127.0.0.1:8443": f"127.0.0.1:{port}", "https://fedgan.example.org:443": f"https://localhost:{server}"}
-    changed |= {"/etc/fedgan/ca.crt": str(ca or keys / "ca.crt"), "/etc/fedgan/site": str(keys / f"site{number}")}
-    return start_proxy(ROOT / "docs" / "nginx-site.conf", folder, changed=changed, port=port)
+    changed |= {"/etc/fedgan/ca.crt": str(ca or keys / "ca.crt"), "/etc/fedgan/ca.crl": str(crl or keys / "ca.crl")}
+    changed |= {"/etc/fedgan/site": str(keys / f"site{number}")}
+    return start_proxy(TEMPLATES / "nginx-site.conf", folder, changed=changed, port=port)
 
 
 def answers(port: int) -> bool:

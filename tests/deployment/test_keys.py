@@ -54,7 +54,7 @@ def test_every_site_has_a_certificate_of_its_own(keys):
 
 
 def test_private_keys_are_readable_by_their_owner_alone(keys):
-    private = {path.name for path in keys.iterdir() if path.suffix not in (".crt", ".pub")}
+    private = {path.name for path in keys.iterdir() if path.suffix not in (".crt", ".pub", ".crl")}
     assert private == {"ca.key", "server.key", "site0", "site1", "site0.tls.key", "site1.tls.key"}
     assert {stat.S_IMODE((keys / name).stat().st_mode) for name in private} == {0o600}
 

@@ -15,7 +15,7 @@ flwr = pytest.importorskip("flwr", reason="needs the extra 'flower' (Python 3.11
 from fedgan_lightning.__main__ import main  # noqa: E402
 from fedgan_lightning.deployment import programs  # noqa: E402
 from fedgan_lightning.deployment.keys import make_authority, make_site_certificate  # noqa: E402
-from tests.conftest import ROOT  # noqa: E402
+from fedgan_lightning.deployment.proxy import TEMPLATES  # noqa: E402
 from tests.deployment.processes import CONFIG, nginx, site_command, site_proxy  # noqa: E402
 from tests.processes import eventually  # noqa: E402
 
@@ -56,7 +56,7 @@ def answered_by_flower() -> set[str]:
 
 def allowed() -> set[str]:
     """Return the paths that the shipped configuration names."""
-    (names,) = re.findall(r"location ~ \^/v1/fleet/\(([a-z|-]+)\)\$", (ROOT / "docs" / "nginx.conf").read_text())
+    (names,) = re.findall(r"location ~ \^/v1/fleet/\(([a-z|-]+)\)\$", (TEMPLATES / "nginx.conf").read_text())
     return {f"/v1/fleet/{name}" for name in names.split("|")}
 
 
