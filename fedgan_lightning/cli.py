@@ -290,6 +290,7 @@ NOISE = (
     ".*isinstance\\(treespec, LeafSpec\\).*",
     ".*is smaller than the logging interval.*",
     ".*args parameter is intended to run from within Python.*",
+    ".*defined a `validation_step` but have no `val_dataloader`.*",  # which we say once
 )
 
 

@@ -43,6 +43,10 @@ class QuorumError(FedGANError, RuntimeError):
     """Too few clients answered, however often the round was tried."""
 
 
+class RefusedError(QuorumError):
+    """Everybody who was asked refuses, and would again."""
+
+
 class RankError(FedGANError, RuntimeError):
     """A process that shares the run failed, or is gone."""
 

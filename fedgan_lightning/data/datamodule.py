@@ -253,8 +253,6 @@ class FederatedDataModule(TickingDataModule):
         """
         check_shared_metadata(self, state_dict, path="a checkpoint")
 
-    # ------------------------------------------------------------------ the federation's view
-
     @property
     def has_samples(self) -> bool:
         """Whether samples are in memory, so that everything can be measured and drawn."""

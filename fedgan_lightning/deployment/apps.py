@@ -21,6 +21,7 @@ from typing import Any
 
 from fedgan_lightning.deployment import wire
 from fedgan_lightning.deployment.audit_log import AuditLog
+from fedgan_lightning.deployment.expelled import expelled_from
 from fedgan_lightning.deployment.flower import FlowerExecutor
 from fedgan_lightning.deployment.opened_sums import OpenedSums
 from fedgan_lightning.deployment.replies import only_plain
@@ -244,6 +245,7 @@ def serve_over(
             orchestrator.validator = UpdateValidator(strikes=STRIKES)  # no answer of a site ends a run
         strikes = (orchestrator.secure or orchestrator.validator).strikes
         told = {"memory": memory, "needed": needed, "strikes": strikes, "accept_changes": orchestrator.accept_changes}
+        told["expelled"] = () if keys is None else expelled_from(keys)
         sites = Sites(grid, num_clients=num_clients, digest=digest, **told)
         status = StatusFile(cli.trainer.default_root_dir, sites, prometheus=prometheus)
         sites.on_change = status.write

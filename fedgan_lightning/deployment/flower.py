@@ -13,13 +13,15 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from fedgan_lightning.deployment import wire
-from fedgan_lightning.deployment.replies import trouble_in
+from fedgan_lightning.deployment.replies import Malformed, trouble_in
 from fedgan_lightning.deployment.sites import Sites
 from fedgan_lightning.errors import ConfigurationError, RoundInterrupted, message
 from fedgan_lightning.federation.client_update import ClientContext
 from fedgan_lightning.federation.schema import printable
 from fedgan_lightning.protocol import ROUND_TRIP, ClientFailure, ClientTask, ClientUpdate, Executor
 
+#: An answer is at most so many times as long as its task, and so many bytes: moments, and an algorithm's, come on top.
+MOST_TIMES, MOST_BYTES = 10, 64 << 20
 #: Tag of the number of connected sites.
 CONNECTED = "sites/connected"
 #: Where the server notes, among a client's private state, the last task whose update counted.
@@ -27,10 +29,11 @@ ACCEPTED = "accepted/seed"
 
 
 class Sent(NamedTuple):
-    """A task that is on its way, and since when on the monotonic clock."""
+    """A task that is on its way, since when on the monotonic clock, and its size in bytes."""
 
     task: ClientTask
     since: float
+    size: int
 
 
 def refuse_exchange(context: ClientContext) -> None:
@@ -79,8 +82,10 @@ class FlowerExecutor(Executor):
             if self.sites.node_of(task.client_id) is not None:
                 reachable.append(task)
             else:
-                cause = "its site is not connected"
-                yield ClientFailure(task.client_id, task.round, stage="connect", cause=cause, reached=False)
+                is_out = task.client_id in self.sites.expelled
+                cause = "its site was expelled" if is_out else "its site is not connected"
+                told = {"reached": False, "refused": is_out}
+                yield ClientFailure(task.client_id, task.round, stage="connect", cause=cause, **told)
         late = {key: sent for key, sent in self._overdue.items() if sent.task.round == listed[0].round - 1}
         open_ = self._push(reachable)
         deadline = None if self.timeout is None else time.monotonic() + self.timeout
@@ -97,7 +102,7 @@ class FlowerExecutor(Executor):
                 if deadline is not None and time.monotonic() > deadline:
                     break
                 self.sites.pause()
-            for task, _ in open_.values():
+            for task, *_ in open_.values():
                 cause = f"no answer within {self.timeout:.0f} s"
                 yield ClientFailure(task.client_id, task.round, stage="reply", cause=cause)
         finally:
@@ -118,14 +123,18 @@ class FlowerExecutor(Executor):
             messages.append(Message(content, dst_node_id=node_id, message_type=wire.TRAIN, group_id=str(task.round)))
         keys = self.sites.grid.push_messages(messages) if messages else []
         now = time.monotonic()
-        return {key: Sent(task, now) for key, task in zip(keys, tasks)}
+        sizes = [wire.size_of(own.content) for own in messages]
+        return {key: Sent(task, now, size) for key, task, size in zip(keys, tasks, sizes)}
 
     def _answer(self, reply: Any, sent: Sent, *, is_late: bool) -> ClientUpdate | ClientFailure:
         assert self._context is not None
         trouble, task = trouble_in(reply), sent.task
         if trouble is not None:
-            return ClientFailure(task.client_id, task.round, stage="reply", cause=trouble)
+            is_none = isinstance(trouble, Malformed)
+            return ClientFailure(task.client_id, task.round, stage="reply", cause=trouble, refused=is_none)
         try:
+            if (size := wire.size_of(reply.content)) > MOST_TIMES * sent.size + MOST_BYTES:
+                raise ValueError(f"{size} bytes in answer to {sent.size}")
             update = wire.to_update(reply.content, client_id=task.client_id)
         except Exception as error:  # what comes can be anything, and must not end the server
             cause = printable(f"an answer that is no update ({type(error).__name__}: {error})")

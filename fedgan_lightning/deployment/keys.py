@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedgan_lightning.deployment.expelled import expelled_from, numbers_in
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.files import replacing
 
@@ -42,7 +43,7 @@ def prepare(folder: Path, *, sites: int, hosts: Sequence[str] = ()) -> dict[str,
 
     Args:
         folder: Where it all lies.
-        sites: Number of sites; others that the folder knows are renewed, too.
+        sites: Number of sites; others that the folder knows are renewed, too. Those that were expelled get nothing.
         hosts: Names and addresses of the server; without any those of its certificate, else of this machine alone.
 
     Returns:
@@ -52,9 +53,8 @@ def prepare(folder: Path, *, sites: int, hosts: Sequence[str] = ()) -> dict[str,
         ConfigurationError: If something is not there that belongs to what is, the authority has ended, or a file is not
             what its name says. Nothing is written then.
     """
-    known = (path.stem.removeprefix("site") for path in folder.glob("site*.pub"))
-    numbers = sorted({*range(sites), *(int(number) for number in known if number.isdecimal())})
-    paths = [folder / f"site{number}" for number in numbers]
+    numbers = {*range(sites), *numbers_in(folder)} - {*expelled_from(folder)}
+    paths = [folder / f"site{number}" for number in sorted(numbers)]
     done = {"ca": "kept" if (folder / "ca.crt").exists() or (folder / "ca.key").exists() else "made"}
     if done["ca"] == "kept":
         _authority_in(folder)
@@ -110,7 +110,7 @@ def revoke(folder: Path, certificate: Path | None = None) -> None:
         certificate: What is to be revoked.
     """
     from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives import hashes
 
     signer, issuer = _authority_in(folder)
     made = x509.CertificateRevocationListBuilder().issuer_name(issuer.subject)
@@ -119,11 +119,10 @@ def revoke(folder: Path, certificate: Path | None = None) -> None:
     for known in read_pem(path, x509.load_pem_x509_crl) if path.exists() else ():
         made = made.add_revoked_certificate(known)
     if certificate is not None:
+        entry = x509.RevokedCertificateBuilder().revocation_date(_now())
         number = read_pem(certificate, x509.load_pem_x509_certificate).serial_number
-        entry = x509.RevokedCertificateBuilder().serial_number(number).revocation_date(_now()).build()
-        made = made.add_revoked_certificate(entry)
-    signed: Any = made.sign(signer, hashes.SHA384())
-    _write(path, signed.public_bytes(serialization.Encoding.PEM), is_secret=False)
+        made = made.add_revoked_certificate(entry.serial_number(number).build())
+    _write(path, _certificate(made.sign(signer, hashes.SHA384())), is_secret=False)
 
 
 def make_server_certificate(folder: Path, *, hosts: Sequence[str], public: Any = None) -> None:
@@ -404,6 +403,7 @@ def _pem(key: Any) -> bytes:
 
 
 def _certificate(certificate: Any) -> bytes:
+    """Return a certificate, or a list of revoked ones, as PEM."""
     from cryptography.hazmat.primitives import serialization
 
     data: bytes = certificate.public_bytes(serialization.Encoding.PEM)

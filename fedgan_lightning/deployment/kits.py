@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedgan_lightning.deployment.expelled import numbers_in
 from fedgan_lightning.deployment.proxy import TEMPLATES
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.files import replacing
@@ -53,7 +54,7 @@ def write_kits(
     Raises:
         ConfigurationError: If the folder has no such sites.
     """
-    known = {int(path.stem.removeprefix("site")): path for path in keys.glob("site*.pub") if _is_number(path)}
+    known = {number: keys / f"site{number}.pub" for number in numbers_in(keys)}
     if (missing := sorted({*clients} - known.keys())) or not known:
         fix = "make them with deploy keys --sites"
         raise ConfigurationError(
@@ -75,10 +76,6 @@ def write_kits(
         files[FACTS] = json.dumps({"client_id": client_id, "server": server}).encode()
         found.append(_zipped(out / f"site{client_id}.zip", files))
     return found
-
-
-def _is_number(path: Path) -> bool:
-    return path.stem.removeprefix("site").isdecimal()
 
 
 def _zipped(path: Path, files: dict[str, bytes]) -> Path:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from fedgan_lightning.deployment import programs
+from fedgan_lightning.deployment.expelled import EXPELLED, expelled
 from fedgan_lightning.deployment.keys import REVOKED, revoke
 from fedgan_lightning.errors import ConfigurationError, message
-
-#: Folder, beside the keys, of those of sites that were expelled.
-EXPELLED = "expelled"
 
 
 def expel(keys: Path, client_id: int) -> list[Path]:
@@ -42,11 +40,6 @@ def expel(keys: Path, client_id: int) -> list[Path]:
         path.replace(keys / EXPELLED / path.name)
         done.append(keys / EXPELLED / path.name)
     return done
-
-
-def expelled(keys: Path) -> list[Path]:
-    """Return the public keys of sites that were expelled."""
-    return sorted((keys / EXPELLED).glob("site*.pub"))
 
 
 def unregister(home: Path, keys: Path, port: int) -> list[str]:

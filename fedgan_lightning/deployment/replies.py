@@ -17,16 +17,22 @@ class Refusal(str):
     """What a site itself says of why it does not answer."""
 
 
+class Malformed(str):
+    """What is wrong with an answer that is none: that counts against the site."""
+
+
 def trouble_in(reply: Any) -> str | None:
-    """Return what is wrong with a reply, in words; a :class:`Refusal` where the site says so."""
+    """Return what is wrong with a reply, in words: a :class:`Refusal` where the site says so, :class:`Malformed` where
+    it is no answer, else what Flower says.
+    """
     if reply.has_error():
         return printable(f"Flower error {reply.error.code}: {reply.error.reason}", most=MOST_LETTERS)
     if "facts" not in reply.content:
-        return "an answer without facts"
+        return Malformed("an answer without facts")
     try:
         trouble = wire.facts_of(reply.content).get("error")
     except Exception as error:  # records of another kind by that name
-        trouble = f"an answer without facts ({type(error).__name__})"
+        return Malformed(f"an answer without facts ({type(error).__name__})")
     return None if trouble is None else Refusal(printable(trouble, most=MOST_LETTERS))
 
 

@@ -151,7 +151,8 @@ class SecureQueries:
             OutOfRangeError: If a site's sums are too large to be masked.
             QuorumError: If a site is not in them: sums of some would be mistaken for those of all.
         """
-        known, answers = self.facts(), self.sessions.sites.answers
+        sites = self.sessions.sites
+        answers, known = sites.answers, {k: own for k, own in self.facts().items() if not sites.is_benched(k)}
         query, subject = {**facts, "ask": "sums"}, wire.hash_of(facts, state)
         key = wire.hash_of({**facts, "digest": self.sessions.sites.digest, "members": sorted(known)}, state)
         if kept := answers.of(key):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedgan_lightning.deployment.expelled import expelled_from, numbers_in
 from fedgan_lightning.deployment.keys import check_valid
 from fedgan_lightning.deployment.programs import check_file
 from fedgan_lightning.errors import ConfigurationError, message
@@ -30,9 +31,9 @@ def check_server(config: Path, run_dir: Path, others: Sequence[str], *, keys: Pa
     for name in ("ca.crt", "server.crt"):
         check_valid(keys / name)
     cli = built(["--config", str(config), *others, "--run_dir", str(run_dir)])
-    known = sorted(int(path.stem.removeprefix("site")) for path in keys.glob("site*.pub") if _is_number(path))
+    known = numbers_in(keys)
     wanted = cli.datamodule.num_clients
-    if missing := [k for k in range(wanted) if k not in known]:
+    if missing := sorted({*range(wanted)} - {*known} - {*expelled_from(keys)}):
         raise ConfigurationError(
             message(
                 f"the server must have siteN.pub of its {wanted} sites",
@@ -44,10 +45,6 @@ def check_server(config: Path, run_dir: Path, others: Sequence[str], *, keys: Pa
     _check_minima(cli, wanted)
     samples = "samples of its own" if has_data else "no samples of its own: metrics are what sites can sum"
     return [f"server of {wanted} sites, with {samples}", f"run {run_dir}"]
-
-
-def _is_number(path: Path) -> bool:
-    return path.stem.removeprefix("site").isdecimal()
 
 
 def _check_twice(keys: Path, known: Sequence[int]) -> None:

@@ -7,14 +7,14 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 from fedgan_lightning.deployment import wire
 from fedgan_lightning.deployment.answers import Answers
-from fedgan_lightning.deployment.replies import Refusal, checked_facts, trouble_in
-from fedgan_lightning.errors import QuorumError, RoundInterrupted, message
+from fedgan_lightning.deployment.replies import Malformed, Refusal, checked_facts, trouble_in
+from fedgan_lightning.errors import QuorumError, RefusedError, RoundInterrupted, message
 from fedgan_lightning.federation.client_update import never
 from fedgan_lightning.federation.schema import printable
 from fedgan_lightning.files import write_text
@@ -52,6 +52,7 @@ class Sites:
             samples.
         needed: Sites with which a server goes on that finds the others in ``memory``; ``None`` begins anew, with all.
         accept_changes: Whether ``memory`` counts for a federation whose settings have changed since.
+        expelled: Clients that are neither waited for nor let in.
         strikes: Answers to queries that are none, after which a site is not asked any more; ``None`` asks for ever.
 
     Attributes:
@@ -73,8 +74,9 @@ class Sites:
         needed: int | None = None,
         strikes: int | None = None,
         accept_changes: bool = False,
+        expelled: Collection[int] = (),
     ) -> None:
-        self.accept_changes = accept_changes
+        self.accept_changes, self.expelled = accept_changes, frozenset(expelled)
         self.grid, self.num_clients, self.digest = grid, num_clients, digest
         self.memory, self.needed, self.run = memory, needed, secrets.token_hex(8)
         self.strikes, self.struck = strikes, Counter[int]()
@@ -127,7 +129,7 @@ class Sites:
 
     def _missing(self) -> list[int]:
         """Return the clients whose sites have not come since the server's start."""
-        return [client_id for client_id in range(self.num_clients) if client_id not in self._nodes]
+        return [k for k in range(self.num_clients) if k not in self._nodes and k not in self.expelled]
 
     def _may_begin_without(self, missing: list[int]) -> bool:
         """Whether these sites are known, and the others enough for a round."""
@@ -234,6 +236,8 @@ class Sites:
         client_id = facts["client_id"]
         if not 0 <= client_id < self.num_clients:
             return f"says that it is client {client_id} of {self.num_clients}"
+        if client_id in self.expelled:
+            return f"is client {client_id}, which was expelled"
         if digest != self.digest:
             return f"does not share {wire.SHARED} ({digest}, here {self.digest})"
         if self._nodes.get(client_id) in self._connected - {node_id}:
@@ -260,8 +264,8 @@ class Sites:
             check: Called with client and sums; raises an error if these cannot be right.
 
         Raises:
-            QuorumError: If a site is away: it may come back, and sums of some are not those of all; or if none tells
-                any.
+            QuorumError: If a site is away: it may come back, and sums of some are not those of all.
+            RefusedError: If none tells any.
         """
         self.facts()
         key = wire.hash_of({**facts, "digest": self.digest}, state)
@@ -277,7 +281,9 @@ class Sites:
             node = self._nodes[client_id]
             if node not in answers:
                 trouble = self._troubles.get(node, "")
-                (left_out if isinstance(trouble, Refusal) else away)[client_id] = trouble
+                (left_out if isinstance(trouble, (Refusal, Malformed)) else away)[client_id] = trouble
+                if isinstance(trouble, Malformed):
+                    self.strike(client_id)
                 continue
             try:
                 found = wire.state_of(answers[node], "sums")
@@ -290,8 +296,10 @@ class Sites:
                 self.answers.keep(key, str(client_id), found)
         for client_id in sorted({*asked} & left_out.keys()):
             logger.warning(f"{facts['query']} are summed up without client {client_id}: {left_out[client_id]}")
-        if away or not known:
-            raise _incomplete(away or left_out)
+        if away:
+            raise _incomplete(away)
+        if not known:
+            raise RefusedError(str(_incomplete(left_out)))
         return [known[client_id] for client_id in clients if client_id in known]
 
     def strike(self, client_id: int) -> None:
@@ -302,7 +310,7 @@ class Sites:
 
     def is_benched(self, client_id: int) -> bool:
         """Whether a client has answered so often with what is no answer that it is not asked any more."""
-        return self.strikes is not None and self.struck[client_id] >= self.strikes
+        return client_id in self.expelled or (self.strikes is not None and self.struck[client_id] >= self.strikes)
 
     def _ask(self, contents: Mapping[int, Any]) -> dict[int, Any]:
         """Return the answers by node, of those that answer in time and without an error."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +18,8 @@ from fedgan_lightning.protocol import ClientTask, ClientUpdate, State
 #: Message types, as Flower routes them to a function of the ClientApp.
 TRAIN, QUERY = "train", "query"
 SEPARATOR = "|"
+#: Letters of a layout, and bytes of an array's header, that are read.
+MOST_LAYOUT, MOST_HEADER = 50_000_000, 1 << 12
 #: What server and sites share, and a task's digest is of, in words.
 SHARED = "the settings of model and federation, the precision, names of classes, and words or items"
 
@@ -55,13 +59,15 @@ def state_of(records: Any, group: str) -> dict[str, Tensor]:
     Raises:
         ValueError: If arrays and layout do not fit each other.
     """
-    layout = Layout.from_plain(json.loads(records["facts"][f"layout{SEPARATOR}{group}"]))
+    text = records["facts"][f"layout{SEPARATOR}{group}"]
+    if not isinstance(text, str) or len(text) > MOST_LAYOUT:
+        raise ValueError(f"a layout of {group} that is no text, or longer than {MOST_LAYOUT} letters")
+    layout = Layout.from_plain(json.loads(text))
     vectors = {}
     for dtype, length in layout.lengths.items():
-        vector = torch.from_numpy(records["arrays"][f"{group}{SEPARATOR}{dtype}"].numpy().copy())
-        if vector.shape != (length,) or vector.dtype != on_wire(dtype):
-            raise ValueError(f"{group} has {list(vector.shape)} numbers of {vector.dtype}, not {length} of {dtype}")
-        vectors[dtype] = vector.view(dtype)
+        array = records["arrays"][f"{group}{SEPARATOR}{dtype}"]
+        _check_header(bytes(array.data[:MOST_HEADER]), len(array.data), length=length, dtype=on_wire(dtype))
+        vectors[dtype] = torch.from_numpy(array.numpy().copy()).view(dtype)
     packed = Packed(layout, vectors)
     return {name: packed[name].clone() for name in packed}
 
@@ -100,6 +106,28 @@ def size_of(records: Any) -> int:
     arrays = sum(len(array.data) for array in records["arrays"].values())
     texts = (value for value in records["facts"].values() if isinstance(value, (str, bytes)))
     return arrays + sum(map(len, texts))
+
+
+def _check_header(beginning: bytes, size: int, *, length: int, dtype: torch.dtype) -> None:
+    """Refuse an array that is not what its layout says, before any memory is taken for it.
+
+    Args:
+        beginning: The first bytes of the array, in NumPy's format.
+        size: Of all its bytes.
+        length: How many numbers there are to be.
+        dtype: Of which type.
+
+    Raises:
+        ValueError: If it is another, or its header is none.
+    """
+    file = io.BytesIO(beginning)
+    version = np.lib.format.read_magic(file)
+    if version != (1, 0):
+        raise ValueError(f"NumPy's format {version}")
+    shape, _, found = np.lib.format.read_array_header_1_0(file)
+    wanted = torch.empty(0, dtype=dtype).numpy().dtype
+    if shape != (length,) or found != wanted or size - file.tell() != length * wanted.itemsize:
+        raise ValueError(f"an array of shape {shape}, type {found} and {size} bytes, not {length} of {dtype}")
 
 
 def from_task(task: ClientTask, *, accepted: int, digest: str) -> Any:

@@ -15,7 +15,14 @@ import lightning as L
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.samples import quantise
-from fedgan_lightning.errors import ConfigurationError, OutOfRangeError, QuorumError, SampleSizeError, message
+from fedgan_lightning.errors import (
+    ConfigurationError,
+    OutOfRangeError,
+    QuorumError,
+    RefusedError,
+    SampleSizeError,
+    message,
+)
 from fedgan_lightning.evaluation.metrics import Metric
 from fedgan_lightning.evaluation.modalities import default_metrics
 from fedgan_lightning.evaluation.watchers import check_watchers
@@ -146,7 +153,11 @@ class Evaluation(L.Callback):
                 continue
             try:
                 self.facts |= metric.prepare(data, device=trainer.strategy.root_device)
-            except (OutOfRangeError, SampleSizeError) as error:  # of sums that sites cannot mask; of small data
+            except (
+                OutOfRangeError,
+                SampleSizeError,
+                RefusedError,
+            ) as error:  # of sums that sites cannot tell
                 if isinstance(error, SampleSizeError) and self._asked and data.has_server_samples:
                     raise
                 self.metrics.remove(metric)

@@ -154,10 +154,12 @@ class TestStacks:
         "options",
         [
             {"local_steps": None, "local_epochs": 1},
-            {"clients": FractionOfClients(0.5), "rounds": 5},
+            pytest.param({"clients": FractionOfClients(0.5), "rounds": 5}, marks=pytest.mark.slow),
             {"transforms": [ClipUpdates(max_norm=0.05)], "clients": FractionOfClients(0.5), "rounds": 4},
-            {"transforms": [SignCompression()], "local_steps": None, "local_epochs": 1},
-            {"sync": {"discriminator": "local"}},
+            pytest.param(
+                {"transforms": [SignCompression()], "local_steps": None, "local_epochs": 1}, marks=pytest.mark.slow
+            ),
+            pytest.param({"sync": {"discriminator": "local"}}, marks=pytest.mark.slow),
             {"sync": {"discriminator.features.1.*": "local"}},
         ],
         ids=["ragged", "newcomers beside veterans", "clipped", "signs", "local network", "local layer"],

@@ -18,6 +18,7 @@ from cryptography import x509
 from fedgan_lightning.__main__ import main
 from fedgan_lightning.deployment import keys as authority
 from fedgan_lightning.deployment import kits, launch, membership, programs, proxy, status
+from fedgan_lightning.deployment.expelled import expelled
 from fedgan_lightning.deployment.keys import prepare
 from fedgan_lightning.errors import ConfigurationError
 from tests.conftest import ROOT
@@ -186,7 +187,7 @@ def test_a_server_without_the_authority_expels_by_the_key_alone(keys):
     (keys / "ca.key").unlink()
     membership.expel(keys, 2)
     assert revoked(keys) == set(), "whoever has ca.key revokes the certificate"
-    assert [path.name for path in membership.expelled(keys)] == ["site2.pub"]
+    assert [path.name for path in expelled(keys)] == ["site2.pub"]
 
 
 def test_the_node_of_an_expelled_site_is_taken_off_the_superlink(keys, tmp_path, monkeypatch):

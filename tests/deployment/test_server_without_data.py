@@ -130,6 +130,31 @@ def test_a_network_in_a_file_measures_at_all_sites(tmp_path, form):
     assert found["evaluation"]["fid_features_hash"] == digest
 
 
+def test_a_federation_trains_its_own_ruler(tmp_path, capsys):
+    """By the shipped configuration, on pictures in folders; the file that it writes measures a GAN."""
+    from fedgan_lightning.__main__ import main
+    from fedgan_lightning.evaluation import federated_classifier
+    from tests.fakes import write_pictures
+
+    write_pictures(tmp_path / "images", {"normal": 60, "pneumonia": 60})
+    run = tmp_path / "ruler"
+    arguments = ["--config", str(ROOT / "configs" / "classifier.yaml"), "--data.source.root", str(tmp_path / "images")]
+    assert main(["fit", *arguments, "--federation.rounds", "3", "--run_dir", str(run)]) == 0
+    assert federated_classifier.main([str(run)]) == 0
+    path, said = run / "classifier.safetensors", capsys.readouterr().out
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert digest in said
+    net = FileFeatures(str(path), digest, module=Classifier((1, 28, 28), 2, is_image=True))
+    from fedgan_lightning.sources import ImageFolder
+
+    source = ImageFolder(str(tmp_path / "images"), image_size=28, channels=1, classes=True)
+    samples = source.load("train")
+    built = net.build(samples, num_classes=2)
+    right = (built.classify(samples.take(torch.arange(len(samples)))[0]) == samples.y).float().mean()
+    assert float(right) > 0.9, "dark and bright pictures"
+    assert federated_classifier.main([str(tmp_path)]) == 2
+
+
 def test_a_site_without_the_file_is_left_out_by_name(tmp_path, caplog):
     features, _ = trained(tmp_path, form="weights")
     other = tmp_path / "other.yaml"
