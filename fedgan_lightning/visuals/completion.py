@@ -98,6 +98,8 @@ class CompletionPictures(L.Callback):
 
     def _publish(self, trainer: L.Trainer, module: L.LightningModule, *, name: str) -> None:
         self._last_round = completed_rounds(trainer)
+        if not getattr(trainer.datamodule, "has_server_samples", True):  # type: ignore[attr-defined]
+            return  # there are no pictures here to complete
         if trainer.is_global_zero:
             publish(trainer, self.draw(trainer.datamodule, module), name=name, tag="samples/completed")  # type: ignore[attr-defined]
 

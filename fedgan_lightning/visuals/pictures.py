@@ -39,12 +39,13 @@ SERIES_SHOWN = 40
 
 
 def series(fake: Tensor, real: Tensor, *, title: str) -> Picture:
-    """Plot generated series (N, c, T) beside real ones, some of each on one scale; the first channel."""
+    """Plot generated series (N, c, T) beside real ones, if there are any, on one scale; the first channel."""
     figure, panels = _figure(7.2, 3.0, ncols=2, sharey=True)
     for axes, values, name, colour in zip(panels, (real, fake), ("real", "generated"), ("#555555", "#c23b22")):
         axes.plot(values[:SERIES_SHOWN, 0].T.float().numpy(), color=colour, alpha=0.35, linewidth=0.9)
         axes.set_title(f"{name}{', ' + title if title and name == 'generated' else ''}", fontsize=10)
-    low, high = float(real.min()), float(real.max())
+    known = real if len(real) else fake
+    low, high = float(known.min()), float(known.max())
     panels[0].set_ylim(low - 0.2, high + 0.2)
     return _render(figure)
 
@@ -70,7 +71,7 @@ FIELD_SIDE = 60
 
 
 def scatter(fake: Tensor, real: Tensor, *, title: str, belief: Callable[[Tensor], Tensor] | None = None) -> Picture:
-    """Plot generated points over real ones; one-dimensional samples as two histograms.
+    """Plot generated points over real ones, if there are any; one-dimensional samples as two histograms.
 
     Args:
         fake: Generated points (N, 1 or 2).
@@ -79,14 +80,17 @@ def scatter(fake: Tensor, real: Tensor, *, title: str, belief: Callable[[Tensor]
         belief: Points (P, 2) -> the discriminator's D(x) (P,) in [0, 1], drawn behind the points; none for 1-D data.
     """
     figure, axes = _figure(4.2, 4.2)
+    known = real if len(real) else fake
     if fake.shape[1] == 1:
-        bins = np.linspace(float(real.min()) - 0.2, float(real.max()) + 0.2, 60)
-        axes.hist(real[:, 0].numpy(), bins=bins, density=True, color="#bbbbbb", label="real")
+        bins = np.linspace(float(known.min()) - 0.2, float(known.max()) + 0.2, 60)
+        if len(real):
+            axes.hist(real[:, 0].numpy(), bins=bins, density=True, color="#bbbbbb", label="real")
         axes.hist(fake[:, 0].numpy(), bins=bins, density=True, color="#c23b22", alpha=0.6, label="generated")
     else:
-        axes.scatter(real[:, 0], real[:, 1], s=3, c="#bbbbbb", linewidths=0, label="real")
+        if len(real):
+            axes.scatter(real[:, 0], real[:, 1], s=3, c="#bbbbbb", linewidths=0, label="real")
         axes.scatter(fake[:, 0], fake[:, 1], s=3, c="#c23b22", linewidths=0, alpha=0.6, label="generated")
-        low, high = real.min(0).values - 0.4, real.max(0).values + 0.4
+        low, high = known.min(0).values - 0.4, known.max(0).values + 0.4
         if belief is not None:
             _field(axes, belief, low, high)
         axes.set_xlim(float(low[0]), float(high[0]))

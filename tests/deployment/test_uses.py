@@ -55,6 +55,35 @@ def test_a_use_is_deployed_unchanged(name, tmp_path, monkeypatch, caplog):
         assert 0 < summary["final"]["ndcg20"] < 1
 
 
+@pytest.mark.parametrize("name", ["inpainting", "timeseries", "ring8", "toy2d", "text_mle", "recommendation"])
+def test_a_use_is_deployed_to_a_server_without_samples(name, tmp_path, monkeypatch):
+    """Pictures are drawn without real ones beside, and what nobody can measure is left out."""
+    from fedgan_lightning.deployment.data import RemoteDataModule
+
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setattr("fedgan_lightning.deployment.sites.POLL_SECONDS", 0.0)
+    _, config, *options = small(name)
+    options = [*options, "--data.num_clients", "3", "--federation.rounds", "1"]
+    options += ["--data.partition", "IID"] if name == "timeseries" else []
+    if name == "text_mle":
+        assert main(["fit", "--config", config, *options, "--run_dir", "first"]) == 0
+        options += ["--data.source.vocabulary", str(Path("first/vocabulary.json").resolve())]
+
+    def refuse(self):
+        raise AssertionError("the server reads samples")
+
+    monkeypatch.setattr(RemoteDataModule, "_training_split", refuse)
+    told = {"config": config, "options": " ".join(quoted(options))}
+    grid = LoopbackGrid({100 + k: {"client-id": k, "state": str(tmp_path / "s")} for k in range(3)}, run_config=told)
+    serve_over(grid, ["--config", config, *options, "--run_dir", str(tmp_path / "run")], has_data=False)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
+    assert ("ndcg20" in json.loads((tmp_path / "run" / "summary.json").read_text())["final"]) == (
+        name == "recommendation"
+    )
+    drawn = {path.name for path in (tmp_path / "run").glob("*.png")}
+    assert ("fakes_round0001.png" in drawn) == (name not in ("inpainting", "recommendation")), drawn
+
+
 def test_institutions_with_files_of_their_own_number_items_alike_or_are_refused(tmp_path, monkeypatch, caplog):
     """Each has a third of the users; the list of items comes from the counts that all three tell."""
     monkeypatch.syspath_prepend(str(ROOT))
