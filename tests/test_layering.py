@@ -207,6 +207,7 @@ LAYERS = {
     "deployment.signatures": 5,
     "deployment.session": 6,
     "deployment.replies": 5,
+    "deployment.opened": 6,
     "deployment.opened_sums": 5,
     "deployment.expelled": 0,
     "deployment.answers": 4,

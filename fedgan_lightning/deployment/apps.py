@@ -179,7 +179,8 @@ def _unmask(site: Any, session: int, facts: dict[str, Any]) -> dict[str, Any]:
     consents = {int(k): bytes(own) for k, own in zip(facts.get("consenting", []), facts.get("consents", []))}
     allow = partial(site.allow_opening, session)
     survivors = [int(k) for k in facts["survivors"]]
-    return sealed_to_facts(site.session().unmask(session, survivors, consents=consents, allow=allow))
+    shares = sealed_to_facts(site.session().unmask(session, survivors, consents=consents, allow=allow))
+    return shares | (_advertise(site, int(facts["next"]), facts) if "next" in facts else {})
 
 
 #: Messages of secure aggregation beside the one that asks for the work itself.

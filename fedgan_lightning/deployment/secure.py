@@ -1,26 +1,25 @@
-"""The server's side of secure aggregation: four rounds of messages, after which it knows a sum and no summand.
+"""The server's side of secure aggregation: three messages to each client, after which it knows a sum and no summand.
 
-Advertise keys, share secrets, collect masked vectors, unmask: Bonawitz et al. 2017, protocol 1, as in Flower's SecAgg+
-but over the messages of this package, since Flower's own runs on its legacy interface only. Every client shares a mask
-with every other: the sparse graph of SecAgg+ (Bell et al. 2020) pays off from hundreds of clients a round.
+Advertise keys, share secrets, collect masked vectors, unmask: Bonawitz et al. 2017, protocol 1, where the keys of a
+session come along with the last message of the one before. It is as in Flower's SecAgg+ but over the messages of this
+package, since Flower's own runs on its legacy interface only. Every client shares a mask with every other: the sparse
+graph of SecAgg+ (Bell et al. 2020) pays off from hundreds of clients a round.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import math
 import re
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from fedgan_lightning.deployment import masking, wire
 from fedgan_lightning.deployment.masking import Member
+from fedgan_lightning.deployment.opened import OVERHEAD, Opened, masked_bytes
 from fedgan_lightning.deployment.session import (
     members_of_facts,
     members_to_facts,
@@ -33,42 +32,16 @@ from fedgan_lightning.deployment.signatures import Signatures
 from fedgan_lightning.deployment.sites import ANSWER_SECONDS, Sites
 from fedgan_lightning.errors import UpdateError
 from fedgan_lightning.federation.client_update import never
-from fedgan_lightning.federation.costs import cost_group
 from fedgan_lightning.federation.schema import printable
-from fedgan_lightning.federation.secure import NARROW, SecureAggregation, Summand, words_of
+from fedgan_lightning.federation.secure import SecureAggregation, Summand
 from fedgan_lightning.packing import Layout
 
 logger = logging.getLogger("fedgan_lightning")
 
-#: Under this name the ledger counts keys, shares and metrics.
-OVERHEAD = "secure"
 #: What a client says that cannot open another's share: see :meth:`Shares.opened`.
 BLAMED = re.compile(r"shares from client (\d+) cannot be opened")
 #: Longest sealed share that is passed on, in bytes.
 MOST_SEALED = 10_000
-
-
-@dataclass
-class Opened:
-    """What came of a session.
-
-    Attributes:
-        members: Everybody's public keys and sizes.
-        means: The states that the sum amounts to, by group; empty where it could not be opened.
-        facts: What each client in the sum says beside its vector.
-        bytes_up: What each client sent, by network.
-        lost: Stage and cause of every client that is not in the sum.
-        refused: Those of them who answered with what is no answer.
-        seconds: Time that each client's answers took, from query to answer.
-    """
-
-    members: dict[int, Member] = field(default_factory=dict)
-    means: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    facts: dict[int, dict[str, Any]] = field(default_factory=dict)
-    bytes_up: dict[int, Counter[str]] = field(default_factory=dict)
-    lost: dict[int, tuple[str, str]] = field(default_factory=dict)
-    refused: set[int] = field(default_factory=set)
-    seconds: dict[int, float] = field(default_factory=dict)
 
 
 class SecureSessions:
@@ -95,6 +68,7 @@ class SecureSessions:
     ) -> None:
         self.sites, self.secure, self.weight, self.timeout = sites, secure, weight, timeout
         self.signatures = None if keys is None else Signatures(None, keys)
+        self._ahead: tuple[int, dict[int, Member]] = (secrets.randbits(62), {})
 
     def run(
         self,
@@ -128,7 +102,9 @@ class SecureSessions:
             RoundInterrupted: If the user asks to stop.
         """
         about = {"kind": kind, "subject": subject, "group": group}
-        session = _Run(self, secrets.randbits(62), stop_requested, size_of=size_of, check=check, **about)
+        number, ahead = self._ahead
+        session = _Run(self, number, stop_requested, size_of=size_of, check=check, ahead=ahead, **about)
+        self._ahead = (session.next, session.told_ahead)  # filled with the last message, where it comes to that
         return session.opened(clients, query, complete=complete)
 
 
@@ -146,7 +122,9 @@ class _Run:
         group: str,
         size_of: Callable[[int], int] | None,
         check: Callable[[int, Mapping[str, Layout], Mapping[str, Any]], None] | None,
+        ahead: Mapping[int, Member],
     ) -> None:
+        self.ahead, self.next, self.told_ahead = ahead, secrets.randbits(62), dict[int, Member]()
         self.size_of, self.check = size_of, check
         self.owner, self.session, self.kind, self.subject, self.group = owner, session, kind, subject, group
         self.stop_requested, self.result = stop_requested, Opened()
@@ -177,13 +155,19 @@ class _Run:
 
     # ------------------------------------------------------------------ four stages
 
-    def _advertised(self, clients: Iterable[int]) -> dict[int, Member]:
-        contents = {k: wire.content({"ask": "advertise", "session": self.session}) for k in clients}
+    def _advertised(self, clients: Sequence[int]) -> dict[int, Member]:
+        """Return the keys of these clients: told with the last message of the session before, or asked for now."""
+        early = {k: own for k, own in self.ahead.items() if k in clients and self.owner.sites.node_of(k) is not None}
+        asked = [k for k in clients if k not in early]
+        contents = {k: wire.content({"ask": "advertise", "session": self.session}) for k in asked}
+        told = {k: members_to_facts({k: own}) for k, own in early.items()}
+        answers = self._ask(contents, "advertise") if contents else {}
+        told |= {k: wire.facts_of(records) for k, records in answers.items()}
         found: dict[int, Member] = {}
         probe, taken = masking.Keys.fresh().mask, set[bytes]()
-        for k, records in self._ask(contents, "advertise").items():
+        for k, facts in sorted(told.items()):
             try:
-                (own,) = members_of_facts(wire.facts_of(records)).values()
+                (own,) = members_of_facts(facts).values()
                 self._check_member(k, own, probe, taken)
             except Exception as error:  # what comes can be anything, and must not end the server
                 self._refuse(k, "advertise", printable(f"no keys ({error})"))
@@ -278,6 +262,7 @@ class _Run:
         if self.owner.secure.consistency:
             consents = self._consents(vectors)
             request |= {"consenting": sorted(consents), "consents": [consents[k] for k in sorted(consents)]}
+        request["next"] = self.next  # the keys of the next session come along: three messages a round and not four
         found: dict[int, dict[int, bytes]] = {}
         answers = self._ask({k: wire.content(request) for k in vectors}, "unmask", is_loss=False)
         for k, records in answers.items():
@@ -287,6 +272,8 @@ class _Run:
                 logger.warning(f"client {k} answers the last message of a session without shares")
                 continue
             self._count(k, {OVERHEAD: sum(map(len, found[k].values()))})
+            with contextlib.suppress(Exception):  # who tells none is asked for them
+                (self.told_ahead[k],) = members_of_facts(wire.facts_of(records)).values()
         return found
 
     def _consents(self, vectors: Mapping[int, Summand]) -> dict[int, bytes]:
@@ -390,15 +377,3 @@ class _Run:
 
     def _count(self, client_id: int, sizes: Mapping[str, int]) -> None:
         self.result.bytes_up.setdefault(client_id, Counter()).update(sizes)
-
-
-def masked_bytes(layouts: Mapping[str, Layout]) -> dict[str, int]:
-    """Return the size of masked states in bytes by network: four for an entry of a parameter, eight or sixteen for
-    others.
-    """
-    found: Counter[str] = Counter()
-    for group, layout in layouts.items():
-        for name, shape in layout.by_name.items():
-            size = (4 if group == NARROW else 8) * words_of(group, name) * math.prod(shape)
-            found[cost_group(name) if group in (NARROW, "extras") else OVERHEAD] += size
-    return dict(found)

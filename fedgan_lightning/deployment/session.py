@@ -1,7 +1,7 @@
-"""A site's side of secure aggregation: four messages, between which its secrets lie on its own disk.
+"""A site's side of secure aggregation: messages between which its secrets lie on its own disk.
 
-Every message may find a new process. The file can be read by its owner alone, and goes when the sum can be opened or,
-where it never comes to that, when the next session begins.
+Every message may find a new process. The file can be read by its owner alone; what a session needed goes when its sum
+can be opened or, where it never comes to that, when the next session begins.
 """
 
 from __future__ import annotations
