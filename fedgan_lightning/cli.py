@@ -267,9 +267,9 @@ def check_numbers(*, seed: Any, num_threads: int | None) -> None:
 
 
 def without_command(text: str) -> str:
-    """Drop what belongs to one command and not to the run: the checkpoint it resumed from, and what it may change."""
-    of_command = ("ckpt_path:", "accept_changes:")
-    return "\n".join(line for line in text.splitlines() if not line.startswith(of_command)) + "\n"
+    """Drop what belongs to one command and not to the run: the checkpoint it resumed from, and that it may change."""
+    kept = (line for line in text.splitlines() if not line.startswith("ckpt_path:"))
+    return "\n".join(line.replace("accept_changes: true", "accept_changes: false") for line in kept) + "\n"
 
 
 def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:

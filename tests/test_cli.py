@@ -44,6 +44,7 @@ STAND_INS = {
     "medical": ("[1, 28, 28]", 2),
     "image_folder": ("[3, 32, 32]", 0),
     "hospitals": ("[1, 28, 28]", 2),
+    "classifier": ("[1, 28, 28]", 2),
     "inpainting": ("[1, 28, 28]", 10),
 }
 #: How pictures of generated samples are called, where they are more than samples.

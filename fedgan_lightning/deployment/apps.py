@@ -9,12 +9,14 @@ server's run configuration counts, and a node holds the part of the partition th
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shlex
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -84,7 +86,7 @@ def _asked(received: Any) -> dict[str, Any]:
     kind = str(received.metadata.message_type)
     what = kind if kind == wire.TRAIN else str(facts.get("query", facts.get("ask")))
     named = ("round", "client_id", "steps", "epochs", "limit", "kind", "side", "session", "run", "survivors")
-    told = {name: facts[name] for name in named if name in facts and not isinstance(facts[name], bytes)}
+    told = {name: str(facts[name])[:200] for name in named if name in facts and not isinstance(facts[name], bytes)}
     own = {"digest": wire.hash_of(wire.query_facts(facts), {})[:16]} if facts.get("ask") == "sums" else {}
     return {"what": what[:100], **told, **own, "bytes_down": wire.size_of(received.content)}
 
@@ -168,7 +170,9 @@ def _advertise(site: Any, session: int, facts: dict[str, Any]) -> dict[str, Any]
 
 
 def _share(site: Any, session: int, facts: dict[str, Any]) -> dict[str, Any]:
-    return sealed_to_facts(site.session().share(session, members_of_facts(facts), subject=str(facts["subject"])))
+    own = site.session()
+    sealed = sealed_to_facts(own.share(session, members_of_facts(facts), subject=str(facts["subject"])))
+    return {**sealed, "commitment": own.commitment(session)}
 
 
 def _consent(site: Any, session: int, facts: dict[str, Any]) -> dict[str, Any]:
@@ -204,7 +208,9 @@ def server_app() -> Any:
         has_data = bool(run.get("server-data", True))
         arguments, prometheus = ["--config", str(run["config"]), *options], str(run.get("prometheus", ""))
         folder, file = Path(keys) if keys else None, Path(prometheus) if prometheus else None
-        serve_over(grid, arguments, has_data=has_data, keys=folder, prometheus=file)
+        path = str(run.get("owners", ""))
+        owners = {int(node): int(k) for node, k in json.loads(Path(path).read_text()).items()} if path else None
+        serve_over(grid, arguments, has_data=has_data, keys=folder, prometheus=file, owners=owners)
 
     return app
 
@@ -216,6 +222,7 @@ def serve_over(
     has_data: bool = True,
     keys: Path | None = None,
     prometheus: Path | None = None,
+    owners: Mapping[int, int] | None = None,
 ) -> None:
     """Run ``fit`` with the sites behind ``grid`` as clients; continue the run where its directory holds one.
 
@@ -225,6 +232,7 @@ def serve_over(
         has_data: Whether the server has samples of its own, from the source of its configuration.
         keys: Folder with the public key of every site, where keys of secure aggregation are to be checked.
         prometheus: File for figures of the run.
+        owners: Client by node, as the SuperLink has their keys; a node that is not listed is believed.
     """
     from fedgan_lightning.cli import run
     from fedgan_lightning.deployment.data import RemoteDataModule
@@ -246,7 +254,7 @@ def serve_over(
             orchestrator.validator = UpdateValidator(strikes=STRIKES)  # no answer of a site ends a run
         strikes = (orchestrator.secure or orchestrator.validator).strikes
         told = {"memory": memory, "needed": needed, "strikes": strikes, "accept_changes": orchestrator.accept_changes}
-        told["expelled"] = () if keys is None else expelled_from(keys)
+        told |= {"expelled": () if keys is None else expelled_from(keys), "owners": owners}
         sites = Sites(grid, num_clients=num_clients, digest=digest, **told)
         status = StatusFile(cli.trainer.default_root_dir, sites, prometheus=prometheus)
         sites.on_change = status.write

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -17,6 +18,8 @@ from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.federated_queries import FederatedQuery
 from fedgan_lightning.protocol import State
 
+logger = logging.getLogger("fedgan_lightning")
+
 
 class Survey(Protocol):
     """Asks all sites, and returns their answers by client; sums, where ``sums_only``, of all of them together."""
@@ -27,23 +30,6 @@ class Survey(Protocol):
     def facts(self) -> dict[int, dict[str, Any]]: ...
 
     def sums(self, facts: dict[str, Any], state: State, *, check: Check) -> list[State]: ...
-
-
-def _check_labels(widths: Mapping[int, int], *, num_classes: int) -> None:
-    """Refuse sites that count other labels than the server has; where nobody has any, all count their samples.
-
-    Raises:
-        ConfigurationError: If there is one; names it.
-    """
-    wanted = num_classes if num_classes and {*widths.values()} != {1} else 1
-    if wrong := sorted(client_id for client_id, width in widths.items() if width != wanted):
-        raise ConfigurationError(
-            message(
-                f"sites must count samples of {wanted} labels",
-                received=f"{widths[wrong[0]]} from client {wrong[0]}",
-                fix="give server and sites the same class_names",
-            )
-        )
 
 
 class RemoteDataModule(FederatedDataModule):
@@ -79,8 +65,16 @@ class RemoteDataModule(FederatedDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Ask the sites what they hold."""
         if not self._facts:
-            facts = self._survey.facts()
-            _check_labels({k: len(own["label_counts"]) for k, own in facts.items()}, num_classes=self.num_classes)
+            facts = dict(self._survey.facts())
+            widths = {k: len(own["label_counts"]) for k, own in facts.items()}
+            width = self.num_classes if self.num_classes and {*widths.values()} != {1} else 1
+            for client_id in sorted(k for k, own in widths.items() if own != width):
+                logger.warning(
+                    f"client {client_id} counts {widths[client_id]} labels, not {width}: its counts are not used"
+                )
+                facts[client_id] = {**facts[client_id], "label_counts": [0] * width}
+            for client_id in {*range(self.num_clients)} - {*facts}:  # of sites that were expelled before they came
+                facts[client_id] = {"num_examples": 0, "label_counts": [0] * width, "is_image": None}
             self._facts = facts
 
     @property
@@ -92,25 +86,20 @@ class RemoteDataModule(FederatedDataModule):
         return super().test_samples if self.has_server_samples else self._form()
 
     def _form(self) -> SampleForm:
-        """Return what sites say of the samples that they hold.
-
-        Raises:
-            ConfigurationError: If some hold pixels, and some numbers.
-        """
+        """Return what most sites say of the samples that they hold; those who say otherwise are named."""
         self.setup()
-        kinds = {own["is_image"] for own in self._facts.values()}
-        if len(kinds) > 1:
-            raise ConfigurationError(
-                message(
-                    "sites must hold samples of one kind",
-                    received="pixels (bytes) at some and numbers at others",
-                    fix="give all of them the same kind of data.source",
-                )
-            )
-        return SampleForm.of(self.sample_shape, is_image=kinds.pop())
+        kinds = {k: bool(own["is_image"]) for k, own in self._facts.items() if own["is_image"] is not None}
+        is_image = 2 * sum(kinds.values()) >= len(kinds)
+        if others := sorted(k for k, own in kinds.items() if own != is_image):
+            said, usual = ("numbers", "pixels") if is_image else ("pixels", "numbers")
+            logger.warning(f"clients {others} say that they hold {said}, and most others {usual}")
+        return SampleForm.of(self.sample_shape, is_image=is_image)
 
     def num_examples(self, client_id: int) -> int:
         return int(self._facts[client_id]["num_examples"])
+
+    def steps_per_epoch(self, client_id: int) -> int:
+        return super().steps_per_epoch(client_id) if self.num_examples(client_id) else 0  # it was expelled
 
     def label_counts(self) -> np.ndarray:
         return np.array([self._facts[client_id]["label_counts"] for client_id in range(self.num_clients)])

@@ -93,10 +93,7 @@ class FlowerExecutor(Executor):
             while open_:
                 if self._stop_requested():
                     raise RoundInterrupted("the user asked to stop")
-                for reply in self.sites.grid.pull_messages(
-                    [*late, *open_]
-                ):  # the late ones, before the goal is reached
-                    key = reply.metadata.reply_to_message_id
+                for key, reply in self.sites.pull([*late, *open_]):  # the late ones, before the goal is reached
                     is_late = key in late
                     yield self._answer(reply, (late if is_late else open_).pop(key), is_late=is_late)
                 if deadline is not None and time.monotonic() > deadline:

@@ -193,6 +193,7 @@ def _server(options: argparse.Namespace, others: list[str]) -> int:
         programs.end_old_runs(options.home, options.keys, options.port)
         programs.register(options.home, options.keys, options.port)
         membership.unregister(options.home, options.keys, options.port)
+        told["owners"] = str(programs.owners(options.home, options.keys).resolve())
         if options.proxy is not None:
             changed = proxy.server_changes(keys=options.keys, superlink=options.port, port=options.proxy)
             started.append(proxy.start("nginx.conf", options.home / "proxy", changed=changed, port=options.proxy))
@@ -213,7 +214,8 @@ def _trial(options: argparse.Namespace, others: list[str]) -> int:
         programs.register(home, keys, port)
         sites = _start_sites(options, home=home, keys=keys, port=port, first=first, started=started)
         with programs.watched(sites):
-            told = {"server-data": not options.site}  # where sites have data of their own, this server has none
+            told: dict[str, str | bool] = {"server-data": not options.site}  # where sites have own data, it has none
+            told["owners"] = str(programs.owners(home, keys).resolve())
             return programs.run_app(home, options.config, options.run_dir, others, told=told)
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fedgan_lightning.deployment import forkserver
+from fedgan_lightning.deployment.expelled import numbers_in
 from fedgan_lightning.deployment.supernode_supervisor import end_with_parent
 from fedgan_lightning.errors import ConfigurationError, message
 
@@ -149,6 +150,14 @@ def register(home: Path, keys: Path, port: int) -> None:
                 )
             )
     (home / NODES).write_text(json.dumps(known))
+
+
+def owners(home: Path, keys: Path) -> Path:
+    """Write which client each of the SuperLink's nodes is, by its key, for the process that runs the rounds."""
+    known, path = nodes(home), home / "owners.json"
+    own = {known[key]: number for number in numbers_in(keys) if (key := blob(keys / f"site{number}.pub")) in known}
+    path.write_text(json.dumps(own))
+    return path
 
 
 def nodes(home: Path) -> dict[str, str]:

@@ -25,6 +25,8 @@ def trouble_in(reply: Any) -> str | None:
     """Return what is wrong with a reply, in words: a :class:`Refusal` where the site says so, :class:`Malformed` where
     it is no answer, else what Flower says.
     """
+    if isinstance(reply, Malformed):
+        return reply
     if reply.has_error():
         return printable(f"Flower error {reply.error.code}: {reply.error.reason}", most=MOST_LETTERS)
     if "facts" not in reply.content:

@@ -9,6 +9,7 @@ graph of SecAgg+ (Bell et al. 2020) pays off from hundreds of clients a round.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import re
 import secrets
@@ -19,7 +20,7 @@ from typing import Any
 
 from fedgan_lightning.deployment import masking, wire
 from fedgan_lightning.deployment.masking import Member
-from fedgan_lightning.deployment.opened import OVERHEAD, Opened, masked_bytes
+from fedgan_lightning.deployment.opened import OVERHEAD, Opened, fitting, masked_bytes
 from fedgan_lightning.deployment.session import (
     members_of_facts,
     members_to_facts,
@@ -28,7 +29,7 @@ from fedgan_lightning.deployment.session import (
     shares_of,
     summand_of_content,
 )
-from fedgan_lightning.deployment.signatures import Signatures
+from fedgan_lightning.deployment.signatures import Signatures, consent_text
 from fedgan_lightning.deployment.sites import ANSWER_SECONDS, Sites
 from fedgan_lightning.errors import UpdateError
 from fedgan_lightning.federation.client_update import never
@@ -124,6 +125,7 @@ class _Run:
         check: Callable[[int, Mapping[str, Layout], Mapping[str, Any]], None] | None,
         ahead: Mapping[int, Member],
     ) -> None:
+        self.commitments: dict[int, bytes] = {}
         self.ahead, self.next, self.told_ahead = ahead, secrets.randbits(62), dict[int, Member]()
         self.size_of, self.check = size_of, check
         self.owner, self.session, self.kind, self.subject, self.group = owner, session, kind, subject, group
@@ -208,12 +210,13 @@ class _Run:
                 own = sealed_of_facts(wire.facts_of(records))
                 if {*own} != {*members} - {k}:
                     raise ValueError(f"for clients {sorted(own)}")
-                if max(map(len, own.values())) > MOST_SEALED:
+                commitment = bytes(wire.facts_of(records)["commitment"])
+                if max(map(len, (*own.values(), commitment))) > MOST_SEALED:
                     raise ValueError(f"more than {MOST_SEALED} bytes")
             except Exception as error:
                 self._refuse(k, "share", printable(f"no shares ({error})"))
                 continue
-            found[k] = own
+            found[k], self.commitments[k] = own, commitment
             self._count(k, {OVERHEAD: sum(map(len, own.values()))})
         return found
 
@@ -279,12 +282,21 @@ class _Run:
     def _consents(self, vectors: Mapping[int, Summand]) -> dict[int, bytes]:
         """Return signatures of the list of those whose vectors came, by who signs it."""
         request = {"ask": "consent", "session": self.session, "survivors": sorted(vectors)}
+        transcript = masking.transcript(self.session, self.result.members, self.subject)
+        text = consent_text(self.session, sorted(vectors), transcript)
         found: dict[int, bytes] = {}
         for k, records in self._ask({k: wire.content(request) for k in vectors}, "consent", is_loss=False).items():
             signature = wire.facts_of(records).get("consent")
-            if isinstance(signature, bytes) and len(signature) <= MOST_SEALED:
-                found[k] = signature
-                self._count(k, {OVERHEAD: len(signature)})
+            try:
+                if not isinstance(signature, bytes) or len(signature) > MOST_SEALED:
+                    raise ValueError("no signature")
+                if self.owner.signatures is not None:  # one that is none would make all others refuse
+                    self.owner.signatures.check_consent(k, text, signature)
+            except Exception as error:
+                logger.warning(f"client {k} signs no list of survivors: {printable(error)}")
+                continue
+            found[k] = signature
+            self._count(k, {OVERHEAD: len(signature)})
         return found
 
     def _sum(
@@ -305,16 +317,16 @@ class _Run:
             total = total.plus(own.narrow, own.wide)
         sizes = {"narrow": first.narrow.size, "wide": first.wide.size}
 
-        def secret_of(client_id: int) -> bytes:
-            known = [answers[k][client_id] for k in sorted(answers)][:needed]
-            return masking.combine(known)
+        def is_seed(client_id: int, found: bytes) -> bool:
+            return hashlib.sha256(found).digest() == self.commitments[client_id]
+
+        def is_key(client_id: int, found: bytes) -> bool:
+            return masking.public(found) == members[client_id].mask
 
         for k in vectors:
-            total = total.minus(*masking.mask(secret_of(k), **sizes))
+            total = total.minus(*masking.mask(fitting(answers, k, needed=needed, is_right=is_seed), **sizes))
         for k in sorted({*sealed} - {*vectors}):  # lost after the others had put its mask on
-            key = secret_of(k)
-            if masking.public(key) != members[k].mask:
-                raise ValueError(f"the shares of client {k}'s key give another key")
+            key = fitting(answers, k, needed=needed, is_right=is_key)
             for other in vectors:
                 vectors_of_pair = masking.mask(
                     masking.pair_seed(masking.shared_secret(key, members[other].mask)), **sizes

@@ -6,6 +6,7 @@ can be opened or, where it never comes to that, when the next session begins.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 from collections.abc import Callable, Iterable, Mapping
@@ -147,6 +148,10 @@ class Session:
         self._write(Secrets(session, SHARED, known.num_examples, known.keys, dict(members), subject, seed, own))
         return sealed
 
+    def commitment(self, session: int) -> bytes:
+        """Return a hash of the seed whose shares this site has sealed: shares that are not of it are told apart."""
+        return hashlib.sha256(self._read(session, SHARED).seed).digest()
+
     def open(self, session: int, sealed: Mapping[int, bytes], *, subject: str) -> None:
         """Take the shares that others sealed for this site: their updates, and its own, are to be in the sum.
 
@@ -232,7 +237,8 @@ class Session:
         if len(left) < needed:
             raise _refused(f"{needed} members must be left", len(left))
         if self.secure.consistency:
-            self._signing().check_consents(session, sorted(left), consents or {}, members=known.members, needed=needed)
+            transcript = masking.transcript(session, known.members, known.subject)
+            self._signing().check_consents(session, sorted(left), consents or {}, transcript=transcript, needed=needed)
         allow(known.subject, sorted(left))
         return {k: own.seed if k in left else own.key for k, own in known.held.items()}
 
@@ -247,7 +253,8 @@ class Session:
         left = sorted({*survivors})
         if self.client_id not in left or not {*left} <= {*known.held}:
             raise _refused("survivors must be members whose shares are known", left)
-        signed = self._signing().sign(consent_text(session, left))
+        transcript = masking.transcript(session, known.members, known.subject)
+        signed = self._signing().sign(consent_text(session, left, transcript))
         self._write(replace(known, stage=CONSENTED))
         return signed
 

@@ -49,7 +49,7 @@ class Signatures:
         survivors: Sequence[int],
         consents: Mapping[int, bytes],
         *,
-        members: Mapping[int, Member],
+        transcript: bytes,
         needed: int,
     ) -> None:
         """Refuse a list of survivors that too few have agreed to (Bonawitz et al. 2017, round 3).
@@ -62,7 +62,15 @@ class Signatures:
                 message(f"{needed} sites must agree on whose updates are summed up", received=len(consents), fix=FIX)
             )
         for client_id, signature in sorted(consents.items()):
-            self._check(client_id, consent_text(session, survivors), signature, "a list of survivors")
+            self.check_consent(client_id, consent_text(session, survivors, transcript), signature)
+
+    def check_consent(self, client_id: int, text: bytes, signature: bytes) -> None:
+        """Refuse what is no client's signature of a list of survivors; see :func:`consent_text`.
+
+        Raises:
+            ProtocolError: If it is none.
+        """
+        self._check(client_id, text, signature, "a list of survivors")
 
     def _check(self, client_id: int, text: bytes, signature: bytes, what: str) -> None:
         from cryptography.exceptions import InvalidSignature
@@ -95,6 +103,8 @@ class Signatures:
             ) from error
 
 
-def consent_text(session: int, survivors: Sequence[int]) -> bytes:
-    """Return what a site signs that agrees on whose updates are summed up."""
-    return json.dumps(["fedgan survivors", session, sorted(survivors)]).encode()
+def consent_text(session: int, survivors: Sequence[int], transcript: bytes) -> bytes:
+    """Return what a site signs that agrees on whose updates are summed up: the list, of these members with these keys,
+    which are fresh in every session.
+    """
+    return json.dumps(["fedgan survivors", session, sorted(survivors), transcript.hex()]).encode()

@@ -48,6 +48,8 @@ from fedgan_lightning.hooks import DataHook, offers
 from fedgan_lightning.protocol import ClientTask, ClientUpdate, State
 from fedgan_lightning.states import network_of
 
+#: Letters of the name of a run.
+MOST_LETTERS = 64
 #: Private states that a site keeps, for a server that goes back to an older checkpoint.
 STATES_KEPT = 20
 
@@ -156,8 +158,17 @@ class Site:
         Raises:
             ConfigurationError: If it did, or the server knows it with others.
         """
-        self.memory.check_run(str(facts.get("run", "")), client_id=self.client_id, data=self.tag)
-        if (joined := str(facts.get("joined", ""))) and joined != self.tag:
+        run, joined = facts.get("run"), facts.get("joined")
+        if not isinstance(run, str) or not 0 < len(run) <= MOST_LETTERS:
+            raise ConfigurationError(
+                message(
+                    "a message to a site must say of which run it is",
+                    received=f"{type(run).__name__} of another length" if run else "none",
+                    fix="install the same version everywhere",
+                )
+            )
+        self.memory.check_run(run, client_id=self.client_id, data=self.tag)
+        if joined != self.tag and (joined or facts.get("ask") != "facts"):  # who is asked for facts has told none yet
             raise ConfigurationError(
                 message(
                     "a site must go on with the samples that it joined with",
@@ -328,7 +339,8 @@ class Site:
             ProtocolError: If another group's sum of the same was opened before.
         """
         if self.policy.new_members == "refuse":
-            self.memory.check_cohort(subject.partition(".")[0], survivors)  # whatever else a task says of its state
+            state, is_task, _ = subject.partition(".")  # whatever else a task says of its state
+            self.memory.check_cohort(state, survivors, is_task=bool(is_task))
         self.memory.note_opened(session)
 
     def check_plain(self) -> None:

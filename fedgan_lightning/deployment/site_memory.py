@@ -24,8 +24,8 @@ from fedgan_lightning.errors import ConfigurationError, ProtocolError, message
 from fedgan_lightning.files import replacing
 
 DAY_SECONDS = 86_400.0
-#: Sums of updates that are remembered; each is of one state of the global networks.
-MOST_SUMS = 2000
+#: Sums of updates that are remembered, each of one state of the global networks; and runs.
+MOST_SUMS, MOST_RUNS = 5000, 1000
 #: Samples whose hashes are made at a time.
 CHUNK = 1024
 
@@ -51,7 +51,10 @@ class SiteMemory:
         if not run:
             return
         with self._open() as known:
-            begun = known.setdefault("runs", {}).setdefault(run, {"client_id": client_id, "data": data})
+            runs = known.setdefault("runs", {})
+            begun = runs.setdefault(run, {"client_id": client_id, "data": data})
+            for name in list(runs)[:-MOST_RUNS]:
+                del runs[name]
         if (begun["client_id"], begun["data"]) != (client_id, data):
             what = "other samples" if begun["client_id"] == client_id else f"client {begun['client_id']}'s number"
             raise ConfigurationError(
@@ -73,6 +76,7 @@ class SiteMemory:
         fewest: int,
         most_a_day: int,
         session: int | None = None,
+        remember: bool = True,
     ) -> None:
         """Refuse what was answered in this run, what is nearly what was answered before, and too many queries.
 
@@ -83,6 +87,7 @@ class SiteMemory:
             fewest: By so many samples it must differ from what was answered before, unless it is over the same.
             most_a_day: Queries of 24 hours.
             session: That of secure aggregation; what is told of it is remembered when its sum is opened.
+            remember: Whether it is answered now; otherwise it is looked at alone.
 
         Raises:
             ConfigurationError: If it is so.
@@ -103,6 +108,8 @@ class SiteMemory:
                 )
             for name in known.get("sets", []):  # whatever was asked: one network's features can give another's
                 self._check_near(hashes, name, fewest)
+            if not remember:
+                return
             told = {"run": run, "query": query, "set": self._written(hashes)}
             known["asked"] = [*asked, time.time()]
             if session is None:
@@ -135,20 +142,21 @@ class SiteMemory:
             if (told := known.pop("pending", {}).get(str(session))) is not None:
                 _remember(known, told)
 
-    def check_cohort(self, about: str, survivors: Iterable[int]) -> None:
+    def check_cohort(self, about: str, survivors: Iterable[int], *, is_task: bool = False) -> None:
         """Refuse to open a sum of which another group's was opened before: what sites that are in one group alone have
         told could be computed from the two.
 
         Args:
             about: What is summed up: a state of the global networks, or a query.
             survivors: Who is in the sum.
+            is_task: Whether it is a state: of these the last ones are remembered, of queries all.
 
         Raises:
             ProtocolError: If it was.
         """
         group = sorted(survivors)
         with self._open() as known:
-            sums = known.setdefault("sums", {})
+            sums = known.setdefault("states" if is_task else "sums", {})
             for before in sums.get(about, []):
                 if before != group:
                     alone = sorted({*before} ^ {*group})
@@ -161,7 +169,7 @@ class SiteMemory:
                     )
             if group not in sums.setdefault(about, []):
                 sums[about].append(group)
-            for name in list(sums)[:-MOST_SUMS]:
+            for name in list(sums)[:-MOST_SUMS] if is_task else ():
                 del sums[name]
 
     # ------------------------------------------------------------------ on disk

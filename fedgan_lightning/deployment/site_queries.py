@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -58,21 +59,41 @@ class SiteQueries:
             ConfigurationError: If the site's settings ask no such query, or its policy or memory forbids the answer.
         """
         own = self._own(wire.query_facts(facts))
-        asked_with_state = bool(own.state())
-        query = QUERIES[own.kind].read(facts, state, self.context) if asked_with_state else own
+        self._check_state(own, state)
+        query = QUERIES[own.kind].read(facts, state, self.context) if own.state() else own
         positions = query.positions(self.context)
         self._check_count(query, len(positions))
-        found = query.answer(self.context)
-        self._check_count(query, int(found[COUNT]))
-        self.memory.check_query(
-            wire.hash_of(wire.query_facts(facts), state if asked_with_state else {}),
+        check = partial(
+            self.memory.check_query,
+            wire.hash_of(wire.query_facts(facts), state),
             hashes_of(self.context.view, positions),
             run=run,
             fewest=self.policy.fewest_samples,
             most_a_day=self.policy.most_queries_a_day,
             session=session,
         )
+        check(remember=False)
+        found = query.answer(self.context)
+        self._check_count(query, int(found[COUNT]))
+        check()
         return found
+
+    def _check_state(self, own: FederatedQuery, state: State) -> None:
+        """Refuse tensors that the site's own query has not: with them the same query would look like another; and
+        weights of a network, where the policy takes none.
+
+        Raises:
+            ConfigurationError: If there are any.
+        """
+        if {*state} == {*own.state()} or (own.state() and self.policy.sent_networks):
+            return
+        raise ConfigurationError(
+            message(
+                "a query must come with the tensors that the site's own has, and no network",
+                received=f"{', '.join(sorted(state)[:3]) or 'none'} with {own.kind}",
+                fix="set sent_networks: true in the site's policy to tell what a server's network makes of its samples",
+            )
+        )
 
     def described(self) -> str:
         """Return, in words, which sums are told, and which its own limits keep."""

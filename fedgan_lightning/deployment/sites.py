@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
@@ -53,6 +53,7 @@ class Sites:
         needed: Sites with which a server goes on that finds the others in ``memory``; ``None`` begins anew, with all.
         accept_changes: Whether ``memory`` counts for a federation whose settings have changed since.
         expelled: Clients that are neither waited for nor let in.
+        owners: Client by node, as their keys have them; a node that is not listed is believed.
         strikes: Answers to queries that are none, after which a site is not asked any more; ``None`` asks for ever.
 
     Attributes:
@@ -75,10 +76,11 @@ class Sites:
         strikes: int | None = None,
         accept_changes: bool = False,
         expelled: Collection[int] = (),
+        owners: Mapping[int, int] | None = None,
     ) -> None:
-        self.accept_changes, self.expelled = accept_changes, frozenset(expelled)
+        self.accept_changes, self.expelled, self.owners = accept_changes, frozenset(expelled), owners or {}
         self.grid, self.num_clients, self.digest = grid, num_clients, digest
-        self.memory, self.needed, self.run = memory, needed, secrets.token_hex(8)
+        self.memory, self.needed, self.run, self._is_new = memory, needed, secrets.token_hex(8), True
         self.strikes, self.struck = strikes, Counter[int]()
         self.left_out: dict[str, dict[int, str]] = {}
         self.on_change: Callable[[], None] = lambda: None
@@ -146,7 +148,7 @@ class Sites:
             kept = json.loads(self.memory.read_text())
             is_ours = kept["digest"] == self.digest or self.accept_changes
             known = {int(k): dict(own) for k, own in kept["sites"].items()} if is_ours else {}
-            self.run = str(kept["run"]) if known else self.run
+            self.run, self._is_new = (str(kept["run"]), False) if known else (self.run, True)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning(
                 f"{self.memory} cannot be read, so all sites are waited for: {type(error).__name__}: {error}"
@@ -158,7 +160,7 @@ class Sites:
         """Write the file at the beginning of a federation, and when sites have joined it since: it tells what its
         checkpoints are about.
         """
-        if self.memory is not None and (self.needed is None or self.accept_changes):
+        if self.memory is not None and (self.needed is None or self.accept_changes or self._is_new):
             known = {"digest": self.digest, "run": self.run, "sites": self._facts}
             write_text(self.memory, json.dumps(known, indent=1, sort_keys=True))
 
@@ -236,6 +238,8 @@ class Sites:
         client_id = facts["client_id"]
         if not 0 <= client_id < self.num_clients:
             return f"says that it is client {client_id} of {self.num_clients}"
+        if (owner := self.owners.get(node_id, client_id)) != client_id:
+            return f"says that it is client {client_id}, and has the key of client {owner}"
         if client_id in self.expelled:
             return f"is client {client_id}, which was expelled"
         if digest != self.digest:
@@ -312,6 +316,23 @@ class Sites:
         """Whether a client has answered so often with what is no answer that it is not asked any more."""
         return client_id in self.expelled or (self.strikes is not None and self.struck[client_id] >= self.strikes)
 
+    def pull(self, keys: Sequence[str]) -> Iterator[tuple[str, Any]]:
+        """Yield the answers that have come, by the message that they answer; what cannot be read is :class:`Malformed`.
+
+        Each is pulled by itself: one that cannot be read would take others along, and says itself what it answers.
+        """
+        for key in keys:
+            try:
+                replies = list(self.grid.pull_messages([key]))
+            except Exception as error:
+                if isinstance(error, OSError) or type(error).__module__.startswith("http"):
+                    raise  # of the way to the SuperLink, and not of a site
+                yield key, Malformed(printable(f"an answer that cannot be read ({type(error).__name__}: {error})"))
+                continue
+            for reply in replies[:1]:
+                is_its = reply.metadata.reply_to_message_id == key
+                yield key, reply if is_its else Malformed("an answer to another message")
+
     def _ask(self, contents: Mapping[int, Any]) -> dict[int, Any]:
         """Return the answers by node, of those that answer in time and without an error."""
         found, troubles = self.exchange(contents, seconds=ANSWER_SECONDS)
@@ -358,8 +379,8 @@ class Sites:
         while waiting:
             if stop_requested():
                 raise RoundInterrupted("the user asked to stop")
-            for reply in self.grid.pull_messages(list(waiting)):
-                node_id, trouble = waiting.pop(reply.metadata.reply_to_message_id), trouble_in(reply)
+            for key, reply in self.pull(list(waiting)):
+                node_id, trouble = waiting.pop(key), trouble_in(reply)
                 if trouble is None:
                     found[node_id] = reply.content
                     if clock is not None:

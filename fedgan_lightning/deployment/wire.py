@@ -82,10 +82,14 @@ def query_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def hash_of(facts: Mapping[str, Any], state: State) -> str:
-    """Return a hash of plain values and of a state: both sides name a query, or a task, by it."""
+    """Return a hash of plain values and of a state: both sides name a query, or a task, by it.
+
+    Numbers count by their value: the same in another dtype, or with another sign of zero, have the same hash.
+    """
     found = hashlib.sha256(json.dumps(dict(facts), sort_keys=True, default=str).encode())
     for name in sorted(state):
         value = state[name].detach().cpu().contiguous()
+        value = value.double() + 0.0 if value.is_floating_point() else value
         found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         found.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

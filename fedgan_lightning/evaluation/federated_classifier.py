@@ -39,7 +39,7 @@ class FederatedClassifier(L.LightningModule):
         learning_rate: Of Adam.
     """
 
-    @checked(num_classes="[2, inf)", learning_rate="(0, inf)")
+    @checked(shape="[1, inf)", num_classes="[2, inf)", learning_rate="(0, inf)")
     def __init__(
         self, shape: list[int], num_classes: int, *, is_image: bool = True, learning_rate: float = 2e-3
     ) -> None:

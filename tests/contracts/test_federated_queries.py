@@ -43,14 +43,17 @@ class Survey:
     def facts(self):
         counts = self.data.label_counts()
         sizes = {k: self.data.num_examples(k) for k in range(self.data.num_clients)}
-        return {k: {"client_id": k, "num_examples": n, "label_counts": counts[k]} for k, n in sizes.items()}
+        told = {"is_image": self.data.train_samples.is_image}
+        return {k: {"client_id": k, "num_examples": n, "label_counts": counts[k], **told} for k, n in sizes.items()}
 
-    def sums(self, facts, state):
+    def sums(self, facts, state, *, check):
         self.asked.append(facts["query"])
         kind = QUERIES[facts["query"]]
         who = [QueryContext(self.data.client_samples(k), self.data, self.module) for k in range(self.data.num_clients)]
         found = [kind.read(facts, state, own).answer(own) for own in who]
         if not self.sums_only:
+            for k, own in enumerate(found):
+                check(k, own)
             return found
         return [{name: sum(own[name] for own in found) for name in found[0]}]
 

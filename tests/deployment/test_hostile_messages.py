@@ -226,6 +226,97 @@ def test_whatever_a_site_says_when_it_joins_the_others_are_let_in(folder, caplog
     assert all(len(record.message) < 1500 and record.message.isprintable() for record in caplog.records)
 
 
+def test_a_site_takes_no_other_s_number(folder, caplog):
+    """Its key says who it is, whoever comes first."""
+    grid = grid_of(folder, SHORT)
+
+    def lie(node, kind, reply):
+        if node == 100 and "client_id" in wire.facts_of(reply.content):
+            reply.content["facts"]["client_id"] = 1
+
+    grid.edit = lie
+    sites = Sites(grid, num_clients=3, digest=digest_at(grid), owners={100 + k: k for k in range(3)})
+    with caplog.at_level("WARNING", logger="fedgan_lightning"):
+        sites.refresh()
+    assert "says that it is client 1, and has the key of client 0" in caplog.text
+    assert [sites.node_of(k) for k in range(3)] == [None, 101, 102]
+
+
+@pytest.mark.parametrize("changed", [{"label_counts": [700]}, {"is_image": False}], ids=["labels", "kind"])
+def test_what_one_site_says_of_its_samples_ends_nobody_s_start(tmp_path, caplog, changed):
+    grid = grid_of(tmp_path, SHORT)
+
+    def lie(node, kind, reply):
+        facts = wire.facts_of(reply.content)
+        if node == LIAR and "num_examples" in facts:
+            told = {**changed, "label_counts": [facts["num_examples"]]} if "label_counts" in changed else changed
+            for key, value in told.items():
+                reply.content["facts"][key] = value
+
+    grid.edit = lie
+    deploy(tmp_path, "--evaluation.metrics", "[]", "--federation.rounds", "1", grid=grid)
+    assert summary(tmp_path, "deployed")["status"] == "finished"
+    if "label_counts" in changed:
+        assert "client 1 counts 1 labels, not 10: its counts are not used" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["to nobody's message", "to another's message", "nothing that can be read"])
+def test_an_answer_that_is_to_no_message_costs_its_site_alone(tmp_path, how):
+    """What a site says of its answer, and what nobody can take apart."""
+
+    class Odd(type(grid_of(tmp_path, SHORT))):
+        def pull_messages(self, keys):
+            for key in keys:
+                message = self._open.get(key)
+                node = message and message.metadata.dst_node_id
+                is_task = message and message.metadata.message_type == "train"
+                for reply in super().pull_messages([key]):
+                    if (node, is_task) == (LIAR, True):
+                        if how == "nothing that can be read":
+                            raise ValueError("no protobuf")
+                        others = [k for k in self._open if k != key]
+                        told = others[0] if others and "another" in how else "nobody"
+                        reply.metadata.__dict__["_reply_to_message_id"] = told
+                    yield reply
+
+    options = ["--federation.rules", "RoundRules", "--federation.rules.min_report_fraction", "0.5"]
+    options += ["--evaluation.metrics", "[]", "--federation.rounds", "2"]
+    grid = grid_of(tmp_path, [*SHORT, *options])
+    grid.__class__ = Odd
+    deploy(tmp_path, *options, grid=grid)
+    incidents = summary(tmp_path, "deployed")["incidents"]
+    assert {(own["client_id"], own["kind"]) for own in incidents} == {(1, "rejected")}
+
+
+def test_an_expelled_site_is_missed_by_nobody_from_the_start(tmp_path):
+    from fedgan_lightning.deployment.apps import serve_over
+    from fedgan_lightning.deployment.expelled import EXPELLED
+    from tests.deployment.test_sites import CONFIG
+
+    (tmp_path / "keys" / EXPELLED).mkdir(parents=True)
+    (tmp_path / "keys" / EXPELLED / "site1.pub").write_text("")
+    options = [*SHORT, "--federation.rules", "RoundRules", "--federation.rules.min_report_fraction", "0.5"]
+    grid = grid_of(tmp_path, options)
+    arguments = ["--config", CONFIG, *options, "--run_dir", str(tmp_path / "run")]
+    serve_over(grid, arguments, has_data=False, keys=tmp_path / "keys")
+    found = summary(tmp_path, "run")
+    assert found["status"] == "finished"
+    assert "fid" in found["final"]
+    assert {own["reason"] for own in found["incidents"]} == {"connect: its site was expelled"}
+
+
+def test_what_a_server_knows_of_its_sites_is_written_again_after_an_upgrade(tmp_path):
+    """Otherwise every later start would be a first one."""
+    grid = grid_of(tmp_path, SHORT)
+    memory, digest = tmp_path / "sites.json", digest_at(grid)
+    memory.write_text(json.dumps({"digest": "of another version", "run": "r", "sites": {}}))
+    Sites(grid, num_clients=3, digest=digest, memory=memory, needed=2).facts()
+    written = json.loads(memory.read_text())
+    assert written["digest"] == digest
+    again = Sites(grid, num_clients=3, digest=digest, memory=memory, needed=2)
+    assert again.run == written["run"]
+
+
 # ---------------------------------------------------------------------- in metrics
 
 
@@ -305,6 +396,7 @@ def test_whatever_a_site_sends_under_masks_it_is_the_one_that_is_refused(tmp_pat
 def test_sites_are_asked_nothing_that_is_not_a_message_of_ours(tmp_path):
     """The other way round: a site answers junk with an error, and goes on."""
     grid = grid_of(tmp_path, SHORT)
+    known = {"run": "r", "joined": ""}
     contents = [RecordDict(), wire.content({"ask": "nonsense"}), wire.content({"ask": "sums", "query": 7}, state={})]
     contents += [wire.content({"ask": "share", "session": "x"}), wire.content({"round": "x"}, state={}, own={})]
     for content in contents:
@@ -313,7 +405,7 @@ def test_sites_are_asked_nothing_that_is_not_a_message_of_ours(tmp_path):
             (reply,) = grid.pull_messages(grid.push_messages([message]))
             assert "error" in wire.facts_of(reply.content)
     (reply,) = grid.pull_messages(
-        grid.push_messages([Message(wire.content({"ask": "facts"}), dst_node_id=100, message_type="query")])
+        grid.push_messages([Message(wire.content({"ask": "facts", **known}), dst_node_id=100, message_type="query")])
     )
     assert wire.facts_of(reply.content)["num_examples"]
     record = [json.loads(line) for line in (tmp_path / "state" / "audit.jsonl").read_text().splitlines()]

@@ -563,6 +563,7 @@ def test_a_site_answers_in_the_clear_only_where_its_own_configuration_lets_it(tm
         (plain, wire.content({"ask": "advertise", "session": 1}), "query"),
     ]
     for asked, content, kind in queries:
+        content["facts"]["run"], content["facts"]["joined"] = "r", _site(asked.contexts[100]).tag
         (reply,) = asked.pull_messages(asked.push_messages([Message(content, dst_node_id=100, message_type=kind)]))
         assert "federation.secure" in wire.facts_of(reply.content)["error"]
 

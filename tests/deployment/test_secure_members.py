@@ -14,7 +14,7 @@ from fedgan_lightning.deployment.keys import make_node_key
 from fedgan_lightning.deployment.secure import SecureSessions
 from fedgan_lightning.deployment.session import sealed_of_facts, sealed_to_facts
 from fedgan_lightning.deployment.signatures import Signatures
-from fedgan_lightning.errors import QuorumError
+from fedgan_lightning.errors import ProtocolError, QuorumError
 from fedgan_lightning.federation.secure import SecureAggregation
 from tests.conftest import assert_states_equal
 from tests.deployment.test_secure import LENIENT, TRAIN, Hand, deploy, grid_of, summary, weights
@@ -111,14 +111,61 @@ def test_shares_that_nobody_can_open_name_the_site_that_sealed_them(tmp_path):
     def junk(k, stage, content):
         if (k, stage) != (3, "share"):
             return content
-        sealed = dict.fromkeys(sealed_of_facts(wire.facts_of(content)), b"junk" * 50)
-        return wire.content(sealed_to_facts(sealed))
+        facts = wire.facts_of(content)
+        sealed = dict.fromkeys(sealed_of_facts(facts), b"junk" * 50)
+        return wire.content({**facts, **sealed_to_facts(sealed)})
 
     hand.edit_answer = junk
     found = hand.run()
     assert found.means == {}
     assert found.refused == {3}
     assert found.lost[3] == ("share", "3 of 3 others cannot open its shares")
+
+
+@pytest.mark.parametrize("lie", ["junk", "another's", "one is missing", "none"])
+def test_a_site_that_tells_no_shares_at_the_end_stops_nothing(tmp_path, lie, caplog):
+    """Others are enough, whoever comes first in the list; it is named by the hash of the seed that was shared."""
+    hand = Hand(tmp_path, [10, 20, 30, 40, 50])
+
+    def edit(k, stage, content):
+        if (k, stage) != (0, "unmask"):
+            return content
+        told = sealed_of_facts(wire.facts_of(content))
+        changed = {
+            "junk": {other: b"x" * len(share) for other, share in told.items()},
+            "another's": {other: told[(other + 1) % 5] for other in told},
+            "one is missing": {other: share for other, share in told.items() if other != 3},
+            "none": {},
+        }[lie]
+        return wire.content(sealed_to_facts(changed))
+
+    hand.edit_answer = edit
+    found = hand.run()
+    assert found.means, found.lost
+    assert_states_equal(found.means["delta"], Hand(tmp_path / "b", [10, 20, 30, 40, 50]).run().means["delta"])
+    if lie in ("junk", "another's"):
+        assert "client 0 tells a share of client" not in caplog.text or "that is none" in caplog.text
+
+
+def test_a_signature_of_no_list_stops_nothing(tmp_path, keys, caplog):
+    hand = signing(tmp_path, keys, consistency=True)
+    hand.edit_answer = lambda k, at, own: wire.content({"consent": b"junk"}) if (k, at) == (1, "consent") else own
+    assert run(hand, keys=keys).means
+    assert "client 1 signs no list of survivors" in caplog.text
+
+
+def test_a_list_that_was_signed_counts_for_its_own_session_alone(tmp_path, keys):
+    """The same number again, with other keys: what was signed before is no consent."""
+    from fedgan_lightning.deployment.signatures import consent_text
+
+    transcripts = [masking.transcript(77, {0: masking.Member(bytes([n]), b"s", 1)}, "subject") for n in (1, 2)]
+    texts = [consent_text(77, [0, 1, 2], own) for own in transcripts]
+    assert texts[0] != texts[1]
+    signed = Signatures(keys / "site0", keys).sign(texts[0])
+    checker = Signatures(None, keys)
+    checker.check_consents(77, [0, 1, 2], {0: signed}, transcript=transcripts[0], needed=1)
+    with pytest.raises(ProtocolError, match="must be signed by the site"):
+        checker.check_consents(77, [0, 1, 2], {0: signed}, transcript=transcripts[1], needed=1)
 
 
 # ---------------------------------------------------------------------- what is asked, and whose updates are in

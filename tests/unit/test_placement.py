@@ -326,7 +326,7 @@ class TestWire:
 
         records = content({}, group={"w": torch.ones(2, dtype=torch.bfloat16)})
         records["arrays"]["group|torch.bfloat16"] = Array(torch.ones(2).numpy())
-        with pytest.raises(ValueError, match="not 2 of torch.bfloat16"):
+        with pytest.raises(ValueError, match="not 2 of torch.int16"):
             state_of(records, "group")
 
 
