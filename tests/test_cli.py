@@ -108,7 +108,7 @@ def test_every_configuration_runs_two_rounds_and_fills_its_directory(path, tmp_p
     assert code == 0, err
     names = {item.name for item in (tmp_path / "run").iterdir()}
     wanted = {"config.yaml", "summary.json", "partition.png", "partition.npz"}
-    drawn = PICTURES.get(path.stem, "" if path.stem in CONDITIONAL else "fakes")
+    drawn = PICTURES.get(path.stem, "" if path.stem in (*CONDITIONAL, "classifier") else "fakes")
     wanted |= {f"{drawn}_init.png", f"{drawn}_round0002.png"} if drawn else set()
     assert wanted <= names
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
