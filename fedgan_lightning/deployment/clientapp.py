@@ -34,7 +34,6 @@ def program() -> Any:
     Raises:
         ConfigurationError: If Flower's program is not one whose ways are known: it would run what arrives.
     """
-    from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
     from flwr.supernode.runtime import run_clientapp as runtime
 
     if not all(hasattr(runtime, name) for name in (INSTALLS, LOADS)):
@@ -45,6 +44,8 @@ def program() -> Any:
                 fix="install flwr 1.41 or 1.42",
             )
         )
+
+    from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
 
     def installed(content: bytes, *_: Any, **__: Any) -> None:
         check_app(content)

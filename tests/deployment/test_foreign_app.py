@@ -75,7 +75,7 @@ def test_a_flower_whose_ways_are_not_known_starts_nothing(monkeypatch):
     other = types.ModuleType("run_clientapp")
     import flwr.supernode.runtime as package
 
-    monkeypatch.setattr(package, "run_clientapp", other)
+    monkeypatch.setattr(package, "run_clientapp", other, raising=False)
     monkeypatch.setitem(sys.modules, "flwr.supernode.runtime.run_clientapp", other)
     with pytest.raises(ConfigurationError, match=r"how Flower loads an app.*Install flwr 1\.41 or 1\.42"):
         clientapp.program()

@@ -10,7 +10,7 @@ flwr = pytest.importorskip("flwr", reason="needs the extra 'flower' (Python 3.11
 from fedgan_lightning.__main__ import main  # noqa: E402
 from fedgan_lightning.checkpoints import read_checkpoint  # noqa: E402
 from fedgan_lightning.deployment.apps import serve_over  # noqa: E402
-from tests.conftest import assert_states_equal  # noqa: E402
+from tests.conftest import assert_states_equal, slow  # noqa: E402
 from tests.deployment.loopback import LoopbackGrid  # noqa: E402
 from tests.foreign_modules.data import BATCH_SIZE, SIZES  # noqa: E402
 
@@ -88,13 +88,13 @@ def weights(run):
     return read_checkpoint(run / "checkpoints" / "last.ckpt")["state_dict"]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [own if k % 3 == 0 else slow(own) for k, own in enumerate(CASES)])
 def test_sites_compute_what_the_simulation_computes(name, tmp_path):
     config = settings_file(tmp_path, name)
     assert_states_equal(deployed(tmp_path, config), simulated(tmp_path, config))
 
 
-@pytest.mark.parametrize("name", ["WGANGP", "StyleGAN", "DeepEnergyModel", "AutoEncoder"])
+@pytest.mark.parametrize("name", ["WGANGP", *(slow(own) for own in ("StyleGAN", "DeepEnergyModel", "AutoEncoder"))])
 def test_a_server_that_goes_on_finds_sites_as_they_were(name, tmp_path):
     """Three rounds at once, or two and one more."""
     config = settings_file(tmp_path, name)

@@ -16,7 +16,7 @@ from fedgan_lightning.data.vocabulary import summed
 from fedgan_lightning.deployment.apps import serve_over
 from fedgan_lightning.errors import QuorumError
 from fedgan_lightning.sources import Interactions
-from tests.conftest import ROOT
+from tests.conftest import ROOT, slow
 from tests.deployment.loopback import LoopbackGrid
 from tests.deployment.test_sites import quoted
 from tests.test_cli import small
@@ -24,7 +24,7 @@ from tests.test_cli import small
 pytestmark = pytest.mark.flower
 
 
-@pytest.mark.parametrize("name", ["medical", "recommendation", "inpainting", "text_mle", "timeseries"])
+@pytest.mark.parametrize("name", ["medical", "recommendation", slow("inpainting"), slow("text_mle"), "timeseries"])
 def test_a_use_is_deployed_unchanged(name, tmp_path, monkeypatch, caplog):
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.setattr("fedgan_lightning.deployment.sites.POLL_SECONDS", 0.0)
@@ -55,7 +55,7 @@ def test_a_use_is_deployed_unchanged(name, tmp_path, monkeypatch, caplog):
         assert 0 < summary["final"]["ndcg20"] < 1
 
 
-@pytest.mark.parametrize("name", ["inpainting", "timeseries", "ring8", "toy2d", "text_mle", "recommendation"])
+@pytest.mark.parametrize("name", ["inpainting", "timeseries", "ring8", "toy2d", slow("text_mle"), "recommendation"])
 def test_a_use_is_deployed_to_a_server_without_samples(name, tmp_path, monkeypatch):
     """Pictures are drawn without real ones beside, and what nobody can measure is left out."""
     from fedgan_lightning.deployment.data import RemoteDataModule
