@@ -86,7 +86,8 @@ def _asked(received: Any) -> dict[str, Any]:
     kind = str(received.metadata.message_type)
     what = kind if kind == wire.TRAIN else str(facts.get("query", facts.get("ask")))
     named = ("round", "client_id", "steps", "epochs", "limit", "kind", "side", "session", "run", "survivors")
-    told = {name: str(facts[name])[:200] for name in named if name in facts and not isinstance(facts[name], bytes)}
+    known = {name: facts[name] for name in named if name in facts}
+    told = {name: own if isinstance(own, (int, float)) else str(own)[:200] for name, own in known.items()}
     own = {"digest": wire.hash_of(wire.query_facts(facts), {})[:16]} if facts.get("ask") == "sums" else {}
     return {"what": what[:100], **told, **own, "bytes_down": wire.size_of(received.content)}
 
@@ -98,15 +99,20 @@ def _built(
     own: str | None,
     client_id: int,
     state: str,
+    has_own: bool,
     policy: str | None = None,
     key: str | None = None,
     members: str | None = None,
 ) -> Any:
-    """Return the site. SuperNodes start a process for every message; the workers of a simulation stay."""
+    """Return the site. SuperNodes start a process for every message; the workers of a simulation stay.
+
+    One with a configuration of its own trusts nobody unless its policy says so, whatever its data are.
+    """
     from fedgan_lightning.deployment.site import Site
 
+    default = SitePolicy() if has_own else None
     more = {
-        "policy": None if policy is None else SitePolicy.read(policy),
+        "policy": default if policy is None else SitePolicy.read(policy),
         "signatures": None if key is None or members is None else Signatures(Path(key), Path(members)),
     }
     return Site.of(config, own=own, client_id=client_id, state_dir=state, options=options, **more)
@@ -121,11 +127,12 @@ def _site(context: Any) -> Any:
     """Return the site that a node's own configuration describes; the server's counts where it has none."""
     node, run = context.node_config, context.run_config
     number = int(node.get("client-id", node.get("partition-id", -1)))
-    config = str(node.get("config", run["config"] if "config" not in node else ""))
-    options = () if "config" in node else tuple(shlex.split(str(run["options"])))
+    has_own = "config" in node
+    options = () if has_own else tuple(shlex.split(str(run["options"])))
     named = {name: str(node[name]) if name in node else None for name in ("policy", "key", "members")}
     own = str(node["site"]) if "site" in node else None
-    return _built(config, options, own, number, _state_dir(context), **named)
+    config = str(node["config"] if has_own else run["config"])
+    return _built(config, options, own, number, _state_dir(context), has_own, **named)
 
 
 def _opened(received: Any, context: Any) -> tuple[Any, dict[str, Any]]:

@@ -139,7 +139,7 @@ def _built(config: Path, *, own: Path | None, client_id: int, state: Path, polic
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     try:
-        rules = None if policy is None else SitePolicy.read(policy)
+        rules = SitePolicy() if policy is None else SitePolicy.read(policy)
         own_file = str(own) if own else None
         return Site.of(str(config), own=own_file, client_id=client_id, state_dir=state, policy=rules)
     except FedGANError:

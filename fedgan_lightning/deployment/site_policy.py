@@ -80,7 +80,6 @@ class SitePolicy:
             new_members="answer",
             most_queries_a_day=1_000_000,
             most_seconds=None,
-            fewest_samples=10,
         )
 
     @classmethod

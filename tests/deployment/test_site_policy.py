@@ -15,7 +15,6 @@ pytest.importorskip("flwr", reason="needs the extra 'flower' (Python 3.11 or lat
 from fedgan_lightning.data.samples import ClientSamples, Samples
 from fedgan_lightning.deployment import wire
 from fedgan_lightning.deployment.audit_log import AuditLog
-from fedgan_lightning.deployment.shared_settings import digest_of
 from fedgan_lightning.deployment.site import Site
 from fedgan_lightning.deployment.site_memory import SiteMemory, hashes_of
 from fedgan_lightning.deployment.site_policy import SitePolicy
@@ -390,8 +389,23 @@ def test_the_record_of_a_site_is_its_own(tmp_path, capfd, monkeypatch):
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in files)
 
 
+@pytest.mark.parametrize("has_own", [True, False])
+def test_a_site_with_a_configuration_of_its_own_trusts_nobody_by_default(tmp_path, has_own):
+    """A trial's, which has the server's, trusts it with what it has anyway; a policy file counts in any case."""
+    import shlex
+
+    from flwr.app import Context, RecordDict
+
+    from fedgan_lightning.deployment.apps import _site
+
+    node = {"client-id": 0, "state": str(tmp_path / "state"), **({"config": CONFIG} if has_own else {})}
+    run = {"config": CONFIG, "options": shlex.join(SHORT[2:])}
+    context = Context(run_id=1, node_id=1, node_config=node, state=RecordDict(), run_config=run)
+    assert _site(context).policy.sent_networks == (not has_own)
+    assert _site(context).policy.new_members == ("refuse" if has_own else "answer")
+
+
 def test_what_is_not_shared_is_not_in_the_hash(tmp_path):
     """A site's policy, and its metrics, are its own."""
     own = site(tmp_path)
     assert own.digest == site(tmp_path, "--evaluation.metrics", "[FrechetDistance]", name="b").digest
-    assert callable(digest_of)
