@@ -288,7 +288,7 @@ def test_a_site_that_cannot_answer_is_waited_for_and_named_once(monkeypatch, cap
     with caplog.at_level("WARNING", logger="fedgan_lightning"), pytest.raises(QuorumError, match=r"clients \[0\]"):
         sites.facts()
     assert sites.grid.asked.count((100, "query")) > 1
-    assert [record.message for record in caplog.records] == ["site 100 could not answer: KeyError: 'config'"]
+    assert [record.message for record in caplog.records] == ["site 100 could not answer: KeyError: 'options'"]
 
 
 # ---------------------------------------------------------------------- bad sites
