@@ -31,6 +31,8 @@ COMMANDS = {
     "test": "full evaluation of a checkpoint on held-out data",
     "predict": "write samples of a checkpoint",
     "partition": "who holds what, before any training",
+    "audit": "attacks on a checkpoint: who was a member, and what an update shows",
+    "privacy": "what a configuration guarantees and costs, before any training: [--target EPSILON]",
     "deploy": "between machines, on Flower: deploy keys | server | site | trial",
     "report": "one HTML page about a run, or comparing several: report RUN [RUN ...] [--out FILE]",
 }
@@ -94,6 +96,10 @@ def dispatched(arguments: Sequence[str]) -> int:
         from fedgan_lightning.deployment.launch import main as deploy
 
         return deploy(arguments[1:])
+    if arguments[0] == "privacy":
+        from fedgan_lightning.privacy_command import main as privacy
+
+        return privacy([expanded_config(own) for own in arguments[1:]])
     arguments = [expanded_config(own) for own in arguments]
     check(arguments)
     return federate(arguments)

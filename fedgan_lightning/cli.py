@@ -54,6 +54,39 @@ class FederatedTrainer(L.Trainer):
     def site(self, model: L.LightningModule, datamodule: L.LightningDataModule) -> None:
         """Nothing: a site of a deployment asks for what is built, and does one task with it."""
 
+    def audit(
+        self,
+        model: L.LightningModule,
+        dataloaders: Any = None,
+        datamodule: Any = None,
+        *,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        client: int = 0,
+        clip: float = 1.0,
+        noise_multiplier: float = 1.0,
+    ) -> None:
+        """Test a checkpoint, attack it, and write audit.json and inversion.png into the run directory.
+
+        Args:
+            model: The server.
+            dataloaders: None: the data have them.
+            datamodule: The federation's data.
+            ckpt_path: The checkpoint; default the best, or else the last.
+            weights_only: As Lightning reads a checkpoint.
+            client: Client whose samples are reconstructed from steps of its discriminator.
+            clip: Largest norm of an update in the views that are clipped.
+            noise_multiplier: Standard deviation of the noise in the view that is noised, over clip.
+        """
+        from fedgan_lightning.auditing import prepare_audit, write_audit
+        from fedgan_lightning.dp.audits.views import Protection
+
+        protection = Protection(clip=clip, noise_multiplier=noise_multiplier)
+        prepare_audit(self, datamodule, client=client)
+        self.test(model, ckpt_path=ckpt_path, datamodule=datamodule, verbose=False)
+        if self.is_global_zero:
+            write_audit(self, model, datamodule, client=client, protection=protection)
+
     def partition(self, model: L.LightningModule, datamodule: Any) -> None:
         """Show who holds what before any training: a table, and partition.png in the run directory."""
         datamodule.prepare_data()
@@ -93,6 +126,7 @@ class FederatedCLI(LightningCLI):
             "test": {"model", "dataloaders", "datamodule", "weights_only"},
             "predict": {"model", "dataloaders", "datamodule", "return_predictions", "weights_only"},
             "partition": {"model", "datamodule"},
+            "audit": {"model", "dataloaders", "datamodule", "weights_only"},
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -142,7 +176,7 @@ class FederatedCLI(LightningCLI):
             check_epochs(settings.trainer)
             options = {"first_save": settings.checkpoint.every_n_rounds, "config": self.config_text}
             settings.ckpt_path = self._held.enter_context(begun(settings.run_dir, settings.ckpt_path, **options))
-        if self.subcommand in ("test", "predict", "partition"):
+        if self.subcommand in ("test", "predict", "partition", "audit"):
             check_writable(settings.run_dir)
         if (
             self.subcommand != "fit"

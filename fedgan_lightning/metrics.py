@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from fedgan_lightning.evaluation.attacks import (
+    MembershipAttacks,
+)
 from fedgan_lightning.evaluation.audit import (
     MembershipInference,
 )

@@ -362,10 +362,8 @@ class Aggregator(ABC):
 
 class UpdateTransform(ABC):
     """Rewrites updates between client and aggregator: clips, encodes, adds noise. Transforms form a chain.
-
-    Clients apply the chain in its order, the server undoes it in reverse: :meth:`decode` for every answer before it is
-    aggregated, :meth:`total` once for what they amount to. Names are those of the entries; parameter updates bear the
-    names of parameters.
+    Clients apply it in its order, the server undoes it in reverse: :meth:`decode` for every answer before it is
+    aggregated, :meth:`total` once for what they amount to. Parameter updates bear the names of parameters.
     """
 
     def check(self, *, is_secure: bool) -> None:  # noqa: B027 - most transforms go with everything
@@ -387,17 +385,22 @@ class UpdateTransform(ABC):
         return {}
 
     @abstractmethod
-    def client(self, update: State, *, entries: Mapping[str, UpdateEntry], private: State) -> tuple[State, State]:
-        """Return what leaves this transform on one client, and its private state after that.
-
-        Args:
-            update: What enters.
-            entries: What is known of its entries.
-            private: The client's private state of this transform.
+    def client(
+        self,
+        update: State,
+        *,
+        entries: Mapping[str, UpdateEntry],
+        private: State,
+        hyperparameters: Mapping[str, float],
+    ) -> tuple[State, State]:
+        """Return what leaves this transform on one client, and its private state of this transform after that; given
+        what enters, what is known of its entries, the private state before, and the round's hyper-parameters.
         """
 
-    def decode(self, update: State, *, entries: Mapping[str, UpdateEntry]) -> State:
-        """Return an update as the aggregator wants it; ``entries`` are those that entered :meth:`client`."""
+    def decode(
+        self, update: State, *, entries: Mapping[str, UpdateEntry], hyperparameters: Mapping[str, float]
+    ) -> State:
+        """Return an update as the aggregator wants it; arguments as in :meth:`client`."""
         return update
 
     def total(self, total: Aggregate) -> Aggregate:

@@ -13,12 +13,15 @@ import lightning as L
 import numpy as np
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
+from fedgan_lightning.dp.statement import facts_of
 from fedgan_lightning.evaluation.callback import Evaluation
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
 from fedgan_lightning.federation.report import RoundReport
+from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.files import replacing, to_json, write_json, write_text
 from fedgan_lightning.hooks import completed_rounds
 from fedgan_lightning.jsonl import NAME, RoundLog
+from fedgan_lightning.model_card import CARD, card
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import Executor
 from fedgan_lightning.provenance import provenance
@@ -26,8 +29,8 @@ from fedgan_lightning.run_directory import check_run_directory
 
 
 class RunRecorder(L.Callback):
-    """Writes ``config.yaml``, ``partition.npz``, ``rounds.jsonl`` and ``summary.json`` into the run directory, and what
-    its clients share, such as ``vocabulary.json``.
+    """Writes ``config.yaml``, ``partition.npz``, ``rounds.jsonl``, ``summary.json`` and ``model_card.md`` into the run
+    directory, and what its clients share, such as ``vocabulary.json``.
 
     Args:
         config: The complete settings as YAML, as the command line knows them; ``None`` writes no ``config.yaml``.
@@ -124,11 +127,16 @@ class RunRecorder(L.Callback):
             "best": best_values(history, larger_is_better=larger),
             "evaluation": evaluation.facts if evaluation is not None else {},
             **({} if orchestrator is None else orchestrator.ledger.summary()),
+            "privacy": facts_of(None if orchestrator is None else orchestrator.keeper),
             "executor": {} if orchestrator is None else _executor(orchestrator.executor),
             **provenance(trainer.strategy.root_device),
             "history": history,
         }
-        write_json(Path(trainer.default_root_dir) / "summary.json", summary)
+        root = Path(trainer.default_root_dir)
+        write_json(root / "summary.json", summary)
+        if status != "running":
+            model = pl_module.model if isinstance(pl_module := trainer.lightning_module, ServerModule) else pl_module
+            write_text(root / CARD, card(summary, model=model, data=getattr(trainer, "datamodule", None)))
 
     def _elapsed(self) -> float:
         return self._wall_seconds + time.perf_counter() - self._started

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fedgan_lightning.federation.transforms import (
     ClipUpdates,
+    PrivateUpdates,
     SignCompression,
 )
 from fedgan_lightning.protocol import (

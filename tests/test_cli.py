@@ -443,7 +443,7 @@ def test_version_and_help_are_answered_without_torch():
 
 def test_the_short_help_names_every_command():
     own = {*FederatedCLI.subcommands()} - {"site"}  # what a site of a deployment calls, and nobody types
-    assert set(COMMANDS) == own | {"report", "deploy"}
+    assert set(COMMANDS) == own | {"report", "deploy", "privacy"}
 
 
 #: Parses configurations while another thread imports, as Ray's import goes on beside Flower's server.

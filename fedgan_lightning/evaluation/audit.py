@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torchmetrics.functional.classification import binary_auroc
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.samples import ClientSamples
-from fedgan_lightning.evaluation import neighbours
+from fedgan_lightning.dp.audits.scores import Score, distance_score, logit_score
 from fedgan_lightning.evaluation.metrics import Metric, check_reals, clients_of, everything
 from fedgan_lightning.options import checked
 from fedgan_lightning.seeding import make_generator
@@ -63,11 +63,8 @@ class MembershipInference(Metric):
         return {f"membership_auc/{client_id}": self._auc(client_id, score) for client_id in self.members}
 
     def inspect(self, model: nn.Module) -> dict[str, float]:
-        discriminator = getattr(model, "discriminator", None)
-        # Of other people's discriminators nobody knows what they take; some of ours want more than labels.
-        more = getattr(model, "condition", None) is not None or getattr(model, "codec", None) is not None
-        is_plain = hasattr(model, "discriminate") and not more
-        if not isinstance(discriminator, nn.Module) or not is_plain:
+        discriminator = plain_discriminator(model)
+        if discriminator is None:
             return {}
         score = logit_score(discriminator)
         return {f"membership_auc_discriminator/{client_id}": self._auc(client_id, score) for client_id in self.members}
@@ -78,15 +75,26 @@ class MembershipInference(Metric):
         chosen = positions[torch.randperm(len(positions), generator=generator)[: self.max_samples]]
         return replace(view, indices=view.indices[chosen])
 
-    def _auc(self, client_id: int, score: Callable[[Tensor, Tensor], Tensor]) -> float:
+    def _auc(self, client_id: int, score: Score) -> float:
         return membership_auc(_taken(self.members[client_id]), _taken(self.others[client_id]), score)
+
+
+def plain_discriminator(model: nn.Module) -> nn.Module | None:
+    """Return the discriminator of a module, (x, y) -> logits, or ``None``.
+
+    Of other people's discriminators nobody knows what they take; some of ours want more than labels.
+    """
+    discriminator = getattr(model, "discriminator", None)
+    more = getattr(model, "condition", None) is not None or getattr(model, "codec", None) is not None
+    is_plain = hasattr(model, "discriminate") and not more
+    return discriminator if isinstance(discriminator, nn.Module) and is_plain else None
 
 
 def _taken(view: ClientSamples) -> Labelled:
     return view.take(torch.arange(len(view)))
 
 
-def membership_auc(members: Labelled, others: Labelled, score: Callable[[Tensor, Tensor], Tensor]) -> float:
+def membership_auc(members: Labelled, others: Labelled, score: Score) -> float:
     """Return the AUC of ``score`` between members and others, the mean over classes weighted by their members; .5
     where no class has both.
     """
@@ -99,31 +107,6 @@ def membership_auc(members: Labelled, others: Labelled, score: Callable[[Tensor,
     }
     total = sum(count for _, count in found.values())
     return sum(auc * count for auc, count in found.values()) / total if total else 0.5
-
-
-def distance_score(generated: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a score that is high for what lies near a generated sample: minus the distance to the nearest one."""
-    rows = generated.float().flatten(1)
-    return lambda x, y: -neighbours.nearest(x.float().flatten(1), rows)[0]
-
-
-def logit_score(discriminator: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a score that is high for what a discriminator takes for real: its mean logit."""
-    own = next(discriminator.parameters())
-
-    def score(x: Tensor, y: Tensor) -> Tensor:
-        mode = discriminator.training
-        discriminator.eval()
-        try:
-            with torch.no_grad():
-                output = discriminator(x.to(own.device, own.dtype), y.to(own.device))
-        finally:
-            discriminator.train(mode)
-        logits = output[0] if isinstance(output, tuple) else output
-        scores: Tensor = logits.float().cpu().reshape(len(x), -1).mean(1)
-        return scores
-
-    return score
 
 
 def _auc(inside: Tensor, outside: Tensor) -> float:

@@ -54,6 +54,7 @@ class Evaluation(L.Callback):
         facts: What is true of the whole run: floors, sample counts, hash of the feature network.
         history: Values of every evaluation, with the number of completed ``rounds``.
         latest: Values of the last evaluation, in whichever command.
+        extra_metrics: Metrics that a command adds to those of the settings.
         left_out: Metrics that cannot be taken here, because clients' samples are elsewhere, or too few for a metric
             that nobody asked for by name.
     """
@@ -76,6 +77,7 @@ class Evaluation(L.Callback):
         self.facts: dict[str, Any] = {}
         self.history: list[dict[str, float]] = []
         self.latest: dict[str, float] = {}
+        self.extra_metrics: list[Metric] = []
         self.left_out: list[str] = []
         self._ready: list[Metric] = []
         self._data: FederatedDataModule | None = None
@@ -91,6 +93,7 @@ class Evaluation(L.Callback):
             self._data, self._ready, self.facts, self.left_out = data, [], {}, []
         if self.metrics is None:
             self.metrics = default_metrics(data, condition=_condition(pl_module))
+        self.metrics += [own for own in self.extra_metrics if own not in self.metrics]
         if not data.has_client_samples:
             self._leave_out([own for own in self.metrics if own.needs_client_samples], "clients' samples are elsewhere")
         if not data.has_server_samples:

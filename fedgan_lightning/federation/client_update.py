@@ -21,6 +21,8 @@ from fedgan_lightning import states
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation import namespaces, optimizer_state
 from fedgan_lightning.federation.algorithm import FederatedAlgorithm
+from fedgan_lightning.federation.client_privacy import BELOW, ClientLevelPrivacy, below_entry, public_metrics
+from fedgan_lightning.federation.optimizer_state import stacked
 from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.federation.ranks import Ranks
 from fedgan_lightning.federation.round_schedules import ALGORITHM
@@ -58,6 +60,8 @@ class ClientContext:
         logs: Folder of what clients log; ``None`` for nothing.
         num_logged: Clients that log: those with smaller numbers.
         secure: Bounds of secure aggregation; ``None`` without.
+        privacy: Client-level privacy; ``None`` without.
+        keeper: What a private run has spent, at the server.
     """
 
     model: L.LightningModule
@@ -76,6 +80,8 @@ class ClientContext:
     logs: Path | None = None
     num_logged: int = 0
     secure: SecureAggregation | None = None
+    privacy: ClientLevelPrivacy | None = None
+    keeper: Any = None
 
     @property
     def device(self) -> torch.device:
@@ -84,8 +90,9 @@ class ClientContext:
 
     @cached_property
     def entries(self) -> dict[str, UpdateEntry]:
-        """What the algorithm has come up beside the networks, by its own names."""
-        return dict(self.algorithm.entries(self))
+        """What comes up beside the networks, by the algorithm's names, and one of adaptive clipping."""
+        found = dict(self.algorithm.entries(self))
+        return found | ({} if self.privacy is None else below_entry(self.privacy, self.keeper))
 
     @cached_property
     def new_client(self) -> dict[str, Tensor]:
@@ -218,7 +225,7 @@ class Visit:
         """Return every entry of the client's module: the server's, its own, and ``initial`` ones for the rest."""
         kept = [namespaces.of_module(stored) for stored in self._stored]
         rows = [{**initial, **namespaces.of_module(task.state), **own} for task, own in zip(self.tasks, kept)]
-        return stack(rows) if self.is_stacked else rows[0]
+        return stacked(rows) if self.is_stacked else rows[0]
 
     @property
     def moments(self) -> dict[str, Tensor]:
@@ -226,7 +233,7 @@ class Visit:
         rows = [
             optimizer_state.only_moments({**task.state, **stored}) for task, stored in zip(self.tasks, self._stored)
         ]
-        return stack(rows) if self.is_stacked else rows[0]
+        return stacked(rows) if self.is_stacked else rows[0]
 
     def keep(self, count: int) -> None:
         """Go on with the first ``count`` clients of the stack."""
@@ -248,12 +255,12 @@ class Visit:
     def _task(self) -> dict[str, Tensor]:
         shared = namespaces.inside(namespaces.ALGORITHM, self.tasks[0].state)
         rows = [namespaces.inside(namespaces.ALGORITHM, task.own) for task in self.tasks]
-        found = {**shared, **(stack(rows) if self.is_stacked else rows[0])}
+        found = {**shared, **(stacked(rows) if self.is_stacked else rows[0])}
         return {name: value.to(self.context.device) for name, value in found.items()}
 
     def _private(self) -> dict[str, Tensor]:
         rows = [namespaces.inside(namespaces.ALGORITHM, stored) for stored in self._stored]
-        return stack(rows) if self.is_stacked else rows[0]
+        return stacked(rows) if self.is_stacked else rows[0]
 
     def _start(self) -> dict[str, Tensor]:
         state, device = self.tasks[0].state, self.context.device
@@ -315,7 +322,7 @@ def client_updates(
     if context.algorithm.sees_steps:
         _check_path(visit, delta)
     deltas = split(delta, count)
-    answer = namespaces.under(namespaces.ALGORITHM, context.algorithm.answer(visit))
+    answer = namespaces.under(namespaces.ALGORITHM, {**context.algorithm.answer(visit), **_blank(visit)})
     extras = split({**shared_buffers(policy, state), **moments["average"], **answer}, count)
     kept = {name: state[name] for name in policy.private}
     kept = kept if visit.is_stacked else {name: value.detach().clone() for name, value in kept.items()}
@@ -326,12 +333,19 @@ def client_updates(
             client_id=task.client_id,
             num_examples=context.data.num_examples(task.client_id),
             delta=deltas[row],
-            metrics=metrics[row],
+            metrics=metrics[row] if context.privacy is None else public_metrics(metrics[row]),
             extras=extras[row],
             round=task.round,
         )
-        found.append(_sent(update, private[row], visit._stored[row], context))
+        found.append(_sent(update, private[row], visit._stored[row], context, task.hyperparameters))
     return found
+
+
+def _blank(visit: Visit) -> dict[str, Tensor]:
+    """Return what a transform fills in: whether an update was below the bound of adaptive clipping."""
+    names = [name for name in visit.context.entries if name == BELOW]
+    shape = (len(visit.tasks),) if visit.is_stacked else ()
+    return {name: torch.zeros(shape) for name in names}
 
 
 def _check_path(visit: Visit, delta: State) -> None:
@@ -372,34 +386,21 @@ def _unstacked(state: State, count: int) -> list[Packed]:
     return unstack(state) or [Packed.of({})] * count
 
 
-def _sent(update: ClientUpdate, private: State, before: State, context: ClientContext) -> tuple[ClientUpdate, State]:
+def _sent(
+    update: ClientUpdate,
+    private: State,
+    before: State,
+    context: ClientContext,
+    hyperparameters: Mapping[str, float],
+) -> tuple[ClientUpdate, State]:
     """Return an update as it is sent, and the private state that follows from what the server receives of it."""
     algorithm, transforms = context.algorithm, context.transforms
     if not transforms and not algorithm.keeps_state:
         return update, private
-    sent, received, residuals = transforms.sent(update, before, context.entries)
+    sent, residuals = transforms.sent(update, before, context.entries, hyperparameters=hyperparameters)
     own = namespaces.inside(namespaces.ALGORITHM, before)
     if algorithm.keeps_state:
+        received = transforms.received(sent, context.entries, before=update, hyperparameters=hyperparameters)
         seen = {**received.delta, **namespaces.inside(namespaces.ALGORITHM, received.extras)}
         own = dict(algorithm.settle(own, seen))
     return sent, {**private, **namespaces.under(namespaces.ALGORITHM, own), **residuals}
-
-
-def stack(values: Sequence[State]) -> dict[str, Tensor]:
-    """Return tensors with a leading dimension of clients; numbers that all share (step counts) without it.
-
-    A tensor that is the same object for all clients is repeated, not collected.
-
-    Raises:
-        ValueError: If clients have different entries.
-    """
-    stacked = {}
-    for name, first in values[0].items():
-        own = [state[name] for state in values]
-        if optimizer_state.is_shared_number(name, first):
-            stacked[name] = first
-        elif all(value is first for value in own):
-            stacked[name] = first.unsqueeze(0).repeat(len(values), *([1] * first.dim()))
-        else:
-            stacked[name] = torch.stack([value.to(first.device) for value in own])
-    return stacked

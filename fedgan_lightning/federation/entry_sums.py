@@ -9,8 +9,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fedgan_lightning.federation.aggregation import Sums
 from fedgan_lightning.federation.ranks import Ranks
-from fedgan_lightning.packing import Packed
+from fedgan_lightning.packing import Layout, Packed
 from fedgan_lightning.protocol import Aggregator, ClientUpdate, State, UpdateEntry, UpdateSum
 
 Answer = TypeVar("Answer", ClientUpdate, UpdateSum)
@@ -26,24 +27,30 @@ class EntrySums:
     """
 
     def __init__(self, entries: Mapping[str, UpdateEntry], *, aggregator: Aggregator, sizes: Iterable[int]) -> None:
-        self.summed = {name: entry for name, entry in entries.items() if entry.rule == "sum"}
+        self.whole = _one_rule_for_all(entries)
+        summed = {name: entry for name, entry in entries.items() if entry.rule == "sum"}
+        self.summed = {n: own for n, own in summed.items() if self.whole is None or own.group != "delta"}
+        self._delta, self._delta_entries = Sums(), {n: own for n, own in summed.items() if n not in self.summed}
         self.maxima = {name for name, entry in entries.items() if entry.rule == "max"}
         self.collected = {name for name, entry in entries.items() if entry.rule == "collect"}
         self._weight: Callable[[int], float] = aggregator.weight if aggregator.additive else lambda size: 1.0
-        self._population = sum(map(self._weight, sizes)) if self.summed else 1.0
+        self._population = sum(map(self._weight, sizes)) if summed else 1.0
         self._sums: dict[str, Tensor] = {}
         self._arrived = {"one": 0.0, "population": 0.0}
         self._kept: dict[int, dict[str, Tensor]] = {}
         self._largest: dict[str, Tensor] = {}
 
     def __bool__(self) -> bool:
-        return bool(self.summed or self.maxima or self.collected)
+        return bool(self.whole or self.summed or self.maxima or self.collected)
 
     def add(self, update: ClientUpdate) -> None:
         """Take this object's entries of an update that counts."""
         share = self._weight(update.num_examples) / self._population
         weights = {"one": update.discount, "population": update.discount * share}
-        values = {**update.delta, **update.extras}
+        if self.whole is not None:  # in one vector: entry by entry takes ten times as long
+            self._delta.add(Packed.of(update.delta), weight=weights[self.whole.weight])
+        wanted = {*self.summed, *self.maxima, *self.collected}
+        values = {n: state[n] for state in (update.delta, update.extras) for n in wanted if n in state}
         for name, entry in self.summed.items():
             self._add(name, values[name], weights[entry.weight])
         for kind, weight in weights.items():
@@ -54,11 +61,14 @@ class EntrySums:
 
     def add_sum(self, total: UpdateSum) -> None:
         """Take the same from the means of several updates, whose weights are the aggregator's."""
-        weight = sum(self._weight(client.num_examples) for client in total.clients) / self._population
-        for name in self.summed:
-            self._add(name, {**total.delta, **total.extras}[name], weight)
-        self._arrived["population"] += weight
-        self._arrived["one"] += len(total.clients)
+        share = sum(self._weight(client.num_examples) for client in total.clients) / self._population
+        weights = {"population": share, "one": float(len(total.clients))}
+        if self.whole is not None:
+            self._delta.add(Packed.of(total.delta), weight=weights[self.whole.weight])
+        for name, entry in self.summed.items():
+            self._add(name, {**total.delta, **total.extras}[name], weights[entry.weight])
+        for kind, weight in weights.items():
+            self._arrived[kind] += weight
 
     def _add(self, name: str, value: Tensor, weight: float) -> None:
         if name in self._sums:
@@ -71,7 +81,8 @@ class EntrySums:
         """Return an answer with those entries alone that are the aggregator's."""
         if not self:
             return answer
-        return dataclasses.replace(answer, delta=self._rest(answer.delta), extras=self._rest(answer.extras))
+        delta = self._rest(answer.delta) if self.whole is None else Packed.of({})
+        return dataclasses.replace(answer, delta=delta, extras=self._rest(answer.extras))
 
     def _rest(self, state: State) -> State:
         others = {n: v for n, v in state.items() if n not in {*self.summed, *self.maxima, *self.collected}}
@@ -82,16 +93,38 @@ class EntrySums:
         if not self:
             return {}, {}
         arrived = {kind: sum(own[kind] for own in ranks.exchange(self._arrived)) for kind in self._arrived}
-        found = {}
+        found = self._of_delta(ranks, arrived)
         for name, entry in self.summed.items():
             empty = torch.zeros(entry.shape, dtype=torch.float64)
             total = ranks.sum_(self._sums.get(name, empty))
-            by = arrived[entry.weight] if entry.denominator == "arrived" else entry.denominator
-            found[name] = (total if not by else total / by).to(entry.dtype)
+            found[name] = (total / _divisor(entry, arrived)).to(entry.dtype)
         for own in ranks.exchange_states({ranks.rank: self._largest}).values() if self.maxima else ():
             self._largest = _larger(self._largest, own)
         found |= self._largest
         return found, dict(ranks.exchange_states(self._kept)) if self.collected else {}
+
+    def _of_delta(self, ranks: Ranks, arrived: Mapping[str, float]) -> dict[str, Tensor]:
+        """Return the sums of parameter updates, where all have one rule."""
+        if self.whole is None:
+            return {}
+        names, own = tuple(self._delta_entries), self._delta_entries.values()
+        made = Layout(names, tuple(entry.shape for entry in own), tuple(entry.dtype for entry in own))
+        sums = Sums(self._delta.layout if self._delta.layout is not None else made)
+        for dtype, length in sums.layout.lengths.items():  # type: ignore[union-attr]
+            sums.vectors[dtype] = ranks.sum_(self._delta.vectors.get(dtype, torch.zeros(length, dtype=torch.float64)))
+        return dict(sums.mean(_divisor(self.whole, arrived)))
+
+
+def _divisor(entry: UpdateEntry, arrived: Mapping[str, float]) -> float:
+    """Return what a sum is divided by; 1 where nothing came."""
+    return (arrived[entry.weight] if entry.denominator == "arrived" else entry.denominator) or 1.0
+
+
+def _one_rule_for_all(entries: Mapping[str, UpdateEntry]) -> UpdateEntry | None:
+    """Return one of the parameter updates, if all are summed in one way."""
+    delta = [entry for entry in entries.values() if entry.group == "delta"]
+    ways = {(entry.rule, entry.weight, entry.denominator) for entry in delta}
+    return delta[0] if len(ways) == 1 and delta[0].rule == "sum" else None
 
 
 def _larger(first: State, second: State) -> dict[str, Tensor]:

@@ -243,3 +243,23 @@ def optimizers_in(configured: Any) -> list[Optimizer]:
     if isinstance(configured, tuple) and len(configured) == 2 and isinstance(configured[0], (list, tuple)):
         return optimizers_in(configured[0])  # optimizers and schedules
     return [own for item in configured or () for own in optimizers_in(item)]
+
+
+def stacked(values: Sequence[State]) -> dict[str, Tensor]:
+    """Return tensors with a leading dimension of clients; numbers that all share (step counts) without it.
+
+    A tensor that is the same object for all clients is repeated, not collected.
+
+    Raises:
+        ValueError: If clients have different entries.
+    """
+    found = {}
+    for name, first in values[0].items():
+        own = [state[name] for state in values]
+        if is_shared_number(name, first):
+            found[name] = first
+        elif all(value is first for value in own):
+            found[name] = first.unsqueeze(0).repeat(len(values), *([1] * first.dim()))
+        else:
+            found[name] = torch.stack([value.to(first.device) for value in own])
+    return found

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import lightning as L
 
 from fedgan_lightning.checkpoints import FILES, AtomicCheckpointIO, folder_beside
-from fedgan_lightning.errors import CheckpointError, RoundInterrupted, message
+from fedgan_lightning.errors import RoundInterrupted
 from fedgan_lightning.federation.aggregation import WeightedMean
 from fedgan_lightning.federation.algorithm import FederatedAlgorithm
 from fedgan_lightning.federation.algorithms import FedGAN
@@ -31,12 +31,16 @@ from fedgan_lightning.federation.checks import (
     checked_work,
 )
 from fedgan_lightning.federation.client_callbacks import check_callbacks
+from fedgan_lightning.federation.client_privacy import ClientLevelPrivacy
 from fedgan_lightning.federation.client_settings import Begun, begin, client_options, context_of
+from fedgan_lightning.federation.continuation import take_over
 from fedgan_lightning.federation.costs import CostLedger, cost_metrics
 from fedgan_lightning.federation.executors import AutoExecutor, AutotunedExecutor
 from fedgan_lightning.federation.kept_attributes import check_attributes
 from fedgan_lightning.federation.policy import Buffers, IntegerBuffers, OptimizerState, Policy, Sync, resolve
 from fedgan_lightning.federation.preparation import finish
+from fedgan_lightning.federation.privacy_checks import check_privacy
+from fedgan_lightning.federation.privacy_keeper import PrivacyKeeper
 from fedgan_lightning.federation.ranks import Ranks, leave_at_exit
 from fedgan_lightning.federation.report import ClientClock, RoundReport, log_round
 from fedgan_lightning.federation.round import RoundRunner
@@ -78,6 +82,7 @@ class FederatedOrchestrator(L.Callback):
         rules: When a round counts; default when every client asked has answered.
         validator: Validates client updates; by default an invalid one ends the run.
         secure: Secure aggregation between the sites of a deployment; default none, the server sees every update.
+        privacy: Client-level differential privacy; default none. What single examples need is ``model.privacy``.
         executor: Who runs the clients. ``auto`` decides by a fixed rule whether one after the other or stacked, and on
             how many threads; ``autotune`` measures what is fastest, so that rounding depends on what else the machine
             does.
@@ -129,6 +134,7 @@ class FederatedOrchestrator(L.Callback):
         rules: RoundRules | None = None,
         validator: UpdateValidator | None = None,
         secure: SecureAggregation | None = None,
+        privacy: ClientLevelPrivacy | None = None,
         executor: Executor | Literal["auto", "autotune"] = "auto",
         sync: dict[str, Sync] | None = None,
         optimizer_state: OptimizerState | dict[str, OptimizerState] = "average",
@@ -149,7 +155,8 @@ class FederatedOrchestrator(L.Callback):
         self.aggregator = aggregator if aggregator is not None else WeightedMean()
         self.rules, self.validator = rules if rules is not None else RoundRules(), validator
         self.rules.check(self.aggregator)
-        self.secure = secure
+        self.secure, self.privacy = secure, privacy
+        self.keeper: PrivacyKeeper | None = None  # of a run with privacy, once it has begun
         if secure is not None:
             secure.check(aggregator=self.aggregator, rules=self.rules, validator=validator)
         named = {"auto": AutoExecutor, "autotune": AutotunedExecutor}
@@ -182,6 +189,7 @@ class FederatedOrchestrator(L.Callback):
         policy = self.policy_of(server.model)
         server.attach(policy, self.algorithm, seed=self.seed)
         check_parts(self, server.model, policy)
+        check_privacy(self, server.model, policy, data, trainer if stage == "fit" else None)
         for line in policy.blind_spots():
             warnings.warn(line, stacklevel=2)
         check_cohorts(self, data)
@@ -217,11 +225,12 @@ class FederatedOrchestrator(L.Callback):
             folder = Path(trainer.default_root_dir) / "clients" / f"rank{trainer.global_rank}"
             self.store = ClientStore(StateFiles(folder))
         self.store.discard()
+        self.ranks = Ranks.of(trainer)
+        self.keeper = PrivacyKeeper.of(self, server.model, data, Path(trainer.default_root_dir))
         self._restore(server, data)
         if server.rounds_completed >= self.rounds:
             trainer.should_stop = True
         check_device(root := trainer.strategy.root_device)
-        self.ranks = Ranks.of(trainer)
         context = context_of(
             self,
             server.model,
@@ -276,6 +285,9 @@ class FederatedOrchestrator(L.Callback):
         """Run a round, and hand what came of it to the server."""
         server, _ = self._checked(trainer, pl_module)
         self._reports, self._round_started = [], time.perf_counter()
+        if self.keeper is not None and self.keeper.is_exhausted(server.rounds_completed):
+            trainer.should_stop = True
+            return
         events = self.runner.run(server, self._task(server))
         try:
             for event in events:
@@ -296,6 +308,7 @@ class FederatedOrchestrator(L.Callback):
         """Return what all clients of the coming round get."""
         round = server.rounds_completed
         values = {name: schedule.value(round, self.rounds) for name, schedule in self.schedules.items()}
+        secret = {} if self.keeper is None else self.keeper.hyperparameters
         set_hyperparameters(server.model, values)  # the server's samples are made by the same
         common = ClientTask(
             client_id=-1,
@@ -305,7 +318,7 @@ class FederatedOrchestrator(L.Callback):
             steps=self.local_steps,
             epochs=self.local_epochs,
             schedule_positions=self._clock.schedules,
-            hyperparameters={name: value for name, value in values.items() if name != LOCAL_STEPS},
+            hyperparameters={name: value for name, value in {**values, **secret}.items() if name != LOCAL_STEPS},
             rounds=self.rounds,
             stepping=self._clock.stepping,
         )
@@ -314,6 +327,10 @@ class FederatedOrchestrator(L.Callback):
 
     def _fire(self, trainer: L.Trainer, server: ServerModule, event: RoundInfo | ClientUpdate | RoundReport) -> None:
         """Call the hooks of all callbacks for what happens in a round."""
+        if self.privacy is not None:  # of single clients, and of who is asked, nobody hears
+            if isinstance(event, ClientUpdate):
+                return
+            event = replace(event, cohort=()) if isinstance(event, RoundInfo) else event
         hooks = {RoundInfo: "on_round_start", ClientUpdate: "on_client_end", RoundReport: "on_attempt_end"}
         if isinstance(event, RoundInfo):
             self._cohort = event.cohort
@@ -337,6 +354,7 @@ class FederatedOrchestrator(L.Callback):
         seconds = time.perf_counter() - self._round_started
         self.ledger.round_seconds += seconds
         metrics = {**report.metrics(), **cost_metrics(self._reports, self.ledger), "round/seconds": seconds}
+        metrics |= self.keeper.metrics() if self.keeper is not None else {}
         log_round(trainer, server, metrics, own_names=self._begun[0] is not None)
         if server.rounds_completed >= self.rounds:
             trainer.should_stop = True
@@ -363,6 +381,7 @@ class FederatedOrchestrator(L.Callback):
             "clock": self._clock.state_dict(),
             "executor": self.executor.state_dict(),
             "strikes": {str(client_id): count for client_id, count in self._strikes.items()},
+            "privacy": None if self.keeper is None else self.keeper.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -394,27 +413,8 @@ class FederatedOrchestrator(L.Callback):
             self.store.load_state_dict({})
             self.executor.load_state_dict({})
             server.begin()
+            if self.keeper is not None:
+                self.keeper.restore(None)
             return
         state, self._restored = self._restored, None
-        try:
-            self._take_over(state, server.rounds_completed)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise CheckpointError(
-                message(
-                    "a checkpoint must have the state of an orchestrator of this version",
-                    received=f"one that differs in {type(error).__name__}: {error}",
-                    fix="continue it with the version that wrote it",
-                )
-            ) from error
-
-    def _take_over(self, state: Mapping[str, Any], rounds: int) -> None:
-        changed = self._fingerprint.check(RunFingerprint(state["settings"], state["identity"]), self.accept_changes)
-        if "store_files" in state:
-            self.store.load_files(state["store_files"], self._files_at)
-        else:
-            self.store.load_state_dict(state["store"])
-        self.ledger.load_state_dict(state["ledger"])
-        self.ledger.changes += [{"round": rounds, "changed": line} for line in changed]
-        self._clock = ClientClock.of(state["clock"])
-        self.executor.load_state_dict(state["executor"])
-        self._strikes = {int(client_id): count for client_id, count in state["strikes"].items()}
+        take_over(self, state, server.rounds_completed)

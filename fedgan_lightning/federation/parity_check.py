@@ -6,10 +6,12 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedgan_lightning.data.poisson import PoissonClients
 from fedgan_lightning.errors import ClientError, RoundInterrupted
 from fedgan_lightning.federation import optimizer_state
 from fedgan_lightning.federation.client_update import ClientContext
@@ -34,8 +36,16 @@ NOTHING_TO_COMPARE = "the first clients diverge on their own"
 
 def trial_context(context: ClientContext) -> ClientContext:
     """Return a context whose store cannot be written, and whose clients send updates as they are and log nothing."""
-    store = ReadOnlyStore(context.store)
-    return dataclasses.replace(context, store=store, transforms=TransformChain(), logs=None)
+    store, model, data = ReadOnlyStore(context.store), context.model, context.data
+    if isinstance(data, PoissonClients):  # both ways must see the same samples and noise; nothing of it is released
+        privacy = data.options.for_trial()  # type: ignore[attr-defined]
+        model, data = (
+            client_copy(model, context.policy, context.prepared),
+            PoissonClients(data.data, privacy, draws=data.draws),
+        )
+        model.privacy = privacy  # type: ignore[assignment]
+    facts: dict[str, Any] = {"store": store, "model": model, "data": data}
+    return dataclasses.replace(context, transforms=TransformChain(), logs=None, **facts)
 
 
 def shortened(tasks: Iterable[ClientTask], *, steps: int) -> list[ClientTask]:

@@ -45,7 +45,8 @@ class Receiver:
         bytes_down: Mapping[str, int],
     ) -> None:
         self.checks, self.aggregator, self.rules, self.bytes_down = checks, aggregator, rules, bytes_down
-        self.is_validated = checks.run.validator is not None
+        self.is_private = checks.run.context.privacy is not None
+        self.is_validated = self.is_private or checks.run.validator is not None  # what is refused counts as zero
         self.asked: list[int] = []
         self.open: set[int] = set()
         self.num_accepted = 0
@@ -230,8 +231,17 @@ class Receiver:
             population=self.checks.run.context.data.num_clients,
             pooled=self.pooled,
             total=total,
+            public_images=self._public_images,
             **facts,
         )
+
+    @property
+    def _public_images(self) -> float | None:
+        """Samples that every client is taken to have seen, where nothing may follow from data."""
+        keeper = self.checks.run.context.keeper
+        if not self.is_private or keeper is None:
+            return None
+        return float(keeper.public_images * (self.checks.task.steps or 0))
 
     def total(self, ranks: Ranks) -> Aggregate:
         """Return what all updates of all ranks amount to."""

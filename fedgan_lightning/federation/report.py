@@ -43,6 +43,8 @@ class RoundReport:
         pooled: Means over clients, weighted by N_k, of scalars that no client reports alone.
         gauges: What the executor shows of itself, such as ``sites/connected``.
         total: What all updates that count amount to; ``None`` where the round was abandoned.
+        public_images: Under client-level privacy the samples that every client is taken to have seen; then nothing is
+            said of single clients, nor of sums without noise.
     """
 
     round: int
@@ -56,6 +58,7 @@ class RoundReport:
     pooled: Mapping[str, float] = field(default_factory=dict)
     gauges: Mapping[str, float] = field(default_factory=dict)
     total: Aggregate | None = None
+    public_images: float | None = None
 
     @property
     def answered(self) -> list[ClientReport]:
@@ -65,6 +68,8 @@ class RoundReport:
     def plain(self) -> dict[str, Any]:
         """Return it as plain values for ``rounds.jsonl``; what is not known or empty is left out."""
         known = {"round": self.round, "attempt": self.attempt, "counted": self.counted, "seconds": _short(self.seconds)}
+        if self.public_images is not None:
+            return {**known, "clients": []}
         gauges = {"gauges": dict(self.gauges)} if self.gauges else {}
         return {**known, **gauges, "clients": [_line(client) for client in self.clients]}
 
@@ -97,6 +102,8 @@ class RoundReport:
     @property
     def mean_images(self) -> float:
         """Mean over clients, weighted by N_k, of images seen: the length of one local path."""
+        if self.public_images is not None:
+            return self.public_images
         return self._means().get("images", 0.0)
 
     def _means(self) -> dict[str, float]:
@@ -111,6 +118,8 @@ class RoundReport:
 
     def metrics(self) -> dict[str, float]:
         """Return means over the cohort; per-client values of small populations, quantiles of large ones."""
+        if self.public_images is not None:
+            return {}
         means = {name: value for name, value in self._means().items() if name not in HIDDEN}
         values = {(name if name.startswith(UPDATE_NORM) else f"train/{name}"): mean for name, mean in means.items()}
         delta = {} if self.total is None else self.total.delta
@@ -154,7 +163,7 @@ def log_round(trainer: Any, server: Any, metrics: Mapping[str, float], *, own_na
     if every and server.rounds_completed % every == 0:
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=server.rounds_completed)
-    shown = {name: value for name, value in metrics.items() if name.startswith("train/")}
+    shown = {name: value for name, value in metrics.items() if name.startswith(("train/", "privacy/"))}
     if own_names:
         shown |= {name.removeprefix("train/"): value for name, value in shown.items()}
     server.log_dict(shown, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=trainer.world_size > 1)

@@ -63,6 +63,7 @@ class RoundRunner:
             needed=aggregator.needed,
             num_clients=context.data.num_clients,
             secure=context.secure,
+            keeper=context.keeper,
         )
 
     def run(self, server: ServerModule, task: ClientTask) -> Iterator[Event]:

@@ -26,15 +26,20 @@ class FractionOfClients(ClientSampler):
 
     Args:
         fraction: Share in (0, 1].
+        secret: Whether nobody can know the cohort beforehand, or from the seed; for client-level privacy.
     """
 
     @checked(fraction="(0, 1]")
-    def __init__(self, fraction: float = 0.1) -> None:
-        self.fraction = _checked(fraction, "FractionOfClients.fraction")
+    def __init__(self, fraction: float = 0.1, *, secret: bool = False) -> None:
+        self.fraction, self.secret = _checked(fraction, "FractionOfClients.fraction"), secret
+
+    def size(self, num_clients: int) -> int:
+        """Return the size of every cohort."""
+        return max(1, round_half_up(self.fraction * num_clients))
 
     def sample(self, *, num_clients: int, round: int, seed: int) -> tuple[int, ...]:
-        count = max(1, round_half_up(self.fraction * num_clients))
-        chosen = make_numpy_generator(seed, "cohort", round).choice(num_clients, size=count, replace=False)
+        size = self.size(num_clients)
+        chosen = make_numpy_generator(seed, "cohort", round).choice(num_clients, size=size, replace=False)
         return tuple(sorted(int(client_id) for client_id in chosen))
 
 
@@ -43,11 +48,12 @@ class PoissonSampling(ClientSampler):
 
     Args:
         probability: Probability in (0, 1].
+        secret: Whether nobody can know the cohort beforehand, or from the seed; for client-level privacy.
     """
 
     @checked(probability="(0, 1]")
-    def __init__(self, probability: float = 0.1) -> None:
-        self.probability = _checked(probability, "PoissonSampling.probability")
+    def __init__(self, probability: float = 0.1, *, secret: bool = False) -> None:
+        self.probability, self.secret = _checked(probability, "PoissonSampling.probability"), secret
 
     def sample(self, *, num_clients: int, round: int, seed: int) -> tuple[int, ...]:
         drawn = make_numpy_generator(seed, "cohort", round).random(num_clients) < self.probability

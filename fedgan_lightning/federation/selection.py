@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fedgan_lightning.errors import QuorumError, message
 from fedgan_lightning.federation.rules import RoundRules, UpdateValidator
@@ -35,6 +35,7 @@ class ClientSelection:
         needed: Updates that the aggregator needs.
         strikes: Rejected answers by client; counted on in place.
         secure: How many a sum needs, and after how many rejected answers a client is not asked, where there are sums.
+        keeper: Of a private run: charges the round, and draws a secret cohort.
     """
 
     def __init__(
@@ -48,11 +49,12 @@ class ClientSelection:
         needed: int = 1,
         strikes: dict[int, int],
         secure: SecureAggregation | None = None,
+        keeper: Any = None,
     ) -> None:
         self.sampler, self.num_clients, self.rules, self.seed = sampler, num_clients, rules, seed
         options = validator if validator is not None else secure
         self.limit = None if options is None else options.strikes
-        self.secure = secure
+        self.secure, self.keeper = secure, keeper
         self.needed, self.strikes = max(1, needed), strikes
 
     def select(self, round: int, attempt: int) -> Selection:
@@ -63,6 +65,8 @@ class ClientSelection:
         Raises:
             QuorumError: If fewer clients are left than a round needs.
         """
+        if self.keeper is not None:
+            return self._private(round)
         seed = self.seed if attempt == 0 else derive_seed(self.seed, "attempt", attempt)
         sampled = self.sampler.sample(num_clients=self.num_clients, round=round, seed=seed)
         population = self.sampler.population(num_clients=self.num_clients, round=round)
@@ -78,6 +82,15 @@ class ClientSelection:
         others = self._shuffled({*free} - {*cohort}, seed=seed, round=round)[:wanted] if wanted else []
         needed = max(self.rules.needed(goal), self.needed, self.secure.needed(goal) if self.secure else 0)
         return Selection(tuple(sorted([*cohort, *others[:missing]])), others[missing:], needed)
+
+    def _private(self, round: int) -> Selection:
+        """Return a cohort that nothing but chance, or the settings, has a say in; nobody stands in for who fails."""
+        secret = self.keeper.begin_round(round)
+        public = {"num_clients": self.num_clients, "round": round, "seed": self.seed}
+        cohort = self.keeper.admitted(self.sampler.sample(**public) if secret is None else secret, round)
+        if self.keeper.client is None:
+            return Selection(cohort, [], max(self.rules.needed(len(cohort)), self.needed))
+        return Selection(cohort, [], self.secure.needed(len(cohort)) if self.secure else 0)
 
     @staticmethod
     def _shuffled(clients: set[int], *, seed: int, round: int) -> list[int]:

@@ -87,39 +87,48 @@ class TransformChain:
         return found
 
     def sent(
-        self, update: ClientUpdate, private: State, of_algorithm: Entries
-    ) -> tuple[ClientUpdate, ClientUpdate, dict[str, Tensor]]:
-        """Return an update as it is sent, as the server decodes it, and the transforms' private state after that."""
+        self, update: ClientUpdate, private: State, of_algorithm: Entries, *, hyperparameters: Mapping[str, float]
+    ) -> tuple[ClientUpdate, dict[str, Tensor]]:
+        """Return an update as it is sent, and the transforms' private state after that."""
         stages = self.stages_of(of_algorithm, *(Packed.of(part).layout for part in (update.delta, update.extras)))
         values: State = {**update.delta, **update.extras}
         kept: dict[str, Tensor] = {}
         for index, (transform, entering) in enumerate(zip(self.transforms, stages)):
             prefix = namespaces.of_transform(index)
-            values, state = transform.client(values, entries=entering, private=namespaces.inside(prefix, private))
+            own = namespaces.inside(prefix, private)
+            values, state = transform.client(values, entries=entering, private=own, hyperparameters=hyperparameters)
             kept |= namespaces.under(prefix, state)
-        sent = _grouped(update, values, stages[-1]) if self.transforms else update
-        return sent, self._decoded(sent, stages), kept
+        return (_grouped(update, values, stages[-1]) if self.transforms else update), kept
 
-    def decoded(self, who: str, update: ClientUpdate, stages: Sequence[Entries]) -> ClientUpdate:
+    def received(
+        self, update: ClientUpdate, of_algorithm: Entries, *, before: ClientUpdate, hyperparameters: Mapping[str, float]
+    ) -> ClientUpdate:
+        """Return an update as the server decodes it; ``before`` is the update as it was formed."""
+        stages = self.stages_of(of_algorithm, *(Packed.of(part).layout for part in (before.delta, before.extras)))
+        return self._decoded(update, stages, hyperparameters)
+
+    def decoded(
+        self, who: str, update: ClientUpdate, stages: Sequence[Entries], *, hyperparameters: Mapping[str, float]
+    ) -> ClientUpdate:
         """Return what a client sent as the aggregator wants it.
 
         Args:
             who: The sender, in words.
             update: What came.
             stages: What is known of the entries between transforms.
+            hyperparameters: Those of the round.
 
         Raises:
             UpdateError: If an encoded entry is missing, or is no finite tensor of its shape and dtype.
         """
         came: dict[str, Any] = {**update.delta, **update.extras}
-        for name, entry in stages[-1].items():
-            if stages[0].get(name) != entry:
-                what = f"{who}: {name}"
-                value = check_tensor(what, came.get(name), shape=entry.shape, dtype=entry.dtype)
-                if not is_believable(value):
-                    raise UpdateError(f"{what} is not finite, or beyond what any network learns with")
-                check_bound(what, value, entry.bound)
-        return self._decoded(update, stages)
+        for name, entry in _encoded(stages).items():
+            what = f"{who}: {name}"
+            value = check_tensor(what, came.get(name), shape=entry.shape, dtype=entry.dtype)
+            if not is_believable(value):
+                raise UpdateError(f"{what} is not finite, or beyond what any network learns with")
+            check_bound(what, value, entry.bound)
+        return self._decoded(update, stages, hyperparameters, came=came)
 
     def total(self, total: Aggregate) -> Aggregate:
         """Return the total of a round as the server steps on it."""
@@ -127,13 +136,31 @@ class TransformChain:
             total = transform.total(total)
         return total
 
-    def _decoded(self, update: ClientUpdate, stages: Sequence[Entries]) -> ClientUpdate:
+    def _decoded(
+        self,
+        update: ClientUpdate,
+        stages: Sequence[Entries],
+        hyperparameters: Mapping[str, float],
+        *,
+        came: State | None = None,
+    ) -> ClientUpdate:
         if not self.transforms:
             return update
-        values: State = {**update.delta, **update.extras}
+        came = {**update.delta, **update.extras} if came is None else came
+        values: State = came
         for transform, entering in reversed(list(zip(self.transforms, stages))):
-            values = transform.decode(values, entries=entering)
-        return _grouped(update, values, stages[0])
+            values = transform.decode(values, entries=entering, hyperparameters=hyperparameters)
+        return update if values is came else _grouped(update, values, stages[0])
+
+
+def _encoded(stages: Sequence[Entries]) -> Entries:
+    """Return the entries that are sent in another form than they had before all transforms."""
+    before = stages[0]
+    return {
+        name: entry
+        for name, entry in stages[-1].items()
+        if name not in before or (before[name].shape, before[name].dtype) != (entry.shape, entry.dtype)
+    }
 
 
 def _grouped(update: ClientUpdate, values: State, entries: Entries) -> ClientUpdate:

@@ -181,7 +181,9 @@ class RoundChecks:
     def _decoded(self, who: str, update: ClientUpdate) -> ClientUpdate:
         """Return an update as it was before transforms."""
         transforms = self.run.context.transforms
-        return transforms.decoded(who, update, self.stages) if transforms else update
+        if not transforms:
+            return update
+        return transforms.decoded(who, update, self.stages, hyperparameters=self.task.hyperparameters)
 
     def metrics(
         self, who: str, client_id: int, metrics: Mapping[str, float], *, is_late: bool = False
@@ -211,12 +213,13 @@ class RoundChecks:
     def _images(self, who: str, client_id: int, found: Mapping[str, float], steps: int) -> dict[str, float]:
         """Return the images that a client has seen: of data that say no size of minibatches, by its own account."""
         data = self.run.context.data
-        claimed, most = found.get("images", 0.0), steps * self.size(client_id)
-        if not 0 <= claimed <= most:
-            raise UpdateError(f"{who}: says that it saw {claimed:.6g} images, not between 0 and {most}")
         first, _ = self.task.span(steps_per_epoch=data.steps_per_epoch(client_id))
         known = isinstance(data, SizedBatches)
         sizes = data.batch_sizes(client_id, first_step=first, num_steps=steps) if known else None  # type: ignore[attr-defined]
+        claimed, most = found.get("images", 0.0), steps * self.size(client_id)
+        most = most if sizes is None else max(most, sum(sizes))  # of Poisson minibatches some rows only fill up
+        if not 0 <= claimed <= most:
+            raise UpdateError(f"{who}: says that it saw {claimed:.6g} images, not between 0 and {most}")
         return {"images": float(claimed if sizes is None else sum(sizes))}
 
     def _optimizer_steps(self, who: str, found: Mapping[str, float], steps: int) -> dict[str, float]:

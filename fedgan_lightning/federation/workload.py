@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,10 +79,12 @@ def measured_workload(context: ClientContext, task: ClientTask) -> Workload:
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value)
     (short,) = shortened([task], steps=1)
     trainer = LocalTrainer(context)
-    with CountedOperations() as counted, hooks:
+    privacy = getattr(context.model, "privacy", None)
+    with CountedOperations() as counted, nullcontext() if privacy is not None else hooks:
         trainer.run(short)
     weights = sum(value.numel() * value.element_size() for value in context.model.state_dict().values())
-    return Workload(flops=counted.flops, saved_bytes=sum(saved.values()), weight_bytes=weights)
+    kept = sum(saved.values()) if privacy is None else privacy.chunk_size * weights  # torch.func bears no such hooks
+    return Workload(flops=counted.flops, saved_bytes=kept, weight_bytes=weights)
 
 
 def stack_size(context: ClientContext, work: Workload) -> int:

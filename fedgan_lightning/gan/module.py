@@ -27,12 +27,14 @@ from fedgan_lightning.gan.checks import (
 )
 from fedgan_lightning.gan.conditions import Codec, Condition
 from fedgan_lightning.gan.draws import Draws, draw_step_noise
+from fedgan_lightning.gan.example_privacy import ExampleLevelPrivacy, alone, check_gan
 from fedgan_lightning.gan.exporting import Exporting
 from fedgan_lightning.gan.layout import lay_out
 from fedgan_lightning.gan.objectives import AdversarialLoss, NonSaturating
 from fedgan_lightning.gan.optimizers import OptimizerCallable, SchedulerCallable, dcgan_adam
 from fedgan_lightning.gan.penalties import Penalty
 from fedgan_lightning.gan.priors import Normal, Prior
+from fedgan_lightning.gan.private_steps import DATA_FREE, PrivateSteps
 from fedgan_lightning.gan.restoring import Restorable, drop_hyperparameters
 from fedgan_lightning.gan.sampling import Sampling
 from fedgan_lightning.gan.statistics import StepMeans
@@ -41,11 +43,13 @@ from fedgan_lightning.gan.trainer_steps import TrainerSteps, check_plain_data
 from fedgan_lightning.options import as_plain, checked
 from fedgan_lightning.protocol import RoundInfo
 
+#: Attributes of parts of a GAN that begin anew with every round.
+OF_A_ROUND = {"_is_validated", "_random_state", "_noise_streams", "trains_only_discriminator", "_given_fakes"}
 #: Arguments that loggers show.
 HYPERPARAMETERS = ("updates", "d_steps", "g_steps", "fake_labels", *list(INTERVALS)[2:])
 
 
-class GAN(AlgorithmAbilities, Sampling, TrainerSteps, Exporting, Restorable, L.LightningModule):
+class GAN(AlgorithmAbilities, PrivateSteps, Sampling, TrainerSteps, Exporting, Restorable, L.LightningModule):
     """A generator and a discriminator trained against each other by manual optimization.
 
     One local step is one call of ``training_step``: ``d_steps`` discriminator updates, then ``g_steps`` generator
@@ -86,6 +90,7 @@ class GAN(AlgorithmAbilities, Sampling, TrainerSteps, Exporting, Restorable, L.L
         anchor: Anchors for the discriminator's logits.
         condition: Makes what the networks see beside samples from the real ones, instead of their labels.
         codec: Translates between the data's samples and what the networks see.
+        privacy: Example-level differential privacy of the discriminator's steps, in a federation.
 
     Raises:
         ConfigurationError: If the arguments contradict each other.
@@ -93,9 +98,7 @@ class GAN(AlgorithmAbilities, Sampling, TrainerSteps, Exporting, Restorable, L.L
 
     #: Attributes that say what was checked already, and those that begin anew with every round of a client.
     checked_attributes = frozenset({"_checked_stages"})
-    round_attributes = frozenset(
-        {"local_step", "_means", "_in_federation", "_shares_passes", "_is_validated", "_random_state"}
-    )
+    round_attributes = frozenset({"local_step", "_means", "_in_federation", "_shares_passes"}) | OF_A_ROUND
 
     @checked(**INTERVALS)
     def __init__(
@@ -122,6 +125,7 @@ class GAN(AlgorithmAbilities, Sampling, TrainerSteps, Exporting, Restorable, L.L
         anchor: LeCam | None = None,
         condition: Condition | None = None,
         codec: Codec | None = None,
+        privacy: ExampleLevelPrivacy | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -136,11 +140,13 @@ class GAN(AlgorithmAbilities, Sampling, TrainerSteps, Exporting, Restorable, L.L
         self.ema_half_life_images, self.ema_rampup = ema_half_life_images, ema_rampup
         self.clip_gradient_norm = clip_gradient_norm
         self.augment, self.anchor = augment, anchor
-        self.condition, self.codec = condition, codec
+        self.condition, self.codec, self.privacy = condition, codec, privacy
         #: Dimension of z.
         self.latent_dim = int(generator.latent_dim)  # type: ignore[arg-type]
         self.num_classes = int(getattr(generator, "num_classes", 0))
         check_settings(self)
+        if privacy is not None:
+            check_gan(self)
         self.generator_ema: nn.Module | None = make_ema(generator) if ema_half_life_images is not None else None
         #: Local steps since the start of training; schedules and lazy penalties count in these.
         self.local_step = 0
@@ -203,10 +209,14 @@ class GAN(AlgorithmAbilities, Sampling, TrainerSteps, Exporting, Restorable, L.L
         """Continue counting local steps where this round's minibatches start."""
         self.local_step = info.first_step
         self._in_federation = True
+        if self.privacy is not None:
+            self.begin_private_round([(info.cohort[0], info.round)])
 
     def on_fit_start(self) -> None:
         if not self._in_federation:  # there, the first minibatch of a run is checked, and not that of every round
             self._checked_stages.clear()
+            if self.privacy is not None:
+                raise alone()
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         x, y = self.prepared(batch, stage="fit")
@@ -245,6 +255,9 @@ class GAN(AlgorithmAbilities, Sampling, TrainerSteps, Exporting, Restorable, L.L
         self.update_ema(num_images=num_images)
 
     def _backward_discriminator(self, optimizer: Any, x: Tensor, y: Tensor) -> None:
+        if self.privacy is not None:
+            self.backward_privately(optimizer, x, y)
+            return
         due = self.due_penalties()
         draws = self.draw(y, dtype=x.dtype, mix=any(penalty.needs_mix for penalty, _ in due))
         labels, draws = self.conditioned(x, y, draws)
@@ -270,6 +283,8 @@ class GAN(AlgorithmAbilities, Sampling, TrainerSteps, Exporting, Restorable, L.L
             self.anchor.update_(step.real_logits, step.fake_logits)
 
     def _backward_generator(self, optimizer: Any, x: Tensor, y: Tensor) -> None:
+        if self.privacy is not None:
+            x, y = torch.zeros_like(x), torch.zeros_like(y)  # of samples there is a number, and it is public
         loss, stats = self.generator_terms(x, *self.conditioned(x, y, self.draw(y, dtype=x.dtype)))
         self._backward(optimizer, loss)
         self._means.add(stats, scale=1.0 / self.g_steps)
@@ -368,13 +383,15 @@ class GAN(AlgorithmAbilities, Sampling, TrainerSteps, Exporting, Restorable, L.L
 
     def on_train_epoch_start(self) -> None:
         self._shares_passes = shares_passes(self.discriminator, self.augment)
-        self._means.clear(**({"penalty": torch.zeros((), device=self.device)} if self.penalties else {}))
+        penalised = bool(self.penalties) and self.privacy is None
+        self._means.clear(**({"penalty": torch.zeros((), device=self.device)} if penalised else {}))
 
     def round_statistics(self) -> Stats:
         """Return the means over the epoch so far: ``loss_d``, ``loss_g``, ``d_real`` = E D(x), ``d_fake`` = E
         D(G(z)), ``penalty``, and the condition's extra losses.
         """
-        return self._means.values()
+        found = self._means.values()
+        return found if self.privacy is None else {name: found[name] for name in DATA_FREE if name in found}
 
     def on_train_epoch_end(self) -> None:
         if not self._in_federation:  # there, the client's Trainer has no logger, and round_statistics is asked for

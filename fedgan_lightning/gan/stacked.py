@@ -47,6 +47,7 @@ TRAINING = (
     "on_train_end",
     "on_client_round_start",
     "round_statistics",
+    "backward_privately",
 )
 
 
@@ -100,6 +101,8 @@ class StackedGAN(GAN):
         self.local_step = 0
         self._first_steps, self._generators = [info.first_step for info in infos], list(generators)
         self._in_federation = True
+        if self.privacy is not None:
+            self.begin_private_round([(info.cohort[0], info.round) for info in infos])
         self._values, self._latents = {}, []
         self._mapped.renew()
         self._draws_left = max(info.num_steps for info in infos) * (self.d_steps + self.g_steps)
@@ -108,6 +111,7 @@ class StackedGAN(GAN):
         """Go on with the first ``count`` clients; the others have done their steps."""
         self._first_steps, self._generators = self._first_steps[:count], self._generators[:count]
         self._means.keep(count)
+        self._noise_streams = self._noise_streams[:count]
         self._latents = [latents[:count] for latents in self._latents]
         self._values = {}
 

@@ -75,6 +75,8 @@ class TrainerSteps:
 
     def check_minibatch(self, x: Tensor, y: Tensor) -> None:
         """Refuse a minibatch as :func:`~fedgan_lightning.gan.first_batch.check_batch` does; also of stacked clients."""
+        module: Any = self
+        y = y if module.privacy is None else y.clamp_min(0)  # rows that fill up have the label -1
         if self.label_dims > 1:
             x, y = (values.flatten(0, self.label_dims - 1) for values in (x, y))
         check_batch(self, x, y, probe=not self._in_federation)

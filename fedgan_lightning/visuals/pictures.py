@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,39 @@ def partition(counts: NDArray[np.int64], *, class_names: Sequence[str]) -> Pictu
     axes.set_xlabel("client")
     axes.set_title(f"{int(counts.sum())} samples, {clients} clients", fontsize=10)
     return _render(figure)
+
+
+def comparison(rows: Mapping[str, Tensor]) -> Picture:
+    """Draw samples below each other, a named row for each version of them: images, or else curves of their numbers.
+
+    A version that leaves [-1, 1], or fills less than a tenth of it, is scaled to its own range, which its name says.
+
+    Args:
+        rows: Samples (N, ...) by name; N the same in all.
+    """
+    count = len(next(iter(rows.values())))
+    figure, axes = _figure(1.1 + 0.75 * count, 0.8 * len(rows), nrows=len(rows), ncols=count, squeeze=False)
+    for panels, (name, samples) in zip(axes, rows.items()):
+        values = samples.detach().cpu().float()
+        largest = float(values.abs().max())
+        is_scaled = not 0.1 < largest <= 1.01
+        values = values / max(largest, 1e-30) if is_scaled else values
+        for panel, own in zip(panels, values):
+            _panel(panel, own)
+        title = f"{name}\n(x {1 / max(largest, 1e-30):.1g})" if is_scaled else name
+        panels[0].set_ylabel(literal(title), rotation=0, ha="right", va="center", fontsize=8)
+    return _render(figure)
+
+
+def _panel(axes: Any, sample: Tensor) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    if sample.dim() == 3 and min(sample.shape[1:]) > 1:
+        shown = ((sample[: 3 if len(sample) >= 3 else 1] + 1) / 2).clamp(0, 1).permute(1, 2, 0).numpy()
+        axes.imshow(shown.squeeze(-1) if shown.shape[2] == 1 else shown, cmap="gray", vmin=0, vmax=1)
+    else:
+        axes.plot(sample.flatten().numpy(), color="#33638d", linewidth=0.9, marker=".", markersize=2)
+        axes.set_ylim(-1.1, 1.1)
 
 
 def save(picture: Picture, path: Path) -> None:

@@ -13,7 +13,16 @@ from fedgan_lightning.hooks import completed_rounds, planned_rounds
 from fedgan_lightning.protocol import ClientUpdate, RoundInfo
 
 #: What the bar shows, in this order, where it exists.
-SHOWN = ("fid", "modes", "high_quality", "sliced_wasserstein", "train/loss_d", "train/loss_g")
+SHOWN = (
+    "privacy/epsilon",
+    "privacy/epsilon_example",
+    "fid",
+    "modes",
+    "high_quality",
+    "sliced_wasserstein",
+    "train/loss_d",
+    "train/loss_g",
+)
 
 
 class RoundProgressBar(ProgressBar):
@@ -51,7 +60,11 @@ class RoundProgressBar(ProgressBar):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._rounds is not None:
             values = trainer.callback_metrics
-            shown = {name.removeprefix("train/"): f"{float(values[name]):.3g}" for name in SHOWN if name in values}
+            shown = {
+                name.removeprefix("train/").removeprefix("privacy/"): f"{float(values[name]):.3g}"
+                for name in SHOWN
+                if name in values
+            }
             self._rounds.n = completed_rounds(trainer)
             self._rounds.set_postfix(shown)
 

@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedgan_lightning.dp.statement import words_of
 from fedgan_lightning.files import expanded, write_text
+from fedgan_lightning.visuals.audit_panel import audit_panel
 from fedgan_lightning.visuals.charts import bars, chart, colour, text
 from fedgan_lightning.visuals.participation_charts import STYLE as MATRIX_STYLE
 from fedgan_lightning.visuals.participation_charts import participation_panel
@@ -37,6 +39,8 @@ TRAINING = {
     "train/loss_g": "Generator loss",
     "train/d_real": "D(x)",
     "train/d_fake": "D(G(z))",
+    "privacy/epsilon": "Epsilon spent, one client",
+    "privacy/epsilon_example": "Epsilon spent, one record",
     "drift/generator": "Cosine between clients' generator updates",
     "drift/discriminator": "Cosine between clients' discriminator updates",
     "gap/held_minus_absent": "Clients' D logits, held minus absent classes",
@@ -96,9 +100,9 @@ def page(runs: Sequence[Run]) -> str:
         parts.append(_cards(runs[0]))
     parts += [_quality(runs, names), _training(runs, names)]
     for run, name in zip(runs, names):
-        parts += [_grids(run, name), _breakdown(run, name), _partition(run, name)]
+        parts += [_privacy(run, name), _grids(run, name), _breakdown(run, name), _partition(run, name)]
         parts += [participation_panel(run, name), _bytes(run, name)]
-        parts.append(_evaluation(run, name))
+        parts += [_evaluation(run, name), _audit(run, name)]
     parts += [
         f"<h2>Settings of {text(name)}</h2><details><summary>config.yaml</summary>"
         f"<pre>{text(run.config_text)}</pre></details>"
@@ -108,6 +112,12 @@ def page(runs: Sequence[Run]) -> str:
     head = f"<title>{text(title)}</title><style>{STYLE}{MATRIX_STYLE}</style>"
     meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     return f'<!doctype html>\n<html lang="en"><head>{meta}{head}</head><body>{"".join(parts)}</body></html>\n'
+
+
+def _privacy(run: Run, name: str) -> str:
+    """Return what the run guarantees, in words; that there is nothing, where there is nothing."""
+    listed = "".join(f"<li>{text(line)}</li>" for line in words_of(run.summary.get("privacy")))
+    return f"<h2>Privacy of {text(name)}</h2><ul class=privacy>{listed}</ul>"
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
@@ -285,6 +295,14 @@ def _evaluation(run: Run, name: str) -> str:
     rows = [(metric, [_number(values.get(metric)) for values in columns.values()]) for metric in metrics]
     heads = "".join(f"<th class=n>{text(title)}</th>" for title in columns)
     return f"<h2>Evaluation of {text(name)}</h2>{_rows(heads, rows)}" if rows else ""
+
+
+def _audit(run: Run, name: str) -> str:
+    """Return what attacks have found, where there is an audit."""
+    picture = run.picture("inversion.png")
+    figure = f"<figure>{_image(picture, f'{name}: samples and reconstructions')}</figure>" if picture else ""
+    panel = audit_panel(run, name)
+    return f"<h2>Attacks on {text(name)}</h2>{panel}{figure if run.audit else ''}" if panel else ""
 
 
 # ---------------------------------------------------------------------- small things

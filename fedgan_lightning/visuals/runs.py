@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class Run:
         scalars: Curves of TensorBoard by tag, against rounds.
         sizes: Samples by client.
         participation: Who was asked in which round, and what came of it.
+        audit: ``audit.json``, what attacks have found; empty where there were none.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Run:
     scalars: dict[str, Curve]
     sizes: list[int]
     participation: Participation
+    audit: dict[str, Any] = field(default_factory=dict)
 
     @property
     def bytes_by_round(self) -> Curve:
@@ -104,7 +106,18 @@ def read_run(path: str | Path) -> Run:
         scalars=_scalars(root),
         sizes=_sizes(root / "partition.npz"),
         participation=_participation(root / NAME),
+        audit=_audit(root / "audit.json"),
     )
+
+
+def _audit(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not isinstance(found, dict):
+            raise ValueError("no audit")
+    except (OSError, ValueError) as error:
+        raise damaged(path, error) from error
+    return found
 
 
 def _history(summary: Any) -> list[dict[str, float]]:

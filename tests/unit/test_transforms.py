@@ -30,6 +30,12 @@ def stages(chain, own):
     return chain.stages_of({}, Layout.of(own.delta), Layout.of(own.extras))
 
 
+def through(chain, own, private=None):
+    """Return what is sent, what the server makes of it, and what the client keeps."""
+    sent, kept = chain.sent(own, private or {}, {}, hyperparameters={})
+    return sent, chain.received(sent, {}, before=own, hyperparameters={}), kept
+
+
 def norm(own, prefix=""):
     return float(torch.cat([v.flatten().double() for n, v in own.delta.items() if n.startswith(prefix)]).norm())
 
@@ -38,7 +44,7 @@ class TestClipping:
     @given(seed=st.integers(0, 100), bound=st.floats(0.01, 100))
     def test_nobody_is_longer_than_the_bound_and_directions_stay(self, seed, bound):
         own, chain = update(seed), TransformChain([ClipUpdates(max_norm=bound)])
-        sent, received, _ = chain.sent(own, {}, {})
+        sent, received, _ = through(chain, own)
         assert norm(sent) <= bound * (1 + 1e-5)
         factor = min(1.0, bound / norm(own))
         for name, value in own.delta.items():
@@ -47,7 +53,7 @@ class TestClipping:
 
     def test_networks_may_have_bounds_of_their_own(self):
         own, chain = update(), TransformChain([ClipUpdates(max_norm=0.5, over="network")])
-        sent, _, _ = chain.sent(own, {}, {})
+        sent, _, _ = through(chain, own)
         assert norm(sent, "generator") == pytest.approx(0.5, rel=1e-5)
         assert norm(sent, "discriminator") == pytest.approx(0.5, rel=1e-5)
 
@@ -59,7 +65,7 @@ class TestClipping:
 class TestSigns:
     def test_a_number_takes_a_bit(self):
         own, chain = update(), TransformChain([SignCompression()])
-        sent, received, kept = chain.sent(own, {}, {})
+        sent, received, kept = through(chain, own)
         assert {n: (v.dtype, v.numel()) for n, v in sent.delta.items() if n.endswith("signs")} == {
             "generator.w/signs": (torch.uint8, 2),
             "discriminator.w/signs": (torch.uint8, 1),
@@ -74,25 +80,25 @@ class TestSigns:
         chain, private, total, received = TransformChain([SignCompression()]), {}, 0.0, 0.0
         for seed in range(30):
             own = update(seed)
-            _, seen, private = chain.sent(own, private, {})
+            _, seen, private = through(chain, own, private)
             total, received = total + own.delta["generator.w"], received + seen.delta["generator.w"]
         rest = private["transform/0/residual/generator.w"]
         torch.testing.assert_close(received + rest, total, rtol=1e-4, atol=1e-4)
 
     def test_without_feedback_nothing_is_kept(self):
         chain = TransformChain([SignCompression(error_feedback=False)])
-        assert chain.sent(update(), {}, {})[2] == {}
+        assert through(chain, update())[2] == {}
         assert chain.client_state(stages(chain, update())[0]) == {}
 
     @pytest.mark.parametrize("size", [0, 1, 7, 8, 9])
     def test_any_number_of_numbers(self, size):
         own = dataclasses.replace(update(), delta={"g.w": torch.randn(size)})
-        _, received, _ = TransformChain([SignCompression()]).sent(own, {}, {})
+        _, received, _ = through(TransformChain([SignCompression()]), own)
         assert torch.equal(received.delta["g.w"].sign(), torch.where(own.delta["g.w"] >= 0, 1.0, -1.0))
 
     def test_integers_pass_as_they_are(self):
         own = dataclasses.replace(update(), delta={"g.n": torch.arange(5)})
-        _, received, _ = TransformChain([SignCompression()]).sent(own, {}, {})
+        _, received, _ = through(TransformChain([SignCompression()]), own)
         assert torch.equal(received.delta["g.n"], torch.arange(5))
 
     def test_masks_need_linear_codes(self):
@@ -114,15 +120,15 @@ class TestServer:
     @pytest.mark.parametrize("kind", SPOILED)
     def test_what_is_no_code_is_refused_by_name(self, kind):
         chain, own = TransformChain([SignCompression()]), update()
-        sent, _, _ = chain.sent(own, {}, {})
+        sent, _, _ = through(chain, own)
         spoiled = dataclasses.replace(sent, delta=self.SPOILED[kind](dict(sent.delta)))
         with pytest.raises(UpdateError, match=r"client 3: generator.w/(signs|scale) (is|has shape)"):
-            chain.decoded("client 3", spoiled, stages(chain, own))
+            chain.decoded("client 3", spoiled, stages(chain, own), hyperparameters={})
 
     def test_the_server_decodes_what_the_client_meant(self):
         chain, own = TransformChain([ClipUpdates(max_norm=0.3), SignCompression()]), update()
-        sent, received, _ = chain.sent(own, {}, {})
-        decoded = chain.decoded("client 0", sent, stages(chain, own))
+        sent, received, _ = through(chain, own)
+        decoded = chain.decoded("client 0", sent, stages(chain, own), hyperparameters={})
         for name, value in received.delta.items():
             assert torch.equal(decoded.delta[name], value)
 
@@ -133,7 +139,7 @@ class TestServer:
             def __init__(self, name):
                 self.name = name
 
-            def client(self, update, *, entries, private):
+            def client(self, update, *, entries, private, hyperparameters):
                 return update, private
 
             def total(self, total):
@@ -156,7 +162,7 @@ class FixedSum(UpdateTransform):
             for name, entry in entries.items()
         }
 
-    def client(self, update, *, entries, private):
+    def client(self, update, *, entries, private, hyperparameters):
         return update, private
 
 

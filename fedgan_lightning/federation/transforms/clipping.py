@@ -29,7 +29,14 @@ class ClipUpdates(UpdateTransform):
     def __init__(self, *, max_norm: float, over: Literal["joint", "network"] = "joint") -> None:
         self.max_norm, self.over = float(max_norm), over
 
-    def client(self, update: State, *, entries: Mapping[str, UpdateEntry], private: State) -> tuple[State, State]:
+    def client(
+        self,
+        update: State,
+        *,
+        entries: Mapping[str, UpdateEntry],
+        private: State,
+        hyperparameters: Mapping[str, float],
+    ) -> tuple[State, State]:
         parts: dict[str, list[str]] = {}
         for name in update:
             if entries[name].kind == "vector":

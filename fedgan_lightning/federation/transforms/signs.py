@@ -64,7 +64,14 @@ class SignCompression(UpdateTransform):
             if _is_coded(entry)
         }
 
-    def client(self, update: State, *, entries: Mapping[str, UpdateEntry], private: State) -> tuple[State, State]:
+    def client(
+        self,
+        update: State,
+        *,
+        entries: Mapping[str, UpdateEntry],
+        private: State,
+        hyperparameters: Mapping[str, float],
+    ) -> tuple[State, State]:
         coded: dict[str, Tensor] = {}
         kept: dict[str, Tensor] = {}
         for name, value in update.items():
@@ -79,7 +86,9 @@ class SignCompression(UpdateTransform):
                 kept[f"{RESIDUAL}{name}"] = wanted - _decoded(coded, name, entries[name])
         return coded, kept
 
-    def decode(self, update: State, *, entries: Mapping[str, UpdateEntry]) -> State:
+    def decode(
+        self, update: State, *, entries: Mapping[str, UpdateEntry], hyperparameters: Mapping[str, float]
+    ) -> State:
         known = {name for name, entry in entries.items() if _is_coded(entry)}
         codes = {f"{name}{part}" for name in known for part in (SIGNS, SCALE)}
         found = {name: value for name, value in update.items() if name not in codes}

@@ -1,0 +1,304 @@
+"""What a private run has spent, and the secret numbers of its rounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedgan_lightning.dp.accounting import Release, epsilon_of
+from fedgan_lightning.dp.charges import NAME, NOT_PRIVATE, Ledger
+from fedgan_lightning.dp.randomness import SecretStream, new_key
+from fedgan_lightning.dp.statement import Guarantee
+from fedgan_lightning.federation import namespaces
+from fedgan_lightning.federation.client_privacy import BELOW, ClientLevelPrivacy
+from fedgan_lightning.federation.example_charges import ExampleCharges
+from fedgan_lightning.federation.ranks import Ranks
+from fedgan_lightning.federation.round_schedules import steps_of
+from fedgan_lightning.federation.sampling import FractionOfClients, PoissonSampling, SelectedClients
+from fedgan_lightning.federation.secure import SecureAggregation
+from fedgan_lightning.federation.transforms.private import CLIP, PrivateUpdates, with_noise
+from fedgan_lightning.gan.example_privacy import ExampleLevelPrivacy
+from fedgan_lightning.packing import Packed
+from fedgan_lightning.protocol import Aggregate, FederatedData
+
+logger = logging.getLogger("fedgan_lightning")
+
+
+class PrivacyKeeper:
+    """Charges every round of a private run before it is drawn, and has the noise that is added to its sum.
+
+    Args:
+        federation: The orchestrator.
+        model: The global module.
+        data: The clients' data.
+        folder: The run directory, for the ledger; ``None`` keeps it in memory.
+        ranks: The processes that share the run: the first one draws for all.
+
+    Raises:
+        ConfigurationError: If delta is too large, the sampler has no bound, or no noise is enough.
+    """
+
+    def __init__(
+        self,
+        federation: Any,
+        model: Any,
+        data: FederatedData,
+        *,
+        folder: Path | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.client: ClientLevelPrivacy | None = federation.privacy
+        self.example: ExampleLevelPrivacy | None = getattr(model, "privacy", None)
+        self.ranks, self.data, self.sampler = ranks if ranks is not None else Ranks(), data, federation.clients
+        self.rounds, self.draws = federation.rounds, int(getattr(model, "d_steps", 1))
+        self.steps = [_steps(federation, round) for round in range(federation.rounds)]
+        self.is_seeded = any(own is not None and own.testing_seed is not None for own in (self.client, self.example))
+        path = folder / NAME if folder is not None and self.ranks.rank == 0 else None
+        self.ledger = Ledger(path, is_seeded=self.is_seeded)
+        self._keys: dict[str, bytes] = {}
+        self._asked: dict[int, int] = {}
+        if self.client is not None:
+            count = self.num_clients
+            self.delta = self.client.delta_of(count)
+            self.divisor = self.client.expected(self.sampler, count)
+            self.z = self.client.noise_of(self.sampler, num_clients=count, rounds=self.rounds)
+            self.update_noise, self.count_noise = self.client.split_noise(self.z, self.divisor)
+            self.clip = self.client.clip
+            if warning := self.client.warning(count):
+                logger.warning(warning)
+        self.examples = None
+        if self.example is not None:
+            steps = [own * self.draws for own in self.steps]
+            self.examples = ExampleCharges(self.example, data, self.ledger, steps=steps)
+
+    @classmethod
+    def of(cls, federation: Any, model: Any, data: FederatedData, folder: Path) -> PrivacyKeeper | None:
+        """Return the keeper of a run; ``None`` for one without privacy."""
+        if federation.privacy is None and getattr(model, "privacy", None) is None:
+            return None
+        return cls(federation, model, data, folder=folder, ranks=federation.ranks)
+
+    @property
+    def num_clients(self) -> int:
+        """Clients that could ever be asked."""
+        selected = isinstance(self.sampler, SelectedClients)
+        return len(self.sampler.clients) if selected else self.data.num_clients  # type: ignore[attr-defined]
+
+    # ------------------------------------------------------------------ before a round
+
+    def is_exhausted(self, round: int) -> bool:
+        """Return whether there must not be another round, and say why."""
+        if reason := self.exhausted(round):
+            logger.warning(reason)
+        return bool(reason)
+
+    def exhausted(self, round: int) -> str:
+        """Return why there must not be another round; empty if there may be."""
+        if self.client is not None and self.client.budget is not None:
+            found = self.ledger.epsilon(
+                "client", delta=self.delta, accountant=self.client.accountant, also=[self._release()]
+            )
+            if found > self.client.budget:
+                return _exhausted(round, found, self.delta, self.client.budget, "client")
+        if self.examples is not None and self.examples.privacy.budget is not None:
+            privacy, found = self.examples.privacy, self.examples.epsilon(more=self.examples.of_round(round))
+            if found > self.examples.privacy.budget:
+                return _exhausted(round, found, privacy.delta, self.examples.privacy.budget, "example")
+        return ""
+
+    def begin_round(self, round: int) -> tuple[int, ...] | None:
+        """Charge a round, and return its cohort where it is drawn in secret; ``None`` leaves that to the sampler.
+
+        What is charged is written down before anybody is asked. A round that is given up after that is charged all the
+        same, and the next attempt has new noise.
+        """
+        seed = self.client.testing_seed if self.client is not None else 0
+        mine = {name: new_key(seed, name, round).hex() for name in ("cohort", "noise")}
+        self._keys = {name: bytes.fromhex(key) for name, key in self.ranks.exchange(mine)[0].items()}
+        if self.client is None:
+            return None
+        cohort: tuple[int, ...] | None = None
+        stream = SecretStream(self._keys["cohort"])
+        if self.client.most_rounds is None and isinstance(self.sampler, PoissonSampling):
+            cohort = stream.chosen(self.data.num_clients, rate=self.sampler.probability)
+        elif self.client.most_rounds is None and isinstance(self.sampler, FractionOfClients):
+            size = self.sampler.size(self.data.num_clients)
+            cohort = stream.subset(self.data.num_clients, size=size)
+        if self.client.most_rounds is None:
+            self.ledger.charge([self._release()])
+        return cohort
+
+    def admitted(self, cohort: Sequence[int], round: int) -> tuple[int, ...]:
+        """Return those of a cohort that may take part, and charge for them what is charged by client."""
+        if self.client is not None and self.client.most_rounds is not None:
+            most = self.client.most_rounds
+            cohort = [client for client in cohort if self._asked.get(client, 0) < most]
+            before = max(self._asked.values(), default=0)
+            self._asked |= {client: self._asked.get(client, 0) + 1 for client in cohort}
+            for _ in range(max(self._asked.values(), default=0) - before):
+                self.ledger.charge([self._release()])
+        if self.examples is not None:
+            self.examples.charge(cohort, round)
+        return tuple(cohort)
+
+    def _release(self) -> Release:
+        """Return what a round releases."""
+        assert self.client is not None
+        one = self.client.one_round(self.sampler, self.num_clients, noise_multiplier=self.z)
+        return dataclasses.replace(one, clip=float(f"{self.clip:.6g}"))
+
+    # ------------------------------------------------------------------ a round
+
+    @property
+    def hyperparameters(self) -> dict[str, float]:
+        """What clients are told: the round's bound C, where it moves."""
+        adaptive = self.client is not None and self.client.clipping == "adaptive"
+        return {CLIP: self.clip} if adaptive else {}
+
+    @property
+    def public_images(self) -> float | None:
+        """Samples that a client is taken to see in a step, where nothing may follow from data."""
+        return None if self.client is None else float(getattr(self.data, "batch_size", 1))
+
+    def transform(self) -> PrivateUpdates:
+        """Return the transform of updates of a run with client-level privacy."""
+        assert self.client is not None
+        return PrivateUpdates(clip=self.clip, scales=self.client.scales, divisor=self.divisor, noised=self.noised)
+
+    def noised(self, total: Aggregate) -> Aggregate:
+        """Return the total of a round as it is released, and move the bound C for the next."""
+        assert self.client is not None
+        below = f"{namespaces.ALGORITHM}{BELOW}"
+        stream, delta, extras = SecretStream(self._keys["noise"]), dict(total.delta), dict(total.extras)
+        if self.client.noise == "central" and self.update_noise > 0:
+            unit = self.update_noise * self.clip / self.divisor
+            stds = {name: unit * self.transform().scale(name) for name in delta}
+            delta = with_noise(delta, stds=stds, normals=stream.normals)
+        if below in extras:  # the mean of b - 1/2 over the expected cohort
+            noise = self.count_noise * float(stream.normals(1)[0]) / self.divisor
+            self.clip = self.client.next_clip(self.clip, float(extras.pop(below)) + noise + 0.5)
+        return dataclasses.replace(total, delta=Packed.of(delta), extras=Packed.of(extras))
+
+    # ------------------------------------------------------------------ what is told
+
+    def metrics(self) -> dict[str, float]:
+        """Return what has been spent, for loggers; from above, where computing it takes long."""
+        found: dict[str, float] = {}
+        if self.client is not None:
+            planned = self.client.rounds_charged(self.rounds)
+            found["privacy/epsilon"] = self.ledger.epsilon(
+                "client", delta=self.delta, accountant=self.client.accountant, planned=planned
+            )
+            if self.client.clipping == "adaptive":
+                found["privacy/clip"] = self.clip
+        if self.examples is not None:
+            found["privacy/epsilon_example"] = self.examples.epsilon(planned=sum(self.examples.steps))
+        return {name: value for name, value in found.items() if math.isfinite(value)}
+
+    def guarantees(self, *, planned: bool = False) -> list[Guarantee]:
+        """Return what is guaranteed, by unit.
+
+        Args:
+            planned: After all rounds, and not for what has been spent.
+        """
+        found: list[Guarantee] = []
+        if self.client is not None:
+            count = self.client.rounds_charged(self.rounds)
+            release = self._release()
+            spent = [dataclasses.replace(release, count=count)] if planned else self.ledger.of("client")
+            found.append(
+                Guarantee(
+                    release=dataclasses.replace(release, count=sum(own.count for own in spent)),
+                    epsilon=epsilon_of(spent, delta=self.delta, accountant=self.client.accountant),
+                    delta=self.delta,
+                    accountant=self.client.accountant,
+                    population=self.num_clients,
+                    noise=self.client.noise,
+                    is_seeded=self.is_seeded,
+                )
+            )
+        if self.examples is not None:
+            of_examples = self.examples.guarantee(planned=planned, is_seeded=self.is_seeded)
+            found += [] if of_examples is None else [of_examples]
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a summary says, as plain values."""
+        found: dict[str, Any] = {own.unit: own.plain() for own in self.guarantees()}
+        return {**({"note": NOT_PRIVATE} if self.is_seeded else {}), **found}  # summary.json has it
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the ledger, the bound, and how often clients took part; no key is in it."""
+        return {
+            "ledger": self.ledger.state_dict(),
+            "clip": getattr(self, "clip", 0.0),
+            "asked": {str(client): count for client, count in self._asked.items()},
+            "steps": {} if self.examples is None else self.examples.state_dict(),
+        }
+
+    def restore(self, state: Mapping[str, Any] | None) -> None:
+        """Begin a run, or go on with one.
+
+        Raises:
+            CheckpointError: If the ledger is shorter than the checkpoint's.
+        """
+        if state is None:
+            self.ledger.begin()
+            return
+        charged = _total(state["ledger"]["releases"], "client")
+        self.ledger.restore(state["ledger"])
+        self.clip = float(state["clip"])
+        beyond = sum(own.count for own in self.ledger.of("client")) - charged  # of rounds that no checkpoint knows
+        self._asked = {int(client): int(count) + beyond for client, count in state["asked"].items()}
+        if self.examples is not None:
+            self.examples.restore(state["steps"])
+
+
+def private_parts(federation: Any) -> list[PrivateUpdates]:
+    """Return what comes first of a chain of transforms: at the server with noise, at a site without."""
+    if federation.privacy is None:
+        return []
+    if federation.keeper is not None:
+        return [federation.keeper.transform()]
+    privacy: ClientLevelPrivacy = federation.privacy
+    return [PrivateUpdates(clip=privacy.clip, scales=privacy.scales, divisor=1.0)]
+
+
+def effective_noise(z: float, *, clip: float, secure: SecureAggregation, numbers: int) -> float:
+    """Return z of noise that is added to rounded updates: rounding to steps lengthens each by step sqrt(d) / 2.
+
+    Args:
+        z: The noise multiplier.
+        clip: The bound C.
+        secure: Says how long a step is.
+        numbers: d: numbers of an update.
+    """
+    longer = secure.ring("delta", "").step * math.sqrt(numbers) / 2
+    return z * clip / (clip + longer)
+
+
+def total_steps(federation: Any, model: Any) -> int:
+    """Return the steps of a client's discriminator in a run, all rounds of which it takes part in."""
+    return sum(_steps(federation, round) for round in range(federation.rounds)) * int(getattr(model, "d_steps", 1))
+
+
+def _steps(federation: Any, round: int) -> int:
+    scheduled: Mapping[str, Any] = steps_of(federation.schedules, round, federation.rounds)
+    return int(scheduled.get("steps") or federation.local_steps or 0)
+
+
+def _exhausted(round: int, epsilon: float, delta: float, budget: float, unit: str) -> str:
+    return (
+        f"round {round} would bring epsilon to {epsilon:.4g} at delta {delta:.3g} for one {unit}; the budget is "
+        f"{budget:.4g}: training ends here"
+    )
+
+
+def _total(releases: Sequence[Mapping[str, Any]], unit: str) -> int:
+    return sum(int(own["count"]) for own in releases if own["unit"] == unit)
