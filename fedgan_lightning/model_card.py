@@ -19,16 +19,18 @@ def card(summary: Mapping[str, Any], *, model: Any, data: Any) -> str:
         model: The global module.
         data: Its data module.
     """
-    sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
+    children = [(name, child) for name, child in model.named_children() if any(True for _ in child.parameters())]
+    sizes = {name: sum(p.numel() for p in child.parameters()) for name, child in children}
     source = getattr(data, "source", None)
+    trained_on, clients = type(data if source is None else source).__name__, getattr(data, "num_clients", 0)
     lines = [
         f"# {type(model).__name__} trained by a federation",
         "",
-        "## What it is",
+        "## What it is, in parameters",
         "",
-        *(f"- {n}: {type(getattr(model, n)).__name__}, {own:,} numbers" for n, own in sizes.items() if own),
+        *(f"- {n}: {type(getattr(model, n)).__name__}, {count:,}" for n, count in sizes.items()),
         f"- Status: {summary['status']}, after {summary['rounds']} rounds.",
-        f"- Trained on: {type(data if source is None else source).__name__}, {getattr(data, 'num_clients', 0)} clients.",
+        f"- Trained on: {trained_on}, {clients} clients.",
         f"- Seed: {summary['seed']}.",
         "",
         "## Privacy",

@@ -187,6 +187,7 @@ LAYERS = {
     "federation.client_privacy": 4,
     "federation.transforms.private": 5,
     "federation.example_charges": 4,
+    "federation.distributed_noise": 5,
     "federation.privacy_keeper": 6,
     "federation.privacy_checks": 8,
     "federation.continuation": 6,

@@ -21,7 +21,8 @@ from fedgan_lightning.deployment import masking, wire
 from fedgan_lightning.deployment.masking import Keys, Member, Shares
 from fedgan_lightning.deployment.signatures import Signatures, consent_text
 from fedgan_lightning.errors import ProtocolError, message
-from fedgan_lightning.federation.secure import FEWEST, SecureAggregation, Summand, sizes_of
+from fedgan_lightning.federation.distributed_noise import NoiseShares
+from fedgan_lightning.federation.secure import FEWEST, NARROW, SecureAggregation, Summand, sizes_of
 from fedgan_lightning.files import replacing
 from fedgan_lightning.packing import Layout
 from fedgan_lightning.protocol import State
@@ -183,12 +184,13 @@ class Session:
         # From here on nothing but the answer to the last message is left to be asked for: no vector is masked twice.
         self._write(replace(known, stage=MASKED, held=held))
 
-    def masked(self, session: int, groups: Mapping[str, State]) -> Summand:
+    def masked(self, session: int, groups: Mapping[str, State], *, noise: NoiseShares | None = None) -> Summand:
         """Return this site's states under its masks, weighted as :func:`shares_of` says.
 
         Args:
             session: The session, whose shares :meth:`open` took.
             groups: States by group.
+            noise: Its share of a noise that no server can take away.
 
         Raises:
             UpdateError: If an entry is not finite or out of range.
@@ -199,6 +201,10 @@ class Session:
         shares = shares_of(known.members, [self.client_id], weight=self.weight)
         found = Summand.of(groups, shares=shares, secure=self.secure)
         narrow, wide = sizes_of(found.layouts)
+        if noise is not None:
+            options: dict[str, Any] = {"num_members": len(known.members), "purpose": (session, self.client_id)}
+            share = noise.shares(found.layouts[NARROW], **options)
+            found = found.plus(share, np.zeros(wide, np.uint64))
         found = found.plus(*masking.mask(known.seed, narrow=narrow, wide=wide))
         for k in sorted(known.held):
             if k == self.client_id:

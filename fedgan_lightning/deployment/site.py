@@ -39,6 +39,7 @@ from fedgan_lightning.federation.algorithm import FederatedAlgorithm
 from fedgan_lightning.federation.client_settings import begin, client_options, context_of
 from fedgan_lightning.federation.client_update import ClientContext
 from fedgan_lightning.federation.costs import bytes_by_network
+from fedgan_lightning.federation.distributed_noise import NoiseShares
 from fedgan_lightning.federation.local import LocalTrainer
 from fedgan_lightning.federation.optimizer_state import only_moments
 from fedgan_lightning.federation.report import is_position, lengths
@@ -365,18 +366,25 @@ class Site:
             UpdateError: If it is not finite or out of range; names the client.
         """
         states = checked_states(update)
-        metrics = {**update.metrics, **lengths(update.delta, sorted({network_of(name) for name in update.delta}))}
+        metrics = dict(update.metrics)
+        if self.orchestrator.privacy is None:
+            metrics |= lengths(update.delta, sorted({network_of(name) for name in update.delta}))
         clear = {n: v for n, v in metrics.items() if n in CLEAR or is_position(n)}
         others = {n: torch.tensor(v, dtype=torch.float64) for n, v in sorted(metrics.items()) if n not in clear}
-        return self._masked(session, {"delta": states[0], "extras": states[1], "metrics": others}, clear)
+        privacy, secure = self.orchestrator.privacy, self.orchestrator.secure
+        is_noised = privacy is not None and privacy.noise == "distributed" and secure is not None
+        noise = NoiseShares(privacy, secure) if is_noised else None  # type: ignore[arg-type]
+        return self._masked(session, {"delta": states[0], "extras": states[1], "metrics": others}, clear, noise)
 
     def masked_sums(self, session: int, sums: State) -> Any:
         """Return sums over samples under masks as records."""
         return self._masked(session, {"sums": sums}, {})
 
-    def _masked(self, session: int, groups: Mapping[str, State], clear: Mapping[str, float]) -> Any:
+    def _masked(
+        self, session: int, groups: Mapping[str, State], clear: Mapping[str, float], noise: NoiseShares | None = None
+    ) -> Any:
         try:
-            summand = self.session().masked(session, groups)
+            summand = self.session().masked(session, groups, noise=noise)
         except UpdateError as error:
             raise type(error)(f"client {self.client_id}: {error}") from error
         return summand_to_content(summand, facts=wire.from_metrics(clear))

@@ -127,6 +127,12 @@ class ClientLevelPrivacy:
                     f"federation.privacy.{name} with noise=central",
                     "set noise to distributed, or leave it out",
                 )
+        if noise == "distributed" and noise_multiplier is None:
+            raise refused(
+                "every client must know the noise multiplier that its share follows from",
+                f"noise=distributed with epsilon={epsilon:g}",
+                "set noise_multiplier: python -m fedgan_lightning privacy --target EPSILON says which",
+            )
         if noise == "distributed" and clipping == "adaptive":
             raise refused(
                 "adaptive clipping must have a server that adds the noise of its count",

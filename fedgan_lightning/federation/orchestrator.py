@@ -35,6 +35,7 @@ from fedgan_lightning.federation.client_privacy import ClientLevelPrivacy
 from fedgan_lightning.federation.client_settings import Begun, begin, client_options, context_of
 from fedgan_lightning.federation.continuation import take_over
 from fedgan_lightning.federation.costs import CostLedger, cost_metrics
+from fedgan_lightning.federation.distributed_noise import with_survivors
 from fedgan_lightning.federation.executors import AutoExecutor, AutotunedExecutor
 from fedgan_lightning.federation.kept_attributes import check_attributes
 from fedgan_lightning.federation.policy import Buffers, IntegerBuffers, OptimizerState, Policy, Sync, resolve
@@ -155,7 +156,7 @@ class FederatedOrchestrator(L.Callback):
         self.aggregator = aggregator if aggregator is not None else WeightedMean()
         self.rules, self.validator = rules if rules is not None else RoundRules(), validator
         self.rules.check(self.aggregator)
-        self.secure, self.privacy = secure, privacy
+        self.secure, self.privacy = with_survivors(secure, privacy), privacy
         self.keeper: PrivacyKeeper | None = None  # of a run with privacy, once it has begun
         if secure is not None:
             secure.check(aggregator=self.aggregator, rules=self.rules, validator=validator)
@@ -169,8 +170,7 @@ class FederatedOrchestrator(L.Callback):
         self.ledger, self.store = CostLedger(), ClientStore()
         #: Settings that a resumed run must share, as nested plain values; without them, what everything was made of.
         self.settings: dict[str, Any] = {}
-        self.accept_changes, self.signals = False, StopSignals()
-        self._clock = ClientClock()
+        self.accept_changes, self.signals, self._clock = False, StopSignals(), ClientClock()
         self._restored: Mapping[str, Any] | None = None
         self._fingerprint, self._files_at = RunFingerprint(), Path()
         self._reports: list[RoundReport] = []
@@ -327,9 +327,9 @@ class FederatedOrchestrator(L.Callback):
 
     def _fire(self, trainer: L.Trainer, server: ServerModule, event: RoundInfo | ClientUpdate | RoundReport) -> None:
         """Call the hooks of all callbacks for what happens in a round."""
-        if self.privacy is not None:  # of single clients, and of who is asked, nobody hears
-            if isinstance(event, ClientUpdate):
-                return
+        if self.privacy is not None and isinstance(event, ClientUpdate):
+            return  # of single clients, and of who is asked, nobody hears
+        if self.privacy is not None:
             event = replace(event, cohort=()) if isinstance(event, RoundInfo) else event
         hooks = {RoundInfo: "on_round_start", ClientUpdate: "on_client_end", RoundReport: "on_attempt_end"}
         if isinstance(event, RoundInfo):

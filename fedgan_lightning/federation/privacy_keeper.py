@@ -15,6 +15,7 @@ from fedgan_lightning.dp.randomness import SecretStream, new_key
 from fedgan_lightning.dp.statement import Guarantee
 from fedgan_lightning.federation import namespaces
 from fedgan_lightning.federation.client_privacy import BELOW, ClientLevelPrivacy
+from fedgan_lightning.federation.distributed_noise import check_range
 from fedgan_lightning.federation.example_charges import ExampleCharges
 from fedgan_lightning.federation.ranks import Ranks
 from fedgan_lightning.federation.round_schedules import steps_of
@@ -66,6 +67,14 @@ class PrivacyKeeper:
             self.delta = self.client.delta_of(count)
             self.divisor = self.client.expected(self.sampler, count)
             self.z = self.client.noise_of(self.sampler, num_clients=count, rounds=self.rounds)
+            self.accounted = self.z
+            if self.client.noise == "distributed":
+                check_range(self.client, federation.secure)
+                parameters = dict(model.named_parameters())
+                numbers = sum(parameters[own].numel() for own in federation.policy_of(model).shared_parameters)
+                self.accounted = effective_noise(
+                    self.z, clip=self.client.clip, secure=federation.secure, numbers=numbers
+                )
             self.update_noise, self.count_noise = self.client.split_noise(self.z, self.divisor)
             self.clip = self.client.clip
             if warning := self.client.warning(count):
@@ -148,7 +157,7 @@ class PrivacyKeeper:
     def _release(self) -> Release:
         """Return what a round releases."""
         assert self.client is not None
-        one = self.client.one_round(self.sampler, self.num_clients, noise_multiplier=self.z)
+        one = self.client.one_round(self.sampler, self.num_clients, noise_multiplier=self.accounted)
         return dataclasses.replace(one, clip=float(f"{self.clip:.6g}"))
 
     # ------------------------------------------------------------------ a round

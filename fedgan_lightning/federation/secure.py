@@ -6,6 +6,7 @@ The server learns the sum of the clients' updates and no single one. The protoco
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -107,10 +108,17 @@ class SecureAggregation:
     ) -> None:
         self.threshold, self.max_update, self.max_value = threshold, max_update, max_value
         self.consistency, self.strikes = consistency, strikes
+        self._fewest = FEWEST
+
+    def of_at_least(self, survivors: int) -> SecureAggregation:
+        """Return the same, with sums that are opened only if so many clients are in them."""
+        found = copy.copy(self)
+        found._fewest = max(survivors, FEWEST)
+        return found
 
     def needed(self, num_clients: int) -> int:
         """Return how many of so many clients must stay: more than half of them, and never fewer than three."""
-        return max(math.ceil(self.threshold * num_clients - 1e-9), num_clients // 2 + 1, FEWEST)
+        return max(math.ceil(self.threshold * num_clients - 1e-9), num_clients // 2 + 1, self._fewest)
 
     def check(self, *, aggregator: Aggregator, rules: RoundRules, validator: UpdateValidator | None) -> None:
         """Refuse what needs single updates.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any, Literal
 
 from torch import nn
@@ -16,8 +16,9 @@ from fedgan_lightning.gan.penalties import Penalty
 from fedgan_lightning.gan.steps import shares_passes
 from fedgan_lightning.options import checked
 
-#: Standard deviations of a sample's size above its mean that the rows of a minibatch leave room for.
-ROOM = 6.0
+#: Probability of a sample that is larger than the rows of a minibatch, at most: a million steps at epsilon 20 change
+#: delta by 1e-10 then, so that such samples need no accountant of their own.
+NEVER = 1e-25
 #: Layers that two passes know the gradients of.
 TWO_PASS_LAYERS = (nn.Linear, nn.Embedding)
 
@@ -40,8 +41,8 @@ class ExampleLevelPrivacy:
         epsilon: What all steps together may cost the client that pays most; z is calibrated to it.
         budget: With ``noise_multiplier``: the run ends before a round that would bring epsilon above it.
         delta: Probability with which the guarantee may fail; below one over the number of a client's records.
-        capacity: Rows of a minibatch: samples that are larger are cut, which is accounted for; default six standard
-            deviations above B.
+        capacity: Rows of a minibatch: samples that are larger are cut, which is accounted for; default so many that
+            none ever is (one in 10^25).
         clipping: ``exact`` keeps a gradient for every record; ``two_pass`` computes its norm from activations (linear
             layers and embeddings, no penalties on real samples), in a fraction of time and memory.
         chunk_size: Records whose gradients are kept at a time.
@@ -105,8 +106,9 @@ class ExampleLevelPrivacy:
     @property
     def rows(self) -> int:
         """Rows of a minibatch: records, and what fills up."""
-        room = math.ceil(self.batch_size + ROOM * math.sqrt(self.batch_size))
-        return room if self.capacity is None else self.capacity
+        if self.capacity is not None:
+            return self.capacity
+        return _room_for(self.batch_size)
 
     def rate(self, num_examples: int) -> float:
         """Return q = B / N_k, at most 1."""
@@ -117,7 +119,7 @@ class ExampleLevelPrivacy:
         rate, rows = self.rate(num_examples), self.rows
         common: dict[str, Any] = {"unit": "example", "noise_multiplier": noise_multiplier, "count": count}
         common |= {"rate": rate, "clip": float(self.clip)}
-        if rows >= num_examples:
+        if _exceeds(rows, num_examples, rate) <= NEVER:
             return Release(sampling="poisson" if rate < 1 else "all", **common)
         return Release(sampling="truncated_poisson", population=num_examples, most=rows, **common)
 
@@ -205,6 +207,25 @@ def check_gan(gan: Any) -> None:
     for is_wrong, rule, received, fix in cases:
         if is_wrong:
             raise _refused(rule, received, fix)
+
+
+@lru_cache
+def _room_for(batch_size: int) -> int:
+    """Return the rows that no sample of so many expected records exceeds."""
+    from scipy.stats import poisson
+
+    rows = 2 * batch_size
+    while poisson.sf(rows, batch_size) > NEVER:  # which bounds the binomial's: samples without replacement vary less
+        rows += 1
+    return rows
+
+
+@lru_cache
+def _exceeds(rows: int, num_examples: int, rate: float) -> float:
+    """Return how likely a sample is that is larger than so many rows."""
+    from scipy.stats import binom
+
+    return float(binom.sf(rows, num_examples, rate))
 
 
 def alone() -> ConfigurationError:

@@ -34,7 +34,8 @@ def served(**options):
 def private_gan(**options):
     """Return a GAN with example-level privacy whose noise can be drawn again."""
     chosen = {"clip": 0.5, "noise_multiplier": 1.0, "delta": 1e-3, "batch_size": 8, "testing_seed": 1, **options}
-    return ring_gan(optimizer=sgd, privacy=ExampleLevelPrivacy(**chosen))
+    penalties = {"penalties": []} if chosen.get("clipping") == "two_pass" else {}
+    return ring_gan(optimizer=sgd, privacy=ExampleLevelPrivacy(**chosen), **penalties)
 
 
 def answer(seed=0, *, scale=1.0, size=10, client_id=0):

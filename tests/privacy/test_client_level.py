@@ -297,7 +297,7 @@ def test_nothing_of_single_clients_is_told():
 
 def test_a_budget_ends_the_run_before_the_round_that_would_exceed_it(caplog):
     by = private_settings(noise_multiplier=2.0, budget=6.0)
-    server, orchestrator, trainer = federate(ring_gan(optimizer=sgd), ring_data(), **{**by, "rounds": 50})
+    server, orchestrator, _ = federate(ring_gan(optimizer=sgd), ring_data(), **{**by, "rounds": 50})
     spent = orchestrator.keeper.guarantees()[0].epsilon
     assert 0 < server.rounds_completed < 50
     assert spent <= 6.0
