@@ -257,9 +257,10 @@ def serve_over(
             needed = max(orchestrator.rules.needed(num_clients), min(orchestrator.aggregator.needed, num_clients))
             if orchestrator.secure is not None:
                 needed = max(needed, orchestrator.secure.needed(num_clients))
-        if orchestrator.secure is None and orchestrator.validator is None:
-            orchestrator.validator = UpdateValidator(strikes=STRIKES)  # no answer of a site ends a run
-        strikes = (orchestrator.secure or orchestrator.validator).strikes
+        default = UpdateValidator(strikes=STRIKES)  # no answer of a site ends a run; under privacy it counts as zero
+        if orchestrator.secure is None and orchestrator.validator is None and orchestrator.privacy is None:
+            orchestrator.validator = default
+        strikes = (orchestrator.secure or orchestrator.validator or default).strikes
         told = {"memory": memory, "needed": needed, "strikes": strikes, "accept_changes": orchestrator.accept_changes}
         told |= {"expelled": () if keys is None else expelled_from(keys), "owners": owners}
         sites = Sites(grid, num_clients=num_clients, digest=digest, **told)

@@ -58,6 +58,10 @@ class SiteData:
     def steps_per_epoch(self, client_id: int) -> int:
         return steps_per_epoch(len(self.view), batch_size=self.batch_size, drop_last=self.drop_last)
 
+    def client_samples(self, client_id: int) -> ClientSamples:
+        """Return the site's samples, as a view; example-level privacy draws them one by one."""
+        return self.view
+
     def client_batches(self, client_id: int, *, first_step: int, num_steps: int) -> BatchStream:
         return TimedStream(
             self.view,
