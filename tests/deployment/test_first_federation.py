@@ -169,6 +169,7 @@ def begun(place) -> tuple[subprocess.Popen, list[subprocess.Popen]]:
     return server, sites
 
 
+@pytest.mark.slow  # three minutes, most of them the start of processes
 def test_the_documented_steps_lead_to_rounds_and_a_foreign_app_runs_nowhere(place):
     """Nine commands for three sites; what the server's operator starts beside is named in the sites' logs."""
     folder = place.folder
