@@ -41,7 +41,7 @@ def test_commands_name_real_subcommands_and_configurations():
     from fedgan_lightning.cli import FederatedCLI
 
     used = set(re.findall(r"python -m fedgan_lightning (\w+)", TEXT))
-    assert used == {*FederatedCLI.subcommands(), "report", "deploy"} - {"site"}
+    assert used == {*FederatedCLI.subcommands(), "report", "deploy", "privacy"} - {"site"}
     for config in re.findall(r"configs/\w+\.yaml", TEXT):
         assert (ROOT / config).exists(), config
 
