@@ -367,18 +367,15 @@ class UpdateTransform(ABC):
     """
 
     def check(self, *, is_secure: bool) -> None:  # noqa: B027 - most transforms go with everything
-        """Refuse what this transform cannot go with.
-
-        Args:
-            is_secure: Whether the server sees sums only.
-
-        Raises:
-            ConfigurationError: If there is something.
-        """
+        """Refuse what this transform cannot go with, by a ConfigurationError; ``is_secure``: the server sees sums."""
 
     def schema(self, entries: Mapping[str, UpdateEntry]) -> dict[str, UpdateEntry]:
         """Return the entries that leave this transform, given those that enter it."""
         return dict(entries)
+
+    def own_entries(self) -> Mapping[str, UpdateEntry]:
+        """Return scalars that come up beside an update, by names of an algorithm; :meth:`client` fills them in."""
+        return {}
 
     def client_state(self, entries: Mapping[str, UpdateEntry]) -> State:
         """Return the private state of a client that has none yet."""

@@ -83,6 +83,18 @@ ALGORITHMS = {
         "--federation.schedules={learning_rate: {class_path: StepRounds, init_args: {values: {0: 1.0, 4: 0.1}}}}",
         *SGD,
     ],
+    "private clients, secret cohorts, a bound that moves": [
+        *("--federation.local_epochs=null", "--federation.local_steps=4", "--federation.optimizer_state=reset"),
+        "--federation.aggregator={class_path: WeightedMean, init_args: {weighting: uniform}}",
+        "--federation.clients={class_path: PoissonSampling, init_args: {probability: 0.7, secret: true}}",
+        *(
+            "--federation.privacy.clip=0.05",
+            "--federation.privacy.noise_multiplier=1",
+            "--federation.privacy.delta=0.1",
+        ),
+        *("--federation.privacy.clipping=adaptive", "--federation.privacy.count_noise=2"),
+        "--federation.privacy.testing_seed=1",
+    ],
 }
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 from fedgan_lightning.errors import ConfigurationError, message
@@ -32,6 +33,8 @@ Accountant = Literal["pld", "rdp"]
 #: Between which data sets a guarantee holds, in words.
 RELATIONS = {"fixed_size": "one replaced by another"}
 ADD_OR_REMOVE = "one added or removed"
+#: Points between none and all rounds of a run at which epsilon is computed.
+POINTS = 20
 #: How far below a target epsilon a calibrated noise may stay.
 TOLERANCE = 1e-4
 #: How much less noise the tight accountant needs at most, as a guess.
@@ -128,6 +131,36 @@ def check_accountant(name: str, releases: Sequence[Release] = ()) -> None:
             )
 
 
+def check_target(noise_multiplier: float | None, epsilon: float | None, budget: float | None, *, where: str) -> None:
+    """Refuse both or neither of a noise multiplier and an epsilon to calibrate it to, and a budget without noise.
+
+    Raises:
+        ConfigurationError: If it is so.
+    """
+    if (noise_multiplier is None) == (epsilon is None):
+        received = "neither" if epsilon is None else f"noise_multiplier={noise_multiplier:g} and epsilon={epsilon:g}"
+        raise refused(
+            f"exactly one of {where}.noise_multiplier and {where}.epsilon must be given", received, "set one of them"
+        )
+    if budget is not None and epsilon is not None:
+        raise refused(
+            "a budget must go with a noise multiplier: epsilon is one by itself",
+            f"budget={budget:g} and epsilon={epsilon:g}",
+            "leave out the budget",
+        )
+    if budget is not None and noise_multiplier == 0:
+        raise refused(
+            "without noise epsilon is infinite",
+            f"budget={budget:g} with noise_multiplier=0",
+            "set noise_multiplier > 0",
+        )
+
+
+def refused(rule: str, received: object, fix: str) -> ConfigurationError:
+    """Return the error that says why settings give no guarantee."""
+    return ConfigurationError(message(rule, received=received, fix=fix))
+
+
 @checked(delta="(0, 1)")
 def epsilon_of(releases: Sequence[Release], *, delta: float, accountant: Accountant = "pld") -> float:
     """Return the epsilon at ``delta`` of all releases together; infinite without noise, 0 without a release.
@@ -145,7 +178,26 @@ def epsilon_of(releases: Sequence[Release], *, delta: float, accountant: Account
         return 0.0
     if any(release.noise_multiplier <= 0 for release in listed):
         return math.inf
-    return float(_composed(listed, accountant).get_epsilon(delta))
+    counts: dict[Release, int] = {}
+    for release in listed:
+        counts[release.kind] = counts.get(release.kind, 0) + release.count
+    return _epsilon(tuple(replace(kind, count=count) for kind, count in counts.items()), delta, accountant)
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(releases: tuple[Release, ...], delta: float, accountant: Accountant) -> float:
+    """Return the same for kinds that are listed once; a run asks for the same again and again."""
+    return float(_composed(releases, accountant).get_epsilon(delta))
+
+
+def rounded_up(count: int, *, planned: int) -> int:
+    """Return a count, rounded up to a multiple of a twentieth of those planned, and to no more than these.
+
+    Epsilon of a rounded count bounds that of the count from above; computing it for every count would take half a
+    second each.
+    """
+    step = max(1, planned // POINTS)
+    return max(count, min(math.ceil(count / step) * step, planned))
 
 
 def delta_at(releases: Sequence[Release], *, epsilon: float) -> float:
@@ -280,11 +332,8 @@ def _composed(releases: Sequence[Release], accountant: Accountant) -> Any:
     replaces = releases[0].sampling == "fixed_size"
     relation = da.NeighboringRelation.REPLACE_ONE if replaces else da.NeighboringRelation.ADD_OR_REMOVE_ONE
     made = da.pld.PLDAccountant(relation) if accountant == "pld" else da.rdp.RdpAccountant(None, relation)
-    counts: dict[Release, int] = {}
     for release in releases:
-        counts[release.kind] = counts.get(release.kind, 0) + release.count
-    for kind, count in counts.items():
-        made.compose(_event(da, kind), count)
+        made.compose(_event(da, release), release.count)
     return made
 
 

@@ -8,20 +8,20 @@ checkpoint pays again for the rounds that it repeats.
 from __future__ import annotations
 
 import json
-import math
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fedgan_lightning.dp.accounting import Accountant, Release, Unit, epsilon_of
+from fedgan_lightning.dp.accounting import Accountant, Release, Unit, epsilon_of, rounded_up
 from fedgan_lightning.errors import CheckpointError, message
 from fedgan_lightning.files import write_json
 
+logger = logging.getLogger("fedgan_lightning")
+
 #: Name of the file in the run directory.
 NAME = "privacy.json"
-#: Points between none and all rounds of a run at which epsilon is computed; in between the next one's bounds it.
-POINTS = 20
 #: What every output of a run says whose noise can be drawn again.
 NOT_PRIVATE = "NOT PRIVATE (seeded noise)"
 
@@ -37,7 +37,8 @@ class Ledger:
     def __init__(self, path: Path | None = None, *, is_seeded: bool = False) -> None:
         self.path, self.is_seeded = path, is_seeded
         self.releases: list[Release] = []
-        self._known: dict[Any, float] = {}
+        #: What single clients have taken part in, by kind of count and client; written down with the releases.
+        self.counts: dict[str, dict[str, int]] = {}
 
     def charge(self, releases: Iterable[Release]) -> None:
         """Write down releases that are about to be made; like ones are counted together."""
@@ -80,15 +81,9 @@ class Ledger:
                 since it takes half a second; 0 computes it for what there is.
             also: Releases that would be next.
         """
-        counts: dict[Release, int] = {}
-        for release in (*self.of(unit), *also):
-            counts[release.kind] = counts.get(release.kind, 0) + release.count
-        step = max(1, planned // POINTS)
-        rounded = tuple(replace(kind, count=_up(count, step, planned)) for kind, count in counts.items())
-        key = (rounded, delta, accountant)
-        if key not in self._known:
-            self._known[key] = epsilon_of(rounded, delta=delta, accountant=accountant)
-        return self._known[key]
+        counts = _counts((*self.of(unit), *also))
+        rounded = [replace(kind, count=rounded_up(count, planned=planned)) for kind, count in counts.items()]
+        return epsilon_of(rounded, delta=delta, accountant=accountant)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -97,6 +92,7 @@ class Ledger:
         return {
             "note": NOT_PRIVATE if self.is_seeded else "",
             "releases": [asdict(release) for release in self.releases],
+            "counts": self.counts,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -107,28 +103,32 @@ class Ledger:
         """
         of_checkpoint = _read(state, "the checkpoint")
         if self.path is None:
-            self.releases = of_checkpoint
+            self.take(state)
             return
+        written: Mapping[str, Any] = {"releases": [], "counts": {}}
         try:
-            of_file = _read(json.loads(self.path.read_text(encoding="utf-8")), self.path.name)
-        except FileNotFoundError:
-            of_file = []
+            if self.path.exists():
+                written = json.loads(self.path.read_text(encoding="utf-8"))
+            of_file = _read(written, self.path.name)
         except (ValueError, KeyError, TypeError) as error:
             raise _shorter(self.path, f"a file that cannot be read ({error})") from error
         spent, known = _counts(of_file), _counts(of_checkpoint)
         if missing := [kind for kind, count in known.items() if spent.get(kind, 0) < count]:
             short = missing[0]
             raise _shorter(self.path, f"{spent.get(short, 0)} of {known[short]} releases ({short.words})")
-        self.releases = of_file
+        self.take(written)
+
+    def take(self, state: Mapping[str, Any]) -> None:
+        """Take over a state as it is."""
+        self.releases = _read(state, "a ledger")
+        self.counts = {kind: {str(k): int(n) for k, n in own.items()} for kind, own in state["counts"].items()}
 
     def begin(self) -> None:
-        """Start a new run: nothing has been released."""
-        self.releases = []
+        """Start a run; what an attempt has released that was killed before its first checkpoint stays spent."""
+        self.restore(Ledger().state_dict())
+        if self.releases:
+            logger.warning(f"{NAME} holds releases of an earlier attempt in this directory: they count")
         self.write()
-
-
-def _up(count: int, step: int, planned: int) -> int:
-    return max(count, min(math.ceil(count / step) * step, planned))
 
 
 def _counts(releases: Iterable[Release]) -> dict[Release, int]:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import secrets
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -153,8 +152,3 @@ def sum_is_normal(sigma: float, number: int) -> float:
         number: How many are added.
     """
     return 10.0 * sum(math.exp(-2.0 * math.pi**2 * sigma**2 * k / (k + 1)) for k in range(1, number))
-
-
-def joined(keys: Sequence[str]) -> bytes:
-    """Return the key that the first of several processes has drawn, from what all have exchanged, as text."""
-    return bytes.fromhex(keys[0])

@@ -20,8 +20,8 @@ LEAVES = (
 OUTSIDE = {
     "client": (
         "Outside of it: numbers of samples that clients state when they join, label counts, vocabularies and items "
-        "that clients agree on, times and bytes of rounds, metrics and pictures that compare with private data, "
-        "settings that were chosen by looking at private data, and whatever a client's own disk holds."
+        "that clients agree on, how many took part in a round, its times and bytes, metrics and pictures that compare "
+        "with private data, settings that were chosen by looking at private data, and what a client's own disk holds."
     ),
     "example": (
         "Outside of it: numbers of samples, label counts, vocabularies and items that clients agree on, private states "

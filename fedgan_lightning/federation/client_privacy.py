@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
-import torch
-
-from fedgan_lightning.dp.accounting import Accountant, Release, check_accountant, noise_for
-from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.dp.accounting import Accountant, Release, check_accountant, check_target, noise_for, refused
 from fedgan_lightning.federation.optimizer_state import SCHEDULE
 from fedgan_lightning.federation.sampling import AllClients, FractionOfClients, PoissonSampling, SelectedClients
 from fedgan_lightning.options import checked
-from fedgan_lightning.protocol import ClientSampler, UpdateEntry
+from fedgan_lightning.protocol import ClientSampler
 
 #: Clients below which noise that hides one of them drowns what the others say.
 FEW = 100
-#: Entry by which a client says whether its update was below the bound: 1/2 if it was, -1/2 if not.
-BELOW = "clipping/below"
 #: What a client says of itself that follows from its task alone.
 PUBLIC = ("steps", "optimizer_steps")
 #: Share of the expected cohort that the noise of the clipping's count is, unless settings say otherwise.
@@ -107,20 +103,13 @@ class ClientLevelPrivacy:
         check_target(noise_multiplier, epsilon, budget, where="federation.privacy")
         self.clip, self.noise_multiplier, self.epsilon, self.budget = float(clip), noise_multiplier, epsilon, budget
         self.delta, self.clipping, self.scales = delta, clipping, dict(scales or {})
-        self.target_quantile, self.clip_learning_rate, self.count_noise = (
-            target_quantile,
-            clip_learning_rate,
-            count_noise,
-        )
+        self.target_quantile, self.clip_learning_rate = target_quantile, clip_learning_rate
+        self.count_noise = count_noise
         self.noise, self.survivors, self.colluding = noise, survivors, colluding
         self.accountant: Accountant = accountant  # type: ignore[assignment] # gdp is refused above
         self.most_rounds, self.expected_clients = most_rounds, expected_clients
         self.public_test_data, self.testing_seed = public_test_data, testing_seed
-        distributed: list[tuple[bool, str]] = [
-            (survivors is not None, "survivors"),
-            (colluding > 0, "colluding"),
-        ]
-        for is_given, name in distributed:
+        for name, is_given in {"survivors": survivors is not None, "colluding": colluding > 0}.items():
             if is_given and noise == "central":
                 raise refused(
                     f"{name} must belong to distributed noise",
@@ -219,8 +208,7 @@ class ClientLevelPrivacy:
         count = self.rounds_charged(rounds)
 
         def all_rounds(z: float) -> list[Release]:
-            one = self.one_round(sampler, num_clients, noise_multiplier=z)
-            return [Release(**{**vars(one), "count": count})]
+            return [replace(self.one_round(sampler, num_clients, noise_multiplier=z), count=count)]
 
         target = {"epsilon": self.epsilon, "delta": self.delta_of(num_clients), "accountant": self.accountant}
         return noise_for(all_rounds, **target)  # type: ignore[arg-type]
@@ -258,44 +246,6 @@ class ClientLevelPrivacy:
         )
 
 
-def check_target(noise_multiplier: float | None, epsilon: float | None, budget: float | None, *, where: str) -> None:
-    """Refuse both or neither of a noise multiplier and an epsilon to calibrate it to, and a budget without noise.
-
-    Raises:
-        ConfigurationError: If it is so.
-    """
-    if (noise_multiplier is None) == (epsilon is None):
-        received = "neither" if epsilon is None else f"noise_multiplier={noise_multiplier:g} and epsilon={epsilon:g}"
-        raise refused(
-            f"exactly one of {where}.noise_multiplier and {where}.epsilon must be given", received, "set one of them"
-        )
-    if budget is not None and epsilon is not None:
-        raise refused(
-            "a budget must go with a noise multiplier: epsilon is one by itself",
-            f"budget={budget:g} and epsilon={epsilon:g}",
-            "leave out the budget",
-        )
-    if budget is not None and noise_multiplier == 0:
-        raise refused(
-            "without noise epsilon is infinite",
-            f"budget={budget:g} with noise_multiplier=0",
-            "set noise_multiplier > 0",
-        )
-
-
-def below_entry(privacy: ClientLevelPrivacy, keeper: Any) -> dict[str, UpdateEntry]:
-    """Return the entry that adaptive clipping has come up; none where the bound is fixed."""
-    if privacy.clipping == "fixed":
-        return {}
-    divisor = 1.0 if keeper is None else keeper.divisor
-    return {BELOW: UpdateEntry((), torch.float32, rule="sum", weight="one", denominator=divisor, bound=0.5)}
-
-
 def public_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """Return what a client may say of itself under client-level privacy: nothing that follows from its data."""
     return {name: value for name, value in metrics.items() if name in PUBLIC or name.startswith(SCHEDULE)}
-
-
-def refused(rule: str, received: object, fix: str) -> ConfigurationError:
-    """Return the error that says why settings give no guarantee."""
-    return ConfigurationError(message(rule, received=received, fix=fix))

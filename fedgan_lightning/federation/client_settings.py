@@ -12,10 +12,9 @@ from fedgan_lightning.data.poisson import PoissonClients
 from fedgan_lightning.federation.checks import check_client_trainer
 from fedgan_lightning.federation.client_data import ClientDataModule
 from fedgan_lightning.federation.client_update import ClientContext
-from fedgan_lightning.federation.example_charges import calibrate
 from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.federation.preparation import is_foreign, prepare, validates, warn_of_loaders
-from fedgan_lightning.federation.privacy_keeper import private_parts, total_steps
+from fedgan_lightning.federation.privacy_keeper import private_parts
 from fedgan_lightning.federation.round_schedules import steps_of
 from fedgan_lightning.federation.round_trainer import RoundTrainer, clock_of
 from fedgan_lightning.federation.store import ClientStore
@@ -94,8 +93,6 @@ def context_of(
     preview, prepared = begun
     example = getattr(model, "privacy", None)
     if example is not None:
-        if example.noise is None:  # at a site, which is none of the others' business
-            calibrate(example, data, steps=total_steps(federation, model))
         data = PoissonClients(data, example, draws=int(getattr(model, "d_steps", 1)))
     return ClientContext(
         model=model,

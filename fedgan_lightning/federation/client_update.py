@@ -21,7 +21,7 @@ from fedgan_lightning import states
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation import namespaces, optimizer_state
 from fedgan_lightning.federation.algorithm import FederatedAlgorithm
-from fedgan_lightning.federation.client_privacy import BELOW, ClientLevelPrivacy, below_entry, public_metrics
+from fedgan_lightning.federation.client_privacy import ClientLevelPrivacy, public_metrics
 from fedgan_lightning.federation.optimizer_state import stacked
 from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.federation.ranks import Ranks
@@ -90,9 +90,8 @@ class ClientContext:
 
     @cached_property
     def entries(self) -> dict[str, UpdateEntry]:
-        """What comes up beside the networks, by the algorithm's names, and one of adaptive clipping."""
-        found = dict(self.algorithm.entries(self))
-        return found | ({} if self.privacy is None else below_entry(self.privacy, self.keeper))
+        """What the algorithm and the transforms have come up beside the networks, by names of the algorithm."""
+        return {**self.algorithm.entries(self), **self.transforms.own_entries()}
 
     @cached_property
     def new_client(self) -> dict[str, Tensor]:
@@ -342,10 +341,9 @@ def client_updates(
 
 
 def _blank(visit: Visit) -> dict[str, Tensor]:
-    """Return what a transform fills in: whether an update was below the bound of adaptive clipping."""
-    names = [name for name in visit.context.entries if name == BELOW]
+    """Return the scalars that transforms fill in."""
     shape = (len(visit.tasks),) if visit.is_stacked else ()
-    return {name: torch.zeros(shape) for name in names}
+    return {name: torch.zeros(shape, dtype=own.dtype) for name, own in visit.context.transforms.own_entries().items()}
 
 
 def _check_path(visit: Visit, delta: State) -> None:

@@ -85,7 +85,7 @@ class CostLedger:
             _add(self.bytes_down, client.bytes_down)
             _add(self.bytes_up, client.bytes_up)
             if client.outcome in EVENTS:
-                self._note(report.round, client)
+                self._note(report.round, client, is_named=report.public_images is None)
             if client.outcome in CAME:
                 self.client_steps += int(client.metrics.get("steps", 0))
                 self.client_runs += 1
@@ -96,8 +96,10 @@ class CostLedger:
     def _count(self, kind: str) -> None:
         self.events[kind] = self.events.get(kind, 0) + 1
 
-    def _note(self, round: int, client: ClientReport) -> None:
+    def _note(self, round: int, client: ClientReport, *, is_named: bool) -> None:
         self._count(client.outcome)
+        if not is_named:
+            return
         incident = {"round": round, "client_id": client.client_id, "kind": client.outcome, "reason": client.reason}
         self.incidents = [*self.incidents, incident][-INCIDENTS_KEPT:]
 

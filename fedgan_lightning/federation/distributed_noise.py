@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from fedgan_lightning.dp.randomness import SecretStream, new_key
+from fedgan_lightning.dp.randomness import SecretStream, new_key, sum_is_normal
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation.client_privacy import ClientLevelPrivacy
 from fedgan_lightning.federation.secure import SecureAggregation
@@ -16,6 +16,8 @@ from fedgan_lightning.states import network_of
 
 #: Standard deviations of the noise that the numbers of a sum leave room for.
 TAILS = 6.0
+#: By how much a sum of shares may differ from a discrete Gaussian, which adds to epsilon.
+SMOOTH = 1e-9
 
 
 class NoiseShares:
@@ -55,8 +57,9 @@ class NoiseShares:
         return np.concatenate(parts).astype(np.uint32)  # modulo 2^32, as everything that is masked
 
 
-def check_range(privacy: ClientLevelPrivacy, secure: SecureAggregation) -> None:
-    """Refuse a ring in which a noised sum could wrap around, and more colluders than a sum can bear.
+def check_range(privacy: ClientLevelPrivacy, secure: SecureAggregation, *, num_clients: int) -> None:
+    """Refuse a ring in which a noised sum could wrap around, or whose steps are too long for the noise, and more
+    colluders than a sum can bear.
 
     Raises:
         ConfigurationError: If it is so.
@@ -71,12 +74,22 @@ def check_range(privacy: ClientLevelPrivacy, secure: SecureAggregation) -> None:
                 fix=f"set it to {needed:.4g} or more",
             )
         )
-    if privacy.colluding >= secure.needed(0):
+    if privacy.colluding >= secure.needed(num_clients):
         raise ConfigurationError(
             message(
                 "fewer clients may collude than must survive",
-                received=f"colluding={privacy.colluding} of at least {secure.needed(0)}",
+                received=f"colluding={privacy.colluding} of at least {secure.needed(num_clients)}",
                 fix="raise federation.privacy.survivors",
+            )
+        )
+    smallest = min([1.0, *privacy.scales.values()])
+    share = NoiseShares(privacy, secure).std(num_clients, scale=smallest)
+    if privacy.noise_multiplier and sum_is_normal(share, num_clients) > SMOOTH:
+        raise ConfigurationError(
+            message(
+                "federation.secure.max_update must be so small that a client's noise is many of its steps",
+                received=f"{secure.max_update:g}, with noise of {share:.3g} steps",
+                fix="lower it, or raise clip",
             )
         )
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
-from fedgan_lightning.dp.accounting import Release, epsilon_of, noise_for
-from fedgan_lightning.dp.charges import POINTS, Ledger
+from fedgan_lightning.dp.accounting import Release, epsilon_of, noise_for, refused, rounded_up
+from fedgan_lightning.dp.charges import Ledger
 from fedgan_lightning.dp.statement import Guarantee
-from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.gan.example_privacy import ExampleLevelPrivacy
 from fedgan_lightning.protocol import FederatedData
 
@@ -33,18 +30,19 @@ class ExampleCharges:
     def __init__(self, privacy: ExampleLevelPrivacy, data: FederatedData, ledger: Ledger, *, steps: list[int]) -> None:
         self.privacy, self.data, self.ledger, self.steps = privacy, data, ledger, steps
         self.sizes = [data.num_examples(client) for client in range(data.num_clients)]
+        if privacy.epsilon is not None and not getattr(data, "has_client_samples", True):
+            raise refused(
+                "every site must know the noise multiplier that its steps follow from",
+                f"model.privacy.epsilon={privacy.epsilon:g} between machines",
+                "set noise_multiplier: python -m fedgan_lightning privacy says which",
+            )
         calibrate(privacy, data, steps=sum(steps))
         if privacy.delta >= 1 / min(self.sizes):
-            raise ConfigurationError(
-                message(
-                    "delta must be below one over the number of a client's records",
-                    received=f"model.privacy.delta={privacy.delta:g}, and a client with {min(self.sizes)} records",
-                    fix=f"set it below {1 / min(self.sizes):.3g}",
-                )
+            raise refused(
+                "delta must be below one over the number of a client's records",
+                f"model.privacy.delta={privacy.delta:g}, and a client with {min(self.sizes)} records",
+                f"set it below {1 / min(self.sizes):.3g}",
             )
-        self._of_client: dict[int, int] = {}
-        self._of_size: dict[int, int] = {}
-        self._known: dict[Release, float] = {}
 
     def release(self, size: int, *, count: int = 1) -> Release:
         """Return what ``count`` steps release of a client with so many records."""
@@ -52,16 +50,19 @@ class ExampleCharges:
 
     def charge(self, cohort: Sequence[int], round: int) -> None:
         """Write down a round of these clients."""
-        new: list[Release] = []
+        taken, before = self.ledger.counts.setdefault("steps", {}), self._most()
         for client in cohort:
-            size = self.sizes[client]
-            self._of_client[client] = self._of_client.get(client, 0) + self.of_round(round)
-            more = self._of_client[client] - self._of_size.get(size, 0)
-            if more > 0:
-                self._of_size[size] = self._of_client[client]
-                new.append(self.release(size, count=more))
-        if new:
-            self.ledger.charge(new)
+            taken[str(client)] = taken.get(str(client), 0) + self.of_round(round)
+        more = {size: count - before.get(size, 0) for size, count in self._most().items()}
+        self.ledger.charge([self.release(size, count=count) for size, count in more.items() if count])
+
+    def _most(self) -> dict[int, int]:
+        """Return by number of records the most steps that a client with so many has taken part in."""
+        found: dict[int, int] = {}
+        for client, count in self.ledger.counts.get("steps", {}).items():
+            size = self.sizes[int(client)]
+            found[size] = max(found.get(size, 0), count)
+        return found
 
     def of_round(self, round: int) -> int:
         """Return the steps of a client in a round; after the last planned one those of the last."""
@@ -75,28 +76,22 @@ class ExampleCharges:
             planned: Steps of the whole run: epsilon is computed for multiples of a share of these, rounded up; 0
                 computes it for what there is.
         """
-        counts = {self.release(size): self._of_size.get(size, 0) + more for size in {*self.sizes}}
+        taken = self._most()
+        counts = {self.release(size): taken.get(size, 0) + more for size in {*self.sizes}}
         worst = [
             one
             for one, count in counts.items()
             if not any(other.rate > one.rate and counts[other] >= count for other in counts)
         ]
-        step = max(1, planned // POINTS)
-        rounded = {one: max(counts[one], min(math.ceil(counts[one] / step) * step, planned)) for one in worst}
-        return max(
-            (self._cost(dataclasses.replace(one, count=count)) for one, count in rounded.items() if count), default=0.0
-        )
+        return max(self._cost(replace(one, count=rounded_up(counts[one], planned=planned))) for one in worst)
 
     def _cost(self, release: Release) -> float:
-        kind = dataclasses.replace(release, clip=0.0)
-        if kind not in self._known:
-            options: dict[str, Any] = {"delta": self.privacy.delta, "accountant": self.privacy.accountant}
-            self._known[kind] = epsilon_of([kind], **options)
-        return self._known[kind]
+        return epsilon_of([release], delta=self.privacy.delta, accountant=self.privacy.accountant)
 
     def guarantee(self, *, planned: bool, is_seeded: bool) -> Guarantee | None:
         """Return what is guaranteed to the records that pay most; ``None`` before anything was released."""
-        counts = {size: sum(self.steps) if planned else self._of_size.get(size, 0) for size in {*self.sizes}}
+        taken = self._most()
+        counts = {size: sum(self.steps) if planned else taken.get(size, 0) for size in {*self.sizes}}
         costs = {size: self._cost(self.release(size, count=count)) for size, count in counts.items() if count}
         if not costs:
             return None
@@ -110,22 +105,6 @@ class ExampleCharges:
             noise="client",
             is_seeded=is_seeded,
         )
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the steps of every client."""
-        return {str(client): count for client, count in self._of_client.items()}
-
-    def restore(self, state: Mapping[str, int]) -> None:
-        """Go on as the ledger says, which may know of rounds after the checkpoint: all clients took part in these."""
-        self._of_client = {int(client): int(count) for client, count in state.items()}
-        spent: dict[Release, int] = {}
-        for own in self.ledger.of("example"):
-            spent[own.kind] = spent.get(own.kind, 0) + own.count
-        for size in {*self.sizes}:
-            known = max((count for k, count in self._of_client.items() if self.sizes[k] == size), default=0)
-            self._of_size[size] = spent.get(self.release(size).kind, 0)
-            beyond = max(0, self._of_size[size] - known)
-            self._of_client |= {k: n + beyond for k, n in self._of_client.items() if self.sizes[k] == size}
 
 
 def calibrate(privacy: ExampleLevelPrivacy, data: FederatedData, *, steps: int) -> None:

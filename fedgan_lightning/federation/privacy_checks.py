@@ -9,8 +9,9 @@ from typing import Any
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from fedgan_lightning.checkpoints import BestCheckpoint
+from fedgan_lightning.dp.accounting import refused
 from fedgan_lightning.federation.algorithm import FederatedAlgorithm
-from fedgan_lightning.federation.client_privacy import ClientLevelPrivacy, refused
+from fedgan_lightning.federation.client_privacy import ClientLevelPrivacy
 from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.federation.preparation import validates
 from fedgan_lightning.federation.sampling import FractionOfClients, PoissonSampling

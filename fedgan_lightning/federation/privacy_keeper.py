@@ -5,26 +5,31 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from fedgan_lightning.dp.accounting import Release, epsilon_of
 from fedgan_lightning.dp.charges import NAME, NOT_PRIVATE, Ledger
 from fedgan_lightning.dp.randomness import SecretStream, new_key
 from fedgan_lightning.dp.statement import Guarantee
 from fedgan_lightning.federation import namespaces
-from fedgan_lightning.federation.client_privacy import BELOW, ClientLevelPrivacy
+from fedgan_lightning.federation.client_privacy import ClientLevelPrivacy
 from fedgan_lightning.federation.distributed_noise import check_range
 from fedgan_lightning.federation.example_charges import ExampleCharges
 from fedgan_lightning.federation.ranks import Ranks
 from fedgan_lightning.federation.round_schedules import steps_of
 from fedgan_lightning.federation.sampling import FractionOfClients, PoissonSampling, SelectedClients
 from fedgan_lightning.federation.secure import SecureAggregation
-from fedgan_lightning.federation.transforms.private import CLIP, PrivateUpdates, with_noise
+from fedgan_lightning.federation.transforms.private import BELOW, CLIP, PrivateUpdates, with_noise
 from fedgan_lightning.gan.example_privacy import ExampleLevelPrivacy
 from fedgan_lightning.packing import Packed
 from fedgan_lightning.protocol import Aggregate, FederatedData
+from fedgan_lightning.states import network_of
+
+#: From the total of a round to the one that is released.
+Noised: TypeAlias = Callable[[Aggregate], Aggregate] | None
 
 logger = logging.getLogger("fedgan_lightning")
 
@@ -61,7 +66,7 @@ class PrivacyKeeper:
         path = folder / NAME if folder is not None and self.ranks.rank == 0 else None
         self.ledger = Ledger(path, is_seeded=self.is_seeded)
         self._keys: dict[str, bytes] = {}
-        self._asked: dict[int, int] = {}
+        self.clip = 0.0
         if self.client is not None:
             count = self.num_clients
             self.delta = self.client.delta_of(count)
@@ -69,7 +74,7 @@ class PrivacyKeeper:
             self.z = self.client.noise_of(self.sampler, num_clients=count, rounds=self.rounds)
             self.accounted = self.z
             if self.client.noise == "distributed":
-                check_range(self.client, federation.secure)
+                check_range(self.client, federation.secure, num_clients=count)
                 parameters = dict(model.named_parameters())
                 numbers = sum(parameters[own].numel() for own in federation.policy_of(model).shared_parameters)
                 self.accounted = effective_noise(
@@ -92,6 +97,12 @@ class PrivacyKeeper:
         return cls(federation, model, data, folder=folder, ranks=federation.ranks)
 
     @property
+    def _terms(self) -> dict[str, Any]:
+        """At which delta epsilon is computed, and how."""
+        assert self.client is not None
+        return {"delta": self.delta, "accountant": self.client.accountant}
+
+    @property
     def num_clients(self) -> int:
         """Clients that could ever be asked."""
         selected = isinstance(self.sampler, SelectedClients)
@@ -108,15 +119,15 @@ class PrivacyKeeper:
     def exhausted(self, round: int) -> str:
         """Return why there must not be another round; empty if there may be."""
         if self.client is not None and self.client.budget is not None:
-            found = self.ledger.epsilon(
-                "client", delta=self.delta, accountant=self.client.accountant, also=[self._release()]
-            )
-            if found > self.client.budget:
+            cost = partial(self.ledger.epsilon, "client", also=[self._release()], **self._terms)
+            planned = self.client.rounds_charged(self.rounds)
+            if found := _above(cost, self.client.budget, planned=planned):
                 return _exhausted(round, found, self.delta, self.client.budget, "client")
         if self.examples is not None and self.examples.privacy.budget is not None:
-            privacy, found = self.examples.privacy, self.examples.epsilon(more=self.examples.of_round(round))
-            if found > self.examples.privacy.budget:
-                return _exhausted(round, found, privacy.delta, self.examples.privacy.budget, "example")
+            privacy, budget = self.examples.privacy, self.examples.privacy.budget
+            cost = partial(self.examples.epsilon, more=self.examples.of_round(round))
+            if found := _above(cost, budget, planned=sum(self.examples.steps)):
+                return _exhausted(round, found, privacy.delta, budget, "example")
         return ""
 
     def begin_round(self, round: int) -> tuple[int, ...] | None:
@@ -125,31 +136,28 @@ class PrivacyKeeper:
         What is charged is written down before anybody is asked. A round that is given up after that is charged all the
         same, and the next attempt has new noise.
         """
-        seed = self.client.testing_seed if self.client is not None else 0
-        mine = {name: new_key(seed, name, round).hex() for name in ("cohort", "noise")}
-        self._keys = {name: bytes.fromhex(key) for name, key in self.ranks.exchange(mine)[0].items()}
         if self.client is None:
             return None
-        cohort: tuple[int, ...] | None = None
-        stream = SecretStream(self._keys["cohort"])
-        if self.client.most_rounds is None and isinstance(self.sampler, PoissonSampling):
-            cohort = stream.chosen(self.data.num_clients, rate=self.sampler.probability)
-        elif self.client.most_rounds is None and isinstance(self.sampler, FractionOfClients):
-            size = self.sampler.size(self.data.num_clients)
-            cohort = stream.subset(self.data.num_clients, size=size)
-        if self.client.most_rounds is None:
-            self.ledger.charge([self._release()])
-        return cohort
+        mine = {name: new_key(self.client.testing_seed, name, round).hex() for name in ("cohort", "noise")}
+        self._keys = {name: bytes.fromhex(key) for name, key in self.ranks.exchange(mine)[0].items()}
+        if self.client.most_rounds is not None:
+            return None  # what is charged depends on who is asked
+        self.ledger.charge([self._release()])
+        stream, count = SecretStream(self._keys["cohort"]), self.data.num_clients
+        if isinstance(self.sampler, PoissonSampling):
+            return stream.chosen(count, rate=self.sampler.probability)
+        if isinstance(self.sampler, FractionOfClients):
+            return stream.subset(count, size=self.sampler.size(count))
+        return None
 
     def admitted(self, cohort: Sequence[int], round: int) -> tuple[int, ...]:
         """Return those of a cohort that may take part, and charge for them what is charged by client."""
         if self.client is not None and self.client.most_rounds is not None:
-            most = self.client.most_rounds
-            cohort = [client for client in cohort if self._asked.get(client, 0) < most]
-            before = max(self._asked.values(), default=0)
-            self._asked |= {client: self._asked.get(client, 0) + 1 for client in cohort}
-            for _ in range(max(self._asked.values(), default=0) - before):
-                self.ledger.charge([self._release()])
+            asked, most = self.ledger.counts.setdefault("rounds", {}), self.client.most_rounds
+            cohort = [client for client in cohort if asked.get(str(client), 0) < most]
+            before = max(asked.values(), default=0)
+            asked |= {str(client): asked.get(str(client), 0) + 1 for client in cohort}
+            self.ledger.charge([self._release()] * (max(asked.values(), default=0) - before))
         if self.examples is not None:
             self.examples.charge(cohort, round)
         return tuple(cohort)
@@ -176,7 +184,7 @@ class PrivacyKeeper:
     def transform(self) -> PrivateUpdates:
         """Return the transform of updates of a run with client-level privacy."""
         assert self.client is not None
-        return PrivateUpdates(clip=self.clip, scales=self.client.scales, divisor=self.divisor, noised=self.noised)
+        return private_updates(self.client, divisor=self.divisor, noised=self.noised)
 
     def noised(self, total: Aggregate) -> Aggregate:
         """Return the total of a round as it is released, and move the bound C for the next."""
@@ -185,7 +193,7 @@ class PrivacyKeeper:
         stream, delta, extras = SecretStream(self._keys["noise"]), dict(total.delta), dict(total.extras)
         if self.client.noise == "central" and self.update_noise > 0:
             unit = self.update_noise * self.clip / self.divisor
-            stds = {name: unit * self.transform().scale(name) for name in delta}
+            stds = {name: unit * self.client.scales.get(network_of(name), 1.0) for name in delta}
             delta = with_noise(delta, stds=stds, normals=stream.normals)
         if below in extras:  # the mean of b - 1/2 over the expected cohort
             noise = self.count_noise * float(stream.normals(1)[0]) / self.divisor
@@ -199,9 +207,7 @@ class PrivacyKeeper:
         found: dict[str, float] = {}
         if self.client is not None:
             planned = self.client.rounds_charged(self.rounds)
-            found["privacy/epsilon"] = self.ledger.epsilon(
-                "client", delta=self.delta, accountant=self.client.accountant, planned=planned
-            )
+            found["privacy/epsilon"] = self.ledger.epsilon("client", planned=planned, **self._terms)
             if self.client.clipping == "adaptive":
                 found["privacy/clip"] = self.clip
         if self.examples is not None:
@@ -222,7 +228,7 @@ class PrivacyKeeper:
             found.append(
                 Guarantee(
                     release=dataclasses.replace(release, count=sum(own.count for own in spent)),
-                    epsilon=epsilon_of(spent, delta=self.delta, accountant=self.client.accountant),
+                    epsilon=epsilon_of(spent, **self._terms),
                     delta=self.delta,
                     accountant=self.client.accountant,
                     population=self.num_clients,
@@ -238,18 +244,13 @@ class PrivacyKeeper:
     def facts(self) -> dict[str, Any]:
         """Return what a summary says, as plain values."""
         found: dict[str, Any] = {own.unit: own.plain() for own in self.guarantees()}
-        return {**({"note": NOT_PRIVATE} if self.is_seeded else {}), **found}  # summary.json has it
+        return {**({"note": NOT_PRIVATE} if self.is_seeded else {}), **found}
 
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the ledger, the bound, and how often clients took part; no key is in it."""
-        return {
-            "ledger": self.ledger.state_dict(),
-            "clip": getattr(self, "clip", 0.0),
-            "asked": {str(client): count for client, count in self._asked.items()},
-            "steps": {} if self.examples is None else self.examples.state_dict(),
-        }
+        """Return the ledger and the bound; no key is in it."""
+        return {"ledger": self.ledger.state_dict(), "clip": self.clip}
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
         """Begin a run, or go on with one.
@@ -257,16 +258,17 @@ class PrivacyKeeper:
         Raises:
             CheckpointError: If the ledger is shorter than the checkpoint's.
         """
-        if state is None:
-            self.ledger.begin()
-            return
-        charged = _total(state["ledger"]["releases"], "client")
-        self.ledger.restore(state["ledger"])
-        self.clip = float(state["clip"])
-        beyond = sum(own.count for own in self.ledger.of("client")) - charged  # of rounds that no checkpoint knows
-        self._asked = {int(client): int(count) + beyond for client, count in state["asked"].items()}
-        if self.examples is not None:
-            self.examples.restore(state["steps"])
+        failure: Exception | None = None
+        try:
+            if state is None:
+                self.ledger.begin()
+            else:
+                self.ledger.restore(state["ledger"])
+                self.clip = float(state["clip"])
+        except Exception as error:  # of the one process that has the file
+            failure = error
+        self.ranks.raise_if_any_rank_failed(failure)
+        self.ledger.take(self.ranks.exchange(self.ledger.state_dict())[0])
 
 
 def private_parts(federation: Any) -> list[PrivateUpdates]:
@@ -275,8 +277,13 @@ def private_parts(federation: Any) -> list[PrivateUpdates]:
         return []
     if federation.keeper is not None:
         return [federation.keeper.transform()]
-    privacy: ClientLevelPrivacy = federation.privacy
-    return [PrivateUpdates(clip=privacy.clip, scales=privacy.scales, divisor=1.0)]
+    return [private_updates(federation.privacy)]  # what the server divides by is none of a site's business
+
+
+def private_updates(privacy: ClientLevelPrivacy, *, divisor: float = 1.0, noised: Noised = None) -> PrivateUpdates:
+    """Return the transform that the settings describe; arguments as in :class:`PrivateUpdates`."""
+    counts = privacy.clipping == "adaptive"
+    return PrivateUpdates(clip=privacy.clip, scales=privacy.scales, divisor=divisor, counts=counts, noised=noised)
 
 
 def effective_noise(z: float, *, clip: float, secure: SecureAggregation, numbers: int) -> float:
@@ -292,14 +299,16 @@ def effective_noise(z: float, *, clip: float, secure: SecureAggregation, numbers
     return z * clip / (clip + longer)
 
 
-def total_steps(federation: Any, model: Any) -> int:
-    """Return the steps of a client's discriminator in a run, all rounds of which it takes part in."""
-    return sum(_steps(federation, round) for round in range(federation.rounds)) * int(getattr(model, "d_steps", 1))
-
-
 def _steps(federation: Any, round: int) -> int:
     scheduled: Mapping[str, Any] = steps_of(federation.schedules, round, federation.rounds)
     return int(scheduled.get("steps") or federation.local_steps or 0)
+
+
+def _above(cost: Callable[..., float], budget: float, *, planned: int) -> float:
+    """Return an epsilon that is above a budget; 0 for one that is not. Mostly the bound from above settles it."""
+    if cost(planned=planned) <= budget or (found := cost()) <= budget:
+        return 0.0
+    return found
 
 
 def _exhausted(round: int, epsilon: float, delta: float, budget: float, unit: str) -> str:
@@ -307,7 +316,3 @@ def _exhausted(round: int, epsilon: float, delta: float, budget: float, unit: st
         f"round {round} would bring epsilon to {epsilon:.4g} at delta {delta:.3g} for one {unit}; the budget is "
         f"{budget:.4g}: training ends here"
     )
-
-
-def _total(releases: Sequence[Mapping[str, Any]], unit: str) -> int:
-    return sum(int(own["count"]) for own in releases if own["unit"] == unit)

@@ -200,7 +200,7 @@ def identity_of(federation: Any, server: Any, data: Any) -> dict[str, Any]:
 def settings_of(federation: Any, server: Any, data: Any) -> dict[str, Any]:
     """Return what a federation that was built in Python was made of, as nested plain values."""
     held = ("num_clients", "partition", "batch_size", "max_samples")
-    parts = ("algorithm", "transforms", "schedules", "clients", "aggregator", "rules", "validator", "secure")
+    parts = ("algorithm", "transforms", "schedules", "clients", "aggregator", "rules", "validator", "secure", "privacy")
     return {
         "model": {"type": type(server.model).__qualname__, **made_of(given_to(server.model))},
         "data": {name: made_of(getattr(data, name)) for name in held if hasattr(data, name)},

@@ -65,7 +65,7 @@ class ClientSelection:
         Raises:
             QuorumError: If fewer clients are left than a round needs.
         """
-        if self.keeper is not None:
+        if self.keeper is not None and self.keeper.client is not None:
             return self._private(round)
         seed = self.seed if attempt == 0 else derive_seed(self.seed, "attempt", attempt)
         sampled = self.sampler.sample(num_clients=self.num_clients, round=round, seed=seed)
@@ -81,15 +81,16 @@ class ClientSelection:
         wanted = missing + self.rules.num_reserves(goal)
         others = self._shuffled({*free} - {*cohort}, seed=seed, round=round)[:wanted] if wanted else []
         needed = max(self.rules.needed(goal), self.needed, self.secure.needed(goal) if self.secure else 0)
-        return Selection(tuple(sorted([*cohort, *others[:missing]])), others[missing:], needed)
+        asked, reserves = tuple(sorted([*cohort, *others[:missing]])), others[missing:]
+        if self.keeper is not None:
+            self.keeper.admitted([*asked, *reserves], round)
+        return Selection(asked, reserves, needed)
 
     def _private(self, round: int) -> Selection:
         """Return a cohort that nothing but chance, or the settings, has a say in; nobody stands in for who fails."""
         secret = self.keeper.begin_round(round)
         public = {"num_clients": self.num_clients, "round": round, "seed": self.seed}
         cohort = self.keeper.admitted(self.sampler.sample(**public) if secret is None else secret, round)
-        if self.keeper.client is None:
-            return Selection(cohort, [], max(self.rules.needed(len(cohort)), self.needed))
         return Selection(cohort, [], self.secure.needed(len(cohort)) if self.secure else 0)
 
     @staticmethod

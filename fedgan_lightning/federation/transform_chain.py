@@ -60,6 +60,10 @@ class TransformChain:
         }
         return {**found, **namespaces.under(namespaces.ALGORITHM, of_algorithm)}
 
+    def own_entries(self) -> dict[str, UpdateEntry]:
+        """Return the scalars that transforms have come up beside an update."""
+        return {name: entry for transform in self.transforms for name, entry in transform.own_entries().items()}
+
     def stages(self, entries: Entries) -> list[Entries]:
         """Return the entries that enter each transform, and those that leave the last one."""
         found = [entries]
@@ -157,10 +161,13 @@ def _encoded(stages: Sequence[Entries]) -> Entries:
     """Return the entries that are sent in another form than they had before all transforms."""
     before = stages[0]
     return {
-        name: entry
-        for name, entry in stages[-1].items()
-        if name not in before or (before[name].shape, before[name].dtype) != (entry.shape, entry.dtype)
+        name: entry for name, entry in stages[-1].items() if name not in before or _form(before[name]) != _form(entry)
     }
+
+
+def _form(entry: UpdateEntry) -> tuple[Any, ...]:
+    """Return what is looked at in an entry as it arrives: not how the server combines it."""
+    return entry.shape, entry.dtype, entry.kind, entry.bound
 
 
 def _grouped(update: ClientUpdate, values: State, entries: Entries) -> ClientUpdate:

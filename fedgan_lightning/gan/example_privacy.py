@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from fedgan_lightning.dp.accounting import Accountant, Release, check_accountant
+from fedgan_lightning.dp.accounting import Accountant, Release, check_accountant, check_target, refused
 from fedgan_lightning.dp.randomness import SecretStream, new_key
-from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.errors import ConfigurationError
 from fedgan_lightning.gan.augment import Augmentation
 from fedgan_lightning.gan.penalties import Penalty
 from fedgan_lightning.gan.steps import shares_passes
@@ -84,18 +84,7 @@ class ExampleLevelPrivacy:
         testing_seed: int | None = None,
     ) -> None:
         check_accountant(accountant)
-        if (noise_multiplier is None) == (epsilon is None):
-            raise _refused(
-                "exactly one of model.privacy.noise_multiplier and model.privacy.epsilon must be given",
-                "neither" if epsilon is None else f"noise_multiplier={noise_multiplier:g} and epsilon={epsilon:g}",
-                "set one of them",
-            )
-        if budget is not None and (epsilon is not None or noise_multiplier == 0):
-            raise _refused(
-                "a budget must go with a noise multiplier above 0: without noise epsilon is infinite",
-                f"budget={budget:g}",
-                "leave it out, or set noise_multiplier > 0 and no epsilon",
-            )
+        check_target(noise_multiplier, epsilon, budget, where="model.privacy")
         self.clip, self.batch_size, self.noise_multiplier, self.epsilon = clip, batch_size, noise_multiplier, epsilon
         self.budget, self.delta, self.capacity, self.clipping = budget, delta, capacity, clipping
         self.chunk_size, self.public_test_data, self.testing_seed = chunk_size, public_test_data, testing_seed
@@ -206,7 +195,7 @@ def check_gan(gan: Any) -> None:
     ]
     for is_wrong, rule, received, fix in cases:
         if is_wrong:
-            raise _refused(rule, received, fix)
+            raise refused(rule, received, fix)
 
 
 @lru_cache
@@ -230,7 +219,7 @@ def _exceeds(rows: int, num_examples: int, rate: float) -> float:
 
 def alone() -> ConfigurationError:
     """Return what is said to a private GAN that is trained by itself."""
-    return _refused(
+    return refused(
         "example-level privacy must draw every minibatch itself, and count what it releases",
         "a GAN with privacy in a Trainer without a federation",
         "train a ServerModule with a FederatedOrchestrator; a single client with all data is one",
@@ -249,7 +238,3 @@ def _unknown_layers(network: nn.Module) -> list[str]:
     """Return the kinds of layers with parameters that two passes do not know."""
     layers = [layer for layer in network.modules() if list(layer.parameters(recurse=False))]
     return sorted({type(layer).__name__ for layer in layers if type(layer) not in TWO_PASS_LAYERS})
-
-
-def _refused(rule: str, received: object, fix: str) -> ConfigurationError:
-    return ConfigurationError(message(rule, received=received, fix=fix))

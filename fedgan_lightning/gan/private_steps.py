@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
+from fedgan_lightning.dp.accounting import refused
 from fedgan_lightning.dp.randomness import SecretStream
 from fedgan_lightning.gan.augment import Augmentation
 from fedgan_lightning.gan.draws import Draws
@@ -60,7 +61,13 @@ class PrivateSteps:
         module._means.add(stats, scale=1.0 / module.d_steps)
         sums = self.clipped_sums(x, y, present, fake.to(x.dtype), draws, due)
         privacy: ExampleLevelPrivacy = module.privacy
-        std = float(privacy.noise or 0.0) * privacy.clip
+        if privacy.noise is None:
+            raise refused(
+                "every client must know the noise multiplier that its steps follow from",
+                "model.privacy.epsilon where nobody has calibrated it",
+                "set model.privacy.noise_multiplier",
+            )
+        std = privacy.noise * privacy.clip
         for name, parameter in module.discriminator.named_parameters():
             if name in sums:
                 noised = sums[name] + std * self._noise_like(sums[name]) if std else sums[name]

@@ -38,6 +38,27 @@ def test_epsilon_in_between_is_bounded_from_above():
     assert len({above for above, _ in exact}) == 6
 
 
+def test_an_attempt_that_no_checkpoint_knows_is_paid_for(tmp_path):
+    Ledger(tmp_path / "privacy.json").charge([ONE])
+    again = Ledger(tmp_path / "privacy.json")
+    again.begin()
+    again.charge([ONE])
+    assert again.of("client")[0].count == 2
+
+
+def test_who_took_part_in_rounds_that_no_checkpoint_knows_is_counted(tmp_path):
+    """A cap, and the steps of a client, must not begin anew for one that was asked in a round that is repeated."""
+    ledger = Ledger(tmp_path / "privacy.json")
+    ledger.counts = {"rounds": {"0": 2}}
+    ledger.charge([ONE])
+    state = ledger.state_dict()
+    ledger.counts = {"rounds": {"0": 2, "1": 2}}
+    ledger.charge([])
+    again = Ledger(tmp_path / "privacy.json")
+    again.restore(state)
+    assert again.counts == {"rounds": {"0": 2, "1": 2}}
+
+
 @pytest.mark.parametrize("change", ["shorter", "missing", "damaged"])
 def test_a_ledger_that_lost_a_release_is_refused(tmp_path, change):
     ledger = Ledger(tmp_path / "privacy.json")

@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -273,13 +274,14 @@ def test_stacked_and_sequential_clients_release_the_same(make):
 
 
 def test_proximal_clients_may_be_private():
-    federate(ring_gan(optimizer=sgd), ring_data(), **private_settings(), algorithm=FedProx(mu=0.1))
+    _, orchestrator, _ = federate(ring_gan(optimizer=sgd), ring_data(), **private_settings(), algorithm=FedProx(mu=0.1))
+    assert orchestrator.keeper.guarantees()[0].release.count == 3
 
 
 def test_nothing_of_single_clients_is_told():
     seen = []
 
-    class Curious(__import__("lightning").Callback):
+    class Curious(L.Callback):
         def on_round_start(self, trainer, server, info):
             seen.append(info.cohort)
 

@@ -82,11 +82,17 @@ def test_a_sum_of_discrete_normals_is_nearly_one():
 
 def test_the_ring_must_have_room():
     with pytest.raises(ConfigurationError, match=r"must leave room for a clipped update and its noise, 3.5; got 1.0"):
-        check_range(privacy(), SecureAggregation(max_update=1.0))
+        check_range(privacy(), SecureAggregation(max_update=1.0), num_clients=4)
     with pytest.raises(
         ConfigurationError, match="fewer clients may collude than must survive; got colluding=3 of at least 3"
     ):
-        check_range(privacy(colluding=3), SecureAggregation())
+        check_range(privacy(colluding=3), SecureAggregation(), num_clients=4)
+
+
+def test_noise_of_less_than_a_step_or_two_is_none():
+    with pytest.raises(ConfigurationError, match="must be so small that a client's noise is many of its steps"):
+        check_range(privacy(clip=1e-6), SecureAggregation(max_update=1e4), num_clients=10)
+    check_range(privacy(), SecureAggregation(), num_clients=10)
 
 
 def test_sums_wait_for_the_survivors_that_the_noise_counts_on():

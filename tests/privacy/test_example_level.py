@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -255,10 +256,13 @@ def test_what_is_too_much_is_cut_at_random_and_accounted_for():
 
 
 @pytest.mark.parametrize("options", [{}, {"clipping": "two_pass"}, {"noise_multiplier": 0.0}])
-def test_stacked_and_sequential_clients_learn_the_same(options):
+def test_stacked_and_sequential_clients_learn_the_same(options, tmp_path, monkeypatch):
     torch.set_default_dtype(torch.float32)
     found = []
     for executor in (SequentialExecutor(), VectorizedExecutor()):
+        folder = tmp_path / type(executor).__name__
+        folder.mkdir()
+        monkeypatch.chdir(folder)
         gan = private_gan(**options)
         server, orchestrator, _ = federate(
             gan, ring_data(), executor=executor, rounds=2, local_steps=3, optimizer_state="reset"
@@ -286,7 +290,7 @@ def test_only_what_holds_no_record_is_logged():
     torch.set_default_dtype(torch.float32)
     seen = []
 
-    class Listener(__import__("lightning").Callback):
+    class Listener(L.Callback):
         def on_client_end(self, trainer, server, update):
             seen.append(set(update.metrics))
 
@@ -301,3 +305,22 @@ def test_a_budget_of_records_ends_the_run():
     server, orchestrator, _ = federate(gan, ring_data(), rounds=50, local_steps=5, optimizer_state="reset")
     assert 0 < server.rounds_completed < 50
     assert orchestrator.keeper.guarantees()[0].epsilon <= 1.5
+
+
+def test_rules_of_rounds_hold_for_private_records_and_reserves_are_charged():
+    """Over-selection, strikes and filled-up cohorts are the server's business; records are hidden whoever is asked."""
+    from fedgan_lightning import RoundRules
+    from fedgan_lightning.samplers import FractionOfClients
+
+    torch.set_default_dtype(torch.float32)
+    _, orchestrator, _ = federate(
+        private_gan(),
+        ring_data(),
+        rounds=2,
+        local_steps=2,
+        optimizer_state="reset",
+        clients=FractionOfClients(0.5),
+        rules=RoundRules(over_selection=1.5),
+    )
+    assert orchestrator.runner.selection.select(5, 0).reserves, "one of four stands by"
+    assert sum(orchestrator.keeper.ledger.counts["steps"].values()) == (2 + 1) * 3 * 2  # three were or might be asked

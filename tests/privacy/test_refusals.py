@@ -91,7 +91,8 @@ def test_options_of_clients(rule):
     "options, rule",
     [
         ({}, "exactly one of model.privacy.noise_multiplier and model.privacy.epsilon"),
-        ({"noise_multiplier": 0.0, "budget": 1.0}, "a budget must go with a noise multiplier above 0"),
+        ({"noise_multiplier": 0.0, "budget": 1.0}, "without noise epsilon is infinite"),
+        ({"epsilon": 2.0, "budget": 1.0}, "a budget must go with a noise multiplier"),
         ({"noise_multiplier": 1.0, "accountant": "gdp"}, "the CLT accountant understates epsilon"),
     ],
 )

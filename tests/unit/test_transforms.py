@@ -40,6 +40,22 @@ def norm(own, prefix=""):
     return float(torch.cat([v.flatten().double() for n, v in own.delta.items() if n.startswith(prefix)]).norm())
 
 
+class Tight(UpdateTransform):
+    """Says that no number is above a tenth, and changes none."""
+
+    def schema(self, entries):
+        return {name: dataclasses.replace(entry, bound=0.1) for name, entry in entries.items()}
+
+    def client(self, update, *, entries, private, hyperparameters):
+        return update, private
+
+
+def test_a_bound_that_a_transform_sets_is_looked_at():
+    own, chain = update(), TransformChain([Tight()])
+    with pytest.raises(UpdateError, match="client 3"):
+        chain.decoded("client 3", own, stages(chain, own), hyperparameters={})
+
+
 class TestClipping:
     @given(seed=st.integers(0, 100), bound=st.floats(0.01, 100))
     def test_nobody_is_longer_than_the_bound_and_directions_stay(self, seed, bound):

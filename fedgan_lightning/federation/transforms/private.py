@@ -13,13 +13,14 @@ from torch import Tensor
 
 from fedgan_lightning import states
 from fedgan_lightning.federation import namespaces
-from fedgan_lightning.federation.client_privacy import BELOW
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import Aggregate, State, UpdateEntry, UpdateTransform
 from fedgan_lightning.states import network_of
 
 #: Hyper-parameter of the task that says the round's bound C.
 CLIP = "algorithm.privacy_clip"
+#: Entry by which a client says whether its update was below the bound: 1/2 if it was, -1/2 if not.
+BELOW = "clipping/below"
 #: What a clipped update stays below the bound by, so that rounding to float32 does not bring it above.
 MARGIN = 1.0 - 2.0**-20
 
@@ -34,6 +35,7 @@ class PrivateUpdates(UpdateTransform):
         clip: The bound C where the task says none.
         scales: Scale s by network, 1 where none is given.
         divisor: What a sum is divided by.
+        counts: Whether clients say who was below the bound, as adaptive clipping needs.
         noised: From a total to the total with noise; ``None`` where somebody else adds it.
     """
 
@@ -44,9 +46,11 @@ class PrivateUpdates(UpdateTransform):
         clip: float,
         scales: dict[str, float] | None = None,
         divisor: float,
+        counts: bool = False,
         noised: Callable[[Aggregate], Aggregate] | None = None,
     ) -> None:
         self.clip, self.scales, self.divisor, self.noised = float(clip), dict(scales or {}), float(divisor), noised
+        self.counts = counts
 
     def schema(self, entries: Mapping[str, UpdateEntry]) -> dict[str, UpdateEntry]:
         """Return the same entries; updates are added, all clients alike, and divided by a number that is fixed."""
@@ -55,6 +59,10 @@ class PrivateUpdates(UpdateTransform):
             name: dataclasses.replace(entry, **changed) if entry.group == "delta" else entry  # type: ignore[arg-type]
             for name, entry in entries.items()
         }
+
+    def own_entries(self) -> Mapping[str, UpdateEntry]:
+        rule: dict[str, Any] = {"rule": "sum", "weight": "one", "denominator": self.divisor, "bound": 0.5}
+        return {BELOW: UpdateEntry((), torch.float32, **rule)} if self.counts else {}
 
     def client(
         self,
