@@ -196,6 +196,7 @@ class Aggregate:
         num_clients: Updates that went in.
         num_examples: Sum of their N_k.
         collected: Entries with the rule ``collect`` by client.
+        weights: The aggregator's weights of these clients, with discounts.
     """
 
     delta: State
@@ -203,6 +204,7 @@ class Aggregate:
     num_clients: int
     num_examples: int
     collected: Mapping[int, State] = field(default_factory=dict)
+    weights: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

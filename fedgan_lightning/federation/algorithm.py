@@ -33,7 +33,8 @@ class FederatedAlgorithm:
     Attributes:
         scheduled: Hyper-parameters that ``federation.schedules`` may change, as ``algorithm.NAME``: those that hooks
             read by :meth:`Visit.hyperparameter`.
-        trains: Placements of networks that this algorithm can serve, beside ``average``, ``local`` and ``server``.
+        trains: Placements of networks that this algorithm can serve, beside ``average``, ``local`` and ``server``; with
+            ``server`` among them it trains at the server what is only there.
     """
 
     scheduled: frozenset[str] = frozenset()

@@ -191,8 +191,31 @@ class Visit:
         Raises:
             ConfigurationError: If the module cannot.
         """
-        found: tuple[Tensor, Tensor] = self._ability("feedback")(samples, labels)
+        found: tuple[Tensor, Tensor] = self._judged("feedback", samples, labels)
         return found
+
+    def generator_feedback(self, samples: Tensor, labels: Tensor) -> Tensor:
+        """Return the gradients of the generator's mean loss with respect to ``samples``.
+
+        Raises:
+            ConfigurationError: If the module cannot.
+        """
+        found: Tensor = self._judged("generator_feedback", samples, labels)
+        return found
+
+    def _judged(self, name: str, samples: Tensor, labels: Tensor) -> Any:
+        """Return what an ability says of samples; clients of a stack that go on training are not touched by it."""
+        ability = self._ability(name)
+        size = len(next(self.module.parameters())) if self.is_stacked else len(self.tasks)
+        others = size - len(self.tasks) if self.is_stacked else 0
+        if not others:
+            return ability(samples, labels)
+        buffers = {own: value.clone() for own, value in self.module.named_buffers()}
+        padded = (torch.cat([own[:1].expand(others, *own.shape[1:]), own]) for own in (samples, labels))
+        found = ability(*padded)
+        for own, value in self.module.named_buffers():
+            value[:others] = buffers[own][:others]
+        return tuple(own[others:] for own in found) if isinstance(found, tuple) else found[others:]
 
     def _ability(self, name: str) -> Any:
         found = getattr(self.module, name, None)

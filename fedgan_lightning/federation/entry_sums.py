@@ -38,6 +38,7 @@ class EntrySums:
         self._sums: dict[str, Tensor] = {}
         self._arrived = {"one": 0.0, "population": 0.0}
         self._kept: dict[int, dict[str, Tensor]] = {}
+        self._weights: dict[int, float] = {}
         self._largest: dict[str, Tensor] = {}
 
     def __bool__(self) -> bool:
@@ -57,6 +58,7 @@ class EntrySums:
             self._arrived[kind] += weight
         self._largest = _larger(self._largest, {name: values[name].detach().cpu() for name in self.maxima})
         if self.collected:
+            self._weights[update.client_id] = update.discount * self._weight(update.num_examples)
             self._kept[update.client_id] = {name: values[name].detach().cpu() for name in sorted(self.collected)}
 
     def add_sum(self, total: UpdateSum) -> None:
@@ -88,10 +90,10 @@ class EntrySums:
         others = {n: v for n, v in state.items() if n not in {*self.summed, *self.maxima, *self.collected}}
         return state if len(others) == len(state) else Packed.of(others)
 
-    def totals(self, ranks: Ranks) -> tuple[dict[str, Tensor], dict[int, State]]:
-        """Return the sums by name, and what was collected by client, over all ranks."""
+    def totals(self, ranks: Ranks) -> tuple[dict[str, Tensor], dict[int, State], dict[int, float]]:
+        """Return the sums by name, what was collected by client, and the weights of these clients, over all ranks."""
         if not self:
-            return {}, {}
+            return {}, {}, {}
         arrived = {kind: sum(own[kind] for own in ranks.exchange(self._arrived)) for kind in self._arrived}
         found = self._of_delta(ranks, arrived)
         for name, entry in self.summed.items():
@@ -101,7 +103,10 @@ class EntrySums:
         for own in ranks.exchange_states({ranks.rank: self._largest}).values() if self.maxima else ():
             self._largest = _larger(self._largest, own)
         found |= self._largest
-        return found, dict(ranks.exchange_states(self._kept)) if self.collected else {}
+        if not self.collected:
+            return found, {}, {}
+        weights = {client_id: weight for own in ranks.exchange(self._weights) for client_id, weight in own.items()}
+        return found, dict(ranks.exchange_states(self._kept)), weights
 
     def _of_delta(self, ranks: Ranks, arrived: Mapping[str, float]) -> dict[str, Tensor]:
         """Return the sums of parameter updates, where all have one rule."""

@@ -19,7 +19,7 @@ says by ``default_sync`` that they do without it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -116,14 +116,18 @@ class Policy:
         """Whether a private entry, or an optimizer's moment, belongs to what clients hand on."""
         return self.placements.get(of_moment(name)[1] if name.startswith(MOMENTS) else name) == "exchange"
 
-    def blind_spots(self) -> list[str]:
-        """Return warnings about what the server cannot know, and evaluates all the same."""
+    def blind_spots(self, *, trained: Collection[str] = ()) -> list[str]:
+        """Return warnings about what the server cannot know, and evaluates all the same.
+
+        Args:
+            trained: Placements of networks that the algorithm trains itself.
+        """
         found = []
         if self.is_private("generator"):
             kind = self.sync["generator"]
             found.append(f"sync.generator is {kind}: metrics and pictures show the server's, which nobody trains")
         moving = {entry.network for entry in self.entries.values() if entry.kind is not Kind.CONSTANT}
-        on_server = [name for name, own in self.sync.items() if own == "server" and name in moving]
+        on_server = [n for n, own in self.sync.items() if own == "server" and n in moving and own not in trained]
         for network in [name for name in on_server if name not in self.absent_networks]:
             found.append(f"sync.{network} is server: what training changes of it on clients is put back")
         kinds = [entry.kind for entry in self.entries.values() if entry.network == "generator"]

@@ -247,8 +247,10 @@ class Receiver:
         """Return what all updates of all ranks amount to."""
         found = self.aggregator.finalize(self.aggregator.reduce(self._accumulator, ranks))
         unsent = set.intersection(*map(set, ranks.exchange(sorted(self._unsent))))
-        sums, collected = self._entry_sums.totals(ranks)
-        found = dataclasses.replace(found, extras=without_unsent(found.extras, unsent), collected=collected)
+        sums, collected, weights = self._entry_sums.totals(ranks)
+        found = dataclasses.replace(
+            found, extras=without_unsent(found.extras, unsent), collected=collected, weights=weights
+        )
         if not sums:
             return found
         known = self.checks.schema.delta.spans

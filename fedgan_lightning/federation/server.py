@@ -25,7 +25,7 @@ from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.federation.sample_source import SampleWith, sampler_of
 from fedgan_lightning.hooks import RecalibrationHook, ServerHook, offers
 from fedgan_lightning.options import checked
-from fedgan_lightning.protocol import Aggregate, State
+from fedgan_lightning.protocol import Aggregate, Aggregator, State
 
 #: Name of the optimizer that steps on the average of clients' updates.
 AVERAGED = "averaged"
@@ -70,14 +70,24 @@ class ServerModule(L.LightningModule):
         #: The user's way to sample the module, and why samples are of no use here.
         self.sample_with: SampleWith | None = None
         self.cannot_sample = ""
+        #: What the server knows of clients: sizes, and labels as far as they are counted.
+        self.data: Any = None
+        self.aggregator: Aggregator | None = None
         self._pending: Aggregate | None = None
 
-    def attach(self, policy: Policy, algorithm: FederatedAlgorithm | None = None, *, seed: int = 0) -> None:
-        """Say which entries are shared, by which algorithm, and what the server's own randomness follows from.
-
-        The orchestrator does so before optimizers are made.
+    def attach(
+        self,
+        policy: Policy,
+        algorithm: FederatedAlgorithm | None = None,
+        *,
+        seed: int = 0,
+        data: Any = None,
+        aggregator: Aggregator | None = None,
+    ) -> None:
+        """Say which entries are shared, by which algorithm, what the server's own randomness follows from, and what it
+        knows of clients. The orchestrator does so before optimizers are made.
         """
-        self._policy, self.seed = policy, seed
+        self._policy, self.seed, self.data, self.aggregator = policy, seed, data, aggregator
         self.algorithm = algorithm if algorithm is not None else FederatedAlgorithm()
 
     @property
@@ -103,6 +113,11 @@ class ServerModule(L.LightningModule):
         entries = {name: state[name].detach().clone() for name in self.policy.downlink_entries}
         own = self.algorithm.task(self, self.rounds_completed)
         return {**entries, **self.moments, **namespaces.under(namespaces.ALGORITHM, own)}
+
+    def weight_of(self, num_examples: int) -> float:
+        """Return the aggregator's weight of a client with so many examples; 1 where it treats all alike."""
+        own = self.aggregator
+        return own.weight(num_examples) if own is not None and own.additive else 1.0
 
     def receive(self, aggregate: Aggregate) -> None:
         """Take the aggregate of a round, for the coming training step."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.gan.draws import Draws
+from fedgan_lightning.gan.objectives import auxiliary_classifier
 from fedgan_lightning.gan.sampling import inputs
 from fedgan_lightning.gan.steps import split_heads
 
@@ -33,8 +34,8 @@ class AlgorithmAbilities:
         """Train the discriminator alone inside the body.
 
         Args:
-            fakes: Samples and labels to train against in every step, as many as a minibatch; with a leading dimension
-                of clients in a stack. By default each step generates its own.
+            fakes: Samples and labels to train against in every step, at least as many as a minibatch, of which the
+                first are taken; with a leading dimension of clients in a stack. By default each step generates its own.
         """
         self.trains_only_discriminator, self._given_fakes = True, fakes
         try:
@@ -48,15 +49,16 @@ class AlgorithmAbilities:
             return generate, draws
         samples, labels = self._given_fakes
         wanted, given = draws.z.shape[:-1], samples.shape[: draws.z.dim() - 1]
-        if wanted != given:
+        if any(few < many for few, many in zip(given, wanted)):
             raise ConfigurationError(
                 message(
-                    "given samples must be as many as those of a minibatch",
+                    "given samples must be at least as many as those of a minibatch",
                     received=f"{list(given)} for {list(wanted)}",
                     fix="set the algorithm's number of samples to data.batch_size",
                 )
             )
-        return lambda z, y: samples, replace(draws, y=labels)
+        first = tuple(map(slice, wanted))  # clients that are done have left a stack, and small ones have small minibatches
+        return lambda z, y: samples[first], replace(draws, y=labels[first])
 
     def feedback(self, samples: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the discriminator's logits l(x) and their gradients dl/dx, of the shape of ``samples``.
@@ -74,6 +76,24 @@ class AlgorithmAbilities:
             logits, _ = split_heads(module.discriminate(points, labels, None))
             (gradients,) = torch.autograd.grad(logits.sum(), points)
         return logits.detach(), gradients
+
+    def generator_feedback(self, samples: Tensor, labels: Tensor) -> Tensor:
+        """Return d/dx of the generator's loss, the mean over samples, an auxiliary classifier's terms among it.
+
+        Args:
+            samples: (N, ...), or (clients, N, ...) in a stack, where each client's loss is its own.
+            labels: (N,), or (clients, N).
+        """
+        module: Any = self
+        points = samples.detach().requires_grad_()
+        with torch.enable_grad():
+            logits, classes = split_heads(module.discriminate(points, labels, None))
+            loss = module.vmap_over_clients(module.loss.generator)(logits)
+            if classes is not None:
+                loss = loss + module.auxiliary_weight * module.vmap_over_clients(auxiliary_classifier)(classes, labels)
+            (gradients,) = torch.autograd.grad(loss.sum(), points)
+        found: Tensor = gradients
+        return found
 
     def generate_with_graph(self, z: Tensor, labels: Tensor) -> Tensor:
         """Return G(z, y), through which a gradient with respect to the generator's parameters can flow."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fedgan_lightning.federation.algorithm import FederatedAlgorithm
+from fedgan_lightning.federation.exchange import cycle
 from fedgan_lightning.options import checked
-from fedgan_lightning.seeding import make_numpy_generator
 
 
 class FedGAN(FederatedAlgorithm):
@@ -31,7 +31,4 @@ class FedGAN(FederatedAlgorithm):
         self.exchange_every = exchange_every
 
     def hand_on(self, *, round: int, num_clients: int, seed: int) -> Mapping[int, int]:
-        if (round + 1) % self.exchange_every:
-            return {}
-        order = make_numpy_generator(seed, "exchange", round).permutation(num_clients).tolist()
-        return dict(zip(order, [*order[1:], order[0]]))
+        return cycle(round=round, num_clients=num_clients, seed=seed, every=self.exchange_every)

@@ -1,0 +1,96 @@
+"""MD-GAN: the server trains the generator by the gradients that clients' discriminators send of its samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from fedgan_lightning.federation import namespaces
+from fedgan_lightning.federation.client_update import ClientContext, Visit
+from fedgan_lightning.federation.feedback.algorithm import FeedbackAlgorithm, collected
+from fedgan_lightning.federation.feedback.samples import Inputs, Labels
+from fedgan_lightning.federation.server import ServerModule
+from fedgan_lightning.options import checked
+from fedgan_lightning.protocol import Aggregate, State, UpdateEntry
+
+FEEDBACK = "feedback"
+
+
+class MDGAN(FeedbackAlgorithm):
+    """min_G sum_i pi_i E L(l_i(G(z))): clients send F_i = d/dx of the generator's loss under their own discriminator.
+
+    Of k batches X^(0..k-1) client n (counted from 1) answers for X^(n mod k) and trains against X^((n+1) mod k), for
+    the local steps of the round; the gradient is F_i of the trained discriminator, and the generator's
+
+        dw = sum_i pi_i sum_s F_i,s dG(z_s)/dw,
+
+    which is one backward pass a batch. The mean over samples is in F_i. Weights pi_i are the federation's aggregator's:
+    N_i / N, or 1 / B with ``WeightedMean(uniform)``, as published. With ``sync: {discriminator: exchange}``
+    discriminators, with their moments, go round all clients in a random cycle every ``exchange_every`` rounds.
+
+    It minimises the mean of the clients' divergences, whose optimum under label skew is not the mixture of the clients'
+    data: common classes win. :class:`UAGAN` has the mixture.
+
+    Source: Hardy, Le Merrer, Sericola 2019, algorithm 1, with the 1/b of F once, and a step against the gradient; a
+    cycle in place of partners drawn one by one, of whom two may choose the same client. Labels of samples travel with
+    them.
+
+    Args:
+        num_batches: Batches k of a round: with 1 every client trains against the batch that it answers for, and only
+            the sum of all answers is needed, so that masks of secure aggregation and robust aggregators go with it.
+        num_samples, labels, per_class, exchange_every: As in :class:`FeedbackAlgorithm`; ``per_class`` is off.
+    """
+
+    @checked(num_batches="[1, inf)")
+    def __init__(
+        self,
+        *,
+        num_batches: int = 2,
+        num_samples: int = 64,
+        labels: Labels = "uniform",
+        per_class: bool | None = None,
+        exchange_every: int = 1,
+    ) -> None:
+        super().__init__(
+            num_samples=num_samples, labels=labels, per_class=per_class, exchange_every=exchange_every
+        )
+        self.num_batches = num_batches
+
+    def slots(self, client_id: int) -> tuple[int, int]:
+        number = client_id + 1  # the paper counts clients from 1
+        return number % self.num_batches, (number + 1) % self.num_batches
+
+    @property
+    def is_additive(self) -> bool:
+        """Whether the server needs the mean of all answers and nothing else."""
+        return self.num_batches == 1 and not self.per_class
+
+    def entries(self, context: ClientContext) -> Mapping[str, UpdateEntry]:
+        shape, dtype = self.shape_of(context)
+        return {FEEDBACK: UpdateEntry(shape, dtype, rule="aggregator" if self.is_additive else "collect", kind="vector")}
+
+    def answer(self, visit: Visit) -> State:
+        return {FEEDBACK: visit.generator_feedback(*self.asked(visit))}
+
+    def sample_gradients(
+        self, server: ServerModule, total: Aggregate, batches: Sequence[Inputs]
+    ) -> Mapping[int, Tensor]:
+        if self.is_additive:
+            own = total.extras.get(f"{namespaces.ALGORITHM}{FEEDBACK}")
+            return {} if own is None else {0: own}
+        found: dict[int, Tensor] = {}
+        if not total.collected:
+            return found
+        clients, answers = sorted(total.collected), collected(total, FEEDBACK).double()
+        mass = self._mass(server, total, batches)
+        for row, client_id in enumerate(clients):
+            slot = self.slots(client_id)[0]
+            weights = (self.log_weights(server, total, batches[slot].labels)[row].exp() / mass[slot]).nan_to_num(0.0)
+            value = answers[row] * weights.view(-1, *(1,) * (answers.dim() - 2))
+            found[slot] = found[slot] + value if slot in found else value
+        return found
+
+    def _mass(self, server: ServerModule, total: Aggregate, batches: Sequence[Inputs]) -> list[Tensor]:
+        """Return by batch the sum of all clients' weights of each sample, (b,): also of those who answer for others."""
+        return [self.log_weights(server, total, inputs.labels).exp().sum(0) for inputs in batches]

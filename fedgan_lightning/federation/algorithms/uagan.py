@@ -1,0 +1,124 @@
+"""UA-GAN: the server makes of all clients' discriminators the one that the mixture of their data would have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedgan_lightning.federation import namespaces
+from fedgan_lightning.federation.client_update import ClientContext, Visit
+from fedgan_lightning.federation.feedback.algorithm import Labels
+from fedgan_lightning.federation.feedback.ensemble import EnsembleFeedback, per_sample
+from fedgan_lightning.federation.feedback.samples import Inputs
+from fedgan_lightning.federation.server import ServerModule
+from fedgan_lightning.options import checked
+from fedgan_lightning.protocol import Aggregate, State, UpdateEntry
+
+ODDS, ODDS_GRADIENT, SHIFT, RATIO = "odds", "odds_gradient", "shift", "ratio"
+
+
+class UAGAN(EnsembleFeedback):
+    """l(x, y) = log sum_i pi_i(y) e^{l_i(x, y)}: odds of real against generated add up, as densities do.
+
+    With every D_i optimal it is the optimal discriminator against sum_i pi_i p_i, so that the generator learns the
+    mixture however unlike the clients are. Weights are pi_i(y), client i's share of the samples of class y, or of all
+    samples without classes. A client without a class has no say on it. Coefficients: L'(l) softmax_i(l_i + log pi_i).
+
+    Source: Zhang, Qu, Chang, Liu, Metaxas, Chen 2021, equations 2 and 3; in logits, so that a sure discriminator does
+    not overflow.
+
+    Args:
+        summed: Have clients send pi_i e^{l_i} and pi_i e^{l_i} dl_i/dx, of which the server needs only sums R and R':
+            F = L'(log R) R'/R. Masks of secure aggregation then hide every single client's; and no client's logits are
+            seen. Logits further than ``max_logit`` from the last round's mean are cut to that.
+        max_logit: Bound on logits under ``summed``, above 0.
+        num_samples, labels, per_class, exchange_every: As in :class:`FeedbackAlgorithm`; ``per_class`` is on where
+            there are classes.
+    """
+
+    @checked(max_logit="(0, 40]")
+    def __init__(
+        self,
+        *,
+        summed: bool = False,
+        max_logit: float = 20.0,
+        num_samples: int = 64,
+        labels: Labels = "uniform",
+        per_class: bool | None = None,
+        exchange_every: int = 1,
+    ) -> None:
+        super().__init__(
+            num_samples=num_samples, labels=labels, per_class=per_class, exchange_every=exchange_every
+        )
+        self.summed, self.max_logit = summed, float(max_logit)
+
+    def combined(self, logits: Tensor, log_weights: Tensor) -> Tensor:
+        return torch.logsumexp(logits + log_weights, 0)
+
+    # ------------------------------------------------------------------ sums in place of single answers
+
+    def entries(self, context: ClientContext) -> Mapping[str, UpdateEntry]:
+        if not self.summed:
+            return super().entries(context)
+        shape, dtype = self.shape_of(context)
+        return {ODDS: UpdateEntry(shape[:1], dtype), ODDS_GRADIENT: UpdateEntry(shape, dtype)}
+
+    def server_state(self, context: ClientContext) -> State:
+        return {SHIFT: torch.zeros((), dtype=torch.float64)} if self.summed else {}
+
+    def task(self, server: ServerModule, round: int) -> State:
+        found = dict(super().task(server, round))
+        return {**found, SHIFT: server.algorithm_state[SHIFT].clone()} if self.summed else found
+
+    def own_task(self, server: ServerModule, round: int, client_id: int) -> State:
+        if not self.summed or not self.is_by_class(server):
+            return {}
+        counts = self._counts(server)
+        assert counts is not None
+        like, labels = next(server.model.parameters()), self.batches(server, round)[0].labels.cpu()
+        held = counts.double()
+        shares = held / held.sum(1, keepdim=True).clamp(min=1.0)
+        return {RATIO: shares[client_id, labels].to(like)}
+
+    def answer(self, visit: Visit) -> State:
+        if not self.summed:
+            return super().answer(visit)
+        leading = 2 if visit.is_stacked else 1
+        logits, gradients = per_sample(*visit.feedback(*self.asked(visit)), leading=leading)
+        cut = (logits - visit.task[SHIFT].to(logits)).clamp(-self.max_logit, self.max_logit)
+        odds = cut.exp() * visit.task[RATIO] if RATIO in visit.task else cut.exp()
+        return {ODDS: odds, ODDS_GRADIENT: odds.view(*odds.shape, *(1,) * (gradients.dim() - leading)) * gradients}
+
+    def sample_gradients(
+        self, server: ServerModule, total: Aggregate, batches: Sequence[Inputs]
+    ) -> Mapping[int, Tensor]:
+        if not self.summed:
+            return super().sample_gradients(server, total, batches)
+        own = namespaces.inside(namespaces.ALGORITHM, total.extras)
+        if ODDS not in own:
+            return {}
+        odds, gradients = own[ODDS].double(), own[ODDS_GRADIENT].double()
+        model, shift, heard = server.model, server.algorithm_state[SHIFT], odds > 0
+        ratios = self._mean_ratio(server, batches[0].labels).to(odds)
+        logits = torch.where(heard, (odds / ratios).log() + shift.to(odds), 0.0).detach().requires_grad_()
+        with torch.enable_grad():
+            loss: Any = model.loss
+            (slopes,) = torch.autograd.grad(loss.generator(logits[heard]) * heard.double().mean(), logits)
+        factors = torch.where(heard, slopes / odds.clamp(min=1e-300), 0.0)
+        if bool(heard.any()):
+            server.algorithm_state[SHIFT] = logits.detach()[heard].mean().to(shift)
+        return {0: factors.view(-1, *(1,) * (gradients.dim() - 1)) * gradients}
+
+    def _mean_ratio(self, server: ServerModule, labels: Tensor) -> Tensor:
+        """Return sum_i pi_i of the ratios sent to clients, over all clients: what makes weights of a class add up to 1."""
+        if not self.is_by_class(server):
+            return torch.ones(len(labels))
+        counts = self._counts(server)
+        assert counts is not None
+        held = counts.double()
+        shares, sizes = held / held.sum(1, keepdim=True).clamp(min=1.0), held.sum(1)
+        weights = torch.tensor([server.weight_of(int(size)) if size else 0.0 for size in sizes], dtype=torch.float64)
+        return ((weights / weights.sum()) @ shares)[labels.cpu()].clamp(min=1e-300)

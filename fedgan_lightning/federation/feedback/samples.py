@@ -1,0 +1,148 @@
+"""The generator's samples that a round sends to clients, and their gradients that come back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.seeding import make_generator
+
+Labels = Literal["uniform", "clients"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one batch of a round is generated from; samples follow from it and the generator, and are not kept.
+
+    Attributes:
+        z: Latents (b, latent_dim).
+        labels: Classes (b,); zeros where the generator takes none.
+    """
+
+    z: Tensor
+    labels: Tensor
+
+
+def draw_inputs(
+    model: Any, *, count: int, num_batches: int, seed: int, round: int, labels: Labels, counts: Tensor | None
+) -> list[Inputs]:
+    """Return the inputs of a round's batches: a pure function of these arguments.
+
+    Args:
+        model: The GAN.
+        count: Samples b of a batch.
+        num_batches: Batches of the round.
+        seed: The federation's seed.
+        round: Rounds completed before this one.
+        labels: ``uniform`` draws evenly from the classes that somebody holds, ``clients`` as often as clients hold them.
+        counts: Labels (clients, classes) that clients hold; ``None`` where nobody has any, or nobody says.
+    """
+    source, like = make_generator(seed, "fakes", round), next(model.generator.parameters())
+    where = {"device": like.device, "dtype": like.dtype}
+    shares = None
+    if model.num_classes:
+        shares = torch.ones(model.num_classes, dtype=torch.float64)
+        if counts is not None:
+            held = counts.double().sum(0)[: model.num_classes]
+            shares = held if labels == "clients" else (held > 0).double()
+    found = []
+    for _ in range(num_batches):
+        z = model.prior.sample(count, model.latent_dim, generator=source, **where)
+        classes = torch.zeros(count, dtype=torch.long)
+        if shares is not None:
+            classes = torch.multinomial(shares, count, replacement=True, generator=source)
+        found.append(Inputs(z, classes.to(like.device)))
+    return found
+
+
+@torch.no_grad()
+def generated(model: Any, batches: Sequence[Inputs]) -> list[Tensor]:
+    """Return G(z, y) of every batch as in training, and leave the generator's running statistics as they were."""
+    with _training(model), _statistics_kept(model.generator):
+        return [model.generate(own.z, own.labels).detach().clone() for own in batches]
+
+
+def generator_gradients(
+    model: Any, batches: Sequence[Inputs], feedback: Mapping[int, Tensor]
+) -> list[Tensor]:
+    """Return sum_j sum_s F_j,s dG(z_j,s)/dw for every parameter w of the generator.
+
+    Every batch is generated again, with the statistics of its own samples, which move running statistics once.
+
+    Args:
+        model: The GAN.
+        batches: The round's batches.
+        feedback: F by batch, of the shape of its samples; batches without one count as zero.
+    """
+    parameters = list(model.generator.parameters())
+    found = [torch.zeros_like(own) for own in parameters]
+    with _training(model):
+        for slot, inputs in enumerate(batches):
+            samples = model.generate_with_graph(inputs.z, inputs.labels)
+            if slot not in feedback:
+                continue
+            own = feedback[slot].to(samples)
+            grads = torch.autograd.grad(samples, parameters, own, allow_unused=True)
+            for total, value in zip(found, grads):
+                if value is not None:
+                    total += value
+    return found
+
+
+def check_gan(model: Any, *, who: str, num_samples: int, minibatch: int | None) -> None:
+    """Refuse a module whose generator cannot learn from gradients on its samples.
+
+    Raises:
+        ConfigurationError: If it cannot, or settings of it would be ignored.
+    """
+    needed = ("generate_with_graph", "generator_feedback", "feedback", "only_discriminator", "sample_shape")
+    missing = [name for name in needed if not hasattr(model, name)]
+    wrong: list[tuple[bool, str, str, str]] = [
+        (bool(missing), "have a module with the abilities of a GAN", f"{type(model).__name__} without {missing}",
+         "add them (see fedgan_lightning.gan.abilities), or use another algorithm"),
+    ]  # fmt: skip
+    if not missing:
+        model.check_needs_no_reals()
+        batch = minibatch if minibatch is not None else 0
+        wrong += [
+            (model.sample_shape is None, "know the shape of a sample", f"{type(model.generator).__name__} without sample_shape",
+             "give the generator an attribute sample_shape"),
+            (model.augment is not None, "judge samples as they are", f"augment={type(model.augment).__name__}",
+             "set model.augment to null"),
+            (model.g_steps > 1, "take one step of the generator a round", f"g_steps={model.g_steps}",
+             "set model.g_steps to 1, and raise federation.rounds"),
+            (model.generator_scheduler is not None, "leave the generator's learning rate to the server",
+             "a generator_scheduler, which clients would follow", "set server.scheduler"),
+            (batch > num_samples, "send as many samples as a minibatch has", f"num_samples={num_samples} with "
+             f"data.batch_size={batch}", f"set num_samples to {batch}"),
+        ]  # fmt: skip
+    for is_wrong, rule, received, fix in wrong:
+        if is_wrong:
+            raise ConfigurationError(message(f"{who} must {rule}", received=received, fix=fix))
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    before = model.training
+    model.train()
+    try:
+        yield
+    finally:
+        model.train(before)
+
+
+@contextmanager
+def _statistics_kept(network: nn.Module) -> Iterator[None]:
+    """Put buffers back after the body: running statistics, and the vectors of spectral norm."""
+    before = {name: own.clone() for name, own in network.named_buffers()}
+    try:
+        yield
+    finally:
+        for name, own in network.named_buffers():
+            own.copy_(before[name])
