@@ -1,4 +1,4 @@
-"""Where networks live and who trains them: served and exchanged networks, abilities of a GAN, MD-GAN as a prototype."""
+"""Where networks live and who trains them: served and exchanged networks, abilities of a GAN."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from fedgan_lightning.networks import DCGANDiscriminator, DCGANGenerator, MLPDis
 from fedgan_lightning.samplers import FractionOfClients
 from tests.conftest import adam, assert_states_equal, federate, quiet_trainer, ring_data, ring_gan, sgd
 from tests.foreign import SomebodysGAN
-from tests.prototypes.mdgan import MDGAN
 
 EXECUTORS = {"sequential": SequentialExecutor, "vectorized": VectorizedExecutor}
 
@@ -273,49 +272,3 @@ class TestAbilities:
         assert loss.dim() == 0
         assert float(gradient.abs().sum()) > 0
 
-    def test_given_samples_must_be_as_many_as_a_minibatch(self):
-        with pytest.raises(ClientError, match="as many as those of a minibatch; got .*8.* for .*16"):
-            run(MDGAN(batch_size=8), sync={"generator": "served", "discriminator": "local"})
-
-
-# ---------------------------------------------------------------------- MD-GAN, as a prototype
-
-
-class TestMDGAN:
-    SYNC = {"generator": "served", "discriminator": "local"}
-
-    @pytest.mark.parametrize("executor", EXECUTORS)
-    @pytest.mark.parametrize("num_batches", [1, 2, 4])
-    def test_the_server_s_gradient_is_that_of_one_graph(self, num_batches, executor):
-        """mean_n L(D_n(G(z_n))) with the discriminators that clients have after their steps, in float64."""
-        algorithm, gan = MDGAN(num_batches=num_batches), ring_gan(optimizer=sgd).double()
-        start = {name: value.detach().clone() for name, value in gan.generator.named_parameters()}
-        server, orchestrator, _ = run(algorithm, gan=gan, sync=self.SYNC, rounds=1, executor=EXECUTORS[executor]())
-        generator = MLPGenerator(4, (2,), hidden=(16,), output="linear").double()
-        generator.load_state_dict(start)
-        points, total = algorithm.latents(server.model, 0), 0.0
-        for k, own in discriminators(orchestrator).items():
-            critic = MLPDiscriminator((2,), hidden=(16,)).double()
-            critic.load_state_dict({name.removeprefix("discriminator."): value for name, value in own.items()})
-            samples = generator(points[algorithm.slots(k)[0]], None)
-            total = total + MDGAN.loss(critic(samples, None)) / 4
-        total.backward()
-        for name, value in generator.named_parameters():
-            torch.testing.assert_close(algorithm.gradients[name], value.grad, atol=1e-13, rtol=1e-11)
-        for name, value in server.model.generator.named_parameters():
-            torch.testing.assert_close(value.detach(), start[name] - 0.05 * algorithm.gradients[name])
-
-    def test_somebody_s_silence_changes_the_weight_and_not_the_slots(self):
-        found = [
-            run(MDGAN(num_batches=2), sync=self.SYNC, rounds=4, clients=FractionOfClients(0.5), executor=own())
-            for own in EXECUTORS.values()
-        ]
-        assert_states_equal(*(own[0].model.generator.state_dict() for own in found), atol=1e-12, rtol=1e-9)
-
-    def test_it_learns_the_ring_s_size(self):
-        """Points of the ring lie at a radius of one; those of the generator as it is built lie within .2."""
-        gan = ring_gan(optimizer=lambda p: torch.optim.Adam(p, lr=1e-2, betas=(0.5, 0.999)))
-        radius = [float(gan.sample(256).norm(dim=1).mean())]
-        server, _, _ = run(MDGAN(num_batches=2), gan=gan, sync=self.SYNC, rounds=60)
-        radius.append(float(server.sample(256).norm(dim=1).mean()))
-        assert abs(radius[1] - 1) < 0.5 * abs(radius[0] - 1), radius

@@ -1,0 +1,693 @@
+"""Algorithms whose generator learns from gradients that clients send of its samples: proofs, parity, what is refused.
+
+Letters are those of the list of proofs in docs/methods.md.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import softplus
+
+from fedgan_lightning import (
+    GAN,
+    ConfigurationError,
+    FederatedDataModule,
+    RoundRules,
+    SequentialExecutor,
+    VectorizedExecutor,
+)
+from fedgan_lightning.aggregators import CoordinateMedian, WeightedMean
+from fedgan_lightning.algorithms import F2A, F2U, MDGAN, UAGAN, FedGAN, MeanDiscriminator
+from fedgan_lightning.data.in_memory import ItemsSource
+from fedgan_lightning.federation.exchange import cycle
+from fedgan_lightning.federation.feedback.ensemble import mean_logit, per_sample
+from fedgan_lightning.federation.feedback.samples import generated
+from fedgan_lightning.losses import R1, Hinge, Minimax, NonSaturating, RelativisticPairing
+from fedgan_lightning.networks import (
+    DCGANDiscriminator,
+    DCGANGenerator,
+    MLPDiscriminator,
+    MLPGenerator,
+)
+from fedgan_lightning.partitions import IID, Dirichlet, GivenIndices
+from fedgan_lightning.samplers import FractionOfClients
+from fedgan_lightning.sources import Samples
+from tests.conftest import adam, assert_states_equal, digits_data, federate, quiet_trainer, ring_data, ring_gan, sgd
+
+EXECUTORS = {"sequential": SequentialExecutor, "vectorized": VectorizedExecutor}
+SYNC = {"generator": "server", "discriminator": "local"}
+EXCHANGE = {"generator": "server", "discriminator": "exchange"}
+FAMILY = {
+    "MD-GAN, k=1": lambda **own: MDGAN(num_batches=1, **own),
+    "MD-GAN, k=2": lambda **own: MDGAN(num_batches=2, **own),
+    "UA-GAN": UAGAN,
+    "UA-GAN, summed": lambda **own: UAGAN(summed=True, **own),
+    "F2U": F2U,
+    "F2A": F2A,
+    "mean": MeanDiscriminator,
+}
+
+
+def slow_case(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def run(algorithm, *, gan=None, data=None, executor=None, **options):
+    gan = ring_gan(optimizer=sgd).double() if gan is None else gan
+    options = {"rounds": 3, "local_steps": 2, "sync": SYNC, **options}
+    executor = SequentialExecutor() if executor is None else executor
+    return federate(gan, ring_data() if data is None else data, algorithm=algorithm, executor=executor, **options)
+
+
+def conditional_gan(**options):
+    torch.manual_seed(0)
+    generator = MLPGenerator(4, (1, 8, 8), hidden=(16,), num_classes=10)
+    discriminator = MLPDiscriminator((1, 8, 8), hidden=(16,), num_classes=10, conditioning="projection")
+    options = {"generator_optimizer": sgd, "discriminator_optimizer": sgd, **options}
+    return GAN(generator, discriminator, **options).double()
+
+
+def everything(result):
+    server, orchestrator, _ = result
+    private = {f"{k} {n}": v for k, own in orchestrator.store.state_dict().items() for n, v in own.items()}
+    return {**server.model.state_dict(), **server.algorithm_state, **private}
+
+
+def critics(orchestrator, gan):
+    """Return every client's discriminator, as a network."""
+    import copy
+
+    found = []
+    for _, own in sorted(orchestrator.store.state_dict().items(), key=lambda pair: int(pair[0])):
+        critic = copy.deepcopy(gan.discriminator)
+        critic.load_state_dict(
+            {n.removeprefix("discriminator."): v for n, v in own.items() if n.startswith("discriminator.")}
+        )
+        found.append(critic)
+    return found
+
+
+def start_of(gan):
+    return {name: value.detach().clone() for name, value in gan.generator.named_parameters()}
+
+
+def moved(server, start, rate=0.05):
+    """Return the gradient that a step of SGD took."""
+    return {n: (start[n] - v.detach()) / rate for n, v in server.model.generator.named_parameters()}
+
+
+# ---------------------------------------------------------------------- 1(a): the server's gradient
+
+
+OBJECTIVES = {
+    "MD-GAN, k=1": lambda loss, logits, w: (w * torch.stack([loss.generator(own) for own in logits])).sum(),
+    "UA-GAN": lambda loss, logits, w: loss.generator(torch.log((w[:, None] * logits.exp()).sum(0))),
+    "UA-GAN, summed": lambda loss, logits, w: loss.generator(torch.log((w[:, None] * logits.exp()).sum(0))),
+    "F2U": lambda loss, logits, w: loss.generator(logits.max(0).values),
+    "mean": lambda loss, logits, w: loss.generator(torch.logit((w[:, None] * logits.sigmoid()).sum(0))),
+    "F2A": lambda loss, logits, w: loss.generator(torch.logit(_f2a(logits, w))),
+}
+
+
+def _f2a(logits, weights, sharpness=1.0):
+    beliefs = logits.sigmoid()
+    chosen = weights[:, None] * (sharpness * beliefs).exp()
+    return (chosen / chosen.sum(0) * beliefs).sum(0)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("loss", [NonSaturating, Minimax], ids=["non-saturating", "saturating"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_gradient_is_that_of_all_discriminators_in_one_graph(name, loss, executor):
+    """Clients hold unequal data, and pi_i = N_i / N; also with several local steps."""
+    gan, data = ring_gan(optimizer=sgd, loss=loss()).double(), ring_data(partition=Dirichlet(1.0, min_samples=16))
+    start, algorithm = start_of(gan), FAMILY[name]()
+    server, orchestrator, _ = run(algorithm, gan=gan, data=data, rounds=1, executor=EXECUTORS[executor]())
+    again = ring_gan(optimizer=sgd).double()
+    again.generator.load_state_dict(start)
+    (inputs,) = algorithm.batches(server, 0)
+    samples = again.generator(inputs.z, None)
+    logits = torch.stack([critic(samples, None).flatten() for critic in critics(orchestrator, gan)])
+    sizes = torch.tensor([float(data.num_examples(k)) for k in range(4)], dtype=torch.float64)
+    OBJECTIVES[name](loss(), logits, sizes / sizes.sum()).backward()
+    for parameter, value in moved(server, start).items():
+        torch.testing.assert_close(value, dict(again.generator.named_parameters())[parameter].grad, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("num_batches", [1, 2, 3, 4])
+@pytest.mark.parametrize("weighting", ["uniform", "examples"])
+def test_md_gan_s_gradient_whatever_the_number_of_batches(weighting, num_batches, executor):
+    gan, data = ring_gan(optimizer=sgd).double(), ring_data(partition=Dirichlet(1.0, min_samples=16))
+    start, algorithm = start_of(gan), MDGAN(num_batches=num_batches)
+    options = {"aggregator": WeightedMean(weighting), "rounds": 1, "executor": EXECUTORS[executor]()}
+    server, orchestrator, _ = run(algorithm, gan=gan, data=data, **options)
+    again = ring_gan(optimizer=sgd).double()
+    again.generator.load_state_dict(start)
+    points, total, mass = algorithm.batches(server, 0), 0.0, 0.0
+    for k, critic in enumerate(critics(orchestrator, gan)):
+        weight = data.num_examples(k) if weighting == "examples" else 1
+        logits = critic(again.generator(points[algorithm.slots(k)[0]].z, None), None)
+        total, mass = total + weight * NonSaturating().generator(logits), mass + weight
+    (total / mass).backward()
+    for parameter, value in moved(server, start).items():
+        torch.testing.assert_close(value, dict(again.generator.named_parameters())[parameter].grad, atol=1e-12, rtol=1e-9)
+
+
+def test_md_gan_has_the_auxiliary_classifier_s_gradient_too():
+    """The published setting is ACGAN's; labels travel with the samples."""
+    torch.manual_seed(0)
+    gan = GAN(
+        MLPGenerator(4, (1, 8, 8), hidden=(16,), num_classes=10),
+        MLPDiscriminator((1, 8, 8), hidden=(16,), num_classes=10, conditioning="auxiliary"),
+        generator_optimizer=sgd,
+        discriminator_optimizer=sgd,
+        auxiliary_weight=0.7,
+    ).double()
+    start, algorithm = start_of(gan), MDGAN(num_batches=1, num_samples=16)
+    server, orchestrator, _ = run(
+        algorithm, gan=gan, data=digits_data(), rounds=1, aggregator=WeightedMean("uniform")
+    )
+    again = conditional_gan()
+    again.generator.load_state_dict(start)
+    (inputs,) = algorithm.batches(server, 0)
+    total = 0.0
+    for critic in critics(orchestrator, gan):
+        logits, classes = critic(again.generator(inputs.z, inputs.labels), inputs.labels)
+        total = total + NonSaturating().generator(logits) / 5
+        total = total + 0.7 * torch.nn.functional.cross_entropy(classes, inputs.labels) / 5
+    total.backward()
+    for parameter, value in moved(server, start).items():
+        torch.testing.assert_close(value, dict(again.generator.named_parameters())[parameter].grad, atol=1e-12, rtol=1e-9)
+
+
+# ---------------------------------------------------------------------- 1(b), 3(b), 3(c): plain GANs
+
+
+def plain_rounds(gan, data, *, algorithm, server, rounds, local_steps=1):
+    """Train as a plain loop does: D on real minibatches and given samples, then G against D; on the first client."""
+    opt_g, opt_d = gan.generator_optimizer(gan.generator.parameters()), gan.discriminator_optimizer(
+        gan.discriminator.parameters()
+    )
+    asked, against = algorithm.slots(0)
+    for round in range(rounds):
+        inputs = algorithm.batches(server, round)
+        fakes = generated(gan, inputs)[against]
+        batches = data.client_batches(0, first_step=round * local_steps, num_steps=local_steps)
+        for x, _ in batches:
+            x = x.double()
+            loss = gan.loss.discriminator(
+                gan.discriminator(x, None), gan.discriminator(fakes[: len(x)], None)
+            )
+            opt_d.zero_grad()
+            loss.backward()
+            opt_d.step()
+        value = gan.loss.generator(gan.discriminator(gan.generator(inputs[asked].z, None), None))
+        opt_g.zero_grad()
+        value.backward()
+        opt_g.step()
+    return gan
+
+
+@pytest.mark.parametrize("local_steps", [1, 3])
+@pytest.mark.parametrize("name", ["MD-GAN, k=1", "MD-GAN, k=2", "UA-GAN", "UA-GAN, summed", "F2U", "mean"])
+def test_with_one_client_it_is_a_plain_gan(name, local_steps):
+    """1(b): N = 1, k = 2, Adam; 3(b): one site."""
+    options = {"num_clients": 1, "partition": GivenIndices([range(64)])}
+    algorithm, data = FAMILY[name](num_samples=16), ring_data(**options)
+    gan = ring_gan(optimizer=adam, penalties=[]).double()
+    server, orchestrator, _ = run(algorithm, gan=gan, data=data, rounds=6, local_steps=local_steps)
+    plain = ring_gan(optimizer=adam, penalties=[]).double()
+    data = ring_data(**options)
+    data.setup()
+    plain_rounds(plain, data, algorithm=algorithm, server=server, rounds=6, local_steps=local_steps)
+    assert_states_equal(
+        server.model.generator.state_dict(), plain.generator.state_dict(), atol=1e-12, rtol=1e-10
+    )
+    (own,) = critics(orchestrator, plain)
+    assert_states_equal(own.state_dict(), plain.discriminator.state_dict(), atol=1e-12, rtol=1e-10)
+
+
+def test_of_one_client_all_rules_have_the_same_coefficients():
+    logits, zero = torch.linspace(-3, 3, 7, dtype=torch.float64)[None], torch.zeros(1, 7, dtype=torch.float64)
+    found = [own().coefficients(NonSaturating(), logits, zero) for own in (UAGAN, F2U, F2A, MeanDiscriminator)]
+    for other in found:
+        torch.testing.assert_close(other, -torch.sigmoid(-logits) / 7, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rule", [UAGAN, F2U, F2A, MeanDiscriminator])
+def test_copies_of_one_client_say_what_the_one_says(rule):
+    """3(c)."""
+    logits = torch.linspace(-3, 3, 7, dtype=torch.float64).expand(5, 7)
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], dtype=torch.float64).log()[:, None].expand(5, 7)
+    found = rule().coefficients(NonSaturating(), logits, weights).sum(0)
+    torch.testing.assert_close(found, -torch.sigmoid(-logits[0]) / 7, atol=1e-12, rtol=1e-12)
+
+
+# ---------------------------------------------------------------------- 3(a), 3(e), 3(f), and section 4: rules
+
+
+def random_logits(seed=0, clients=5, samples=32, scale=2.0):
+    source = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(clients, samples, generator=source, dtype=torch.float64)
+    shares = torch.rand(clients, samples, generator=source, dtype=torch.float64)
+    return logits, (shares / shares.sum(0)).log()
+
+
+def test_log_odds_are_the_log_of_odds():
+    """3(a)."""
+    logits, weights = random_logits()
+    belief = logits.sigmoid()
+    odds = (weights.exp() * belief / (1 - belief)).sum(0)
+    torch.testing.assert_close(UAGAN().combined(logits, weights), odds.log(), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("loss", [NonSaturating(), Minimax()])
+def test_coefficients_are_those_of_the_table(loss):
+    logits, weights = random_logits()
+    count = logits.shape[1]
+
+    def slope(h):
+        return -torch.sigmoid(-h) if isinstance(loss, NonSaturating) else -torch.sigmoid(h)
+
+    one = torch.logsumexp(logits + weights, 0)
+    expected = slope(one) * torch.softmax(logits + weights, 0) / count
+    torch.testing.assert_close(UAGAN().coefficients(loss, logits, weights), expected, atol=1e-13, rtol=1e-11)
+    best = logits.argmax(0)
+    expected = slope(logits.max(0).values) * torch.nn.functional.one_hot(best, 5).T / count
+    torch.testing.assert_close(F2U().coefficients(loss, logits, weights), expected, atol=1e-13, rtol=1e-11)
+    belief, pi = logits.sigmoid(), weights.exp()
+    mean = (pi * belief).sum(0)
+    expected = slope(torch.logit(mean)) * pi * belief * (1 - belief) / (mean * (1 - mean)) / count
+    torch.testing.assert_close(
+        MeanDiscriminator().coefficients(loss, logits, weights), expected, atol=1e-13, rtol=1e-10
+    )
+
+
+def test_the_most_forgiving_is_found_sample_by_sample():
+    """Section 4: the argmax against a loop, and not once for the batch."""
+    logits, weights = random_logits(scale=3.0)
+    weights[2, ::2] = -torch.inf
+    found = F2U().coefficients(NonSaturating(), logits, weights)
+    for s in range(logits.shape[1]):
+        heard = [i for i in range(5) if torch.isfinite(weights[i, s])]
+        best = max(heard, key=lambda i: float(logits[i, s]))
+        assert found[:, s].nonzero().flatten().tolist() == [best]
+    assert len(set(found.abs().argmax(0).tolist())) > 1
+
+
+def test_f2a_lies_between_the_mean_and_the_most_forgiving():
+    """Section 4: lambda = 0 is the mean of discriminators, lambda -> inf is F2U; the slope in lambda is a variance."""
+    logits, _ = random_logits()
+    weights = torch.full_like(logits, -np.log(5.0))
+    torch.testing.assert_close(F2A(sharpness=0.0).combined(logits, weights), mean_logit(logits, weights))
+    far = F2A(sharpness=1e6).combined(logits, weights)
+    torch.testing.assert_close(far, logits.max(0).values, atol=1e-9, rtol=1e-9)
+    sharpness = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    value = F2A().combined(logits, weights, sharpness).sigmoid()
+    (slope,) = torch.autograd.grad(value.sum(), sharpness)
+    belief = logits.sigmoid()
+    chosen = torch.softmax(1.3 * belief, 0)
+    assert float(slope) == pytest.approx(float((chosen * belief * (belief - value.detach())).sum()), abs=1e-10)
+
+
+def test_lambda_is_learned_and_held_down_by_its_penalty():
+    found = {}
+    for options in ((0.0, 0.0), (1.0, 0.0), (1.0, 10.0)):
+        rate, penalty = options
+        server, _, _ = run(F2A(sharpness=0.5, learning_rate=rate, penalty=penalty), rounds=4)
+        found[options] = float(server.algorithm_state["sharpness"])
+    assert found[0.0, 0.0] == 0.5
+    assert found[1.0, 0.0] > 0.5  # a sharper ensemble likes samples better, and so does the generator's loss
+    assert found[1.0, 10.0] == 0.0
+
+
+def test_a_client_without_a_class_has_no_say_on_it():
+    """3(f): pi_i(y) = 0 and l_i = +50 change nothing, under every rule."""
+    logits, weights = random_logits()
+    weights[1] = -torch.inf
+    for rule in (UAGAN, F2U, F2A, MeanDiscriminator):
+        before = rule().coefficients(NonSaturating(), logits, weights)
+        loud = logits.clone()
+        loud[1] = 50.0
+        after = rule().coefficients(NonSaturating(), loud, weights)
+        assert torch.equal(before, after)
+        assert not bool(after[1].any())
+
+
+def test_a_class_that_nobody_has_moves_nothing():
+    logits, weights = random_logits()
+    weights[:, 3] = -torch.inf
+    for rule in (UAGAN, F2U, F2A, MeanDiscriminator):
+        found = rule().coefficients(NonSaturating(), logits, weights)
+        assert bool(torch.isfinite(found).all())
+        assert not bool(found[:, 3].any())
+
+
+@pytest.mark.parametrize("data", ["ring", "digits by class"])
+def test_sums_say_what_single_answers_say(data):
+    """3(e): R and R' alone, in float64, over several rounds, with and without classes."""
+    found = []
+    for summed in (False, True):
+        gan, own = (None, None) if data == "ring" else (conditional_gan(), digits_data())
+        found.append(run(UAGAN(summed=summed), gan=gan, data=own, rounds=4)[0].model.generator.state_dict())
+    assert_states_equal(*found, atol=1e-12, rtol=1e-9)
+
+
+def test_logits_beyond_the_bound_are_cut_and_nothing_overflows():
+    gan = ring_gan(optimizer=sgd).double()
+    with torch.no_grad():
+        list(gan.discriminator.parameters())[-1].fill_(500.0)
+    server, _, _ = run(UAGAN(summed=True, max_logit=5.0), gan=gan, rounds=3)
+    assert all(bool(torch.isfinite(own).all()) for own in server.model.generator.state_dict().values())
+    assert abs(float(server.algorithm_state["shift"])) > 4.0
+
+
+def test_a_patch_discriminator_s_word_is_the_mean_over_patches():
+    logits, gradients = torch.randn(3, 4, 4), torch.randn(3, 1, 8, 8)
+    one, own = per_sample(logits, gradients, leading=1)
+    torch.testing.assert_close(one, logits.flatten(1).mean(1))
+    torch.testing.assert_close(own, gradients / 16)
+
+
+# ---------------------------------------------------------------------- 0, 1(f), 3(d): what every objective prefers
+
+
+def common_share(clients, objective, *, steps=4000):
+    """Descend on a tabular q over a common and one private cell for every client, with optimal discriminators.
+
+    D is held in every step, so that the gradient by q is the loss of its logit in every cell; mirror descent.
+    """
+    p = torch.zeros(clients, clients + 1, dtype=torch.float64)
+    p[:, 0] = 0.5
+    p[torch.arange(clients), torch.arange(clients) + 1] = 0.5
+    weights = torch.full((clients, clients + 1), -np.log(clients), dtype=torch.float64)
+    log_q = torch.full((clients + 1,), -np.log(clients + 1), dtype=torch.float64)
+    for _ in range(steps):
+        logits = (p.log() - log_q).clamp(min=-700.0)
+        log_q = torch.log_softmax(log_q - 0.5 * objective(logits, weights), 0)
+    return float(log_q[0].exp())
+
+
+def saturating(logit):
+    return -softplus(logit)
+
+
+SIGNATURE = {
+    2: (0.5, 0.5877, 0.3333, 0.75),
+    3: (0.5, 0.6607, 0.25, 1.0),
+    4: (0.5, 0.7223, 0.2, 1.0),
+    5: (0.5, 0.7743, 0.1667, 1.0),
+    10: (0.5, 0.9311, 0.0909, 1.0),
+}
+RULES = {
+    "UA-GAN": lambda logits, weights: saturating(UAGAN().combined(logits, weights)),
+    "mean of losses": lambda logits, weights: (weights.exp() * saturating(logits)).sum(0),
+    "F2U": lambda logits, weights: saturating(F2U().combined(logits, weights)),
+    "mean of discriminators": lambda logits, weights: saturating(MeanDiscriminator().combined(logits, weights)),
+}
+
+
+@pytest.mark.parametrize("clients", SIGNATURE)
+@pytest.mark.parametrize("rule", RULES)
+def test_the_share_of_the_common_cell_is_that_of_the_table(rule, clients):
+    expected = SIGNATURE[clients][list(RULES).index(rule)]
+    assert common_share(clients, RULES[rule]) == pytest.approx(expected, abs=1e-3)
+
+
+# ---------------------------------------------------------------------- 1(c): exchange
+
+
+@pytest.mark.parametrize("clients", [2, 3, 7, 10])
+def test_an_exchange_is_a_cycle_through_everybody(clients):
+    moves = cycle(round=4, num_clients=clients, seed=3, every=5)
+    assert sorted(moves) == sorted(moves.values()) == list(range(clients))
+    assert all(own != other for own, other in moves.items())
+    home, place = list(range(clients)), list(range(clients))
+    for _ in range(clients):
+        place = [moves[own] for own in place]
+    assert place == home
+    assert cycle(round=3, num_clients=clients, seed=3, every=5) == {}
+    assert cycle(round=4, num_clients=1, seed=3, every=5) == {}
+
+
+def test_discriminators_change_hands_and_stay_the_same():
+    never, once = (
+        run(MDGAN(exchange_every=every), sync=EXCHANGE, rounds=2, gan=ring_gan(optimizer=adam))[1] for every in (3, 2)
+    )
+    gan = ring_gan(optimizer=adam)
+    before, after = (critics(own, gan) for own in (never, once))
+    moves = cycle(round=1, num_clients=4, seed=0, every=2)
+    for client, source in moves.items():
+        assert_states_equal(after[client].state_dict(), before[source].state_dict())
+    moments = [{k: own for k, own in o.store.state_dict().items()} for o in (never, once)]
+    for client, source in moves.items():
+        theirs = {n: v for n, v in moments[0][str(source)].items() if n.startswith("optimizer/")}
+        assert theirs
+        assert_states_equal({n: moments[1][str(client)][n] for n in theirs}, theirs)
+
+
+def test_with_the_same_data_and_networks_an_exchange_changes_nothing():
+    """Every client holds the same sixteen points, in one minibatch."""
+    points = torch.randn(16, 2).repeat(4, 1)
+    given = GivenIndices([range(16 * k, 16 * k + 16) for k in range(4)])
+    found = []
+    for every in (1, 100):
+        gan = ring_gan(optimizer=sgd, penalties=[]).double()
+        data = held(points, partition=given, num_clients=4, batch_size=16)
+        options = {"gan": gan, "sync": EXCHANGE, "data": data, "rounds": 4}
+        server, _, _ = run(MDGAN(num_batches=1, exchange_every=every), **options)
+        found.append({**server.model.generator.state_dict()})
+    assert_states_equal(*found, atol=1e-12, rtol=1e-10)
+
+
+# ---------------------------------------------------------------------- 1(d): bytes
+
+
+def test_bytes_are_counted_to_the_last_one():
+    """3 b d numbers of 4 bytes per client and iteration: 94 080 for MNIST at b = 10, with two distinct batches."""
+    torch.manual_seed(0)
+    pictures, data = torch.rand(60, 1, 28, 28) * 2 - 1, {"partition": IID(), "num_clients": 3, "batch_size": 10}
+    gan = GAN(MLPGenerator(4, (1, 28, 28), hidden=(8,)), MLPDiscriminator((1, 28, 28), hidden=(8,)))
+    _, orchestrator, _ = run(MDGAN(num_batches=2, num_samples=10), gan=gan, data=held(pictures, **data), rounds=3, local_steps=1)
+    ledger = orchestrator.ledger
+    down, up = sum(ledger.bytes_down.values()), sum(ledger.bytes_up.values())
+    assert (down, up) == (3 * 3 * 2 * 4 * 10 * 784, 3 * 3 * 4 * 10 * 784)
+    assert (down + up) / ledger.client_runs == 94_080
+    _, orchestrator, _ = run(UAGAN(num_samples=10), gan=gan, data=held(pictures, **data), rounds=1, local_steps=1)
+    assert sum(orchestrator.ledger.bytes_up.values()) == 3 * 4 * 10 * 785
+    assert sum(orchestrator.ledger.bytes_down.values()) == 3 * 4 * 10 * 784
+
+
+def held(x, **options):
+    """Return a data module of these samples."""
+    samples = Samples(x, torch.zeros(len(x), dtype=torch.long))
+    return FederatedDataModule(ItemsSource(samples, samples), **options)
+
+
+# ---------------------------------------------------------------------- 1(e): BatchNorm of the generator
+
+
+@pytest.mark.parametrize("num_batches", [1, 2])
+def test_batches_are_generated_twice_and_counted_once(num_batches):
+    torch.manual_seed(0)
+    gan = GAN(
+        DCGANGenerator(8, latent_dim=4, width=4, channels=1),
+        DCGANDiscriminator(8, width=4, channels=1),
+        generator_optimizer=sgd,
+        discriminator_optimizer=sgd,
+    ).double()
+    import copy
+
+    plain, algorithm = copy.deepcopy(gan).train(), MDGAN(num_batches=num_batches, num_samples=16)
+    server, _, _ = run(algorithm, gan=gan, data=digits_data(num_clients=3), rounds=1)
+    batches = algorithm.batches(server, 0)
+    sent = generated(plain, batches)
+    before = {name: own.clone() for name, own in plain.generator.named_buffers()}
+    made = [plain.generator(own.z, own.labels) for own in batches]
+    for own, other in zip(sent, made):
+        torch.testing.assert_close(own, other.detach(), atol=1e-14, rtol=0)  # of its own statistics, both times
+    assert any(not torch.equal(own, before[name]) for name, own in plain.generator.named_buffers())
+    for name, own in server.model.generator.named_buffers():
+        torch.testing.assert_close(own, dict(plain.generator.named_buffers())[name], atol=1e-12, rtol=1e-12)
+
+
+# ---------------------------------------------------------------------- 1(g): the path over parameters
+
+
+def test_md_gan_is_averaging_of_generators_with_a_server_that_steps():
+    """k = 1, L = 1: delta = -gradient under SGD of rate 1, its mean is MD-GAN's dw, and the server's Adam steps on it.
+
+    Both take the same latents, which the path over parameters draws on clients.
+    """
+
+    class SameLatents(GAN):
+        """Draws what MD-GAN has sent in the same round."""
+
+        inputs: list
+
+        def draw(self, y, **options):
+            from dataclasses import replace
+
+            return replace(super().draw(y, **options), z=self.inputs[self.local_step])
+
+    def unit(parameters):
+        return torch.optim.SGD(parameters, lr=1.0)
+
+    algorithm, options = MDGAN(num_batches=1, num_samples=16), {"rounds": 6, "local_steps": 1}
+    uniform = WeightedMean("uniform")
+    server, orchestrator, _ = run(
+        algorithm, gan=ring_gan(optimizer=adam, penalties=[]).double(), aggregator=uniform, **options
+    )
+    torch.manual_seed(0)
+    networks = MLPGenerator(4, (2,), hidden=(16,), output="linear"), MLPDiscriminator((2,), hidden=(16,))
+    gan = SameLatents(*networks, generator_optimizer=unit, discriminator_optimizer=adam).double()
+    gan.inputs = [algorithm.batches(server, round)[0].z for round in range(6)]
+    from fedgan_lightning import FederatedOrchestrator, ServerModule
+
+    other = FederatedOrchestrator(
+        algorithm=FedGAN(), sync={"discriminator": "local"}, aggregator=uniform, executor=SequentialExecutor(),
+        optimizer_state="reset", **options,
+    )  # fmt: skip
+    averaged = ServerModule(gan, optimizer=adam)
+    quiet_trainer(other).fit(averaged, datamodule=ring_data())
+    assert_states_equal(
+        averaged.model.generator.state_dict(), server.model.generator.state_dict(), atol=1e-12, rtol=1e-9
+    )
+
+
+# ---------------------------------------------------------------------- executors, cohorts, resume
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"local_steps": None, "local_epochs": 1},
+        {"sync": EXCHANGE, "clients": FractionOfClients(0.5), "rounds": 5},
+    ],
+    ids=["all", "ragged", "exchanged among some"],
+)
+def test_stacked_clients_are_each_alone(name, options):
+    found = []
+    for executor in (SequentialExecutor(), VectorizedExecutor(), VectorizedExecutor(chunk_size=2)):
+        gan, data = ring_gan(optimizer=adam).double(), ring_data(partition=Dirichlet(0.5, min_samples=16))
+        found.append(everything(run(FAMILY[name](), gan=gan, data=data, executor=executor, **options)))
+    for other in found[1:]:
+        assert_states_equal(other, found[0], atol=1e-10, rtol=1e-7)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_classes_of_clients_count_in_stacks_as_alone(name):
+    found = []
+    for executor in EXECUTORS.values():
+        data = digits_data(batch_size=16)
+        found.append(everything(run(FAMILY[name](num_samples=20), gan=conditional_gan(), data=data, executor=executor())))
+    assert_states_equal(*found, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_resumed_run_ends_with_the_same_bits(name, executor, tmp_path):
+    from fedgan_lightning import FederatedOrchestrator, ServerModule
+
+    options = {"clients": FractionOfClients(0.5), "sync": EXCHANGE, "local_steps": 2}
+    whole = run(FAMILY[name](), gan=ring_gan(optimizer=adam), executor=EXECUTORS[executor](), **{**options, "rounds": 5})
+    _, _, trainer = run(
+        FAMILY[name](), gan=ring_gan(optimizer=adam), executor=EXECUTORS[executor](), **{**options, "rounds": 2}
+    )
+    trainer.save_checkpoint(tmp_path / "cut.ckpt")
+    again = FederatedOrchestrator(rounds=5, algorithm=FAMILY[name](), executor=EXECUTORS[executor](), **options)
+    server, trainer = ServerModule(ring_gan(optimizer=adam, seed=7)), quiet_trainer(again)
+    trainer.fit(server, datamodule=ring_data(), ckpt_path=tmp_path / "cut.ckpt")
+    assert_states_equal(everything((server, again, trainer)), everything(whole))
+
+
+def test_a_median_of_answers_withstands_one_that_lies():
+    class Liar(SequentialExecutor):
+        def run(self, tasks):
+            import dataclasses
+
+            for update in super().run(tasks):
+                wild = {n: 1e6 * torch.ones_like(v) for n, v in update.extras.items()} if update.client_id == 0 else {}
+                yield dataclasses.replace(update, extras={**update.extras, **wild})
+
+    found = {}
+    for aggregator in (WeightedMean("uniform"), CoordinateMedian()):
+        gan = ring_gan(optimizer=sgd).double()
+        start = start_of(gan)
+        server, _, _ = run(MDGAN(num_batches=1), gan=gan, aggregator=aggregator, rounds=1, executor=Liar())
+        found[type(aggregator).__name__] = max(float(own.abs().max()) for own in moved(server, start).values())
+    assert found["WeightedMean"] > 1e5
+    assert found["CoordinateMedian"] < 10
+
+
+def test_classes_are_generated_as_clients_hold_them():
+    data = digits_data(partition=Dirichlet(0.3, min_samples=16))
+    data.setup()
+    held = data.label_counts().sum(0) / data.label_counts().sum()
+    algorithm = UAGAN(num_samples=20_000, labels="clients")
+    server, _, _ = run(UAGAN(num_samples=16, labels="clients"), gan=conditional_gan(), data=data, rounds=1)
+    drawn = algorithm.batches(server, 3)[0].labels
+    share = torch.bincount(drawn, minlength=10).numpy() / len(drawn)
+    assert np.abs(share - held).max() < 4 * np.sqrt(0.1 * 0.9 / len(drawn))
+
+
+@pytest.mark.parametrize(
+    "name, is_iid",
+    [("MD-GAN, k=1", True), slow_case("MD-GAN, k=2", True), ("UA-GAN", False), slow_case("F2U", False), ("F2A", False)],
+)
+def test_it_learns_the_ring_s_size(name, is_iid):
+    """Points of the ring lie at a radius of 1.41, those of the generator as it is built at .42.
+
+    With two modes each at four clients MD-GAN ends at .35 and .79: the mean of divergences is not the mixture's.
+    """
+
+    def gentle(parameters):
+        return torch.optim.Adam(parameters, lr=5e-3, betas=(0.0, 0.99))
+
+    data = ring_data(partition=IID()) if is_iid else ring_data()
+    options = {"gan": ring_gan(optimizer=gentle, penalties=[R1(0.1)]), "data": data, "executor": VectorizedExecutor()}
+    server, _, _ = run(FAMILY[name](), rounds=300, local_steps=1, **options)
+    assert float(server.sample(512).norm(dim=1).mean()) == pytest.approx(1.41, abs=0.2)
+
+
+# ---------------------------------------------------------------------- what is refused before the first round
+
+
+@pytest.mark.parametrize(
+    "make, options, words",
+    [
+        (MDGAN, {"sync": {}}, "must have the generator at the server; got sync.generator: average"),
+        (UAGAN, {"sync": {"generator": "server"}}, "must have the discriminator at clients; got sync.disc"),
+        (MDGAN, {"rules": RoundRules(stale_updates="discount")}, "must drop late answers"),
+        (lambda: MDGAN(num_samples=8), {}, "as many samples as a minibatch has; got num_samples=8 with .*16"),
+        (lambda: UAGAN(per_class=True), {}, "per_class must have a conditional generator"),
+        (UAGAN, {"gan": ring_gan(loss=Hinge())}, "reads D / .* got Hinge. Set model.loss"),
+        (MDGAN, {"gan": ring_gan(loss=RelativisticPairing())}, "must need no real samples"),
+        (MDGAN, {"gan": ring_gan(g_steps=2)}, "one step of the generator a round; got g_steps=2"),
+        (
+            MDGAN,
+            {"gan": ring_gan(generator_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1))},
+            "leave the generator's learning rate to the server",
+        ),
+        (UAGAN, {"gan": "auxiliary"}, "must have such that classify nothing; got a discriminator with an auxiliary"),
+    ],
+)
+def test_what_cannot_be_is_refused(make, options, words):
+    options = dict(options)
+    if options.get("gan") == "auxiliary":
+        torch.manual_seed(0)
+        discriminator = MLPDiscriminator((1, 8, 8), hidden=(16,), num_classes=10, conditioning="auxiliary")
+        options["gan"] = GAN(MLPGenerator(4, (1, 8, 8), hidden=(16,), num_classes=10), discriminator)
+        options["data"] = digits_data()
+    with pytest.raises(ConfigurationError, match=words):
+        run(make(), **options)
+
+
+def test_f2u_goes_with_any_loss():
+    server, _, _ = run(F2U(), gan=ring_gan(optimizer=sgd, loss=Hinge()), rounds=2)
+    assert server.rounds_completed == 2
