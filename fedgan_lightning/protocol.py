@@ -285,7 +285,7 @@ class Executor(ABC):
 
     @abstractmethod
     def setup(self, context: Any) -> None:
-        """Prepare for a run; ``context`` is a :class:`fedgan_lightning.federation.client_update.ClientContext`."""
+        """Prepare for a run; ``context`` is a :class:`fedgan_lightning.federation.client_context.ClientContext`."""
 
     @abstractmethod
     def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientUpdate | UpdateSum | ClientFailure]:
@@ -360,51 +360,6 @@ class Aggregator(ABC):
     @abstractmethod
     def finalize(self, accumulator: Any) -> Aggregate:
         """Return the aggregate; with no updates in it, one without entries."""
-
-
-class UpdateTransform(ABC):
-    """Rewrites updates between client and aggregator: clips, encodes, adds noise. Transforms form a chain.
-    Clients apply it in its order, the server undoes it in reverse: :meth:`decode` for every answer before it is
-    aggregated, :meth:`total` once for what they amount to. Parameter updates bear the names of parameters.
-    """
-
-    def check(self, *, is_secure: bool) -> None:  # noqa: B027 - most transforms go with everything
-        """Refuse what this transform cannot go with, by a ConfigurationError; ``is_secure``: the server sees sums."""
-
-    def schema(self, entries: Mapping[str, UpdateEntry]) -> dict[str, UpdateEntry]:
-        """Return the entries that leave this transform, given those that enter it."""
-        return dict(entries)
-
-    def own_entries(self) -> Mapping[str, UpdateEntry]:
-        """Return scalars that come up beside an update, by names of an algorithm; :meth:`client` fills them in."""
-        return {}
-
-    def client_state(self, entries: Mapping[str, UpdateEntry]) -> State:
-        """Return the private state of a client that has none yet."""
-        return {}
-
-    @abstractmethod
-    def client(
-        self,
-        update: State,
-        *,
-        entries: Mapping[str, UpdateEntry],
-        private: State,
-        hyperparameters: Mapping[str, float],
-    ) -> tuple[State, State]:
-        """Return what leaves this transform on one client, and its private state of this transform after that; given
-        what enters, what is known of its entries, the private state before, and the round's hyper-parameters.
-        """
-
-    def decode(
-        self, update: State, *, entries: Mapping[str, UpdateEntry], hyperparameters: Mapping[str, float]
-    ) -> State:
-        """Return an update as the aggregator wants it; arguments as in :meth:`client`."""
-        return update
-
-    def total(self, total: Aggregate) -> Aggregate:
-        """Return the total of a round as the server steps on it."""
-        return total
 
 
 class ClientSampler(ABC):

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from fedgan_lightning.federation.transforms import (
+    QSGD,
+    BFloat16,
     ClipUpdates,
+    Codec,
+    Int8,
+    PowerSGD,
     PrivateUpdates,
+    RandomSparse,
     SignCompression,
+    TopK,
 )
 from fedgan_lightning.protocol import (
     UpdateEntry,
+)
+from fedgan_lightning.update_transform import (
+    RoundFacts,
     UpdateTransform,
 )

@@ -126,7 +126,14 @@ LAYERS = {
     "federation.transform_chain": 4,
     "federation.round_schedules": 4,
     "federation.stop_signals": 0,
-    "federation.client_update": 5,
+    "federation.client_context": 5,
+    "federation.client_update": 5.5,
+    "federation.exchange": 4,
+    "federation.feedback.samples": 2,
+    "federation.feedback.algorithm": 7,
+    "federation.feedback.ensemble": 8,
+    "federation.feedback": 9,
+    "update_transform": 1,
     "federation.step_hooks": 6,
     "federation.local": 7,
     "federation.algorithms.fedgan": 6,
@@ -134,9 +141,17 @@ LAYERS = {
     "federation.algorithms.scaffold": 6,
     "federation.algorithms.served_generator": 6,
     "gan.abilities": 3,
-    "federation.algorithms": 7,
+    "federation.algorithms.mdgan": 9,
+    "federation.algorithms.uagan": 9,
+    "federation.algorithms.forgiving": 9,
+    "federation.algorithms.mean_discriminator": 9,
+    "federation.algorithms": 10,
     "federation.transforms.clipping": 3,
-    "federation.transforms.signs": 1,
+    "federation.transforms.codec": 2,
+    "federation.transforms.dense": 3,
+    "federation.transforms.sparse": 3,
+    "federation.transforms.power": 3,
+    "federation.transforms.signs": 4,
     "federation.transforms": 6,
     "federation.vectorized_trainer": 8,
     "federation.report": 5,
@@ -314,7 +329,7 @@ NO_LIGHTNING += (
 )
 
 
-def layer_of(module: str) -> int | None:
+def layer_of(module: str) -> float | None:
     return LAYERS.get(module)
 
 

@@ -52,7 +52,7 @@ def test_what_can_be_chosen_is_what_there_is():
     from fedgan_lightning.federation.algorithm import FederatedAlgorithm
     from fedgan_lightning.gan.objectives import AdversarialLoss
     from fedgan_lightning.gan.penalties import Penalty
-    from fedgan_lightning.protocol import UpdateTransform
+    from fedgan_lightning.update_transform import UpdateTransform
 
     text = DOCUMENTS["choices.md"].read_text()
     homes = {AdversarialLoss: losses, Penalty: losses, Partition: partitions, FederatedAlgorithm: algorithms}

@@ -16,7 +16,7 @@ from fedgan_lightning.deployment import wire
 from fedgan_lightning.deployment.replies import Malformed, trouble_in
 from fedgan_lightning.deployment.sites import Sites
 from fedgan_lightning.errors import ConfigurationError, RoundInterrupted, message
-from fedgan_lightning.federation.client_update import ClientContext
+from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.schema import printable
 from fedgan_lightning.protocol import ROUND_TRIP, ClientFailure, ClientTask, ClientUpdate, Executor
 

@@ -32,7 +32,7 @@ from fedgan_lightning.deployment.session import (
 from fedgan_lightning.deployment.signatures import Signatures, consent_text
 from fedgan_lightning.deployment.sites import ANSWER_SECONDS, Sites
 from fedgan_lightning.errors import UpdateError
-from fedgan_lightning.federation.client_update import never
+from fedgan_lightning.federation.client_context import never
 from fedgan_lightning.federation.schema import printable
 from fedgan_lightning.federation.secure import SecureAggregation, Summand
 from fedgan_lightning.packing import Layout

@@ -13,7 +13,7 @@ from fedgan_lightning.deployment.opened_sums import OpenedSums
 from fedgan_lightning.deployment.secure import SecureSessions
 from fedgan_lightning.deployment.sites import Check, no_check
 from fedgan_lightning.errors import OutOfRangeError, QuorumError, UpdateError, message
-from fedgan_lightning.federation.client_update import ClientContext
+from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.report import is_position
 from fedgan_lightning.federation.schema import printable
 from fedgan_lightning.federation.update_checks import UpdateChecks

@@ -36,8 +36,8 @@ from fedgan_lightning.evaluation.metrics import Metric
 from fedgan_lightning.evaluation.modalities import default_metrics
 from fedgan_lightning.federation.aggregation import checked_states
 from fedgan_lightning.federation.algorithm import FederatedAlgorithm
+from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.client_settings import begin, client_options, context_of
-from fedgan_lightning.federation.client_update import ClientContext
 from fedgan_lightning.federation.costs import bytes_by_network
 from fedgan_lightning.federation.distributed_noise import NoiseShares
 from fedgan_lightning.federation.local import LocalTrainer

@@ -15,7 +15,7 @@ from fedgan_lightning.deployment import wire
 from fedgan_lightning.deployment.answers import Answers
 from fedgan_lightning.deployment.replies import Malformed, Refusal, checked_facts, trouble_in
 from fedgan_lightning.errors import QuorumError, RefusedError, RoundInterrupted, message
-from fedgan_lightning.federation.client_update import never
+from fedgan_lightning.federation.client_context import never
 from fedgan_lightning.federation.schema import printable
 from fedgan_lightning.files import write_text
 from fedgan_lightning.protocol import State

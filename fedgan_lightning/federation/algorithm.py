@@ -18,7 +18,8 @@ from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.protocol import Aggregate, Aggregator, State, UpdateEntry
 
 if TYPE_CHECKING:
-    from fedgan_lightning.federation.client_update import ClientContext, Visit
+    from fedgan_lightning.federation.client_context import ClientContext
+    from fedgan_lightning.federation.client_update import Visit
     from fedgan_lightning.federation.rules import RoundRules
     from fedgan_lightning.federation.server import ServerModule
 

@@ -10,8 +10,8 @@ import torch
 
 from fedgan_lightning.data.poisson import PoissonClients
 from fedgan_lightning.federation.checks import check_client_trainer
+from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.client_data import ClientDataModule
-from fedgan_lightning.federation.client_update import ClientContext
 from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.federation.preparation import is_foreign, prepare, validates, warn_of_loaders
 from fedgan_lightning.federation.privacy_keeper import private_parts

@@ -7,98 +7,23 @@ expects the same entries (:mod:`.update_schema`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fedgan_lightning import states
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation import namespaces, optimizer_state
-from fedgan_lightning.federation.algorithm import FederatedAlgorithm
-from fedgan_lightning.federation.client_privacy import ClientLevelPrivacy, public_metrics
+from fedgan_lightning.federation.client_context import ClientContext, shared_buffers, shared_deltas
+from fedgan_lightning.federation.client_privacy import public_metrics
 from fedgan_lightning.federation.optimizer_state import stacked
-from fedgan_lightning.federation.policy import Policy
-from fedgan_lightning.federation.ranks import Ranks
 from fedgan_lightning.federation.round_schedules import ALGORITHM
-from fedgan_lightning.federation.round_trainer import TrainerClock, clock_of, device_of
-from fedgan_lightning.federation.secure import SecureAggregation
-from fedgan_lightning.federation.store import ClientStore
-from fedgan_lightning.federation.transform_chain import TransformChain
-from fedgan_lightning.packing import Layout, Packed, unstack
-from fedgan_lightning.protocol import ClientTask, ClientUpdate, FederatedData, RoundInfo, State, UpdateEntry
-
-
-def never() -> bool:
-    """Return False: nobody asks to stop."""
-    return False
-
-
-@dataclass(frozen=True)
-class ClientContext:
-    """What an executor needs to run clients.
-
-    Attributes:
-        model: The global module, from which clients are copied; it is not changed.
-        data: Minibatches by client.
-        policy: What travels and what stays.
-        store: Private state by client.
-        algorithm: What differs from federated averaging.
-        transforms: What becomes of an update before it is sent.
-        trainer_options: Accelerator, devices and precision of per-round Trainers.
-        stop_requested: Asked between minibatches; when true, the round is given up.
-        ranks: The processes that share the run.
-        prepared: Hooks of the module that were called before the first round, and are not called on clients.
-        preview: What a module finds as its Trainer outside of a round; ``None`` for none.
-        callbacks: The user's callbacks on clients.
-        attributes: Dotted names of plain attributes of the module that every client keeps.
-        logs: Folder of what clients log; ``None`` for nothing.
-        num_logged: Clients that log: those with smaller numbers.
-        secure: Bounds of secure aggregation; ``None`` without.
-        privacy: Client-level privacy; ``None`` without.
-        keeper: What a private run has spent, at the server.
-    """
-
-    model: L.LightningModule
-    data: FederatedData
-    policy: Policy
-    store: ClientStore
-    algorithm: FederatedAlgorithm = field(default_factory=FederatedAlgorithm)
-    transforms: TransformChain = field(default_factory=TransformChain)
-    trainer_options: Mapping[str, Any] = field(default_factory=dict)
-    stop_requested: Callable[[], bool] = never
-    ranks: Ranks = field(default_factory=Ranks)
-    prepared: frozenset[str] = frozenset()
-    preview: L.Trainer | None = None
-    callbacks: Sequence[L.Callback] = ()
-    attributes: Sequence[str] = ()
-    logs: Path | None = None
-    num_logged: int = 0
-    secure: SecureAggregation | None = None
-    privacy: ClientLevelPrivacy | None = None
-    keeper: Any = None
-
-    @property
-    def device(self) -> torch.device:
-        """Where clients are trained."""
-        return device_of(self.trainer_options)
-
-    @cached_property
-    def entries(self) -> dict[str, UpdateEntry]:
-        """What the algorithm and the transforms have come up beside the networks, by names of the algorithm."""
-        return {**self.algorithm.entries(self), **self.transforms.own_entries()}
-
-    @cached_property
-    def new_client(self) -> dict[str, Tensor]:
-        """What the algorithm and the transforms keep of a client that has no state yet, on its device."""
-        found = namespaces.under(namespaces.ALGORITHM, self.algorithm.client_state(self))
-        found |= self.transforms.client_state(shared_entries_of(self))
-        return {name: value.to(self.device) for name, value in found.items()}
+from fedgan_lightning.federation.round_trainer import TrainerClock, clock_of
+from fedgan_lightning.packing import Packed, unstack
+from fedgan_lightning.protocol import ClientTask, ClientUpdate, RoundInfo, State
+from fedgan_lightning.update_transform import RoundFacts
 
 
 class Visit:
@@ -310,24 +235,6 @@ def _private_state(client_id: int, context: ClientContext) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------- what comes up
 
 
-def shared_deltas(policy: Policy, state: State, start: State) -> dict[str, Tensor]:
-    """Return the updates of the parameters that come up: ``state`` after minus ``start`` before local training."""
-    return {name: state[name].detach() - start[name].to(state[name].device) for name in policy.shared_parameters}
-
-
-def shared_buffers(policy: Policy, state: State) -> dict[str, Tensor]:
-    """Return the buffers that come up, in the form that may be averaged."""
-    return states.encode_statistics({name: state[name] for name in policy.shared_buffers}, policy.entries)
-
-
-def shared_entries_of(context: ClientContext) -> dict[str, UpdateEntry]:
-    """Return the entries, moments aside, that come up from every client."""
-    state = context.model.state_dict()
-    delta = Layout.of({name: state[name] for name in context.policy.shared_parameters})
-    extras = Layout.of(shared_buffers(context.policy, state))
-    return context.transforms.entries(context.entries, delta, extras)
-
-
 def client_updates(
     visit: Visit, metrics: Sequence[Mapping[str, float]]
 ) -> list[tuple[ClientUpdate, dict[str, Tensor] | State]]:
@@ -359,7 +266,8 @@ def client_updates(
             extras=extras[row],
             round=task.round,
         )
-        found.append(_sent(update, private[row], visit._stored[row], context, task.hyperparameters))
+        facts = RoundFacts(task.round, task.hyperparameters, task.seed)
+        found.append(_sent(update, private[row], visit._stored[row], context, facts))
     return found
 
 
@@ -412,16 +320,16 @@ def _sent(
     private: State,
     before: State,
     context: ClientContext,
-    hyperparameters: Mapping[str, float],
+    facts: RoundFacts,
 ) -> tuple[ClientUpdate, State]:
     """Return an update as it is sent, and the private state that follows from what the server receives of it."""
     algorithm, transforms = context.algorithm, context.transforms
     if not transforms and not algorithm.keeps_state:
         return update, private
-    sent, residuals = transforms.sent(update, before, context.entries, hyperparameters=hyperparameters)
+    sent, residuals = transforms.sent(update, before, context.entries, facts=facts)
     own = namespaces.inside(namespaces.ALGORITHM, before)
     if algorithm.keeps_state:
-        received = transforms.received(sent, context.entries, before=update, hyperparameters=hyperparameters)
+        received = transforms.received(sent, context.entries, before=update, facts=facts)
         seen = {**received.delta, **namespaces.inside(namespaces.ALGORITHM, received.extras)}
         own = dict(algorithm.settle(own, seen))
     return sent, {**private, **namespaces.under(namespaces.ALGORITHM, own), **residuals}

@@ -56,6 +56,7 @@ class CostLedger:
     Attributes:
         bytes_down: Server to clients, by network.
         bytes_up: Clients to server, by network.
+        bytes_between: Client to client, by network, where networks are handed on.
         client_steps: Local steps over all clients.
         client_asks: Tasks that clients were asked to do.
         client_runs: Client updates received.
@@ -69,6 +70,7 @@ class CostLedger:
     def __init__(self) -> None:
         self.bytes_down: dict[str, int] = {}
         self.bytes_up: dict[str, int] = {}
+        self.bytes_between: dict[str, int] = {}
         self.client_steps = 0
         self.client_asks = 0
         self.client_runs = 0
@@ -92,6 +94,10 @@ class CostLedger:
                 self.client_seconds += client.metrics.get("seconds", 0.0)
         if not report.counted:
             self._count("abandoned")
+
+    def record_exchange(self, sizes: Mapping[str, int]) -> None:
+        """Count networks that clients have handed on to each other."""
+        _add(self.bytes_between, sizes)
 
     def _count(self, kind: str) -> None:
         self.events[kind] = self.events.get(kind, 0) + 1
@@ -122,6 +128,7 @@ class CostLedger:
         return {
             "bytes_down": dict(self.bytes_down),
             "bytes_up": dict(self.bytes_up),
+            **({"bytes_between": dict(self.bytes_between)} if self.bytes_between else {}),
             "bytes_per_client_step": self.bytes_per_client_step,
             "client_steps": self.client_steps,
             "client_asks": self.client_asks,
@@ -152,7 +159,8 @@ def cost_metrics(attempts: Sequence[RoundReport], ledger: CostLedger) -> dict[st
     found |= {f"round/{kind}": float(spent.events.get(kind, 0)) for kind in EVENTS}
     found |= {"round/asked": float(spent.client_asks), **attempts[-1].gauges}
     found["round/client_steps_per_second"] = ledger.client_steps_per_second
-    for direction, totals in (("down", ledger.bytes_down), ("up", ledger.bytes_up)):
+    ways = {"down": ledger.bytes_down, "up": ledger.bytes_up, "between": ledger.bytes_between}
+    for direction, totals in ways.items():
         found |= {f"bytes/{direction}/{network}": float(total) for network, total in totals.items()}
     return found
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
+from fedgan_lightning.federation.costs import bytes_by_network
+from fedgan_lightning.federation.store import ClientStore
 from fedgan_lightning.seeding import make_numpy_generator
 
 
@@ -14,3 +18,20 @@ def cycle(*, round: int, num_clients: int, seed: int, every: int) -> dict[int, i
         return {}
     order = make_numpy_generator(seed, "exchange", round).permutation(num_clients).tolist()
     return dict(zip(order, [*order[1:], order[0]]))
+
+
+def hand_on(store: ClientStore, moves: Mapping[int, int], *, names: Callable[[str], bool]) -> dict[str, int]:
+    """Let clients go on with entries of others, and return how many bytes moved between them, by network.
+
+    Args:
+        store: What clients keep.
+        moves: For every client whose entries it gets.
+        names: Whether an entry moves.
+    """
+    sent: dict[str, int] = {}
+    for source in moves.values():
+        moving = {name: value for name, value in store.read(source).items() if names(name)}
+        for network, size in bytes_by_network(moving).items():
+            sent[network] = sent.get(network, 0) + size
+    store.hand_on(moves, names)
+    return sent

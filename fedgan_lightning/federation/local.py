@@ -18,10 +18,11 @@ from fedgan_lightning import states
 from fedgan_lightning.errors import ClientError, RoundInterrupted
 from fedgan_lightning.federation import optimizer_state
 from fedgan_lightning.federation.client_callbacks import ClientCallbacks
+from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.client_data import datamodule_of
 from fedgan_lightning.federation.client_log import SILENT, ClientLogger, SilentLogger
 from fedgan_lightning.federation.client_progress import counts, own_clock, plateaus, restore_plateaus
-from fedgan_lightning.federation.client_update import ClientContext, Visit, client_updates
+from fedgan_lightning.federation.client_update import Visit, client_updates
 from fedgan_lightning.federation.constants import Constants
 from fedgan_lightning.federation.kept_attributes import KeptAttributes
 from fedgan_lightning.federation.preparation import client_copy, is_foreign, own_hook, validates, without_validation

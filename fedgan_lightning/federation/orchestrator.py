@@ -36,6 +36,7 @@ from fedgan_lightning.federation.client_settings import Begun, begin, client_opt
 from fedgan_lightning.federation.continuation import take_over
 from fedgan_lightning.federation.costs import CostLedger, cost_metrics
 from fedgan_lightning.federation.distributed_noise import with_survivors
+from fedgan_lightning.federation.exchange import hand_on
 from fedgan_lightning.federation.executors import AutoExecutor, AutotunedExecutor
 from fedgan_lightning.federation.kept_attributes import check_attributes
 from fedgan_lightning.federation.policy import Buffers, IntegerBuffers, OptimizerState, Policy, Sync, resolve
@@ -63,6 +64,8 @@ from fedgan_lightning.protocol import (
     Executor,
     FederatedData,
     RoundInfo,
+)
+from fedgan_lightning.update_transform import (
     UpdateTransform,
 )
 
@@ -327,9 +330,9 @@ class FederatedOrchestrator(L.Callback):
 
     def _fire(self, trainer: L.Trainer, server: ServerModule, event: RoundInfo | ClientUpdate | RoundReport) -> None:
         """Call the hooks of all callbacks for what happens in a round."""
-        if self.privacy is not None and isinstance(event, ClientUpdate):
-            return  # of single clients, and of who is asked, nobody hears
-        if self.privacy is not None:
+        if self.privacy is not None:  # of single clients, and of who is asked, nobody hears
+            if isinstance(event, ClientUpdate):
+                return
             event = replace(event, cohort=()) if isinstance(event, RoundInfo) else event
         hooks = {RoundInfo: "on_round_start", ClientUpdate: "on_client_end", RoundReport: "on_attempt_end"}
         if isinstance(event, RoundInfo):
@@ -361,14 +364,9 @@ class FederatedOrchestrator(L.Callback):
         info = RoundInfo(report.round, cohort=self._cohort)
         for hook in listeners(trainer.callbacks, "on_round_end"):  # type: ignore[attr-defined]
             hook(trainer, server, info, metrics)
-        self._hand_on(server, report)  # after the hooks, which look at what clients have trained
-
-    def _hand_on(self, server: ServerModule, report: RoundReport) -> None:
-        """Move networks between clients, where the algorithm and their placement say so."""
-        policy = server.policy
-        if "exchange" in policy.placements.values():
+        if "exchange" in server.policy.placements.values():  # after the hooks, which look at what clients have trained
             moves = self.algorithm.hand_on(round=report.round, num_clients=report.population, seed=self.seed)
-            self.store.hand_on(moves, policy.is_exchanged)
+            self.ledger.record_exchange(hand_on(self.store, moves, names=server.policy.is_exchanged))
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedgan_lightning.data.poisson import PoissonClients
 from fedgan_lightning.errors import ClientError, RoundInterrupted
 from fedgan_lightning.federation import optimizer_state
-from fedgan_lightning.federation.client_update import ClientContext
+from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.local import LocalTrainer
 from fedgan_lightning.federation.preparation import client_copy
 from fedgan_lightning.federation.report import norms

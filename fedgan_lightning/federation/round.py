@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from fedgan_lightning.errors import QuorumError, RoundInterrupted
 from fedgan_lightning.federation import namespaces
-from fedgan_lightning.federation.client_update import ClientContext
+from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.costs import bytes_by_network
 from fedgan_lightning.federation.receiver import Receiver
 from fedgan_lightning.federation.report import RoundReport

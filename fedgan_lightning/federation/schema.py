@@ -5,7 +5,7 @@ The yardstick is what the server knows itself. An answer that came first is an a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral
@@ -109,17 +109,6 @@ class Schema:
             moments[name] = torch.zeros_like(value)
         return Schema({**self.expected, "extras": {**self.expected["extras"], **moments}}, sense=self.sense)
 
-    def objection(self, delta: Layout, extras: Layout, *, known: Iterable[str]) -> str | None:
-        """Return what is wrong with the layouts of an answer whose numbers are hidden, or ``None``."""
-        for part, own, wanted in (("delta", delta, self.delta), ("extras", extras, self.extras)):
-            mine, theirs = _described(wanted), _described(own)
-            free = {n for n in mine if is_optimizer_entry(n)} - {*known}
-            differing = [n for n in {*mine} ^ {*theirs} if n in theirs or n not in free]
-            differing += [n for n in {*mine} & {*theirs} if mine[n] != theirs[n]]
-            if differing:
-                return f"{part} differs from the server's in {_few(differing)}"
-        return None
-
     def check(self, who: str, delta: Packed, extras: Packed, *, known: State, steps: tuple[int | None, int]) -> None:
         """Refuse numbers that cannot be right; both states are as :meth:`fitted` gives them.
 
@@ -212,6 +201,26 @@ class Schema:
     @cached_property
     def _counts(self) -> tuple[str, ...]:
         return tuple(n for n, value in self.untouched.items() if n.endswith("/step") and not value.dim())
+
+
+def objection(wanted: Mapping[str, Layout], received: Mapping[str, Layout], *, known: Collection[str]) -> str | None:
+    """Return what is wrong with the layouts of an answer whose numbers are hidden, or ``None``.
+
+    Args:
+        wanted: Layouts of ``delta`` and ``extras`` as clients send them.
+        received: Those of the answer.
+        known: Moments that the client was sent; others it may not have.
+    """
+    for part in ("delta", "extras"):
+        mine, theirs = _described(wanted[part]), _described(received[part])
+        free = {
+            n for n in mine if is_optimizer_entry(n) and not any(n == own or n.startswith(f"{own}/") for own in known)
+        }
+        differing = [n for n in {*mine} ^ {*theirs} if n in theirs or n not in free]
+        differing += [n for n in {*mine} & {*theirs} if mine[n] != theirs[n]]
+        if differing:
+            return f"{part} differs from the server's in {_few(differing)}"
+    return None
 
 
 def parameter_of(moment: str) -> str:

@@ -12,7 +12,9 @@ from fedgan_lightning.errors import UpdateError
 from fedgan_lightning.federation import namespaces
 from fedgan_lightning.federation.schema import check_bound, check_tensor, is_believable
 from fedgan_lightning.packing import Layout, Packed
-from fedgan_lightning.protocol import Aggregate, ClientUpdate, State, UpdateEntry, UpdateTransform
+from fedgan_lightning.protocol import Aggregate, ClientUpdate, State, UpdateEntry, UpdateSum
+from fedgan_lightning.seeding import derive_seed
+from fedgan_lightning.update_transform import RoundFacts, UpdateTransform
 
 Entries = Mapping[str, UpdateEntry]
 
@@ -91,7 +93,7 @@ class TransformChain:
         return found
 
     def sent(
-        self, update: ClientUpdate, private: State, of_algorithm: Entries, *, hyperparameters: Mapping[str, float]
+        self, update: ClientUpdate, private: State, of_algorithm: Entries, *, facts: RoundFacts
     ) -> tuple[ClientUpdate, dict[str, Tensor]]:
         """Return an update as it is sent, and the transforms' private state after that."""
         stages = self.stages_of(of_algorithm, *(Packed.of(part).layout for part in (update.delta, update.extras)))
@@ -100,39 +102,52 @@ class TransformChain:
         for index, (transform, entering) in enumerate(zip(self.transforms, stages)):
             prefix = namespaces.of_transform(index)
             own = namespaces.inside(prefix, private)
-            values, state = transform.client(values, entries=entering, private=own, hyperparameters=hyperparameters)
+            draws = dataclasses.replace(facts, seed=derive_seed(facts.seed, "transform", index))
+            values, state = transform.client(values, entries=entering, private=own, facts=draws)
             kept |= namespaces.under(prefix, state)
         return (_grouped(update, values, stages[-1]) if self.transforms else update), kept
 
     def received(
-        self, update: ClientUpdate, of_algorithm: Entries, *, before: ClientUpdate, hyperparameters: Mapping[str, float]
+        self, update: ClientUpdate, of_algorithm: Entries, *, before: ClientUpdate, facts: RoundFacts
     ) -> ClientUpdate:
         """Return an update as the server decodes it; ``before`` is the update as it was formed."""
         stages = self.stages_of(of_algorithm, *(Packed.of(part).layout for part in (before.delta, before.extras)))
-        return self._decoded(update, stages, hyperparameters)
+        return self._decoded(update, stages, facts)
 
-    def decoded(
-        self, who: str, update: ClientUpdate, stages: Sequence[Entries], *, hyperparameters: Mapping[str, float]
-    ) -> ClientUpdate:
+    def decoded(self, who: str, update: ClientUpdate, stages: Sequence[Entries], *, facts: RoundFacts) -> ClientUpdate:
         """Return what a client sent as the aggregator wants it.
 
         Args:
             who: The sender, in words.
             update: What came.
             stages: What is known of the entries between transforms.
-            hyperparameters: Those of the round.
+            facts: The round that it answers.
 
         Raises:
             UpdateError: If an encoded entry is missing, or is no finite tensor of its shape and dtype.
         """
         came: dict[str, Any] = {**update.delta, **update.extras}
-        for name, entry in _encoded(stages).items():
-            what = f"{who}: {name}"
-            value = check_tensor(what, came.get(name), shape=entry.shape, dtype=entry.dtype)
-            if not is_believable(value):
-                raise UpdateError(f"{what} is not finite, or beyond what any network learns with")
-            check_bound(what, value, entry.bound)
-        return self._decoded(update, stages, hyperparameters, came=came)
+        _check_codes(who, came, stages)
+        return self._decoded(update, stages, facts, came=came)
+
+    def decoded_sum(self, who: str, total: UpdateSum, stages: Sequence[Entries], *, facts: RoundFacts) -> UpdateSum:
+        """Return the mean of several updates as the aggregator wants it; arguments and errors as :meth:`decoded`."""
+        came: dict[str, Any] = {**total.delta, **total.extras}
+        _check_codes(who, came, stages)
+        values: State = came
+        for transform, entering in reversed(list(zip(self.transforms, stages))):
+            values = transform.decode_sum(values, entries=entering, facts=facts)
+        delta, extras = _groups(values, stages[0])
+        return total if values is came else dataclasses.replace(total, delta=delta, extras=extras)
+
+    def sent_layouts(self, stages: Sequence[Entries]) -> dict[str, Layout]:
+        """Return the layouts of an update as it is sent, by group."""
+        found = {}
+        for group in ("delta", "extras"):
+            own = {name: entry for name, entry in stages[-1].items() if entry.group == group}
+            shapes, dtypes = (tuple(getattr(entry, part) for entry in own.values()) for part in ("shape", "dtype"))
+            found[group] = Layout(tuple(own), shapes, dtypes)
+        return found
 
     def total(self, total: Aggregate) -> Aggregate:
         """Return the total of a round as the server steps on it."""
@@ -144,7 +159,7 @@ class TransformChain:
         self,
         update: ClientUpdate,
         stages: Sequence[Entries],
-        hyperparameters: Mapping[str, float],
+        facts: RoundFacts,
         *,
         came: State | None = None,
     ) -> ClientUpdate:
@@ -153,7 +168,7 @@ class TransformChain:
         came = {**update.delta, **update.extras} if came is None else came
         values: State = came
         for transform, entering in reversed(list(zip(self.transforms, stages))):
-            values = transform.decode(values, entries=entering, hyperparameters=hyperparameters)
+            values = transform.decode(values, entries=entering, facts=facts)
         return update if values is came else _grouped(update, values, stages[0])
 
 
@@ -170,8 +185,28 @@ def _form(entry: UpdateEntry) -> tuple[Any, ...]:
     return entry.shape, entry.dtype, entry.kind, entry.bound
 
 
+def _check_codes(who: str, came: Mapping[str, Any], stages: Sequence[Entries]) -> None:
+    """Refuse codes that are none.
+
+    Raises:
+        UpdateError: If one is missing, or no finite tensor of its shape and dtype.
+    """
+    for name, entry in _encoded(stages).items():
+        if name not in came and name.startswith(namespaces.MOMENTS):
+            continue  # a client has no moments of what its loss has not touched; the schema knows when that can be
+        what = f"{who}: {name}"
+        value = check_tensor(what, came.get(name), shape=entry.shape, dtype=entry.dtype)
+        if not is_believable(value):
+            raise UpdateError(f"{what} is not finite, or beyond what any network learns with")
+        check_bound(what, value, entry.bound)
+
+
 def _grouped(update: ClientUpdate, values: State, entries: Entries) -> ClientUpdate:
     """Return an update with these values; what nobody knows goes among the extras, where it is refused."""
+    delta, extras = _groups(values, entries)
+    return dataclasses.replace(update, delta=delta, extras=extras)
+
+
+def _groups(values: State, entries: Entries) -> tuple[Packed, Packed]:
     delta = {name: value for name, value in values.items() if name in entries and entries[name].group == "delta"}
-    extras = {name: value for name, value in values.items() if name not in delta}
-    return dataclasses.replace(update, delta=Packed.of(delta), extras=Packed.of(extras))
+    return Packed.of(delta), Packed.of({name: value for name, value in values.items() if name not in delta})

@@ -15,12 +15,12 @@ from numbers import Real
 
 from fedgan_lightning.errors import ConfigurationError, UpdateError, message
 from fedgan_lightning.federation import namespaces
-from fedgan_lightning.federation.client_update import ClientContext
+from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.costs import bytes_by_network, cost_group
 from fedgan_lightning.federation.optimizer_state import SCHEDULE, is_optimizer_entry, only_moments
 from fedgan_lightning.federation.report import UPDATE_NORM, bytes_up, is_position
 from fedgan_lightning.federation.rules import UpdateValidator
-from fedgan_lightning.federation.schema import LARGEST, MOST_UPDATES, check_bound, is_whole, printable
+from fedgan_lightning.federation.schema import LARGEST, MOST_UPDATES, check_bound, is_whole, objection, printable
 from fedgan_lightning.federation.update_schema import UpdateSchema
 from fedgan_lightning.gan.module import GAN
 from fedgan_lightning.packing import Layout
@@ -33,6 +33,9 @@ from fedgan_lightning.protocol import (
     State,
     UpdateEntry,
     UpdateSum,
+)
+from fedgan_lightning.update_transform import (
+    RoundFacts,
 )
 
 #: Scalars that decide something.
@@ -186,7 +189,8 @@ class RoundChecks:
         transforms = self.run.context.transforms
         if not transforms:
             return update
-        return transforms.decoded(who, update, self.stages, hyperparameters=self.task.hyperparameters)
+        facts = RoundFacts(self.round if update.round is None else update.round, self.task.hyperparameters)
+        return transforms.decoded(who, update, self.stages, facts=facts)
 
     def metrics(
         self, who: str, client_id: int, metrics: Mapping[str, float], *, is_late: bool = False
@@ -268,9 +272,10 @@ class RoundChecks:
         Raises:
             UpdateError: If they differ; names the client.
         """
-        delta, extras, metrics = (layouts[group] for group in ("delta", "extras", "metrics"))
+        metrics = layouts["metrics"]
         checked_scalars(f"client {client_id}", dict.fromkeys(metrics.names, 0.0))
-        reason = self.schema.objection(delta, extras, known=self.moments) if not self.schema.is_open else None
+        sent = self.run.context.transforms.sent_layouts(self.stages)
+        reason = objection(sent, layouts, known=self.moments) if not self.schema.is_open else None
         if any(metrics.shapes):
             reason = "metrics are not single numbers"
         if reason is not None:
@@ -287,7 +292,9 @@ class RoundChecks:
             metrics = checked_scalars(who, total.metrics)
             if self.schema.is_open:
                 self.schema = self.run.update_schema.learn(self.schema.closed(who, total.extras))
-            delta, extras = self.schema.fitted(who, total.delta, total.extras, known=self.moments)
+            facts, transforms = RoundFacts(self.round, self.task.hyperparameters), self.run.context.transforms
+            plain = transforms.decoded_sum(who, total, self.stages, facts=facts) if transforms else total
+            delta, extras = self.schema.fitted(who, plain.delta, plain.extras, known=self.moments)
             most = MOST_UPDATES * max(self.steps(own.client_id) for own in total.clients)
             self.schema.check(who, delta, extras, known=self.moments, steps=(0, most))
             self._check_bounds(who, extras)
@@ -374,8 +381,9 @@ def without_unsent(extras: State, unsent: set[str]) -> State:
 
 
 def sent_moments(extras: State) -> set[str]:
-    """Return the names of the moments among extras as they were sent."""
-    return {name for name in extras if is_optimizer_entry(name)}
+    """Return the names of the moments among extras as they were sent: as they are, or as codes of them."""
+    found = {name for name in extras if is_optimizer_entry(name)}
+    return found | {name.rpartition("/")[0] for name in found}
 
 
 def _at(positions: tuple[int, ...], index: int) -> int:

@@ -12,7 +12,7 @@ from torch.optim import NAdam, Optimizer, RAdam
 
 from fedgan_lightning import states
 from fedgan_lightning.federation import namespaces, optimizer_state
-from fedgan_lightning.federation.client_update import ClientContext, shared_buffers
+from fedgan_lightning.federation.client_context import ClientContext, shared_buffers
 from fedgan_lightning.federation.preparation import client_copy
 from fedgan_lightning.federation.schema import Schema, Sense
 from fedgan_lightning.protocol import State

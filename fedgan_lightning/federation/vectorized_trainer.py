@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation import optimizer_state
-from fedgan_lightning.federation.client_update import ClientContext, Visit, client_updates
+from fedgan_lightning.federation.client_context import ClientContext
+from fedgan_lightning.federation.client_update import Visit, client_updates
 from fedgan_lightning.federation.local import Attempt
 from fedgan_lightning.federation.preparation import client_copy, validates
 from fedgan_lightning.federation.round_schedules import set_hyperparameters

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from fedgan_lightning.federation.client_update import ClientContext
+from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.local import LocalTrainer
 from fedgan_lightning.federation.parity_check import shortened
 from fedgan_lightning.protocol import ClientTask

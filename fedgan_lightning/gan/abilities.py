@@ -57,7 +57,7 @@ class AlgorithmAbilities:
                     fix="set the algorithm's number of samples to data.batch_size",
                 )
             )
-        first = tuple(map(slice, wanted))  # clients that are done have left a stack, and small ones have small minibatches
+        first = tuple(map(slice, wanted))  # clients that are done have left a stack; small ones have small minibatches
         return lambda z, y: samples[first], replace(draws, y=labels[first])
 
     def feedback(self, samples: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from fedgan_lightning import GAN, FederatedDataModule, SequentialExecutor, VectorizedExecutor
 from fedgan_lightning.aggregators import WeightedMean
 from fedgan_lightning.errors import ClientError, ConfigurationError, RoundInterrupted
-from fedgan_lightning.federation.client_update import ClientContext
+from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.executors import vectorized
 from fedgan_lightning.federation.policy import resolve
 from fedgan_lightning.federation.server import ServerModule

@@ -19,7 +19,7 @@ from fedgan_lightning import RoundRules, UpdateValidator
 from fedgan_lightning.aggregators import WeightedMean
 from fedgan_lightning.errors import QuorumError, UpdateError
 from fedgan_lightning.federation.aggregation import WeightedSums
-from fedgan_lightning.federation.client_update import ClientContext
+from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.costs import CostLedger
 from fedgan_lightning.federation.local import LocalTrainer
 from fedgan_lightning.federation.policy import resolve

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fedgan_lightning import GAN, ClientError, ConfigurationError, SequentialExecutor, ServerModule, VectorizedExecutor
+from fedgan_lightning import GAN, ConfigurationError, SequentialExecutor, ServerModule, VectorizedExecutor
 from fedgan_lightning.algorithms import FedGAN, ServedGenerator
 from fedgan_lightning.deployment.flower import refuse_exchange
 from fedgan_lightning.evaluation.callback import Evaluation
@@ -15,8 +15,7 @@ from fedgan_lightning.federation.policy import resolve
 from fedgan_lightning.federation.store import ClientStore
 from fedgan_lightning.losses import R1, NonSaturating, RelativisticPairing
 from fedgan_lightning.metrics import Metric
-from fedgan_lightning.networks import DCGANDiscriminator, DCGANGenerator, MLPDiscriminator, MLPGenerator
-from fedgan_lightning.samplers import FractionOfClients
+from fedgan_lightning.networks import DCGANDiscriminator, DCGANGenerator
 from tests.conftest import adam, assert_states_equal, federate, quiet_trainer, ring_data, ring_gan, sgd
 from tests.foreign import SomebodysGAN
 
@@ -271,4 +270,3 @@ class TestAbilities:
         (gradient,) = torch.autograd.grad(loss, gan.generator.parameters(), allow_unused=True)[:1]
         assert loss.dim() == 0
         assert float(gradient.abs().sum()) > 0
-

@@ -24,7 +24,7 @@ from fedgan_lightning import (
 )
 from fedgan_lightning.aggregators import CoordinateMedian
 from fedgan_lightning.errors import CheckpointError, ClientError, ConfigurationError, UpdateError
-from fedgan_lightning.federation.client_update import ClientContext
+from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.local import LocalTrainer
 from fedgan_lightning.federation.policy import resolve
 from fedgan_lightning.federation.store import ClientStore

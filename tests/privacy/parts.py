@@ -14,6 +14,7 @@ from fedgan_lightning.packing import Layout, Packed
 from fedgan_lightning.privacy import ClientLevelPrivacy, ExampleLevelPrivacy
 from fedgan_lightning.protocol import ClientUpdate
 from fedgan_lightning.samplers import PoissonSampling
+from fedgan_lightning.update_transform import RoundFacts
 from tests.conftest import ring_gan, sgd
 
 PUBLIC = {"aggregator": WeightedMean("uniform"), "optimizer_state": "reset", "local_steps": 1}
@@ -54,7 +55,7 @@ def chain(clip=1.0, **options):
 def received(own, by, *, hyperparameters=None):
     """Return an update as the server has it, whatever the client did: it is clipped there again."""
     stages = by.stages_of({}, Layout.of(own.delta), Layout.of(own.extras))
-    return by.decoded("client 0", own, stages, hyperparameters=hyperparameters or {})
+    return by.decoded("client 0", own, stages, facts=RoundFacts(0, hyperparameters or {}))
 
 
 def length(state, scales=None):

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from fedgan_lightning import ConfigurationError, SequentialExecutor, UpdateError, UpdateValidator
 from fedgan_lightning.federation.transform_chain import TransformChain
 from fedgan_lightning.packing import Layout
-from fedgan_lightning.protocol import ClientUpdate, UpdateEntry, UpdateTransform
+from fedgan_lightning.protocol import ClientUpdate, UpdateEntry
 from fedgan_lightning.transforms import ClipUpdates, SignCompression
+from fedgan_lightning.update_transform import RoundFacts, UpdateTransform
 from tests.conftest import federate, ring_data, ring_gan, sgd
 
 
@@ -32,8 +33,8 @@ def stages(chain, own):
 
 def through(chain, own, private=None):
     """Return what is sent, what the server makes of it, and what the client keeps."""
-    sent, kept = chain.sent(own, private or {}, {}, hyperparameters={})
-    return sent, chain.received(sent, {}, before=own, hyperparameters={}), kept
+    sent, kept = chain.sent(own, private or {}, {}, facts=RoundFacts())
+    return sent, chain.received(sent, {}, before=own, facts=RoundFacts()), kept
 
 
 def norm(own, prefix=""):
@@ -46,14 +47,14 @@ class Tight(UpdateTransform):
     def schema(self, entries):
         return {name: dataclasses.replace(entry, bound=0.1) for name, entry in entries.items()}
 
-    def client(self, update, *, entries, private, hyperparameters):
+    def client(self, update, *, entries, private, facts):
         return update, private
 
 
 def test_a_bound_that_a_transform_sets_is_looked_at():
     own, chain = update(), TransformChain([Tight()])
     with pytest.raises(UpdateError, match="client 3"):
-        chain.decoded("client 3", own, stages(chain, own), hyperparameters={})
+        chain.decoded("client 3", own, stages(chain, own), facts=RoundFacts())
 
 
 class TestClipping:
@@ -139,12 +140,12 @@ class TestServer:
         sent, _, _ = through(chain, own)
         spoiled = dataclasses.replace(sent, delta=self.SPOILED[kind](dict(sent.delta)))
         with pytest.raises(UpdateError, match=r"client 3: generator.w/(signs|scale) (is|has shape)"):
-            chain.decoded("client 3", spoiled, stages(chain, own), hyperparameters={})
+            chain.decoded("client 3", spoiled, stages(chain, own), facts=RoundFacts())
 
     def test_the_server_decodes_what_the_client_meant(self):
         chain, own = TransformChain([ClipUpdates(max_norm=0.3), SignCompression()]), update()
         sent, received, _ = through(chain, own)
-        decoded = chain.decoded("client 0", sent, stages(chain, own), hyperparameters={})
+        decoded = chain.decoded("client 0", sent, stages(chain, own), facts=RoundFacts())
         for name, value in received.delta.items():
             assert torch.equal(decoded.delta[name], value)
 
@@ -155,7 +156,7 @@ class TestServer:
             def __init__(self, name):
                 self.name = name
 
-            def client(self, update, *, entries, private, hyperparameters):
+            def client(self, update, *, entries, private, facts):
                 return update, private
 
             def total(self, total):
@@ -178,7 +179,7 @@ class FixedSum(UpdateTransform):
             for name, entry in entries.items()
         }
 
-    def client(self, update, *, entries, private, hyperparameters):
+    def client(self, update, *, entries, private, facts):
         return update, private
 
 

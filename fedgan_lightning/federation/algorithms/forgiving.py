@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fedgan_lightning.federation.client_update import ClientContext
-from fedgan_lightning.federation.feedback.algorithm import Labels, collected
+from fedgan_lightning.federation.client_context import ClientContext
+from fedgan_lightning.federation.feedback.algorithm import collected
 from fedgan_lightning.federation.feedback.ensemble import GRADIENT, LOGIT, EnsembleFeedback, weighed
-from fedgan_lightning.federation.feedback.samples import Inputs
+from fedgan_lightning.federation.feedback.samples import Inputs, Labels
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import Aggregate, State
@@ -59,9 +59,7 @@ class F2A(EnsembleFeedback):
         per_class: bool | None = None,
         exchange_every: int = 1,
     ) -> None:
-        super().__init__(
-            num_samples=num_samples, labels=labels, per_class=per_class, exchange_every=exchange_every
-        )
+        super().__init__(num_samples=num_samples, labels=labels, per_class=per_class, exchange_every=exchange_every)
         self.sharpness, self.learning_rate, self.penalty = float(sharpness), float(learning_rate), float(penalty)
 
     def server_state(self, context: ClientContext) -> State:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from fedgan_lightning.federation import namespaces
-from fedgan_lightning.federation.client_update import ClientContext, Visit
+from fedgan_lightning.federation.client_context import ClientContext
+from fedgan_lightning.federation.client_update import Visit
 from fedgan_lightning.federation.feedback.algorithm import FeedbackAlgorithm, collected
 from fedgan_lightning.federation.feedback.samples import Inputs, Labels
 from fedgan_lightning.federation.server import ServerModule
@@ -52,9 +54,7 @@ class MDGAN(FeedbackAlgorithm):
         per_class: bool | None = None,
         exchange_every: int = 1,
     ) -> None:
-        super().__init__(
-            num_samples=num_samples, labels=labels, per_class=per_class, exchange_every=exchange_every
-        )
+        super().__init__(num_samples=num_samples, labels=labels, per_class=per_class, exchange_every=exchange_every)
         self.num_batches = num_batches
 
     def slots(self, client_id: int) -> tuple[int, int]:
@@ -68,7 +68,8 @@ class MDGAN(FeedbackAlgorithm):
 
     def entries(self, context: ClientContext) -> Mapping[str, UpdateEntry]:
         shape, dtype = self.shape_of(context)
-        return {FEEDBACK: UpdateEntry(shape, dtype, rule="aggregator" if self.is_additive else "collect", kind="vector")}
+        rule: Any = "aggregator" if self.is_additive else "collect"
+        return {FEEDBACK: UpdateEntry(shape, dtype, rule=rule, kind="vector")}
 
     def answer(self, visit: Visit) -> State:
         return {FEEDBACK: visit.generator_feedback(*self.asked(visit))}

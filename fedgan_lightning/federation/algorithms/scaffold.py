@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation import namespaces
 from fedgan_lightning.federation.algorithm import FederatedAlgorithm
-from fedgan_lightning.federation.client_update import ClientContext, Visit
+from fedgan_lightning.federation.client_context import ClientContext
+from fedgan_lightning.federation.client_update import Visit
 from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.federation.rules import RoundRules
 from fedgan_lightning.federation.server import ServerModule

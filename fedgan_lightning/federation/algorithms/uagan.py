@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fedgan_lightning.federation import namespaces
-from fedgan_lightning.federation.client_update import ClientContext, Visit
-from fedgan_lightning.federation.feedback.algorithm import Labels
+from fedgan_lightning.federation.client_context import ClientContext
+from fedgan_lightning.federation.client_update import Visit
 from fedgan_lightning.federation.feedback.ensemble import EnsembleFeedback, per_sample
-from fedgan_lightning.federation.feedback.samples import Inputs
+from fedgan_lightning.federation.feedback.samples import Inputs, Labels
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import Aggregate, State, UpdateEntry
@@ -50,9 +50,7 @@ class UAGAN(EnsembleFeedback):
         per_class: bool | None = None,
         exchange_every: int = 1,
     ) -> None:
-        super().__init__(
-            num_samples=num_samples, labels=labels, per_class=per_class, exchange_every=exchange_every
-        )
+        super().__init__(num_samples=num_samples, labels=labels, per_class=per_class, exchange_every=exchange_every)
         self.summed, self.max_logit = summed, float(max_logit)
 
     def combined(self, logits: Tensor, log_weights: Tensor) -> Tensor:
@@ -113,7 +111,7 @@ class UAGAN(EnsembleFeedback):
         return {0: factors.view(-1, *(1,) * (gradients.dim() - 1)) * gradients}
 
     def _mean_ratio(self, server: ServerModule, labels: Tensor) -> Tensor:
-        """Return sum_i pi_i of the ratios sent to clients, over all clients: what makes weights of a class add up to 1."""
+        """Return sum_i pi_i of the ratios sent to all clients, which makes weights of a class add up to 1."""
         if not self.is_by_class(server):
             return torch.ones(len(labels))
         counts = self._counts(server)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from fedgan_lightning.errors import ConfigurationError
-from fedgan_lightning.federation.client_update import ClientContext
+from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.executors.sequential import SequentialExecutor
 from fedgan_lightning.federation.executors.vectorized import StackingError, VectorizedExecutor
 from fedgan_lightning.federation.parity_check import disagreement, largest_group, trial_context

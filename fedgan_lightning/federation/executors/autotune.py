@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fedgan_lightning.federation.client_update import ClientContext
+from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.executors.auto import AdaptiveExecutor, ExecutionMode
 from fedgan_lightning.federation.executors.autotuner import Autotuner, MeasuredMode
 from fedgan_lightning.federation.parity_check import NOTHING_TO_COMPARE, trial_context

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from fedgan_lightning.errors import ClientError
-from fedgan_lightning.federation.client_update import ClientContext
+from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.local import LocalTrainer
 from fedgan_lightning.federation.memory import out_of_memory, release
 from fedgan_lightning.federation.parity_check import largest_group, shortened

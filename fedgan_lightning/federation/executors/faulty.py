@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedgan_lightning import states
 from fedgan_lightning.errors import ConfigurationError, message
-from fedgan_lightning.federation.client_update import ClientContext
+from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.executors.auto import AutoExecutor
 from fedgan_lightning.federation.optimizer_state import SCHEDULE
 from fedgan_lightning.options import checked

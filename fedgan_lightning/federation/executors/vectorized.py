@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from fedgan_lightning.errors import ClientError, ConfigurationError, message
-from fedgan_lightning.federation.client_update import ClientContext
+from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.local import LocalTrainer
 from fedgan_lightning.federation.memory import out_of_memory, release
 from fedgan_lightning.federation.parity_check import NOTHING_TO_COMPARE, disagreement, stack_key

@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation import namespaces
 from fedgan_lightning.federation.algorithm import FederatedAlgorithm
-from fedgan_lightning.federation.client_update import ClientContext, Visit
+from fedgan_lightning.federation.client_context import ClientContext
+from fedgan_lightning.federation.client_update import Visit
 from fedgan_lightning.federation.exchange import cycle
 from fedgan_lightning.federation.feedback.samples import (
     Inputs,
@@ -45,8 +46,8 @@ class FeedbackAlgorithm(FederatedAlgorithm):
     the round against one of them, then answers for one; with a single batch they are the same. The server takes what
     came through the generator, and makes one step of the module's own generator optimizer.
 
-    Place networks with ``sync: {generator: server, discriminator: local}``, or ``exchange`` for the discriminator, which
-    then goes on with another client every ``exchange_every`` rounds.
+    Place networks with ``sync: {generator: server, discriminator: local}``, or ``exchange`` for the discriminator,
+    which then goes on with another client every ``exchange_every`` rounds.
 
     Args:
         num_samples: Samples b of a batch, at least the size of a minibatch.
@@ -88,7 +89,7 @@ class FeedbackAlgorithm(FederatedAlgorithm):
                     message(
                         f"{name} must have the {network} at {'the server' if network == 'generator' else 'clients'}",
                         received=f"sync.{network}: {where.get(network)}",
-                        fix="set federation.sync to {generator: server, discriminator: local}, or exchange for the latter",
+                        fix="set federation.sync to {generator: server, discriminator: local}, or exchange for it",
                     )
                 )
         if policy.shared_parameters:
@@ -267,7 +268,11 @@ def _with_labels(visit: Visit, samples: str, labels: str) -> tuple[Tensor, Tenso
     x, task, count = visit.task[samples], visit.task, len(visit.tasks)
     is_own = f"{namespaces.ALGORITHM}{samples}" in visit.tasks[0].own
     y = task.get(labels)
-    y = torch.zeros(x.shape[: 2 if is_own and visit.is_stacked else 1], dtype=torch.long, device=x.device) if y is None else y
+    y = (
+        torch.zeros(x.shape[: 2 if is_own and visit.is_stacked else 1], dtype=torch.long, device=x.device)
+        if y is None
+        else y
+    )
     if visit.is_stacked and not is_own:  # all clients of the stack were sent the same
         x, y = (own.unsqueeze(0).expand(count, *own.shape) for own in (x, y))
     return x, y

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fedgan_lightning.errors import ConfigurationError, message
-from fedgan_lightning.federation.client_update import ClientContext, Visit
+from fedgan_lightning.federation.client_context import ClientContext
+from fedgan_lightning.federation.client_update import Visit
 from fedgan_lightning.federation.feedback.algorithm import FeedbackAlgorithm, collected
 from fedgan_lightning.federation.feedback.samples import Inputs
 from fedgan_lightning.federation.server import ServerModule
@@ -64,7 +65,8 @@ class EnsembleFeedback(FeedbackAlgorithm):
 
         Args:
             loss: The adversarial loss.
-            logits, log_weights: As in :meth:`combined`; weights need not be normalised.
+            logits: As in :meth:`combined`.
+            log_weights: As there, but they need not be normalised.
         """
         total = torch.logsumexp(log_weights, 0)
         heard = torch.isfinite(total)  # of some classes nobody who answered has any

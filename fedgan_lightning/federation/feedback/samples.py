@@ -40,7 +40,7 @@ def draw_inputs(
         num_batches: Batches of the round.
         seed: The federation's seed.
         round: Rounds completed before this one.
-        labels: ``uniform`` draws evenly from the classes that somebody holds, ``clients`` as often as clients hold them.
+        labels: ``uniform`` draws evenly from classes that somebody holds, ``clients`` as often as clients hold them.
         counts: Labels (clients, classes) that clients hold; ``None`` where nobody has any, or nobody says.
     """
     source, like = make_generator(seed, "fakes", round), next(model.generator.parameters())
@@ -68,9 +68,7 @@ def generated(model: Any, batches: Sequence[Inputs]) -> list[Tensor]:
         return [model.generate(own.z, own.labels).detach().clone() for own in batches]
 
 
-def generator_gradients(
-    model: Any, batches: Sequence[Inputs], feedback: Mapping[int, Tensor]
-) -> list[Tensor]:
+def generator_gradients(model: Any, batches: Sequence[Inputs], feedback: Mapping[int, Tensor]) -> list[Tensor]:
     """Return sum_j sum_s F_j,s dG(z_j,s)/dw for every parameter w of the generator.
 
     Every batch is generated again, with the statistics of its own samples, which move running statistics once.
@@ -104,27 +102,55 @@ def check_gan(model: Any, *, who: str, num_samples: int, minibatch: int | None) 
     needed = ("generate_with_graph", "generator_feedback", "feedback", "only_discriminator", "sample_shape")
     missing = [name for name in needed if not hasattr(model, name)]
     wrong: list[tuple[bool, str, str, str]] = [
-        (bool(missing), "have a module with the abilities of a GAN", f"{type(model).__name__} without {missing}",
-         "add them (see fedgan_lightning.gan.abilities), or use another algorithm"),
-    ]  # fmt: skip
+        (
+            bool(missing),
+            "have a module with the abilities of a GAN",
+            f"{type(model).__name__} without {missing}",
+            "add them (see fedgan_lightning.gan.abilities), or use another algorithm",
+        ),
+    ]
     if not missing:
         model.check_needs_no_reals()
-        batch = minibatch if minibatch is not None else 0
-        wrong += [
-            (model.sample_shape is None, "know the shape of a sample", f"{type(model.generator).__name__} without sample_shape",
-             "give the generator an attribute sample_shape"),
-            (model.augment is not None, "judge samples as they are", f"augment={type(model.augment).__name__}",
-             "set model.augment to null"),
-            (model.g_steps > 1, "take one step of the generator a round", f"g_steps={model.g_steps}",
-             "set model.g_steps to 1, and raise federation.rounds"),
-            (model.generator_scheduler is not None, "leave the generator's learning rate to the server",
-             "a generator_scheduler, which clients would follow", "set server.scheduler"),
-            (batch > num_samples, "send as many samples as a minibatch has", f"num_samples={num_samples} with "
-             f"data.batch_size={batch}", f"set num_samples to {batch}"),
-        ]  # fmt: skip
+        wrong += _of_gan(model, num_samples=num_samples, minibatch=minibatch or 0)
     for is_wrong, rule, received, fix in wrong:
         if is_wrong:
             raise ConfigurationError(message(f"{who} must {rule}", received=received, fix=fix))
+
+
+def _of_gan(model: Any, *, num_samples: int, minibatch: int) -> list[tuple[bool, str, str, str]]:
+    """Return what a GAN must not have: whether it has it, the rule, the value and the fix."""
+    return [
+        (
+            model.sample_shape is None,
+            "know the shape of a sample",
+            f"{type(model.generator).__name__} without sample_shape",
+            "give the generator an attribute sample_shape",
+        ),
+        (
+            model.augment is not None,
+            "judge samples as they are",
+            f"augment={type(model.augment).__name__}",
+            "set model.augment to null",
+        ),
+        (
+            model.g_steps > 1,
+            "take one step of the generator a round",
+            f"g_steps={model.g_steps}",
+            "set model.g_steps to 1, and raise federation.rounds",
+        ),
+        (
+            model.generator_scheduler is not None,
+            "leave the generator's learning rate to the server",
+            "a generator_scheduler, which clients would follow",
+            "set server.scheduler",
+        ),
+        (
+            minibatch > num_samples,
+            "send as many samples as a minibatch has",
+            f"num_samples={num_samples} with data.batch_size={minibatch}",
+            f"set num_samples to {minibatch}",
+        ),
+    ]
 
 
 @contextmanager

@@ -10,8 +10,9 @@ import torch
 from fedgan_lightning import states
 from fedgan_lightning.options import checked
 from fedgan_lightning.packing import Packed
-from fedgan_lightning.protocol import State, UpdateEntry, UpdateTransform
+from fedgan_lightning.protocol import State, UpdateEntry
 from fedgan_lightning.states import network_of
+from fedgan_lightning.update_transform import RoundFacts, UpdateTransform
 
 
 class ClipUpdates(UpdateTransform):
@@ -35,7 +36,7 @@ class ClipUpdates(UpdateTransform):
         *,
         entries: Mapping[str, UpdateEntry],
         private: State,
-        hyperparameters: Mapping[str, float],
+        facts: RoundFacts,
     ) -> tuple[State, State]:
         parts: dict[str, list[str]] = {}
         for name in update:

@@ -14,8 +14,9 @@ from torch import Tensor
 from fedgan_lightning import states
 from fedgan_lightning.federation import namespaces
 from fedgan_lightning.options import checked
-from fedgan_lightning.protocol import Aggregate, State, UpdateEntry, UpdateTransform
+from fedgan_lightning.protocol import Aggregate, State, UpdateEntry
 from fedgan_lightning.states import network_of
+from fedgan_lightning.update_transform import RoundFacts, UpdateTransform
 
 #: Hyper-parameter of the task that says the round's bound C.
 CLIP = "algorithm.privacy_clip"
@@ -70,19 +71,17 @@ class PrivateUpdates(UpdateTransform):
         *,
         entries: Mapping[str, UpdateEntry],
         private: State,
-        hyperparameters: Mapping[str, float],
+        facts: RoundFacts,
     ) -> tuple[State, State]:
-        bound, norm = hyperparameters.get(CLIP, self.clip), self.norm(update, entries)
+        bound, norm = facts.hyperparameters.get(CLIP, self.clip), self.norm(update, entries)
         found = self._clipped(update, entries, bound=bound, norm=norm)
         below = f"{namespaces.ALGORITHM}{BELOW}"
         if below in update:
             found = {**found, below: torch.full_like(update[below], 0.5 if norm <= bound else -0.5)}
         return found, private
 
-    def decode(
-        self, update: State, *, entries: Mapping[str, UpdateEntry], hyperparameters: Mapping[str, float]
-    ) -> State:
-        bound = hyperparameters.get(CLIP, self.clip)
+    def decode(self, update: State, *, entries: Mapping[str, UpdateEntry], facts: RoundFacts) -> State:
+        bound = facts.hyperparameters.get(CLIP, self.clip)
         found = self._clipped(update, entries, bound=bound, norm=self.norm(update, entries))
         below = f"{namespaces.ALGORITHM}{BELOW}"
         if below in update:

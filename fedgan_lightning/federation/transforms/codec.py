@@ -1,0 +1,177 @@
+"""What codecs have in common: which entries they encode, error feedback, and what the server decodes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.federation import namespaces
+from fedgan_lightning.protocol import State, UpdateEntry
+from fedgan_lightning.seeding import derive_seed
+from fedgan_lightning.update_transform import RoundFacts, UpdateTransform
+
+Section = Literal["updates", "moments", "buffers"]
+#: Codes of one entry: shape and dtype by the end of their names.
+Forms: TypeAlias = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+RESIDUAL = "residual/"
+
+
+class Codec(UpdateTransform):
+    """Encodes the entries of an update one by one, on the client, and decodes them at the server.
+
+    ``updates`` are parameter updates and an algorithm's vectors, such as controls and feedback; ``moments`` those of
+    optimizers but for their step counts; ``buffers`` running statistics. What a section holds beside floating-point
+    numbers passes as it is. With error feedback a client sends C(v + e) and keeps e+ = v + e - C(v + e), so that what
+    it has sent and what it keeps add up to its updates; e+ is committed only if the update counts.
+
+    Args:
+        sections: What is encoded.
+        error_feedback: Whether e is kept. It is for updates alone: values are no sums over rounds.
+    """
+
+    #: Sections whose numbers survive this code: squares stay squares, values keep their size.
+    allowed: ClassVar[tuple[Section, ...]] = ("updates",)
+    #: Whether the mean over a code's draws is the number itself, or the code has none.
+    is_linear: ClassVar[bool] = False
+
+    def __init__(self, *, sections: Sequence[Section] = ("updates",), error_feedback: bool = False) -> None:
+        self.sections, self.error_feedback = tuple(sections), error_feedback
+        wrong = [own for own in self.sections if own not in self.allowed]
+        if wrong or not self.sections:
+            raise ConfigurationError(
+                message(
+                    f"sections of {type(self).__name__} must be some of {', '.join(self.allowed)}",
+                    received=wrong[0] if wrong else "none",
+                    fix="leave it out: such numbers would not stay what they are",
+                )
+            )
+
+    def check(self, *, is_secure: bool) -> None:
+        if is_secure and not self.is_linear:
+            raise ConfigurationError(
+                message(
+                    "secure aggregation adds masked numbers, so codes must be linear with what all clients share",
+                    received=f"{type(self).__name__} under federation.secure",
+                    fix="use RandomSparse(shared=true), or take one of the two out",
+                )
+            )
+
+    # ------------------------------------------------------------------ one entry
+
+    @abstractmethod
+    def forms(self, entry: UpdateEntry) -> Forms:
+        """Return the codes of an entry; none for one that passes as it is."""
+
+    @abstractmethod
+    def encode(self, value: Tensor, *, name: str, facts: RoundFacts, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the codes of a number array.
+
+        Args:
+            value: What is encoded, as the entry has it.
+            name: The entry's name.
+            facts: The round; draws follow from its seed.
+            state: What the client keeps of this entry, by the end of its name.
+        """
+
+    @abstractmethod
+    def restore(self, codes: Mapping[str, Tensor], entry: UpdateEntry, *, name: str, facts: RoundFacts) -> Tensor:
+        """Return what the codes stand for."""
+
+    def kept(self, entry: UpdateEntry) -> dict[str, Tensor]:
+        """Return what a client keeps of an entry beside its residual, before its first round."""
+        return {}
+
+    def next_state(self, codes: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what a client keeps of an entry beside its residual, after a round."""
+        return {}
+
+    # ------------------------------------------------------------------ all entries
+
+    def schema(self, entries: Mapping[str, UpdateEntry]) -> dict[str, UpdateEntry]:
+        found: dict[str, UpdateEntry] = {}
+        for name, entry in entries.items():
+            forms = self._forms(name, entry)
+            if not forms:
+                found[name] = entry
+            for part, (shape, dtype) in forms.items():
+                kind: Literal["vector", "value"] = "vector" if self.is_linear else "value"
+                changed = {"shape": shape, "dtype": dtype, "kind": kind, "bound": None}
+                found[f"{name}/{part}"] = dataclasses.replace(entry, **changed)  # type: ignore[arg-type]
+        return found
+
+    def client_state(self, entries: Mapping[str, UpdateEntry]) -> State:
+        found: dict[str, Tensor] = {}
+        for name, entry in entries.items():
+            if self._forms(name, entry):
+                if self._feeds_back(name):
+                    found[f"{RESIDUAL}{name}"] = torch.zeros(entry.shape, dtype=entry.dtype)
+                found |= {f"{part}/{name}": value for part, value in self.kept(entry).items()}
+        return found
+
+    def client(
+        self, update: State, *, entries: Mapping[str, UpdateEntry], private: State, facts: RoundFacts
+    ) -> tuple[State, State]:
+        coded: dict[str, Tensor] = {}
+        state: dict[str, Tensor] = {}
+        for name, value in update.items():
+            if not self._forms(name, entries[name]):
+                coded[name] = value
+                continue
+            residual = private.get(f"{RESIDUAL}{name}") if self._feeds_back(name) else None
+            wanted = value.detach() if residual is None else value.detach() + residual.to(value)
+            mine = {part: private[f"{part}/{name}"] for part in self.kept(entries[name]) if f"{part}/{name}" in private}
+            codes = self.encode(wanted, name=name, facts=facts, state=mine)
+            coded |= {f"{name}/{part}": own for part, own in codes.items()}
+            state |= {f"{part}/{name}": own for part, own in self.next_state(codes, mine).items()}
+            if self._feeds_back(name):
+                decoded = self.restore(codes, entries[name], name=name, facts=facts)
+                state[f"{RESIDUAL}{name}"] = wanted - decoded
+        return coded, state
+
+    def decode(self, update: State, *, entries: Mapping[str, UpdateEntry], facts: RoundFacts) -> State:
+        found, codes = {}, set()
+        for name, entry in entries.items():
+            parts = self._forms(name, entry)
+            codes |= {f"{name}/{part}" for part in parts}
+            if parts and all(f"{name}/{part}" in update for part in parts):  # of moments a client may have none
+                own = {part: update[f"{name}/{part}"] for part in parts}
+                found[name] = self.restore(own, entry, name=name, facts=facts)
+        return {**found, **{name: value for name, value in update.items() if name not in codes}}
+
+    def decode_sum(self, mean: State, *, entries: Mapping[str, UpdateEntry], facts: RoundFacts) -> State:
+        return self.decode(mean, entries=entries, facts=facts)  # of linear codes alone: others are refused
+
+    def _forms(self, name: str, entry: UpdateEntry) -> Forms:
+        return self.forms(entry) if section_of(name, entry) in self.sections else {}
+
+    def _feeds_back(self, name: str) -> bool:
+        return self.error_feedback and not name.startswith(namespaces.MOMENTS)
+
+
+def section_of(name: str, entry: UpdateEntry) -> Section | None:
+    """Return the section of an entry; ``None`` for integers, step counts, and an algorithm's values."""
+    if not entry.dtype.is_floating_point or not math.prod(entry.shape):
+        return None
+    if entry.kind == "vector":
+        return "updates"
+    if name.startswith(namespaces.MOMENTS):
+        return "moments" if entry.shape else None
+    return None if name.startswith(namespaces.ALGORITHM) else "buffers"
+
+
+def draws(name: str, facts: RoundFacts, *, shared: bool = False) -> torch.Generator:
+    """Return a CPU generator of an entry's draws in this round: the client's own, or the same for all clients."""
+    seed = derive_seed(0, f"shared {name}", facts.round) if shared else derive_seed(facts.seed, f"code {name}")
+    return torch.Generator().manual_seed(seed)
+
+
+def share_of(size: int, share: float) -> int:
+    """Return how many of ``size`` numbers a share of them is: at least one."""
+    return max(1, min(size, round(size * share)))

@@ -1,0 +1,71 @@
+"""The interface of transforms, which rewrite updates on their way from a client to the aggregator."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fedgan_lightning.protocol import Aggregate, State, UpdateEntry
+
+
+@dataclass(frozen=True)
+class RoundFacts:
+    """What a transform knows of the round that an update answers.
+
+    Attributes:
+        round: Rounds completed before the task: both sides know it.
+        hyperparameters: Values of the round by name, as in the task.
+        seed: Of what the client draws for itself; 0 where an update is decoded.
+    """
+
+    round: int = 0
+    hyperparameters: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0
+
+
+class UpdateTransform(ABC):
+    """Rewrites updates between client and aggregator: clips, encodes, adds noise. Transforms form a chain.
+    Clients apply it in its order, the server undoes it in reverse: :meth:`decode` for every answer before it is
+    aggregated, :meth:`total` once for what they amount to. Parameter updates bear the names of parameters.
+    """
+
+    def check(self, *, is_secure: bool) -> None:  # noqa: B027 - most transforms go with everything
+        """Refuse what this transform cannot go with, by a ConfigurationError; ``is_secure``: the server sees sums."""
+
+    def schema(self, entries: Mapping[str, UpdateEntry]) -> dict[str, UpdateEntry]:
+        """Return the entries that leave this transform, given those that enter it."""
+        return dict(entries)
+
+    def own_entries(self) -> Mapping[str, UpdateEntry]:
+        """Return scalars that come up beside an update, by names of an algorithm; :meth:`client` fills them in."""
+        return {}
+
+    def client_state(self, entries: Mapping[str, UpdateEntry]) -> State:
+        """Return the private state of a client that has none yet."""
+        return {}
+
+    @abstractmethod
+    def client(
+        self,
+        update: State,
+        *,
+        entries: Mapping[str, UpdateEntry],
+        private: State,
+        facts: RoundFacts,
+    ) -> tuple[State, State]:
+        """Return what leaves this transform on one client, and its private state of this transform after that; given
+        what enters, what is known of its entries, the private state before, and the round.
+        """
+
+    def decode(self, update: State, *, entries: Mapping[str, UpdateEntry], facts: RoundFacts) -> State:
+        """Return an update as the aggregator wants it; arguments as in :meth:`client`."""
+        return update
+
+    def decode_sum(self, mean: State, *, entries: Mapping[str, UpdateEntry], facts: RoundFacts) -> State:
+        """Return the mean of several updates, of which single ones stay hidden, as the aggregator wants it."""
+        return mean
+
+    def total(self, total: Aggregate) -> Aggregate:
+        """Return the total of a round as the server steps on it."""
+        return total

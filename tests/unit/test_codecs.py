@@ -1,0 +1,391 @@
+"""Codes of updates: what they cost to the byte, their bounds in closed form, error feedback, hostile codes, resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedgan_lightning import ConfigurationError, SequentialExecutor, UpdateError, UpdateValidator, VectorizedExecutor
+from fedgan_lightning.algorithms import MDGAN, Scaffold
+from fedgan_lightning.executors import FaultyExecutor
+from fedgan_lightning.federation.rules import RoundRules
+from fedgan_lightning.federation.transform_chain import TransformChain
+from fedgan_lightning.federation.transforms.dense import packed_bits, unpacked_bits
+from fedgan_lightning.packing import Layout
+from fedgan_lightning.protocol import ClientUpdate, UpdateEntry
+from fedgan_lightning.transforms import (
+    QSGD,
+    BFloat16,
+    ClipUpdates,
+    Int8,
+    PowerSGD,
+    RandomSparse,
+    RoundFacts,
+    SignCompression,
+    TopK,
+)
+from tests.conftest import adam, assert_states_equal, federate, ring_data, ring_gan, sgd
+
+CODECS = {
+    "bfloat16": lambda **own: BFloat16(sections=["updates"], **own),
+    "int8": Int8,
+    "int8, nearest": lambda **own: Int8(stochastic=False, **own),
+    "qsgd": QSGD,
+    "top-k": lambda **own: TopK(share=0.1, **own),
+    "random-k": lambda **own: RandomSparse(share=0.25, **own),
+    "random-k, shared": lambda **own: RandomSparse(share=0.25, shared=True, **own),
+    "power": lambda **own: PowerSGD(rank=1, **own),
+    "signs": SignCompression,
+}
+
+
+def entry(*shape, dtype=torch.float32):
+    return UpdateEntry(tuple(shape), dtype, group="delta", kind="vector")
+
+
+def coded(codec, value, *, seed=0, round=0, state=None):
+    """Return the codes of one entry, and what they stand for."""
+    facts, own = RoundFacts(round, {}, seed), entry(*value.shape, dtype=value.dtype)
+    codes = codec.encode(value, name="g.w", facts=facts, state=codec.kept(own) if state is None else state)
+    return codes, codec.restore(codes, own, name="g.w", facts=RoundFacts(round, {}))
+
+
+def size_of(codes):
+    return sum(own.numel() * own.element_size() for own in codes.values())
+
+
+# ---------------------------------------------------------------------- closed forms
+
+
+def test_bfloat16_is_off_by_a_share():
+    value = torch.randn(1000) * 10.0 ** torch.randint(-30, 30, (1000,))
+    codes, found = coded(BFloat16(), value)
+    assert float(((found - value) / value).abs().max()) <= 2.0**-8
+    assert size_of(codes) == 2000
+
+
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_int8_is_off_by_a_step_at_most(stochastic):
+    value = torch.randn(7, 11)
+    codes, found = coded(Int8(stochastic=stochastic), value)
+    step = float(value.abs().max()) / 127
+    assert float((found - value).abs().max()) <= step * (1.0 if stochastic else 0.5) * (1 + 1e-5)
+    assert size_of(codes) == 77 + 4
+
+
+@pytest.mark.parametrize(
+    "codec", [Int8(), QSGD(levels=3), RandomSparse(share=0.25), RandomSparse(share=0.25, shared=True)]
+)
+def test_the_mean_over_draws_is_the_number(codec):
+    value, count = torch.randn(8, dtype=torch.float64), 10_000
+    found = torch.stack([coded(codec, value, seed=k, round=k)[1] for k in range(count)])
+    error = (found.mean(0) - value).abs()
+    assert bool((error <= 5 * found.std(0) / math.sqrt(count) + 1e-12).all())
+
+
+def test_qsgd_of_three_and_four():
+    """v = (3, 4), s = 1: each is sent with probability .6 and .8; the variance 10 is below its bound 35.4."""
+    value = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    found = torch.stack([coded(QSGD(levels=1), value, seed=k)[1] for k in range(20_000)])
+    assert found.unique().tolist() == [0.0, 5.0]
+    assert (found > 0).double().mean(0).tolist() == pytest.approx([0.6, 0.8], abs=0.02)
+    variance = float((found - value).square().sum(1).mean())
+    assert variance == pytest.approx(10.0, abs=0.4)
+    assert variance <= min(2 / 1, math.sqrt(2) / 1) * 25
+
+
+@given(levels=st.integers(1, 127), size=st.integers(1, 200), seed=st.integers(0, 100))
+@settings(max_examples=60)
+def test_qsgd_s_size_and_its_bound(levels, size, seed):
+    value = torch.randn(size, generator=torch.Generator().manual_seed(seed))
+    codes, found = coded(QSGD(levels=levels), value, seed=seed)
+    assert size_of(codes) == math.ceil(size * math.ceil(math.log2(2 * levels + 1)) / 8) + 4
+    assert float((found - value).abs().max()) <= float(value.norm()) / levels * (1 + 1e-5)
+
+
+@given(bits=st.integers(1, 8), numbers=st.lists(st.integers(0, 255), max_size=50))
+@settings(max_examples=60)
+def test_bits_are_packed_and_found_again(bits, numbers):
+    values = torch.tensor([own % 2**bits for own in numbers], dtype=torch.long)
+    packed = packed_bits(values, bits=bits)
+    assert len(packed) == -(-len(values) * bits // 8)
+    assert torch.equal(unpacked_bits(packed, bits=bits, count=len(values)), values)
+
+
+def test_random_places_lose_what_the_formula_says():
+    """E |Q - v|^2 = (d / k - 1) |v|^2, over all pairs of places for d = 4, k = 2."""
+    value = torch.tensor([1.0, -2.0, 3.0, 0.5], dtype=torch.float64)
+    errors = []
+    for places in itertools.combinations(range(4), 2):
+        found = torch.zeros(4, dtype=torch.float64)
+        found[list(places)] = 2 * value[list(places)]
+        errors.append(float((found - value).square().sum()))
+    drawn = [float((coded(RandomSparse(share=0.5), value, seed=k)[1] - value).square().sum()) for k in range(3000)]
+    assert sum(errors) / 6 == pytest.approx(float(value.square().sum()))
+    assert {round(own, 9) for own in drawn} == {round(own, 9) for own in errors}
+    assert sum(drawn) / 3000 == pytest.approx(float(value.square().sum()), rel=0.05)
+
+
+@pytest.mark.parametrize("size, share, expected", [(1000, 0.01, 10 * 8), (1000, 0.2, 200 * 4 + 125), (4, 0.25, 4 + 1)])
+def test_the_largest_and_their_places(size, share, expected):
+    value = torch.randn(size)
+    codes, found = coded(TopK(share=share), value)
+    count = max(1, round(size * share))
+    assert size_of(codes) == expected
+    kept = found.nonzero().flatten()
+    assert {*kept.tolist()} == {*value.abs().topk(count).indices.tolist()}
+    assert torch.equal(found[kept], value[kept])
+    assert float((found - value).square().sum()) <= (1 - count / size) * float(value.square().sum()) * (1 + 1e-5)
+
+
+def test_the_largest_of_four():
+    """(4, 3, 2, 1), k = 1: 14 <= 22.5; signs of it lose 5."""
+    value = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    assert float((coded(TopK(share=0.25), value)[1] - value).square().sum()) == 14.0
+    assert float((coded(SignCompression(), value)[1] - value).square().sum()) == pytest.approx(5.0)
+
+
+def test_a_matrix_of_rank_one_is_exact_after_one_pass():
+    value = torch.outer(torch.randn(20, dtype=torch.float64), torch.randn(30, dtype=torch.float64))
+    codes, found = coded(PowerSGD(rank=1), value)
+    torch.testing.assert_close(found, value, atol=1e-12, rtol=1e-12)
+    assert size_of(codes) == 8 * (20 + 30)
+
+
+def test_a_warm_start_finds_the_largest_singular_vectors():
+    torch.manual_seed(0)
+    u, v = torch.linalg.qr(torch.randn(20, 3))[0], torch.linalg.qr(torch.randn(15, 3))[0]
+    value, codec = u @ torch.diag(torch.tensor([5.0, 2.0, 1.0])) @ v.T, PowerSGD(rank=1)
+    state = codec.kept(entry(20, 15))
+    errors = []
+    for seed in range(12):
+        codes, found = coded(codec, value, seed=seed, state=state)
+        state = codec.next_state(codes, state)
+        errors.append(float((found - value).norm()))
+    assert errors[-1] == pytest.approx(math.sqrt(5.0), rel=1e-4)
+    assert errors[-1] <= errors[0]
+
+
+# ---------------------------------------------------------------------- all codecs
+
+
+def update(seed=0, *, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    delta = {
+        "generator.w": torch.randn(12, 9, generator=generator, dtype=dtype),
+        "generator.b": torch.randn(7, generator=generator, dtype=dtype),
+        "discriminator.k": torch.randn(6, 3, 3, 3, generator=generator, dtype=dtype),
+    }
+    return ClientUpdate(0, 10, delta, {}, {"generator.mean": torch.ones(3)}, round=seed)
+
+
+def stages(chain, own):
+    return chain.stages_of({}, Layout.of(own.delta), Layout.of(own.extras))
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_what_was_sent_and_what_is_kept_add_up(name):
+    """sum of sent + e_T = sum of v, in float64."""
+    chain = TransformChain([CODECS[name](error_feedback=True)])
+    private, wanted, received = {}, {}, {}
+    for seed in range(20):
+        own = update(seed)
+        if not private:
+            private = chain.client_state(chain.stages(stages(chain, own)[0])[0])
+        sent, private = chain.sent(own, private, {}, facts=RoundFacts(seed, {}, seed))
+        seen = chain.decoded("client 0", sent, stages(chain, own), facts=RoundFacts(seed, {}))
+        for key, value in own.delta.items():
+            wanted[key], received[key] = wanted.get(key, 0) + value, received.get(key, 0) + seen.delta[key]
+    for key, value in wanted.items():
+        rest = private.get(f"transform/0/residual/{key}", 0)
+        torch.testing.assert_close(received[key] + rest, value, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", CODECS)
+def test_the_server_decodes_what_the_client_meant(name, dtype):
+    if name == "power" and dtype == torch.bfloat16:
+        pytest.skip("torch has no QR of bfloat16")
+    chain, own = TransformChain([ClipUpdates(max_norm=3.0), CODECS[name]()]), update(dtype=dtype)
+    facts = RoundFacts(4, {}, 7)
+    sent, _ = chain.sent(own, {}, {}, facts=facts)
+    meant = chain.received(sent, {}, before=own, facts=facts)
+    found = chain.decoded("client 0", sent, stages(chain, own), facts=RoundFacts(4, {}))
+    for key, value in meant.delta.items():
+        assert value.dtype == dtype
+        assert torch.equal(found.delta[key], value)
+    assert torch.equal(found.extras["generator.mean"], own.extras["generator.mean"])
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-40, 1e15])
+@pytest.mark.parametrize("name", CODECS)
+def test_nothing_and_very_little_and_very_much(name, value):
+    own = dataclasses.replace(update(), delta={"g.w": torch.full((12, 9), value)})
+    chain = TransformChain([CODECS[name]()])
+    sent, _ = chain.sent(own, {}, {}, facts=RoundFacts(0, {}, 1))
+    found = chain.decoded("client 0", sent, stages(chain, own), facts=RoundFacts()).delta["g.w"]
+    assert bool(torch.isfinite(found).all())
+    assert value > 0 or not bool(found.any())
+
+
+HOSTILE = {
+    "top-k": {"places": torch.tensor([-5, 10**6, 3, 3, 7, 2**31 - 1, 0, 1, 2, 4, 5], dtype=torch.int32)},
+    "random-k": {"seed": torch.tensor(-5)},
+    "qsgd": {"codes": torch.full((54,), 255, dtype=torch.uint8)},
+    "int8": {"codes": torch.full((12, 9), -128, dtype=torch.int8)},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_codes_that_no_client_forms_break_nothing(name):
+    codec = TopK(share=0.1, error_feedback=False) if name == "top-k" else CODECS[name]()
+    own = dataclasses.replace(update(), delta={"g.w": torch.randn(12, 9)})
+    chain = TransformChain([codec])
+    sent, _ = chain.sent(own, {}, {}, facts=RoundFacts(0, {}, 1))
+    delta = {**sent.delta, **{f"g.w/{part}": value for part, value in HOSTILE[name].items()}}
+    found = chain.decoded("client 0", dataclasses.replace(sent, delta=delta), stages(chain, own), facts=RoundFacts())
+    assert bool(torch.isfinite(found.delta["g.w"]).all())
+    assert found.delta["g.w"].shape == (12, 9)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_a_code_that_is_missing_or_not_finite_is_refused_by_name(name):
+    chain, own = TransformChain([CODECS[name]()]), update()
+    sent, _ = chain.sent(own, {}, {}, facts=RoundFacts(0, {}, 1))
+    code = next(key for key in sent.delta if key.startswith("generator.w/"))
+    gone = dataclasses.replace(sent, delta={key: own for key, own in sent.delta.items() if key != code})
+    with pytest.raises(UpdateError, match=f"client 3: {code} is a NoneType"):
+        chain.decoded("client 3", gone, stages(chain, own), facts=RoundFacts())
+    spoiled = {key: own * torch.nan if own.is_floating_point() else own for key, own in sent.delta.items()}
+    with pytest.raises(UpdateError, match="client 3: generator.* is not finite"):
+        chain.decoded("client 3", dataclasses.replace(sent, delta=spoiled), stages(chain, own), facts=RoundFacts())
+
+
+# ---------------------------------------------------------------------- federations
+
+
+def run(*transforms, gan=None, executor=None, **options):
+    gan = ring_gan(optimizer=sgd) if gan is None else gan
+    options = {"rounds": 4, "local_steps": 2, **options}
+    executor = SequentialExecutor() if executor is None else executor
+    return federate(gan, ring_data(), transforms=list(transforms), executor=executor, **options)
+
+
+def everything(result):
+    server, orchestrator, _ = result
+    private = {f"{k} {n}": v for k, own in orchestrator.store.state_dict().items() for n, v in own.items()}
+    return {**server.model.state_dict(), **server.moments, **server.algorithm_state, **private}
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_the_ledger_counts_what_is_sent(name):
+    chain, gan = TransformChain([CODECS[name]()]), ring_gan(optimizer=sgd)
+    delta = {key: value.detach() for key, value in gan.named_parameters()}
+    own = ClientUpdate(0, 10, delta, {}, {}, round=0)
+    sent, _ = chain.sent(own, {}, {}, facts=RoundFacts(0, {}, 1))
+    _, orchestrator, _ = run(CODECS[name]())
+    assert sum(orchestrator.ledger.bytes_up.values()) == 4 * 4 * size_of(sent.delta)
+    assert sum(orchestrator.ledger.bytes_down.values()) == 4 * 4 * size_of(delta)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_stacked_clients_send_the_same_codes(name):
+    found = [
+        everything(run(CODECS[name](error_feedback=True), gan=ring_gan(optimizer=sgd).double(), executor=executor))
+        for executor in (SequentialExecutor(), VectorizedExecutor(), VectorizedExecutor(chunk_size=3))
+    ]
+    for other in found[1:]:
+        assert_states_equal(other, found[0], atol=1e-6, rtol=1e-4)  # a rounding may tip a code
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_a_resumed_run_ends_with_the_same_bits(name, tmp_path):
+    from fedgan_lightning import FederatedOrchestrator, ServerModule
+    from tests.conftest import quiet_trainer
+
+    def made():
+        return CODECS[name](error_feedback=True)
+
+    whole = run(made(), rounds=5)
+    _, _, trainer = run(made(), rounds=2)
+    trainer.save_checkpoint(tmp_path / "cut.ckpt")
+    again = FederatedOrchestrator(rounds=5, local_steps=2, transforms=[made()], executor=SequentialExecutor())
+    server, trainer = ServerModule(ring_gan(optimizer=sgd, seed=7)), quiet_trainer(again)
+    trainer.fit(server, datamodule=ring_data(), ckpt_path=tmp_path / "cut.ckpt")
+    assert_states_equal(everything((server, again, trainer)), everything(whole))
+
+
+def test_moments_in_bfloat16_stay_squares_and_halve_their_bytes():
+    full, half = (run(*own, gan=ring_gan(optimizer=adam)) for own in ((), (BFloat16(sections=["moments"]),)))
+    up = [result[1].ledger.bytes_up["optimizer"] for result in (full, half)]
+    counts = 4 * 4 * 4 * len([name for name in full[0].moments if name.endswith("/step")])
+    assert up[1] - counts == (up[0] - counts) / 2
+    for name, value in half[0].moments.items():
+        torch.testing.assert_close(value, full[0].moments[name], rtol=0.1, atol=1e-4)
+        assert not name.endswith("exp_avg_sq") or float(value.min()) >= 0
+
+
+def test_residuals_of_an_update_that_does_not_count_are_forgotten():
+    rules, validator = RoundRules(min_report_fraction=0.5), UpdateValidator()
+    executor = FaultyExecutor(SequentialExecutor(), nan=0.3, crash=0.2)
+    _, orchestrator, _ = run(TopK(share=0.1), executor=executor, rounds=8, rules=rules, validator=validator)
+    assert {"rejected", "failed"} <= orchestrator.ledger.events.keys()
+    for own in orchestrator.store.state_dict().values():
+        assert all(bool(torch.isfinite(value).all()) for value in own.values())
+
+
+@pytest.mark.parametrize("codec", [Int8(), TopK(share=0.2)])
+def test_an_algorithm_s_vectors_are_coded_too(codec):
+    _, plain, _ = run(algorithm=Scaffold())
+    _, coded_, _ = run(codec, algorithm=Scaffold())
+    assert coded_.ledger.bytes_up["control"] < 0.6 * plain.ledger.bytes_up["control"]
+    sync = {"generator": "server", "discriminator": "local"}
+    _, plain, _ = run(algorithm=MDGAN(), sync=sync)
+    _, coded_, _ = run(Int8(), algorithm=MDGAN(), sync=sync)
+    assert coded_.ledger.bytes_up["feedback"] < 0.3 * plain.ledger.bytes_up["feedback"]
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: TopK(sections=["moments"]), "unexpected"),
+        (lambda: BFloat16(sections=["weights"]), "sections of BFloat16 must be a list, each one of"),
+        (lambda: BFloat16(sections=[]), "got none"),
+        (lambda: TopK(share=0.0), "share of TopK"),
+        (lambda: QSGD(levels=128), "levels of QSGD"),
+        (lambda: PowerSGD(rank=0), "rank of PowerSGD"),
+    ],
+)
+def test_what_cannot_be_is_refused(make, words):
+    with pytest.raises((ConfigurationError, TypeError), match=words):
+        make()
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_masks_need_codes_that_add_up(name):
+    if name == "random-k, shared":
+        CODECS[name]().check(is_secure=True)
+        return
+    with pytest.raises(ConfigurationError, match="codes must be linear .* got .* under federation.secure"):
+        CODECS[name]().check(is_secure=True)
+
+
+def test_sums_of_shared_places_are_decoded_as_sums():
+    """What a server under secure aggregation sees: the mean of codes is the code of the mean."""
+    from fedgan_lightning.protocol import UpdateSum
+
+    chain, facts = TransformChain([RandomSparse(share=0.3, shared=True)]), RoundFacts(5, {})
+    ups = [update(seed) for seed in (1, 2)]
+    sent = [chain.sent(own, {}, {}, facts=RoundFacts(5, {}, seed))[0] for seed, own in enumerate(ups)]
+    mean = {key: (sent[0].delta[key] + sent[1].delta[key]) / 2 for key in sent[0].delta}
+    total = UpdateSum(5, (), mean, {"generator.mean": torch.ones(3)}, {})
+    found = chain.decoded_sum("the sum", total, stages(chain, ups[0]), facts=facts)
+    single = [chain.decoded("client", own, stages(chain, ups[0]), facts=facts) for own in sent]
+    for key, value in found.delta.items():
+        torch.testing.assert_close(value, (single[0].delta[key] + single[1].delta[key]) / 2, atol=1e-12, rtol=1e-12)
