@@ -262,6 +262,7 @@ LAYERS = {
     "deployment.site_data": 9,
     "deployment.site_memory": 4,
     "deployment.site_policy": 4,
+    "deployment.site_budget": 9,
     "deployment.site_queries": 17,
     "deployment.site": 18,
     "deployment.apps": 19,

@@ -78,6 +78,8 @@ def check(
     _say("a round", f"about {down:.2f} MB down and {up:.2f} MB up, beside sums for metrics")
     _say("test split", f"{site.num_test:,} samples are held out by the source, and not trained on")
     _say("answers", site.told())
+    if budget := site.budget.told():
+        _say("privacy", budget)
     _say("members", _members(members, site.client_id))
     _say("settings", f"{facts['digest']}: server and sites must have the same")
     _reach(superlink, ca)

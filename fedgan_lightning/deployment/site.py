@@ -26,6 +26,7 @@ from fedgan_lightning.deployment.secure_users import CLEAR
 from fedgan_lightning.deployment.session import Session, summand_to_content
 from fedgan_lightning.deployment.shared_settings import digest_of
 from fedgan_lightning.deployment.signatures import Signatures
+from fedgan_lightning.deployment.site_budget import SiteBudget
 from fedgan_lightning.deployment.site_data import SiteData
 from fedgan_lightning.deployment.site_memory import SiteMemory
 from fedgan_lightning.deployment.site_policy import SitePolicy
@@ -43,7 +44,7 @@ from fedgan_lightning.federation.distributed_noise import NoiseShares
 from fedgan_lightning.federation.local import LocalTrainer
 from fedgan_lightning.federation.optimizer_state import only_moments
 from fedgan_lightning.federation.report import is_position, lengths
-from fedgan_lightning.federation.round_schedules import steps_of
+from fedgan_lightning.federation.round_schedules import most_steps
 from fedgan_lightning.federation.store import ClientStore
 from fedgan_lightning.hooks import DataHook, offers
 from fedgan_lightning.protocol import ClientTask, ClientUpdate, State
@@ -123,6 +124,7 @@ class Site:
         self.memory = SiteMemory(self.state_dir)
         self.tag = hashlib.sha256(f"{data.train_samples.digest} {view.indices.tolist()}".encode()).hexdigest()[:16]
         self.policy.check_networks(self.orchestrator.policy_of(self.module).shared_networks)
+        self.budget = SiteBudget(self.memory, self.module, self.data, self.orchestrator, limit=self.policy.privacy)
         self.begun = begin(self.orchestrator, self.trainer, self.module, self.data, "fit")
         if offers(self.module, DataHook):
             self.module.check_data(data.sample_shape, data.num_classes)  # type: ignore[operator]
@@ -216,7 +218,7 @@ class Site:
 
         Raises:
             ConfigurationError: If something of it differs from the server's, it is another client's, or the site's
-                policy forbids it.
+                policy, or its privacy budget, forbids it.
             UpdateError: If the update is not finite.
         """
         if task.client_id != self.client_id:
@@ -240,6 +242,7 @@ class Site:
             )
         store = ClientStore()
         store.load_state_dict({str(task.client_id): self._private(accepted)} if accepted >= 0 else {})
+        self.budget.charge(task)
         update = self._run(task, self._context(store))
         store.commit()
         self._keep(task.seed, store.read(task.client_id), accepted)
@@ -410,10 +413,3 @@ class Site:
         for path in known[:-STATES_KEPT]:
             if path != self._path(accepted):
                 path.unlink(missing_ok=True)
-
-
-def most_steps(federation: Any) -> int | None:
-    """Return the most local steps of a round in a configuration, whatever its schedule says of single rounds."""
-    rounds = range(federation.rounds)
-    scheduled = [steps_of(federation.schedules, own, federation.rounds).get("steps", 0) for own in rounds]
-    return max(scheduled, default=0) or federation.local_steps

@@ -50,7 +50,7 @@ class SiteMemory:
         """
         if not run:
             return
-        with self._open() as known:
+        with self.opened() as known:
             runs = known.setdefault("runs", {})
             begun = runs.setdefault(run, {"client_id": client_id, "data": data})
             for name in list(runs)[:-MOST_RUNS]:
@@ -92,7 +92,7 @@ class SiteMemory:
         Raises:
             ConfigurationError: If it is so.
         """
-        with self._open() as known:
+        with self.opened() as known:
             asked = [at for at in known.get("asked", []) if at > time.time() - DAY_SECONDS]
             if len(asked) >= most_a_day:
                 raise _refused(
@@ -138,7 +138,7 @@ class SiteMemory:
 
     def note_opened(self, session: int) -> None:
         """Remember what was told under the masks of a session, now that they are taken off."""
-        with self._open() as known:
+        with self.opened() as known:
             if (told := known.pop("pending", {}).get(str(session))) is not None:
                 _remember(known, told)
 
@@ -155,7 +155,7 @@ class SiteMemory:
             ProtocolError: If it was.
         """
         group = sorted(survivors)
-        with self._open() as known:
+        with self.opened() as known:
             sums = known.setdefault("states" if is_task else "sums", {})
             for before in sums.get(about, []):
                 if before != group:
@@ -175,7 +175,7 @@ class SiteMemory:
     # ------------------------------------------------------------------ on disk
 
     @contextlib.contextmanager
-    def _open(self) -> Iterator[dict[str, Any]]:
+    def opened(self) -> Iterator[dict[str, Any]]:
         """Give what is remembered to be changed; it is written where the body ends, and nobody else writes meanwhile.
 
         Raises:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,19 @@ from fedgan_lightning.documents import check_settings_file, read_settings
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import ClientTask
+
+
+@dataclass(frozen=True)
+class PrivacyLimit:
+    """What a site lets its training cost.
+
+    Attributes:
+        epsilon: At most.
+        delta: At which it is computed.
+    """
+
+    epsilon: float
+    delta: float
 
 
 class SitePolicy:
@@ -33,6 +47,8 @@ class SitePolicy:
         most_seconds: Seconds of a task, after which it is given up; ``None`` sets no limit.
         largest_message_megabytes: Longest task or question that is read.
         networks: Networks of which updates may leave; ``None`` takes those that its own configuration shares.
+        privacy: ``epsilon`` and ``delta`` of all that training may ever tell of one record of this site, over all runs;
+            see :class:`~fedgan_lightning.deployment.site_budget.SiteBudget`. ``None`` sets no limit.
 
     Raises:
         ConfigurationError: If a value is out of range.
@@ -46,6 +62,7 @@ class SitePolicy:
         most_local_epochs="[1, inf)",
         most_seconds="(0, inf)",
         largest_message_megabytes="(0, inf)",
+        privacy="(0, inf)",
     )
     def __init__(
         self,
@@ -61,6 +78,7 @@ class SitePolicy:
         most_seconds: float | None = 3600.0,
         largest_message_megabytes: float = 1000.0,
         networks: Sequence[str] | None = None,
+        privacy: dict[str, float] | None = None,
     ) -> None:
         self.metrics = None if metrics is None else tuple(metrics)
         self.sent_networks, self.fewest_samples, self.unmixing = sent_networks, fewest_samples, unmixing
@@ -68,6 +86,7 @@ class SitePolicy:
         self.most_local_steps, self.most_local_epochs = most_local_steps, most_local_epochs
         self.most_seconds, self.largest_message_megabytes = most_seconds, largest_message_megabytes
         self.networks = None if networks is None else tuple(networks)
+        self.privacy = None if privacy is None else _limit(privacy)
 
     @classmethod
     def of_trial(cls) -> SitePolicy:
@@ -174,3 +193,15 @@ class SitePolicy:
                 fix=f"raise {option} in the site's policy",
             )
         )
+
+
+def _limit(given: Mapping[str, float]) -> PrivacyLimit:
+    if {*given} != {"epsilon", "delta"} or given["delta"] >= 1:
+        raise ConfigurationError(
+            message(
+                "policy.privacy must have an epsilon, and a delta below 1",
+                received=", ".join(f"{name}: {value:g}" for name, value in given.items()) or "neither",
+                fix="write privacy: {epsilon: 8.0, delta: 1.0e-5}",
+            )
+        )
+    return PrivacyLimit(epsilon=float(given["epsilon"]), delta=float(given["delta"]))

@@ -16,7 +16,7 @@ from typing import Any
 
 from fedgan_lightning.dp.accounting import Accountant, Release, Unit, epsilon_of, rounded_up
 from fedgan_lightning.errors import CheckpointError, message
-from fedgan_lightning.files import write_json
+from fedgan_lightning.files import replacing, to_json
 
 logger = logging.getLogger("fedgan_lightning")
 
@@ -32,10 +32,11 @@ class Ledger:
     Args:
         path: The file; ``None`` keeps it in memory.
         is_seeded: Whether noise follows from a ``testing_seed``, so that nothing is hidden.
+        mode: Who may read and write the file, before the process's own mask.
     """
 
-    def __init__(self, path: Path | None = None, *, is_seeded: bool = False) -> None:
-        self.path, self.is_seeded = path, is_seeded
+    def __init__(self, path: Path | None = None, *, is_seeded: bool = False, mode: int = 0o666) -> None:
+        self.path, self.is_seeded, self.mode = path, is_seeded, mode
         self.releases: list[Release] = []
         #: What single clients have taken part in, by kind of count and client; written down with the releases.
         self.counts: dict[str, dict[str, int]] = {}
@@ -56,7 +57,8 @@ class Ledger:
     def write(self) -> None:
         """Write the file, in one piece."""
         if self.path is not None:
-            write_json(self.path, self.state_dict())
+            with replacing(self.path, mode=self.mode) as file:
+                file.write(to_json(self.state_dict(), indent=2).encode())
 
     def of(self, unit: Unit) -> list[Release]:
         """Return the releases that concern a unit."""

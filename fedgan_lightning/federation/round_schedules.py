@@ -179,6 +179,13 @@ def rates_of(hyperparameters: Mapping[str, float]) -> dict[str, float]:
     return {network: value for (kind, network), value in targets.items() if kind == LEARNING_RATE}
 
 
+def most_steps(federation: Any) -> int | None:
+    """Return the most local steps of a round in a configuration, whatever its schedule says of single rounds."""
+    rounds = range(federation.rounds)
+    scheduled = [steps_of(federation.schedules, own, federation.rounds).get("steps", 0) for own in rounds]
+    return max(scheduled, default=0) or federation.local_steps
+
+
 def set_hyperparameters(module: nn.Module, values: Mapping[str, float]) -> None:
     """Set numbers of a module, or of a stack's, by their dotted paths; other hyper-parameters are not its business."""
     for name, value in values.items():
