@@ -204,3 +204,32 @@ def algorithms(*, lr: float, mu: float, local_steps: int, total: int) -> dict[st
     }
     found = {f"{way}, K = {local_steps}": [*rounds(total, local_steps), *sgd, *own] for way, own in ways.items()}
     return {**found, "FedGAN, K = 1": [*rounds(total, 1), *sgd]}
+
+
+def methods(total: int, *, local_steps: int, samples: int) -> dict[str, list[str]]:
+    """Return a cell for every method, IID and as the configuration divides the data, at ``total`` generator steps.
+
+    Args:
+        total: Generator steps of every cell.
+        local_steps: K of the methods that average parameters; those with feedback have one step a round.
+        samples: Samples of a batch of feedback.
+    """
+    algorithm = "--federation.algorithm"
+    many, single = rounds(total, local_steps), rounds(total, 1)
+    feedback = [*single, "--federation.sync", "{generator: server, discriminator: local}"]
+    swapped = [*single, "--federation.sync", "{generator: server, discriminator: exchange}"]
+    size = [f"{algorithm}.num_samples", str(samples)]
+    served = ["--federation.sync", "{generator: served}", algorithm, "ServedGenerator"]
+    served += [f"{algorithm}.generator_steps", str(local_steps), f"{algorithm}.num_samples", str(samples)]
+    sgd = [option.format(lr=0.03) for option in STATELESS["SGD"]]
+    ways = {
+        "FedGAN": many,
+        "FedGAN + exchange": [*many, "--federation.sync", "{discriminator: exchange}"],
+        "MD-GAN": [*swapped, algorithm, "MDGAN", *size],
+        "UA-GAN": [*feedback, algorithm, "UAGAN", *size],
+        "F2U": [*feedback, algorithm, "F2U", *size],
+        "served G": [*many, *served],
+        "FedProx": [*many, algorithm, "FedProx", f"{algorithm}.mu", "0.1"],
+        "SCAFFOLD (SGD)": [*many, algorithm, "Scaffold", *sgd],
+    }
+    return {f"{way}, {where}": [*own, *part] for where, part in SPLITS.items() for way, own in ways.items()}

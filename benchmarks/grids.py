@@ -27,6 +27,7 @@ from benchmarks.cells import (
     falling,
     k_sweep,
     losses,
+    methods,
     optimizers,
     rounds,
     split,
@@ -245,6 +246,13 @@ GRIDS = {
         common=["--federation.executor", "VectorizedExecutor", *QUICK],
         cells=algorithms(lr=0.03, mu=0.1, local_steps=20, total=2000),
         columns=IMAGE_COLUMNS[:6],
+    ),
+    "methods": Grid(
+        title="digits, ten clients, IID and two kinds each: methods at 1 000 generator steps",
+        config="digits.yaml",
+        common=["--federation.executor", "VectorizedExecutor"],
+        cells=methods(1000, local_steps=5, samples=32),
+        columns=("fid", "fid_test", "tstr_accuracy", "classes", "class_distance"),
     ),
     "ring8_algorithms": Grid(
         title="ring of 8, four clients with two modes each: algorithms under SGD at 6 000 steps, falling rates",

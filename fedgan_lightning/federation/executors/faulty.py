@@ -243,9 +243,14 @@ def _length(state: State) -> float:
     return float(states.norm(state.values(), dtype=torch.float64))
 
 
+def _undefined(value: Tensor) -> Tensor:
+    """Return NaN in place of numbers; a code in whole numbers has none."""
+    return torch.full_like(value, torch.nan) if value.is_floating_point() else value
+
+
 #: (update, round, seed) -> what is sent instead.
 CORRUPTIONS: dict[str, Callable[[ClientUpdate, int, int], ClientUpdate]] = {
-    "nan": lambda update, round, seed: _changed(update, lambda value: torch.full_like(value, torch.nan)),
+    "nan": lambda update, round, seed: _changed(update, _undefined),
     "wrong_shape": lambda update, round, seed: _first_entry(
         update, lambda name, value: (name, torch.cat([value.flatten(), value.new_zeros(1)]))
     ),
