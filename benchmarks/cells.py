@@ -231,5 +231,6 @@ def methods(total: int, *, local_steps: int, samples: int) -> dict[str, list[str
         "served G": [*many, *served],
         "FedProx": [*many, algorithm, "FedProx", f"{algorithm}.mu", "0.1"],
         "SCAFFOLD (SGD)": [*many, algorithm, "Scaffold", *sgd],
+        "FedBuff": [*many, "--federation.rules.asynchronous.buffer_size", "5"],
     }
     return {f"{way}, {where}": [*own, *part] for where, part in SPLITS.items() for way, own in ways.items()}

@@ -12,6 +12,7 @@ from fedgan_lightning.federation.optimizer_state import optimizers_in
 from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.federation.preparation import client_copy
 from fedgan_lightning.federation.round_schedules import check_names
+from fedgan_lightning.federation.sampling import AllClients
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.federation.transform_chain import TransformChain
 from fedgan_lightning.gan.module import GAN
@@ -238,6 +239,12 @@ def check_cohorts(federation: Any, data: FederatedData) -> None:
     Raises:
         ConfigurationError: If they are.
     """
+    clock = federation.rules.asynchronous
+    if clock is not None:
+        chooses = not isinstance(federation.clients, AllClients)
+        clock.check(num_clients=data.num_clients, sampler=federation.clients, chooses=chooses)
+        check_cohort(clock.buffer_size, aggregator=federation.aggregator)
+        return
     rounds = range(min(LOOKED_AT, federation.rounds))
     sample, seed = federation.clients.sample, federation.seed
     size = max(len(sample(num_clients=data.num_clients, round=r, seed=seed)) for r in rounds)

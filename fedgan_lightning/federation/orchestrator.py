@@ -20,6 +20,7 @@ from fedgan_lightning.errors import RoundInterrupted
 from fedgan_lightning.federation.aggregation import WeightedMean
 from fedgan_lightning.federation.algorithm import FederatedAlgorithm
 from fedgan_lightning.federation.algorithms import FedGAN
+from fedgan_lightning.federation.asynchronous import AsynchronousRun
 from fedgan_lightning.federation.checks import (
     check_cohorts,
     check_data,
@@ -161,6 +162,7 @@ class FederatedOrchestrator(L.Callback):
         self.rules.check(self.aggregator)
         self.secure, self.privacy = with_survivors(secure, privacy), privacy
         self.keeper: PrivacyKeeper | None = None  # of a run with privacy, once it has begun
+        self.asynchronous: AsynchronousRun | None = None  # of one whose rounds do not wait for all
         if secure is not None:
             secure.check(aggregator=self.aggregator, rules=self.rules, validator=validator)
         named = {"auto": AutoExecutor, "autotune": AutotunedExecutor}
@@ -230,6 +232,7 @@ class FederatedOrchestrator(L.Callback):
         self.store.discard()
         self.ranks = Ranks.of(trainer)
         self.keeper = PrivacyKeeper.of(self, server.model, data, Path(trainer.default_root_dir))
+        self.asynchronous = AsynchronousRun.of(self.rules, num_clients=data.num_clients, seed=self.seed)
         self._restore(server, data)
         if server.rounds_completed >= self.rounds:
             trainer.should_stop = True
@@ -244,7 +247,8 @@ class FederatedOrchestrator(L.Callback):
             begun=self._begun,
             logs=Path(trainer.default_root_dir) / "client_logs",
         )
-        context = replace(context, stop_requested=self.signals.is_set, ranks=self.ranks)
+        clock = self.asynchronous
+        context = replace(context, stop_requested=self.signals.is_set, ranks=self.ranks, asynchronous=clock)
         if not server.algorithm_state:
             server.algorithm_state = dict(self.algorithm.server_state(context))
         self.executor.setup(context)
@@ -335,10 +339,8 @@ class FederatedOrchestrator(L.Callback):
                 return
             event = replace(event, cohort=()) if isinstance(event, RoundInfo) else event
         hooks = {RoundInfo: "on_round_start", ClientUpdate: "on_client_end", RoundReport: "on_attempt_end"}
-        if isinstance(event, RoundInfo):
-            self._cohort = event.cohort
-        if isinstance(event, RoundReport):
-            self._reports.append(event)
+        self._cohort = event.cohort if isinstance(event, RoundInfo) else self._cohort
+        self._reports += [event] if isinstance(event, RoundReport) else []
         for hook in listeners(trainer.callbacks, hooks[type(event)]):  # type: ignore[attr-defined]
             hook(trainer, server, event)
 
@@ -379,6 +381,7 @@ class FederatedOrchestrator(L.Callback):
             "clock": self._clock.state_dict(),
             "executor": self.executor.state_dict(),
             "strikes": {str(client_id): count for client_id, count in self._strikes.items()},
+            "asynchronous": None if self.asynchronous is None else self.asynchronous.state_dict(),
             "privacy": None if self.keeper is None else self.keeper.state_dict(),
         }
 

@@ -147,10 +147,10 @@ def _of_selection(federation: Any) -> list[Case]:
             "set rules.over_selection to 1",
         ),
         (
-            rules.stale_updates != "drop",
+            rules.counts_late,
             chooses.format("counting late updates"),
-            f"rules.stale_updates={rules.stale_updates}",
-            "set rules.stale_updates to drop",
+            rules.late_setting,
+            rules.late_remedy,
         ),
         (
             federation.validator is not None,

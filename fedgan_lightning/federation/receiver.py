@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fedgan_lightning.errors import UpdateError, message
@@ -28,6 +28,8 @@ class Receiver:
         aggregator: How updates become one.
         rules: What becomes of late updates.
         bytes_down: Size of a client's task, by network.
+        of_clients: Checks of clients that were asked in earlier rounds, and answer in this one, in time.
+        aged: What an update of theirs counts as.
 
     Attributes:
         asked: Clients that were asked.
@@ -43,7 +45,10 @@ class Receiver:
         aggregator: Aggregator,
         rules: RoundRules,
         bytes_down: Mapping[str, int],
+        of_clients: Mapping[int, RoundChecks] | None = None,
+        aged: Callable[[ClientUpdate], ClientUpdate] | None = None,
     ) -> None:
+        self.of_clients, self.aged = of_clients or {}, aged
         self.checks, self.aggregator, self.rules, self.bytes_down = checks, aggregator, rules, bytes_down
         self.is_private = checks.run.context.privacy is not None
         self.is_validated = self.is_private or checks.run.validator is not None  # what is refused counts as zero
@@ -56,6 +61,11 @@ class Receiver:
         self._unsent = checks.optional
         self._accumulator: Any = aggregator.init()
         self._sums: EntrySums | None = None
+
+    @property
+    def round(self) -> int:
+        """Rounds completed before this one."""
+        return self.checks.round
 
     @property
     def networks(self) -> tuple[str, ...]:
@@ -93,12 +103,13 @@ class Receiver:
         self._incident(report, "rejected" if failure.refused else "failed", f"{failure.stage}: {failure.cause}")
 
     def _take_update(self, answer: ClientUpdate) -> ClientUpdate | None:
-        client_id, checks = answer.client_id, self.checks
-        is_late = is_whole(answer.round) and answer.round == checks.round - 1
+        client_id = answer.client_id
+        checks = self.of_clients.get(client_id, self.checks)
+        is_late = not self.of_clients and is_whole(answer.round) and answer.round == checks.round - 1
         is_first = client_id not in self._late if is_late else client_id in self.open
         report = self._report(client_id, was_sent=not is_late, bytes_up=checks.bytes_up(answer))
         try:
-            self._check_round(answer, is_first=is_first, is_late=is_late)
+            _check_round(answer, checks.round, is_first=is_first, is_late=is_late)
             if is_late and self.rules.stale_updates == "drop":
                 self._late.add(client_id)
                 self._incident(
@@ -107,7 +118,7 @@ class Receiver:
                 return None
             update = checks.admitted(answer, is_late=is_late)
             update = dataclasses.replace(update, discount=self.rules.discount if is_late else 1.0)
-            self._add(update)
+            self._add(update if self.aged is None else self.aged(update))
         except UpdateError as error:
             self._refuse(with_metrics(report, checks.cost(answer, is_first=is_first)), str(error), is_late=is_late)
             return None
@@ -122,18 +133,6 @@ class Receiver:
         self.num_accepted += 1
         self.reports.append(with_metrics(dataclasses.replace(report, num_examples=update.num_examples), update.metrics))
         return update
-
-    def _check_round(self, update: ClientUpdate, *, is_first: bool, is_late: bool) -> None:
-        """Refuse an update of another round, or of a client that was not asked, or has answered.
-
-        Raises:
-            UpdateError: If it is one.
-        """
-        who, round = f"client {update.client_id}", self.checks.round
-        if update.round is not None and not (is_late or (is_whole(update.round) and update.round == round)):
-            raise UpdateError(f"{who}: answers round {printable(update.round)} in round {round}")
-        if not is_first:
-            raise UpdateError(f"{who}: was not asked, or has answered already")
 
     def _add(self, update: ClientUpdate) -> None:
         """Aggregate an update that has passed all checks."""
@@ -257,3 +256,16 @@ class Receiver:
         delta = {name: value for name, value in sums.items() if name in known}
         extras = {name: value for name, value in sums.items() if name not in known}
         return dataclasses.replace(found, delta={**found.delta, **delta}, extras={**found.extras, **extras})
+
+
+def _check_round(update: ClientUpdate, round: int, *, is_first: bool, is_late: bool) -> None:
+    """Refuse an update of another round, or of a client that was not asked, or has answered.
+
+    Raises:
+        UpdateError: If it is one.
+    """
+    who = f"client {update.client_id}"
+    if update.round is not None and not (is_late or (is_whole(update.round) and update.round == round)):
+        raise UpdateError(f"{who}: answers round {printable(update.round)} in round {round}")
+    if not is_first:
+        raise UpdateError(f"{who}: was not asked, or has answered already")

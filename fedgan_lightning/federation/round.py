@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 from fedgan_lightning.errors import QuorumError, RoundInterrupted
 from fedgan_lightning.federation import namespaces
+from fedgan_lightning.federation.asynchronous import ArrivingClients
 from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.costs import bytes_by_network
 from fedgan_lightning.federation.receiver import Receiver
@@ -54,17 +55,11 @@ class RoundRunner:
     ) -> None:
         self.context, self.executor, self.aggregator, self.rules, self.seed = context, executor, aggregator, rules, seed
         self.checks = UpdateChecks(context, validator=validator, sums_only=executor.sums_only)
-        self.selection = ClientSelection(
-            sampler,
-            rules=rules,
-            validator=validator,
-            seed=seed,
-            strikes=strikes,
-            needed=aggregator.needed,
-            num_clients=context.data.num_clients,
-            secure=context.secure,
-            keeper=context.keeper,
-        )
+        self.asynchronous = context.asynchronous
+        sampler = sampler if self.asynchronous is None else ArrivingClients(self.asynchronous)
+        facts = {"num_clients": context.data.num_clients, "secure": context.secure, "keeper": context.keeper}
+        options = {"rules": rules, "validator": validator, "seed": seed, "strikes": strikes}
+        self.selection = ClientSelection(sampler, needed=aggregator.needed, **options, **facts)  # type: ignore[arg-type]
 
     def run(self, server: ServerModule, task: ClientTask) -> Iterator[Event]:
         """Yield for every attempt of a round its cohort, every update that counts, and its report; the last one counts.
@@ -77,6 +72,8 @@ class RoundRunner:
             QuorumError: If too few answered in every attempt, or too few are left to be asked.
             RoundInterrupted: If the user asks to stop.
         """
+        if self.asynchronous is not None:
+            self.asynchronous.begin(task)
         for attempt in self.rules.attempts(self.context.stop_requested):
             selection = self.selection.select(task.round, attempt)
             yield RoundInfo(round=task.round, cohort=selection.cohort)
@@ -99,7 +96,9 @@ class RoundRunner:
     def _receiver(self, server: ServerModule, task: ClientTask) -> Receiver:
         own = namespaces.under(namespaces.ALGORITHM, self.context.algorithm.own_task(server, task.round, 0))
         size = bytes_by_network({**task.state, **own})
-        return Receiver(self.checks.of_round(task), aggregator=self.aggregator, rules=self.rules, bytes_down=size)
+        late = self.asynchronous.receiving(self.checks.of_round, task.round) if self.asynchronous else {}
+        options = {"aggregator": self.aggregator, "rules": self.rules, "bytes_down": size, **late}
+        return Receiver(self.checks.of_round(task), **options)
 
     def _train(
         self, server: ServerModule, task: ClientTask, selection: Selection, receiver: Receiver, attempt: int
@@ -131,8 +130,9 @@ class RoundRunner:
         data, algorithm, again = self.context.data, self.context.algorithm, (attempt,) if attempt else ()
         for k in self.context.ranks.share({k: task.span(steps_per_epoch=data.steps_per_epoch(k))[1] for k in ask}):
             own = namespaces.under(namespaces.ALGORITHM, algorithm.own_task(server, task.round, k))
-            seed = derive_seed(self.seed, "client", task.round, k, *again)
-            yield dataclasses.replace(task, client_id=k, seed=seed, own=own)
+            given = task if self.asynchronous is None else self.asynchronous.given[k]
+            seed = derive_seed(self.seed, "client", given.round, k, *again)
+            yield dataclasses.replace(given, client_id=k, seed=seed, own=own)
 
     def _report(self, attempt: int, needed: int, receiver: Receiver, started: float) -> RoundReport:
         """Return the report over all ranks; what clients that do not count wrote into the store is forgotten."""
@@ -147,5 +147,6 @@ class RoundRunner:
             context.store.exchange(context.ranks.exchange_states)
             total = receiver.total(context.ranks)
             total = context.transforms.total(total) if context.transforms else total
-        facts = {"seconds": time.perf_counter() - started, "gauges": self.executor.gauges()}
+        gauges = self.executor.gauges() | (self.asynchronous.gauges() if self.asynchronous else {})
+        facts = {"seconds": time.perf_counter() - started, "gauges": gauges}
         return receiver.report(attempt=attempt, clients=clients, total=total, **facts)

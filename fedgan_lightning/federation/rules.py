@@ -15,6 +15,7 @@ import torch
 
 from fedgan_lightning import states
 from fedgan_lightning.errors import ConfigurationError, RoundInterrupted, UpdateError, message
+from fedgan_lightning.federation.asynchronous import Asynchronous
 from fedgan_lightning.federation.optimizer_state import is_optimizer_entry
 from fedgan_lightning.options import checked
 from fedgan_lightning.packing import Packed
@@ -41,6 +42,7 @@ class RoundRules:
         discount: Factor in (0, 1] on the weight of a late update.
         max_attempts: Tries of a round before the run ends; ``None`` tries for ever.
         retry_delay_seconds: Seconds between two tries: sites that are away need time to come back.
+        asynchronous: Rounds that end with so many arrivals, of whatever age; default none, all wait for all.
 
     Raises:
         ConfigurationError: If a value is out of range.
@@ -65,10 +67,37 @@ class RoundRules:
         discount: float = 0.5,
         max_attempts: int | None = 10,
         retry_delay_seconds: float = 0.0,
+        asynchronous: Asynchronous | None = None,
     ) -> None:
         self.over_selection, self.min_report_fraction, self.timeout = over_selection, min_report_fraction, timeout
         self.stale_updates, self.discount = stale_updates, discount
         self.max_attempts, self.retry_delay_seconds = max_attempts, retry_delay_seconds
+        self.asynchronous = asynchronous
+        beside = {"over_selection": over_selection > 1, "stale_updates": stale_updates != "drop"}
+        if asynchronous is not None and any(beside.values()):
+            name = next(name for name, is_set in beside.items() if is_set)
+            raise ConfigurationError(
+                message(
+                    "rules of an asynchronous federation must leave late updates to the buffer",
+                    received=f"rules.{name}={over_selection if name == 'over_selection' else stale_updates}",
+                    fix=f"leave rules.{name} out, or rules.asynchronous",
+                )
+            )
+
+    @property
+    def counts_late(self) -> bool:
+        """Whether updates count that answer an earlier round."""
+        return self.stale_updates == "discount" or self.asynchronous is not None
+
+    @property
+    def late_setting(self) -> str:
+        """What makes late updates count, in words of the settings."""
+        return "rules.asynchronous" if self.asynchronous is not None else f"rules.stale_updates={self.stale_updates}"
+
+    @property
+    def late_remedy(self) -> str:
+        """What has to be set so that they do not."""
+        return "leave rules.asynchronous out" if self.asynchronous is not None else "set rules.stale_updates to drop"
 
     def check(self, aggregator: Aggregator) -> None:
         """Refuse a discount for an aggregator that does not weigh updates.

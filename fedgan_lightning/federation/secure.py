@@ -131,7 +131,7 @@ class SecureAggregation:
         found: list[tuple[bool, object, str]] = [
             (not aggregator.additive, f"{name}, which needs single updates", "use WeightedMean"),
             (validator is not None, "a validator of updates", "take it out: clients check their own before masking"),
-            (rules.stale_updates == "discount", "rules.stale_updates=discount", "set rules.stale_updates to drop"),
+            (rules.counts_late, rules.late_setting, rules.late_remedy),
             (
                 rules.over_selection > 1,
                 f"rules.over_selection={rules.over_selection}",

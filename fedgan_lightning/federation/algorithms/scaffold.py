@@ -52,12 +52,12 @@ class Scaffold(FederatedAlgorithm):
                     fix="use WeightedMean, or another algorithm",
                 )
             )
-        if rules.stale_updates == "discount":
+        if rules.counts_late:
             raise ConfigurationError(
                 message(
                     "Scaffold must not count a late update whose client has gone back to its old control",
-                    received="rules.stale_updates=discount",
-                    fix="set rules.stale_updates to drop",
+                    received=rules.late_setting,
+                    fix=rules.late_remedy,
                 )
             )
 

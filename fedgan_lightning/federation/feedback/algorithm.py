@@ -100,12 +100,12 @@ class FeedbackAlgorithm(FederatedAlgorithm):
                     fix="set federation.sync of what is not in the discriminator to server",
                 )
             )
-        if rules.stale_updates != "drop":
+        if rules.counts_late:
             raise ConfigurationError(
                 message(
                     f"{name} must drop late answers, which are about samples of another round",
-                    received=f"rules.stale_updates={rules.stale_updates}",
-                    fix="set rules.stale_updates to drop",
+                    received=rules.late_setting,
+                    fix=rules.late_remedy,
                 )
             )
 
