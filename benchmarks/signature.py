@@ -72,14 +72,14 @@ def data(seed: int) -> FederatedDataModule:
 def gan(seed: int) -> GAN:
     """Return an unconditional GAN with the loss under which the optima are known."""
     torch.manual_seed(seed)
-    adam = partial(torch.optim.Adam, lr=1e-3, betas=(0.5, 0.999))
+    slow, fast = (partial(torch.optim.Adam, lr=rate, betas=(0.0, 0.99)) for rate in (5e-4, 1e-3))
     return GAN(
         MLPGenerator(16, (1, 8, 8), hidden=(128, 128)),
         MLPDiscriminator((1, 8, 8), hidden=(128, 128)),
         loss=Minimax(),
-        penalties=[R1(0.1)],
-        generator_optimizer=adam,
-        discriminator_optimizer=adam,
+        penalties=[R1(1.0)],
+        generator_optimizer=slow,
+        discriminator_optimizer=fast,
         ema_half_life_images=5000,
     )
 
@@ -112,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=1500, help="generator steps")
+    parser.add_argument("--steps", type=int, default=1000, help="generator steps")
     parser.add_argument("--local_steps", type=int, default=2, help="steps of the discriminators for each of them")
     parser.add_argument("--out", default="runs/signature.json", help="where single runs are written, and found again")
     arguments = parser.parse_args()

@@ -6,13 +6,13 @@ from fedgan_lightning.federation.transforms import (
     QSGD,
     BFloat16,
     ClipUpdates,
-    Codec,
     Int8,
     PowerSGD,
     PrivateUpdates,
     RandomSparse,
     SignCompression,
     TopK,
+    UpdateCodec,
 )
 from fedgan_lightning.protocol import (
     UpdateEntry,

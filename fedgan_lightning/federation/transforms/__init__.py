@@ -1,7 +1,7 @@
 """Transforms of updates, one kind a file."""
 
 from fedgan_lightning.federation.transforms.clipping import ClipUpdates
-from fedgan_lightning.federation.transforms.codec import Codec
+from fedgan_lightning.federation.transforms.codec import UpdateCodec
 from fedgan_lightning.federation.transforms.dense import QSGD, BFloat16, Int8
 from fedgan_lightning.federation.transforms.power import PowerSGD
 from fedgan_lightning.federation.transforms.private import PrivateUpdates
@@ -12,7 +12,7 @@ __all__ = [
     "QSGD",
     "BFloat16",
     "ClipUpdates",
-    "Codec",
+    "UpdateCodec",
     "Int8",
     "PowerSGD",
     "PrivateUpdates",

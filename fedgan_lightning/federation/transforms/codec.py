@@ -23,7 +23,7 @@ Forms: TypeAlias = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 RESIDUAL = "residual/"
 
 
-class Codec(UpdateTransform):
+class UpdateCodec(UpdateTransform):
     """Encodes the entries of an update one by one, on the client, and decodes them at the server.
 
     ``updates`` are parameter updates and an algorithm's vectors, such as controls and feedback; ``moments`` those of

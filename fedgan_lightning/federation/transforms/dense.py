@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedgan_lightning.federation.transforms.codec import Codec, Forms, Section, draws
+from fedgan_lightning.federation.transforms.codec import Forms, Section, UpdateCodec, draws
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import UpdateEntry
 from fedgan_lightning.update_transform import RoundFacts
@@ -17,7 +17,7 @@ from fedgan_lightning.update_transform import RoundFacts
 CODES, SCALE = "codes", "scale"
 
 
-class BFloat16(Codec):
+class BFloat16(UpdateCodec):
     """Sends every number in bfloat16: 2 bytes, relative error at most 2^-8, and the range of float32.
 
     Squares stay squares, so that optimizer moments and statistics may be sent so, too.
@@ -43,7 +43,7 @@ class BFloat16(Codec):
         return codes[CODES].to(entry.dtype)
 
 
-class Int8(Codec):
+class Int8(UpdateCodec):
     """Sends round(v / s) as one byte with s = max |v| / 127 for every entry, up or down at random: no bias.
 
     E C(v) = v, and |C(v) - v| < s; without ``stochastic`` the nearest integer, |C(v) - v| <= s / 2, with a bias that
@@ -73,7 +73,7 @@ class Int8(Codec):
         return (codes[CODES].to(codes[SCALE].dtype) * codes[SCALE]).to(entry.dtype)
 
 
-class QSGD(Codec):
+class QSGD(UpdateCodec):
     """Sends sign(v) |v| xi / s with xi / s next to |v_i| / |v|, up or down at random: no bias, whatever the number s.
 
     E |C(v) - v|^2 <= min(d / s^2, sqrt(d) / s) |v|^2. A number takes ceil(log2(2 s + 1)) bits, in whole bytes together;

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedgan_lightning.federation.transforms.codec import Codec, Forms, draws
+from fedgan_lightning.federation.transforms.codec import Forms, UpdateCodec, draws
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import UpdateEntry
 from fedgan_lightning.update_transform import RoundFacts
@@ -16,7 +16,7 @@ from fedgan_lightning.update_transform import RoundFacts
 LEFT, RIGHT, START = "left", "right", "start"
 
 
-class PowerSGD(Codec):
+class PowerSGD(UpdateCodec):
     """Sends P and Q with C(M) = P Q^T of rank r for every entry M (n, m): P = orthonormal(M Q), Q = M^T P.
 
     One step of power iteration a round, from the Q of the round before; r (n + m) numbers in place of n m. An entry

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedgan_lightning.federation.transforms.codec import Codec, Forms
+from fedgan_lightning.federation.transforms.codec import Forms, UpdateCodec
 from fedgan_lightning.federation.transforms.dense import packed_bits, unpacked_bits
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import UpdateEntry
@@ -17,7 +17,7 @@ from fedgan_lightning.update_transform import RoundFacts
 SIGNS, SCALE = "signs", "scale"
 
 
-class SignCompression(Codec):
+class SignCompression(UpdateCodec):
     """Sends sign(v + e) and mean |v + e| for every vector v of an update, and keeps e+ = v + e - decoded.
 
     A number takes one bit in place of 32; each entry adds a scale of four or eight bytes. With error feedback what one

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedgan_lightning.federation.transforms.codec import Codec, Forms, draws, share_of
+from fedgan_lightning.federation.transforms.codec import Forms, UpdateCodec, draws, share_of
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import UpdateEntry
 from fedgan_lightning.update_transform import RoundFacts
@@ -17,7 +17,7 @@ from fedgan_lightning.update_transform import RoundFacts
 VALUES, PLACES, MASK, SEED = "values", "places", "mask", "seed"
 
 
-class TopK(Codec):
+class TopK(UpdateCodec):
     """Sends the k largest numbers of every entry and where they stand; biased, so that clients keep the rest.
 
     |C(v) - v|^2 <= (1 - k / d) |v|^2. Places take 4 bytes each, or one bit of every number where that is less (k > d /
@@ -64,7 +64,7 @@ class TopK(Codec):
         return scattered(values, places, entry)
 
 
-class RandomSparse(Codec):
+class RandomSparse(UpdateCodec):
     """Sends k numbers of every entry, drawn anew every round, times d / k: no bias.
 
     E |C(v) - v|^2 = (d / k - 1) |v|^2. Places follow from a seed. By default every client draws its own, of 8 bytes an
@@ -87,7 +87,7 @@ class RandomSparse(Codec):
 
     def check(self, *, is_secure: bool) -> None:
         if is_secure and not self.shared:
-            Codec.check(_Single(), is_secure=True)
+            UpdateCodec.check(_Single(), is_secure=True)
 
     def forms(self, entry: UpdateEntry) -> Forms:
         size = math.prod(entry.shape)
