@@ -2,8 +2,8 @@
 
 What most programs need is here. The rest is in ``fedgan_lightning.algorithms``, ``losses``, ``networks``, ``sources``,
 ``partitions``, ``privacy``, ``samplers``, ``aggregators``, ``transforms``, ``schedules``, ``asynchronous``,
-``executors``, ``metrics``, ``callbacks`` and ``editing``. Names are written in ``__init__.pyi`` and loaded when they are
-first used, so that ``import fedgan_lightning`` costs nothing.
+``executors``, ``metrics``, ``callbacks`` and ``editing``. Names are written in ``__init__.pyi`` and loaded when they
+are first used, so that ``import fedgan_lightning`` costs nothing.
 """
 
 from __future__ import annotations

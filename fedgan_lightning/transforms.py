@@ -7,6 +7,7 @@ from fedgan_lightning.federation.transforms import (
     BFloat16,
     ClipUpdates,
     Int8,
+    LogMoments,
     PowerSGD,
     PrivateUpdates,
     RandomSparse,

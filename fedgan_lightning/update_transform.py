@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from fedgan_lightning.protocol import Aggregate, State, UpdateEntry
@@ -61,6 +61,10 @@ class UpdateTransform(ABC):
     def decode(self, update: State, *, entries: Mapping[str, UpdateEntry], facts: RoundFacts) -> State:
         """Return an update as the aggregator wants it; arguments as in :meth:`client`."""
         return update
+
+    def broadcast(self, state: State, *, is_parameter: Callable[[str], bool]) -> tuple[State, State]:
+        """Return what the server sends in place of a state that all clients receive, and what they make of it."""
+        return state, state
 
     def decode_sum(self, mean: State, *, entries: Mapping[str, UpdateEntry], facts: RoundFacts) -> State:
         """Return the mean of several updates, of which single ones stay hidden, as the aggregator wants it."""

@@ -52,6 +52,23 @@ def refuse_exchange(context: ClientContext) -> None:
         )
 
 
+def refuse_codes_down(context: ClientContext) -> None:
+    """Refuse codes of what the server sends: messages between machines have none yet.
+
+    Raises:
+        ConfigurationError: If there are any.
+    """
+    for transform in context.transforms:
+        if getattr(transform, "down", False):
+            raise ConfigurationError(
+                message(
+                    "transforms of a deployment must leave what the server sends as it is",
+                    received=f"{type(transform).__name__}(down=true)",
+                    fix="set its option down to false",
+                )
+            )
+
+
 class FlowerExecutor(Executor):
     """Runs the clients of a round at their sites.
 
@@ -70,6 +87,7 @@ class FlowerExecutor(Executor):
     def setup(self, context: ClientContext) -> None:
         context.ranks.refuse_several("the server of a deployment must be one process")
         refuse_exchange(context)
+        refuse_codes_down(context)
         self._context = context
 
     def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:

@@ -80,8 +80,7 @@ class FederatedOrchestrator(L.Callback):
         local_epochs: Passes over the client's data per round, instead of ``local_steps``.
         algorithm: What clients do beside training, and the server with their updates; default federated averaging.
         transforms: What becomes of an update on its way from a client to the aggregator, in this order.
-        schedules: Hyper-parameters that are functions of the round, by name; see
-            :mod:`fedgan_lightning.federation.round_schedules`.
+        schedules: Hyper-parameters that are functions of the round, by name; see ``fedgan_lightning.schedules``.
         clients: Which clients take part in a round; default all.
         aggregator: How updates become one; default the mean weighted by N_k.
         rules: When a round counts; default when every client asked has answered.
@@ -106,11 +105,11 @@ class FederatedOrchestrator(L.Callback):
             Trainer are ``trainer.callbacks``.
         client_trainer: Options of clients' Trainers for modules with automatic optimization: ``gradient_clip_val``,
             ``gradient_clip_algorithm``, ``accumulate_grad_batches``; and ``detect_anomaly``.
-        client_logs: Clients that log beside the run, in the folder ``client_logs`` of the run directory: those with
-            numbers below this. What a module writes by ``self.log`` and ``self.logger`` is dropped for the others.
+        client_logs: Clients that log, in the folder ``client_logs`` of the run directory: those with numbers below
+            this. What a module writes by ``self.log`` and ``self.logger`` is dropped for the others.
         client_state: Where private states of clients (local networks, kept moments) lie between rounds: ``memory``, or
-            ``disk`` for large populations, in the folder ``clients`` of the run directory. Checkpoints hold all of it:
-            what lies on disk, in the folder ``NAME.ckpt.files`` beside ``NAME.ckpt``.
+            ``disk``, in the folder ``clients`` of the run directory. Checkpoints hold all of it, in that case in
+            ``NAME.ckpt.files`` beside ``NAME.ckpt``.
         seed: Root seed of cohorts and of all randomness on clients.
 
     Raises:

@@ -84,6 +84,10 @@ class Policy:
         """Parameters whose updates come up."""
         return self.names(Kind.PARAMETER, sync="average")
 
+    def is_parameter(self, name: str) -> bool:
+        """Whether a name is that of a parameter of the module."""
+        return name in self.entries and self.entries[name].kind is Kind.PARAMETER
+
     @property
     def shared_buffers(self) -> list[str]:
         """Buffers that come up."""

@@ -23,7 +23,7 @@ from fedgan_lightning.federation.rules import RoundRules, UpdateValidator
 from fedgan_lightning.federation.selection import ClientSelection, Selection
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.federation.update_checks import UpdateChecks
-from fedgan_lightning.protocol import Aggregator, ClientSampler, ClientTask, ClientUpdate, Executor, RoundInfo
+from fedgan_lightning.protocol import Aggregator, ClientSampler, ClientTask, ClientUpdate, Executor, RoundInfo, State
 from fedgan_lightning.seeding import derive_seed
 
 logger = logging.getLogger("fedgan_lightning")
@@ -56,6 +56,7 @@ class RoundRunner:
         self.context, self.executor, self.aggregator, self.rules, self.seed = context, executor, aggregator, rules, seed
         self.checks = UpdateChecks(context, validator=validator, sums_only=executor.sums_only)
         self.asynchronous = context.asynchronous
+        self._sent: State = {}  # in place of a round's state, where a transform has a code for it
         sampler = sampler if self.asynchronous is None else ArrivingClients(self.asynchronous)
         facts = {"num_clients": context.data.num_clients, "secure": context.secure, "keeper": context.keeper}
         options = {"rules": rules, "validator": validator, "seed": seed, "strikes": strikes}
@@ -64,14 +65,15 @@ class RoundRunner:
     def run(self, server: ServerModule, task: ClientTask) -> Iterator[Event]:
         """Yield for every attempt of a round its cohort, every update that counts, and its report; the last one counts.
 
-        Args:
-            server: The server, for what the algorithm sends to single clients; it is not changed.
-            task: What all clients of the round get, each with an id and a seed of its own.
+        The server, which is not changed, says what single clients are sent beside the task of all.
 
         Raises:
             QuorumError: If too few answered in every attempt, or too few are left to be asked.
             RoundInterrupted: If the user asks to stop.
         """
+        transforms, policy = self.context.transforms, self.context.policy
+        self._sent, state = transforms.broadcast(task.state, is_parameter=policy.is_parameter)
+        task = dataclasses.replace(task, state=state)
         if self.asynchronous is not None:
             self.asynchronous.begin(task)
         for attempt in self.rules.attempts(self.context.stop_requested):
@@ -95,10 +97,10 @@ class RoundRunner:
 
     def _receiver(self, server: ServerModule, task: ClientTask) -> Receiver:
         own = namespaces.under(namespaces.ALGORITHM, self.context.algorithm.own_task(server, task.round, 0))
-        size = bytes_by_network({**task.state, **own})
+        size = bytes_by_network({**self._sent, **own})
         late = self.asynchronous.receiving(self.checks.of_round, task.round) if self.asynchronous else {}
-        options = {"aggregator": self.aggregator, "rules": self.rules, "bytes_down": size, **late}
-        return Receiver(self.checks.of_round(task), **options)
+        checks = self.checks.of_round(task)
+        return Receiver(checks, aggregator=self.aggregator, rules=self.rules, bytes_down=size, **late)
 
     def _train(
         self, server: ServerModule, task: ClientTask, selection: Selection, receiver: Receiver, attempt: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -139,6 +139,16 @@ class TransformChain:
             values = transform.decode_sum(values, entries=entering, facts=facts)
         delta, extras = _groups(values, stages[0])
         return total if values is came else dataclasses.replace(total, delta=delta, extras=extras)
+
+    def broadcast(self, state: State, *, is_parameter: Callable[[str], bool]) -> tuple[State, State]:
+        """Return what the server sends in place of a state that all clients receive, and what they make of it."""
+        sent, seen = state, state
+        for transform in self.transforms:  # each has sections of its own, and what another has coded is none of them
+            coded, made = transform.broadcast(sent, is_parameter=is_parameter)
+            changed = {name for name in sent if name not in coded}
+            seen = {name: made[name] if name in changed else value for name, value in seen.items()}
+            sent = coded
+        return sent, seen
 
     def sent_layouts(self, stages: Sequence[Entries]) -> dict[str, Layout]:
         """Return the layouts of an update as it is sent, by group."""

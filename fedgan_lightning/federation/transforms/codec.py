@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal, TypeAlias
 
 import torch
@@ -34,6 +34,7 @@ class UpdateCodec(UpdateTransform):
     Args:
         sections: What is encoded.
         error_feedback: Whether e is kept. It is for updates alone: values are no sums over rounds.
+        down: Whether what the server sends of these sections, parameters among the updates, has the same code.
     """
 
     #: Sections whose numbers survive this code: squares stay squares, values keep their size.
@@ -41,8 +42,10 @@ class UpdateCodec(UpdateTransform):
     #: Whether the mean over a code's draws is the number itself, or the code has none.
     is_linear: ClassVar[bool] = False
 
-    def __init__(self, *, sections: Sequence[Section] = ("updates",), error_feedback: bool = False) -> None:
-        self.sections, self.error_feedback = tuple(sections), error_feedback
+    def __init__(
+        self, *, sections: Sequence[Section] = ("updates",), error_feedback: bool = False, down: bool = False
+    ) -> None:
+        self.sections, self.error_feedback, self.down = tuple(sections), error_feedback, down
         wrong = [own for own in self.sections if own not in self.allowed]
         if wrong or not self.sections:
             raise ConfigurationError(
@@ -147,6 +150,20 @@ class UpdateCodec(UpdateTransform):
 
     def decode_sum(self, mean: State, *, entries: Mapping[str, UpdateEntry], facts: RoundFacts) -> State:
         return self.decode(mean, entries=entries, facts=facts)  # of linear codes alone: others are refused
+
+    def broadcast(self, state: State, *, is_parameter: Callable[[str], bool]) -> tuple[State, State]:
+        """Return what the server sends in place of a state, and what clients make of it: itself without ``down``.
+
+        Args:
+            state: What all clients receive.
+            is_parameter: Whether a name is a parameter's.
+        """
+        if not self.down:
+            return state, state
+        kinds: dict[bool, Literal["vector", "value"]] = {True: "vector", False: "value"}
+        entries = {n: UpdateEntry(tuple(v.shape), v.dtype, kind=kinds[is_parameter(n)]) for n, v in state.items()}
+        sent, _ = self.client(state, entries=entries, private={}, facts=RoundFacts())
+        return sent, self.decode(sent, entries=entries, facts=RoundFacts())
 
     def _forms(self, name: str, entry: UpdateEntry) -> Forms:
         return self.forms(entry) if section_of(name, entry) in self.sections else {}

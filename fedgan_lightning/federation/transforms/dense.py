@@ -25,13 +25,20 @@ class BFloat16(UpdateCodec):
     Args:
         sections: Some of ``updates``, ``moments`` and ``buffers``.
         error_feedback: Whether clients keep what rounding took.
+        down: Whether the server sends the same sections so, too, the networks' parameters for ``updates``.
     """
 
     allowed: ClassVar[tuple[Section, ...]] = ("updates", "moments", "buffers")
 
     @checked()
-    def __init__(self, *, sections: Sequence[Section] = ("updates", "moments"), error_feedback: bool = False) -> None:
-        super().__init__(sections=sections, error_feedback=error_feedback)
+    def __init__(
+        self,
+        *,
+        sections: Sequence[Section] = ("updates", "moments"),
+        error_feedback: bool = False,
+        down: bool = False,
+    ) -> None:
+        super().__init__(sections=sections, error_feedback=error_feedback, down=down)
 
     def forms(self, entry: UpdateEntry) -> Forms:
         return {} if entry.dtype == torch.bfloat16 else {CODES: (entry.shape, torch.bfloat16)}
