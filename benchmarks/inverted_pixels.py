@@ -42,8 +42,6 @@ from fedgan_lightning.seeding import make_generator
 from fedgan_lightning.sources import Samples, Source, TorchvisionImages
 
 SIDE = 14
-#: Share of users that train each of the two GANs.
-GROUP = 0.25
 SAMPLES = 2000
 
 
@@ -61,10 +59,10 @@ class Users:
     is_inverted: Tensor
     accuracy: Tensor
 
-    def group(self, name: str) -> Tensor:
+    def group(self, name: str, *, share: float) -> Tensor:
         """Return the users that train a GAN: ``A``, those with the highest accuracy; ``B``, with the lowest."""
         order = self.accuracy.argsort(descending=name == "A", stable=True)
-        return order[: int(GROUP * len(order))]
+        return order[: int(share * len(order))]
 
 
 class Held(Source):
@@ -173,7 +171,7 @@ def epsilons(options: argparse.Namespace) -> str:
     """Return in words what the noise hides of one of the users, and of one of a larger population."""
     found = []
     for factor in (1, options.scale_up):
-        population = int(GROUP * options.users) * factor
+        population = int(options.group * options.users) * factor
         delta = population**-1.1
         release = Release("client", "poisson", options.noise * factor, count=options.rounds, rate=options.rate)
         accountant: Any = "pld" if release.noise_multiplier >= 0.5 else "rdp"
@@ -189,6 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="data", help="folder of MNIST")
     parser.add_argument("--users", type=int, default=2000, help="users that the images are dealt to")
+    parser.add_argument("--group", type=float, default=0.25, help="share of the users that trains each of the two GANs")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--rate", type=float, default=0.2, help="probability of a user in a round")
     parser.add_argument("--clip", type=float, default=0.1, help="bound C on an update")
@@ -205,7 +204,7 @@ def main() -> None:
     for probability in options.probabilities:
         users = users_of(source, classifier, count=options.users, probability=probability, seed=options.seed)
         for name in ("A", "B"):
-            group = users.group(name)
+            group = users.group(name, share=options.group)
             low, high = (float(own(users.accuracy[group])) for own in (torch.min, torch.max))
             known = f"| {probability:g} | {name} | {float(users.is_inverted[group].double().mean()):.3f}"
             for noise in (None, options.noise):
