@@ -28,6 +28,7 @@ from benchmarks.cells import (
     k_sweep,
     losses,
     methods,
+    only,
     optimizers,
     rounds,
     split,
@@ -65,6 +66,19 @@ GRIDS = {
             "centralised": [*rounds(1200, 100), *CENTRALISED],
         },
         columns=IMAGE_COLUMNS,
+    ),
+    "private_mnist": Grid(
+        title="MNIST, five sites, epsilon 10 for one record at delta 1e-5: 500 generator steps",
+        config="private_mnist.yaml",
+        common=["--data.source.init_args.root", "{shared}"],
+        cells={
+            "five sites": [],
+            "one site alone": only(0),
+            "centralised": CENTRALISED,
+            "five sites, no privacy": ["--model.privacy", "null"],
+        },
+        columns=("fid", "fid_test", "classes", "class_accuracy", "tstr_accuracy", "trtr_accuracy"),
+        seeds=(0,),
     ),
     "mnist_clients": Grid(
         title="MNIST, B clients with 10 / B digits each: K = 20, 1 000 generator steps, width 16",

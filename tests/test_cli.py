@@ -39,6 +39,8 @@ TINY += ["--trainer.accelerator", "cpu"]
 STAND_INS = {
     "fashion_mnist": ("[1, 28, 28]", 10),
     "mnist": ("[1, 28, 28]", 10),
+    "mnist_uagan": ("[1, 28, 28]", 10),
+    "private_mnist": ("[1, 28, 28]", 10),
     "cifar10": ("[3, 32, 32]", 10),
     "celeba": ("[3, 48, 48]", 16),
     "medical": ("[1, 28, 28]", 2),
