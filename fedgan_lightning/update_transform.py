@@ -62,7 +62,7 @@ class UpdateTransform(ABC):
         """Return an update as the aggregator wants it; arguments as in :meth:`client`."""
         return update
 
-    def broadcast(self, state: State, *, is_parameter: Callable[[str], bool]) -> tuple[State, State]:
+    def broadcast(self, state: State, *, is_parameter: Callable[[str], bool], facts: RoundFacts) -> tuple[State, State]:
         """Return what the server sends in place of a state that all clients receive, and what they make of it."""
         return state, state
 

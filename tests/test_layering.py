@@ -153,7 +153,7 @@ LAYERS = {
     "federation.transforms.dense": 3,
     "federation.transforms.sparse": 3,
     "federation.transforms.power": 3,
-    "federation.transforms.moments": 3,
+    "federation.transforms.moments": 4,
     "federation.transforms.signs": 4,
     "federation.transforms": 6,
     "federation.vectorized_trainer": 8,

@@ -25,6 +25,7 @@ from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.federation.update_checks import UpdateChecks
 from fedgan_lightning.protocol import Aggregator, ClientSampler, ClientTask, ClientUpdate, Executor, RoundInfo, State
 from fedgan_lightning.seeding import derive_seed
+from fedgan_lightning.update_transform import RoundFacts
 
 logger = logging.getLogger("fedgan_lightning")
 
@@ -72,7 +73,8 @@ class RoundRunner:
             RoundInterrupted: If the user asks to stop.
         """
         transforms, policy = self.context.transforms, self.context.policy
-        self._sent, state = transforms.broadcast(task.state, is_parameter=policy.is_parameter)
+        facts = RoundFacts(task.round, task.hyperparameters, derive_seed(self.seed, "broadcast", task.round))
+        self._sent, state = transforms.broadcast(task.state, is_parameter=policy.is_parameter, facts=facts)
         task = dataclasses.replace(task, state=state)
         if self.asynchronous is not None:
             self.asynchronous.begin(task)

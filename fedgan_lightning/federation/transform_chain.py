@@ -140,11 +140,11 @@ class TransformChain:
         delta, extras = _groups(values, stages[0])
         return total if values is came else dataclasses.replace(total, delta=delta, extras=extras)
 
-    def broadcast(self, state: State, *, is_parameter: Callable[[str], bool]) -> tuple[State, State]:
+    def broadcast(self, state: State, *, is_parameter: Callable[[str], bool], facts: RoundFacts) -> tuple[State, State]:
         """Return what the server sends in place of a state that all clients receive, and what they make of it."""
         sent, seen = state, state
         for transform in self.transforms:  # each has sections of its own, and what another has coded is none of them
-            coded, made = transform.broadcast(sent, is_parameter=is_parameter)
+            coded, made = transform.broadcast(sent, is_parameter=is_parameter, facts=facts)
             changed = {name for name in sent if name not in coded}
             seen = {name: made[name] if name in changed else value for name, value in seen.items()}
             sent = coded

@@ -151,19 +151,20 @@ class UpdateCodec(UpdateTransform):
     def decode_sum(self, mean: State, *, entries: Mapping[str, UpdateEntry], facts: RoundFacts) -> State:
         return self.decode(mean, entries=entries, facts=facts)  # of linear codes alone: others are refused
 
-    def broadcast(self, state: State, *, is_parameter: Callable[[str], bool]) -> tuple[State, State]:
+    def broadcast(self, state: State, *, is_parameter: Callable[[str], bool], facts: RoundFacts) -> tuple[State, State]:
         """Return what the server sends in place of a state, and what clients make of it: itself without ``down``.
 
         Args:
             state: What all clients receive.
             is_parameter: Whether a name is a parameter's.
+            facts: The round, with the seed of the server's draws.
         """
         if not self.down:
             return state, state
         kinds: dict[bool, Literal["vector", "value"]] = {True: "vector", False: "value"}
         entries = {n: UpdateEntry(tuple(v.shape), v.dtype, kind=kinds[is_parameter(n)]) for n, v in state.items()}
-        sent, _ = self.client(state, entries=entries, private={}, facts=RoundFacts())
-        return sent, self.decode(sent, entries=entries, facts=RoundFacts())
+        sent, _ = self.client(state, entries=entries, private={}, facts=facts)
+        return sent, self.decode(sent, entries=entries, facts=facts)
 
     def _forms(self, name: str, entry: UpdateEntry) -> Forms:
         return self.forms(entry) if section_of(name, entry) in self.sections else {}
