@@ -52,12 +52,20 @@ def refuse_exchange(context: ClientContext) -> None:
         )
 
 
-def refuse_codes_down(context: ClientContext) -> None:
-    """Refuse codes of what the server sends: messages between machines have none yet.
+def refuse_simulated(context: ClientContext) -> None:
+    """Refuse what there is in simulation alone: codes of what the server sends, and a clock that says who is done.
 
     Raises:
-        ConfigurationError: If there are any.
+        ConfigurationError: If there is any of it.
     """
+    if context.asynchronous is not None:
+        raise ConfigurationError(
+            message(
+                "rounds of a deployment must wait for their clients",
+                received="rules.asynchronous, whose clock is virtual",
+                fix="leave it out; set rules.over_selection and rules.stale_updates",
+            )
+        )
     for transform in context.transforms:
         if getattr(transform, "down", False):
             raise ConfigurationError(
@@ -87,7 +95,7 @@ class FlowerExecutor(Executor):
     def setup(self, context: ClientContext) -> None:
         context.ranks.refuse_several("the server of a deployment must be one process")
         refuse_exchange(context)
-        refuse_codes_down(context)
+        refuse_simulated(context)
         self._context = context
 
     def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:

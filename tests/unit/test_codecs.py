@@ -477,11 +477,13 @@ class TestLogMoments:
     def test_a_deployment_refuses_what_it_does_not_send(self):
         from types import SimpleNamespace
 
-        from fedgan_lightning.deployment.flower import refuse_codes_down
+        from fedgan_lightning.deployment.flower import refuse_simulated
 
-        refuse_codes_down(SimpleNamespace(transforms=[Int8(), LogMoments(down=False)]))
+        refuse_simulated(SimpleNamespace(transforms=[Int8(), LogMoments(down=False)], asynchronous=None))
+        with pytest.raises(ConfigurationError, match="must wait for their clients; got rules.asynchronous"):
+            refuse_simulated(SimpleNamespace(transforms=[], asynchronous=object()))
         with pytest.raises(ConfigurationError, match=r"got LogMoments\(down=true\). Set its option down to false"):
-            refuse_codes_down(SimpleNamespace(transforms=[LogMoments()]))
+            refuse_simulated(SimpleNamespace(transforms=[LogMoments()], asynchronous=None))
 
     def test_bfloat16_goes_down_too(self):
         costs = [run(BFloat16(down=down), gan=ring_gan(optimizer=sgd))[1].ledger for down in (False, True)]
