@@ -323,6 +323,8 @@ class Aggregator(ABC):
     additive: ClassVar[bool]
     #: Fewest updates that it can make one of.
     needed: int = 1
+    #: Whether a client's weight follows from its N_k alone, so that it can weigh its own update before it masks it.
+    weighs_by_size: ClassVar[bool] = True
 
     @abstractmethod
     def init(self) -> Any:
@@ -343,6 +345,17 @@ class Aggregator(ABC):
     def weight(self, num_examples: int) -> float:
         """Return the weight of a client that holds so many examples; additive aggregators have one."""
         raise NotImplementedError(f"{type(self).__name__}.weight must be implemented")
+
+    def weight_of(self, client_id: int, num_examples: int) -> float:
+        """Return the weight of a client; that of its examples unless overridden."""
+        return self.weight(num_examples)
+
+    def prepare(self, data: FederatedData) -> None:  # noqa: B027 - most look at nothing but updates
+        """Look at what is known of clients before the first round; nothing unless overridden.
+
+        Raises:
+            ConfigurationError: If what is needed is not known.
+        """
 
     def accumulate_sum(self, accumulator: Any, total: UpdateSum) -> Any:
         """Return the accumulator with the updates in it of which only the sum is known; for additive aggregators."""
@@ -368,6 +381,9 @@ class ClientSampler(ABC):
     @abstractmethod
     def sample(self, *, num_clients: int, round: int, seed: int) -> tuple[int, ...]:
         """Return distinct client ids in ascending order; an empty cohort is allowed."""
+
+    def prepare(self, data: FederatedData) -> None:  # noqa: B027 - most look at nothing
+        """Look at what is known of clients before the first round; as :meth:`Aggregator.prepare`."""
 
     def population(self, *, num_clients: int, round: int) -> Sequence[int]:
         """Return the clients that could be asked in this round, in ascending order; all unless overridden."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from fedgan_lightning.federation.label_balance import (
+    BalancedClients,
+)
 from fedgan_lightning.federation.sampling import (
     AllClients,
     AvailableClients,

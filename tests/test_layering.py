@@ -128,6 +128,7 @@ LAYERS = {
     "federation.stop_signals": 0,
     "federation.client_context": 5,
     "federation.client_update": 5.5,
+    "federation.label_balance": 4,
     "federation.durations": 2.2,
     "federation.asynchronous": 2.5,
     "federation.exchange": 4,

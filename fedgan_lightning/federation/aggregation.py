@@ -81,7 +81,7 @@ class WeightedMean(Aggregator):
 
     def accumulate(self, accumulator: WeightedSums, update: ClientUpdate) -> WeightedSums:
         delta, extras = checked_states(update)
-        weight = update.discount * self.weight(update.num_examples)
+        weight = update.discount * self.weight_of(update.client_id, update.num_examples)
         parts = ((accumulator.delta, delta), (accumulator.extras, extras))
         for sums, state in parts:  # what is refused must not stay in either sum
             check_layout(f"client {update.client_id}", expected=sums.layout, received=state.layout)
@@ -115,7 +115,8 @@ class WeightedMean(Aggregator):
             check_claims(own.client_id, num_examples=own.num_examples)
         delta, extras = Packed.of(total.delta), Packed.of(total.extras)
         check_finite("a sum of clients", delta, extras)
-        fresh = WeightedSums(weight=sum(map(self.weight, sizes)), num_clients=len(sizes), num_examples=sum(sizes))
+        weight = sum(self.weight_of(own.client_id, own.num_examples) for own in total.clients)
+        fresh = WeightedSums(weight=weight, num_clients=len(sizes), num_examples=sum(sizes))
         for sums, state in ((fresh.delta, delta), (fresh.extras, extras)):
             sums.add(state, weight=fresh.weight)
         return self.merge(accumulator, fresh)

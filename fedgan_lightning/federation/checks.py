@@ -232,13 +232,15 @@ def check_cohort(size: int, *, aggregator: Aggregator) -> None:
 
 
 def check_cohorts(federation: Any, data: FederatedData) -> None:
-    """Refuse cohorts of the first rounds that cannot be sampled, or are always too small.
+    """Tell who chooses and weighs what is known of clients; refuse first cohorts that cannot be, or are too small.
 
     One that is too small by chance is filled up.
 
     Raises:
         ConfigurationError: If they are.
     """
+    federation.clients.prepare(data)
+    federation.aggregator.prepare(data)
     clock = federation.rules.asynchronous
     if clock is not None:
         chooses = not isinstance(federation.clients, AllClients)

@@ -23,7 +23,7 @@ class EntrySums:
     Args:
         entries: All entries of an update by name.
         aggregator: Says what N_k examples weigh; robust rules treat all clients alike.
-        sizes: N_k of all clients of the federation; they are looked at only where something is summed.
+        sizes: N_k of all clients of the federation, in their order; looked at only where something is summed.
     """
 
     def __init__(self, entries: Mapping[str, UpdateEntry], *, aggregator: Aggregator, sizes: Iterable[int]) -> None:
@@ -33,8 +33,9 @@ class EntrySums:
         self._delta, self._delta_entries = Sums(), {n: own for n, own in summed.items() if n not in self.summed}
         self.maxima = {name for name, entry in entries.items() if entry.rule == "max"}
         self.collected = {name for name, entry in entries.items() if entry.rule == "collect"}
-        self._weight: Callable[[int], float] = aggregator.weight if aggregator.additive else lambda size: 1.0
-        self._population = sum(map(self._weight, sizes)) if summed else 1.0
+        additive = aggregator.additive
+        self._weight: Callable[[int, int], float] = aggregator.weight_of if additive else lambda client_id, size: 1.0
+        self._population = sum(self._weight(k, size) for k, size in enumerate(sizes)) if summed else 1.0
         self._sums: dict[str, Tensor] = {}
         self._arrived = {"one": 0.0, "population": 0.0}
         self._kept: dict[int, dict[str, Tensor]] = {}
@@ -46,7 +47,7 @@ class EntrySums:
 
     def add(self, update: ClientUpdate) -> None:
         """Take this object's entries of an update that counts."""
-        share = self._weight(update.num_examples) / self._population
+        share = self._weight(update.client_id, update.num_examples) / self._population
         weights = {"one": update.discount, "population": update.discount * share}
         if self.whole is not None:  # in one vector: entry by entry takes ten times as long
             self._delta.add(Packed.of(update.delta), weight=weights[self.whole.weight])
@@ -58,12 +59,13 @@ class EntrySums:
             self._arrived[kind] += weight
         self._largest = _larger(self._largest, {name: values[name].detach().cpu() for name in self.maxima})
         if self.collected:
-            self._weights[update.client_id] = update.discount * self._weight(update.num_examples)
+            own = self._weight(update.client_id, update.num_examples)
+            self._weights[update.client_id] = update.discount * own
             self._kept[update.client_id] = {name: values[name].detach().cpu() for name in sorted(self.collected)}
 
     def add_sum(self, total: UpdateSum) -> None:
         """Take the same from the means of several updates, whose weights are the aggregator's."""
-        share = sum(self._weight(client.num_examples) for client in total.clients) / self._population
+        share = sum(self._weight(own.client_id, own.num_examples) for own in total.clients) / self._population
         weights = {"population": share, "one": float(len(total.clients))}
         if self.whole is not None:
             self._delta.add(Packed.of(total.delta), weight=weights[self.whole.weight])

@@ -93,7 +93,7 @@ def _of_clients(federation: Any, model: Any, policy: Policy) -> list[Case]:
     return [
         (not aggregator.additive, f"{name} has no bounded sensitivity here", name, "use WeightedMean with uniform"),
         (
-            aggregator.additive and aggregator.weight(2) != aggregator.weight(1),
+            aggregator.additive and (not aggregator.weighs_by_size or aggregator.weight(2) != aggregator.weight(1)),
             "client-level privacy needs every client to count the same",
             f"{name} with weights N_k",
             "set federation.aggregator to WeightedMean with weighting: uniform",

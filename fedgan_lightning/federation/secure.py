@@ -130,6 +130,7 @@ class SecureAggregation:
         name, rule = type(aggregator).__name__, "under secure aggregation everything must work with sums alone"
         found: list[tuple[bool, object, str]] = [
             (not aggregator.additive, f"{name}, which needs single updates", "use WeightedMean"),
+            (not aggregator.weighs_by_size, f"{name}, whose weights clients do not know", "use WeightedMean"),
             (validator is not None, "a validator of updates", "take it out: clients check their own before masking"),
             (rules.counts_late, rules.late_setting, rules.late_remedy),
             (

@@ -114,10 +114,10 @@ class ServerModule(L.LightningModule):
         own = self.algorithm.task(self, self.rounds_completed)
         return {**entries, **self.moments, **namespaces.under(namespaces.ALGORITHM, own)}
 
-    def weight_of(self, num_examples: int) -> float:
+    def weight_of(self, client_id: int, num_examples: int) -> float:
         """Return the aggregator's weight of a client with so many examples; 1 where it treats all alike."""
         own = self.aggregator
-        return own.weight(num_examples) if own is not None and own.additive else 1.0
+        return own.weight_of(client_id, num_examples) if own is not None and own.additive else 1.0
 
     def receive(self, aggregate: Aggregate) -> None:
         """Take the aggregate of a round, for the coming training step."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedgan_lightning.errors import UpdateError
+from fedgan_lightning import RoundRules, SecureAggregation
+from fedgan_lightning.errors import ConfigurationError, UpdateError
 from fedgan_lightning.federation.aggregation import WeightedMean
+from fedgan_lightning.federation.label_balance import DivergenceWeightedMean
 from fedgan_lightning.federation.robust import (
     CoordinateMedian,
     GeometricMedian,
@@ -19,7 +24,10 @@ from fedgan_lightning.federation.robust import (
 from fedgan_lightning.protocol import Aggregator, ClientUpdate
 from tests.conftest import finish
 
+DIVERGENCE = DivergenceWeightedMean()
+DIVERGENCE.prepare(SimpleNamespace(label_counts=lambda: np.random.default_rng(0).integers(1, 50, (64, 3))))
 AGGREGATORS: dict[str, Aggregator] = {
+    "divergence": DIVERGENCE,
     "examples": WeightedMean(),
     "uniform": WeightedMean("uniform"),
     "median": CoordinateMedian(),
@@ -139,3 +147,40 @@ def test_memory_does_not_grow_with_the_number_of_clients():
             sum(value.numel() for value in (*accumulator.delta.vectors.values(), *accumulator.extras.vectors.values()))
         )
     assert set(sizes) == {3 * 2 + 4 + 2}
+
+
+class TestDivergence:
+    """FeGAN's weights: clients [50, 50] and [100, 0] beside [.75, .25] have exponents .07192 and .14384."""
+
+    @pytest.mark.parametrize("favour, first", [("divergent", 0.48203), ("typical", 0.51797)])
+    def test_the_exact_case(self, favour, first):
+        aggregator = DivergenceWeightedMean(favour=favour)
+        aggregator.prepare(SimpleNamespace(label_counts=lambda: [[50, 50], [100, 0]]))
+        own = [aggregator.weight_of(k, 100) for k in range(2)]
+        assert own[0] / sum(own) == pytest.approx(first, abs=1e-5)
+        if favour == "divergent":
+            assert np.log(own) == pytest.approx([0.07192, 0.14384], abs=1e-5)
+
+    def test_many_equal_clients_weigh_nearly_the_same(self):
+        """With 42 workers of ten classes no ratio of weights is above 1.056."""
+        aggregator = DivergenceWeightedMean()
+        aggregator.prepare(SimpleNamespace(label_counts=lambda: np.eye(10)[np.arange(42) % 10] * 50))
+        own = [aggregator.weight_of(k, 50) for k in range(42)]
+        assert max(own) / min(own) < 1.057
+
+    def test_updates_are_weighed_by_it(self):
+        from tests.conftest import federate, ring_data, ring_gan, sgd
+
+        found = []
+        for aggregator in (DivergenceWeightedMean(), WeightedMean("uniform")):
+            server, _, _ = federate(
+                ring_gan(optimizer=sgd), ring_data(), aggregator=aggregator, rounds=1, local_steps=2
+            )
+            found.append(server.model.state_dict())
+        assert any(not torch.equal(found[0][name], value) for name, value in found[1].items())
+
+    def test_masks_need_weights_that_clients_know(self):
+        with pytest.raises(ConfigurationError, match="whose weights clients do not know"):
+            SecureAggregation(max_update=1.0).check(
+                aggregator=DivergenceWeightedMean(), rules=RoundRules(), validator=None
+            )

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
 from fedgan_lightning.errors import ConfigurationError, DataError
 from fedgan_lightning.federation import sampling
+from fedgan_lightning.federation.asynchronous import ArrivingClients, Asynchronous, AsynchronousRun
+from fedgan_lightning.federation.label_balance import BalancedClients
 from fedgan_lightning.protocol import ClientSampler
 from tests.conftest import ROOT
 
 SAMPLERS = [sampling.AllClients(), sampling.FractionOfClients(0.3), sampling.PoissonSampling(0.3)]
 TRACE = str(ROOT / "tests" / "data" / "trace.csv")
 SAMPLERS += [sampling.SelectedClients([4, 1]), sampling.AvailableClients(TRACE)]
+SAMPLERS += [BalancedClients(fraction=0.3)]
+SAMPLERS += [ArrivingClients(AsynchronousRun(Asynchronous(buffer_size=3), num_clients=10, seed=0))]
+SAMPLERS[-2].prepare(SimpleNamespace(label_counts=lambda: np.eye(10) * 20 + 1))
 CONSTANT = (sampling.AllClients, sampling.SelectedClients)
 
 
@@ -100,3 +108,33 @@ def test_traces_that_are_none_are_refused(tmp_path):
         sampling.AvailableClients(str(wrong))
     with pytest.raises(ConfigurationError, match=r"clients in \[0, 5\); got 5"):
         sampling.AvailableClients(TRACE).sample(num_clients=5, round=5, seed=0)
+
+
+class TestBalanced:
+    """FeGAN's cohorts: classes add up evenly."""
+
+    COUNTS = np.array([[90, 10, 0], [80, 0, 0], [0, 30, 0], [0, 0, 40], [70, 0, 0], [0, 20, 5]])
+
+    def made(self, fraction, counts=None):
+        sampler = BalancedClients(fraction=fraction)
+        sampler.prepare(SimpleNamespace(label_counts=lambda: self.COUNTS if counts is None else counts))
+        return sampler
+
+    def test_every_class_is_in_every_cohort_and_rare_holders_are_asked_more(self):
+        sampler, asked = self.made(0.5), np.zeros(6)
+        for number in range(200):
+            cohort = sampler.sample(num_clients=6, round=number, seed=0)
+            assert len(cohort) == 3
+            assert (self.COUNTS[list(cohort)].sum(0) > 0).all()
+            asked[list(cohort)] += 1
+        assert asked[3] > asked[[0, 1, 4]].max()
+
+    def test_a_cohort_by_hand(self):
+        """A class of zero so far is next; with all taken the least counted is."""
+        counts = np.array([[10, 0], [0, 1], [0, 9]])
+        for number in range(20):
+            assert {0} < {*self.made(0.67, counts).sample(num_clients=3, round=number, seed=0)}
+
+    def test_data_without_labels_are_refused(self):
+        with pytest.raises(ConfigurationError, match="must know how many labels .* got SimpleNamespace"):
+            BalancedClients().prepare(SimpleNamespace())

@@ -118,5 +118,6 @@ class UAGAN(EnsembleFeedback):
         assert counts is not None
         held = counts.double()
         shares, sizes = held / held.sum(1, keepdim=True).clamp(min=1.0), held.sum(1)
-        weights = torch.tensor([server.weight_of(int(size)) if size else 0.0 for size in sizes], dtype=torch.float64)
+        own = [server.weight_of(k, int(size)) if size else 0.0 for k, size in enumerate(sizes)]
+        weights = torch.tensor(own, dtype=torch.float64)
         return ((weights / weights.sum()) @ shares)[labels.cpu()].clamp(min=1e-300)
