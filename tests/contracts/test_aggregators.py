@@ -173,9 +173,9 @@ class TestDivergence:
 
         found = []
         for aggregator in (DivergenceWeightedMean(), WeightedMean("uniform")):
-            server, _, _ = federate(
-                ring_gan(optimizer=sgd), ring_data(), aggregator=aggregator, rounds=1, local_steps=2
-            )
+            data = ring_data(partition=Dirichlet(0.5, min_samples=16))
+            options = {"aggregator": aggregator, "rounds": 1, "local_steps": 2}
+            server, _, _ = federate(ring_gan(optimizer=sgd), data, **options)
             found.append(server.model.state_dict())
         assert any(not torch.equal(found[0][name], value) for name, value in found[1].items())
 
