@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from fedgan_lightning.checkpoints import read_checkpoint
 from fedgan_lightning.federation.ranks import Ranks, lost_rank
-from tests.conftest import ROOT
+from tests.conftest import ROOT, slow
 from tests.processes import children, eventually, started
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(900)]
@@ -95,12 +95,22 @@ ALGORITHMS = {
         *("--federation.privacy.clipping=adaptive", "--federation.privacy.count_noise=2"),
         "--federation.privacy.testing_seed=1",
     ],
+    "UA-GAN, discriminators handed on": [
+        "--federation.algorithm=UAGAN",
+        "--federation.algorithm.num_samples=16",
+        "--federation.sync={generator: server, discriminator: exchange}",
+    ],
+    "arrivals of any age, in codes": [
+        *("--federation.clients=AllClients", "--federation.rules.asynchronous.buffer_size=4"),
+        "--federation.transforms=[{class_path: TopK, init_args: {share: 0.2}}, LogMoments]",
+    ],
 }
+SLOW = ("arrivals of any age, in codes",)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
+@pytest.mark.parametrize("algorithm", [slow(name) if name in SLOW else name for name in ALGORITHMS])
 def test_two_ranks_train_like_one_and_resume(algorithm, tmp_path):
-    rounds = ("--federation.rounds", "5", "--federation.executor", "SequentialExecutor", *algorithm)
+    rounds = ("--federation.rounds", "5", "--federation.executor", "SequentialExecutor", *ALGORITHMS[algorithm])
     with (
         start(tmp_path / "one", *rounds, devices=1) as alone,
         start(tmp_path / "interrupted", "--federation.rounds", "3", *rounds[2:]) as begun,

@@ -107,7 +107,9 @@ class EntrySums:
         found |= self._largest
         if not self.collected:
             return found, {}, {}
-        weights = {client_id: weight for own in ranks.exchange(self._weights) for client_id, weight in own.items()}
+        weights = {
+            int(k): weight for own in ranks.exchange(self._weights) for k, weight in own.items()
+        }  # keys were text
         return found, dict(ranks.exchange_states(self._kept)), weights
 
     def _of_delta(self, ranks: Ranks, arrived: Mapping[str, float]) -> dict[str, Tensor]:

@@ -169,6 +169,7 @@ class TestDivergence:
         assert max(own) / min(own) < 1.057
 
     def test_updates_are_weighed_by_it(self):
+        from fedgan_lightning.partitions import Dirichlet
         from tests.conftest import federate, ring_data, ring_gan, sgd
 
         found = []
