@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -69,7 +69,8 @@ class PoissonClients:
     def client_batches(self, client_id: int, *, first_step: int, num_steps: int) -> PoissonBatches:
         """Return the minibatches of a window of a client's steps; new ones at every call, unless for tests."""
         stream = self.options.stream("minibatches", client_id, first_step)
-        return PoissonBatches(self.data.client_samples(client_id), self.options, stream, self.draws, num_steps)
+        samples, goes_on = self.data.client_samples(client_id), getattr(self.data, "check_time", None)
+        return PoissonBatches(samples, self.options, stream, self.draws, num_steps, goes_on=goes_on)
 
     def stacked_batches(
         self, client_ids: Sequence[int], *, first_steps: Sequence[int], num_steps: Sequence[int]
@@ -91,11 +92,20 @@ class PoissonBatches:
         stream: Secret numbers.
         draws: Samples of a local step.
         num_steps: Local steps.
+        goes_on: Called before every step; raises where the data module gives a task no more time.
     """
 
     def __init__(
-        self, samples: ClientSamples, options: PoissonOptions, stream: SecretStream, draws: int, num_steps: int
+        self,
+        samples: ClientSamples,
+        options: PoissonOptions,
+        stream: SecretStream,
+        draws: int,
+        num_steps: int,
+        *,
+        goes_on: Callable[[], None] | None = None,
     ) -> None:
+        self.goes_on = goes_on
         self.samples, self.options, self.stream = samples, options, stream
         self.draws, self.num_steps = draws, num_steps
 
@@ -104,6 +114,8 @@ class PoissonBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for _ in range(self.num_steps):
+            if self.goes_on is not None:
+                self.goes_on()
             parts = [self._padded(self._drawn()) for _ in range(self.draws)]
             yield torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
 

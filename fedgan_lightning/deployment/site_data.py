@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -17,22 +17,15 @@ from fedgan_lightning.errors import ConfigurationError, message
 
 
 class TimedStream(BatchStream):
-    """Minibatches up to an instant of the monotonic clock, after which a task is given up."""
+    """Minibatches as long as ``goes_on`` does not raise."""
 
-    def __init__(self, data: ClientSamples, *, deadline: float, **options: Any) -> None:
+    def __init__(self, data: ClientSamples, *, goes_on: Callable[[], None], **options: Any) -> None:
         super().__init__(data, **options)
-        self.deadline = deadline
+        self.goes_on = goes_on
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         for pair in super().pairs():
-            if time.monotonic() > self.deadline:
-                raise ConfigurationError(
-                    message(
-                        "a task must be done within most_seconds of the site's policy",
-                        received="one that takes longer",
-                        fix="agree on fewer local steps, or raise most_seconds",
-                    )
-                )
+            self.goes_on()
             yield pair
 
 
@@ -47,6 +40,21 @@ class SiteData:
         self.validation_share = data.validation_share
         self.sample_shape, self.num_classes, self.class_names = data.sample_shape, data.num_classes, data.class_names
         self.deadline = math.inf
+
+    def check_time(self) -> None:
+        """Give a task up after the instant of the monotonic clock that the site's policy allows.
+
+        Raises:
+            ConfigurationError: If it is over.
+        """
+        if time.monotonic() > self.deadline:
+            raise ConfigurationError(
+                message(
+                    "a task must be done within most_seconds of the site's policy",
+                    received="one that takes longer",
+                    fix="agree on fewer local steps, or raise most_seconds",
+                )
+            )
 
     @property
     def num_clients(self) -> int:
@@ -65,7 +73,7 @@ class SiteData:
     def client_batches(self, client_id: int, *, first_step: int, num_steps: int) -> BatchStream:
         return TimedStream(
             self.view,
-            deadline=self.deadline,
+            goes_on=self.check_time,
             batch_size=self.batch_size,
             seed=self.seed,
             stream=self.client_id,

@@ -248,3 +248,9 @@ def test_a_server_that_goes_on_gets_an_error_and_no_number(tmp_path):
     counts = [json.loads((state / f"client{k:05d}" / "privacy.json").read_text()) for k in range(3)]
     assert [own["releases"][0]["count"] for own in counts] == [12, 8, 12]
     assert found["privacy"]["example"]["releases"] == 12, "the server charges whom it asks"
+
+
+def test_a_private_task_that_takes_too_long_is_given_up(tmp_path):
+    """Records are drawn by a stream of their own, which has to look at the clock, too."""
+    with pytest.raises(Exception, match="must be done within most_seconds of the site's policy"):
+        train(site(tmp_path, most_seconds=1e-6))

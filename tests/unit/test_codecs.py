@@ -31,7 +31,7 @@ from fedgan_lightning.transforms import (
     SignCompression,
     TopK,
 )
-from tests.conftest import adam, assert_states_equal, federate, ring_data, ring_gan, sgd
+from tests.conftest import adam, assert_states_equal, federate, ring_data, ring_gan, sgd, slow
 
 CODECS = {
     "bfloat16": lambda **own: BFloat16(sections=["updates"], **own),
@@ -84,7 +84,7 @@ def test_int8_is_off_by_a_step_at_most(stochastic):
     "codec", [Int8(), QSGD(levels=3), RandomSparse(share=0.25), RandomSparse(share=0.25, shared=True)]
 )
 def test_the_mean_over_draws_is_the_number(codec):
-    value, count = torch.randn(8, dtype=torch.float64), 10_000
+    value, count = torch.randn(8, dtype=torch.float64), 4_000
     found = torch.stack([coded(codec, value, seed=k, round=k)[1] for k in range(count)])
     error = (found.mean(0) - value).abs()
     assert bool((error <= 5 * found.std(0) / math.sqrt(count) + 1e-12).all())
@@ -93,11 +93,11 @@ def test_the_mean_over_draws_is_the_number(codec):
 def test_qsgd_of_three_and_four():
     """v = (3, 4), s = 1: each is sent with probability .6 and .8; the variance 10 is below its bound 35.4."""
     value = torch.tensor([3.0, 4.0], dtype=torch.float64)
-    found = torch.stack([coded(QSGD(levels=1), value, seed=k)[1] for k in range(20_000)])
+    found = torch.stack([coded(QSGD(levels=1), value, seed=k)[1] for k in range(6_000)])
     assert found.unique().tolist() == [0.0, 5.0]
-    assert (found > 0).double().mean(0).tolist() == pytest.approx([0.6, 0.8], abs=0.02)
+    assert (found > 0).double().mean(0).tolist() == pytest.approx([0.6, 0.8], abs=0.03)
     variance = float((found - value).square().sum(1).mean())
-    assert variance == pytest.approx(10.0, abs=0.4)
+    assert variance == pytest.approx(10.0, abs=0.8)
     assert variance <= min(2 / 1, math.sqrt(2) / 1) * 25
 
 
@@ -295,7 +295,7 @@ def test_the_ledger_counts_what_is_sent(name):
     assert sum(orchestrator.ledger.bytes_down.values()) == 4 * 4 * size_of(delta)
 
 
-@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("name", ["int8", "top-k", "power", *map(slow, sorted({*CODECS} - {"int8", "top-k", "power"}))])
 def test_stacked_clients_send_the_same_codes(name):
     found = [
         everything(run(CODECS[name](error_feedback=True), gan=ring_gan(optimizer=sgd).double(), executor=executor))
