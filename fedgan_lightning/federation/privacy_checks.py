@@ -12,6 +12,7 @@ from fedgan_lightning.checkpoints import BestCheckpoint
 from fedgan_lightning.dp.accounting import refused
 from fedgan_lightning.federation.algorithm import FederatedAlgorithm
 from fedgan_lightning.federation.client_privacy import ClientLevelPrivacy
+from fedgan_lightning.federation.label_balance import BalancedClients
 from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.federation.preparation import validates
 from fedgan_lightning.federation.sampling import FractionOfClients, PoissonSampling
@@ -153,6 +154,12 @@ def _of_selection(federation: Any) -> list[Case]:
             rules.late_remedy,
         ),
         (
+            isinstance(clients, BalancedClients),
+            "BalancedClients chooses clients by the labels that they hold",
+            "BalancedClients",
+            "set federation.clients to PoissonSampling with secret: true, or AllClients",
+        ),
+        (
             federation.validator is not None,
             chooses.format("screening"),
             type(federation.validator).__name__,
@@ -163,6 +170,12 @@ def _of_selection(federation: Any) -> list[Case]:
             "whether a round stops must not depend on the data",
             "PoissonSampling under federation.secure, whose cohorts may be too small for a sum",
             "use AllClients",
+        ),
+        (
+            federation.privacy.noise == "distributed" and bool(federation.transforms),
+            "distributed noise must be added to clipped updates as they are",
+            f"federation.transforms={type(next(iter(federation.transforms), None)).__name__}",
+            "leave federation.transforms out",
         ),
         (
             federation.privacy.noise == "distributed" and secure is None,

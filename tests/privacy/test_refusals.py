@@ -7,14 +7,16 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
 from fedgan_lightning import BestCheckpoint, ConfigurationError, RoundRules, UpdateValidator
-from fedgan_lightning.aggregators import CoordinateMedian, WeightedMean
-from fedgan_lightning.algorithms import Scaffold
+from fedgan_lightning.aggregators import CoordinateMedian, DivergenceWeightedMean, WeightedMean
+from fedgan_lightning.algorithms import MDGAN, Scaffold
+from fedgan_lightning.asynchronous import Asynchronous
 from fedgan_lightning.data.order import MinibatchOrder
 from fedgan_lightning.federation.privacy_checks import check_choices
 from fedgan_lightning.losses import R1, RelativisticPairing
 from fedgan_lightning.networks import DCGANDiscriminator, DCGANGenerator, MLPDiscriminator, MLPGenerator
 from fedgan_lightning.privacy import ClientLevelPrivacy, ExampleLevelPrivacy
-from fedgan_lightning.samplers import PoissonSampling
+from fedgan_lightning.samplers import BalancedClients, PoissonSampling
+from fedgan_lightning.transforms import Int8
 from tests.conftest import federate, quiet_trainer, ring_data, ring_gan, sgd
 from tests.privacy.parts import adam, private_gan, settings
 
@@ -22,11 +24,26 @@ FEDERATIONS = {
     "needs every client to count the same; got WeightedMean with weights N_k": {"aggregator": WeightedMean()},
     "CoordinateMedian has no bounded sensitivity here": {"aggregator": CoordinateMedian()},
     "covers the clipped update only; what Scaffold sends would travel beside it": {"algorithm": Scaffold()},
+    "covers the clipped update only; what MDGAN sends": {
+        "algorithm": MDGAN(),
+        "sync": {"generator": "server", "discriminator": "local"},
+    },
     "covers the clipped update only; a network that clients hand on": {"sync": {"discriminator": "exchange"}},
     "over-selection chooses clients by what they send; got rules.over_selection=1.5": {
         "rules": RoundRules(over_selection=1.5)
     },
     "counting late updates chooses clients": {"rules": RoundRules(stale_updates="discount")},
+    "counting late updates chooses clients by what they send; got rules.asynchronous": {
+        "rules": RoundRules(asynchronous=Asynchronous(buffer_size=2))
+    },
+    "BalancedClients chooses clients by the labels": {"clients": BalancedClients(fraction=0.5)},
+    "client-level privacy needs every client to count the same; got Divergence": {
+        "aggregator": DivergenceWeightedMean()
+    },
+    "distributed noise must be added to clipped updates as they are; got federation.transforms=Int8": {
+        "privacy": ClientLevelPrivacy(clip=0.1, noise_multiplier=1.0, delta=1e-3, noise="distributed"),
+        "transforms": [Int8()],
+    },
     "screening chooses clients by what they send; got UpdateValidator": {"validator": UpdateValidator(max_norm=1.0)},
     "the number of local steps must be public; got local_epochs=1": {"local_steps": None, "local_epochs": 1},
     "amplification by sampling needs a secret cohort; got PoissonSampling": {"clients": PoissonSampling(0.5)},
