@@ -37,6 +37,7 @@ class UpdateEntry:
         kind: ``vector`` for what is long or short like a parameter update (transforms clip and encode it), ``value``
             for what is not.
         bound: Largest absolute value that is believed; ``None`` for the general bound.
+        persists: Whether the entry is about the same in every round, so that what a code loses of it may come later.
     """
 
     shape: tuple[int, ...]
@@ -47,6 +48,7 @@ class UpdateEntry:
     denominator: Literal["arrived"] | float | None = None
     kind: Literal["vector", "value"] = "value"
     bound: float | None = None
+    persists: bool = True
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ class Aggregate:
         num_clients: Updates that went in.
         num_examples: Sum of their N_k.
         collected: Entries with the rule ``collect`` by client.
-        weights: The aggregator's weights of these clients, with discounts.
+        weights: By client that answered in time the aggregator's weight; 1 where it treats all alike.
     """
 
     delta: State

@@ -7,7 +7,7 @@ tensor that differs by client and nothing else does. The class itself is federat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -66,6 +66,9 @@ class FederatedAlgorithm:
                     fix="set one network to average",
                 )
             )
+
+    def check_schedules(self, names: Collection[str]) -> None:
+        """Refuse what ``federation.schedules`` would change without effect, by a ConfigurationError."""
 
     def check_optimizers(self, optimizers: list[Optimizer]) -> None:
         """Refuse optimizers of clients that this algorithm cannot go with.

@@ -156,29 +156,35 @@ class _Clock:
         self.settings, self.seed = settings, seed
         self.queue: list[tuple[float, int]] = []
         self.versions: dict[int, int] = {}
+        self.begun: dict[int, int] = {}  # the last version that each has worked on: twice it would be the same work
         self.tasks = dict.fromkeys(range(num_clients), 0)
         self.resting = [*range(num_clients)]
         self.draws = make_numpy_generator(seed, "at work")
         for _ in range(num_clients if settings.concurrency is None else settings.concurrency):
-            self.start(self._drawn(), version=0, now=0.0)
-
-    def _drawn(self) -> int:
-        found: int = self.resting.pop(int(self.draws.integers(len(self.resting))))
-        return found
+            self.go_on(version=0, now=0.0)
 
     def start(self, client_id: int, *, version: int, now: float) -> None:
         """Give a client the newest networks."""
         taken = self.settings.durations.seconds(client_id, number=self.tasks[client_id], seed=self.seed)
         self.tasks[client_id] += 1
-        self.versions[client_id] = version
+        self.versions[client_id] = self.begun[client_id] = version
         heapq.heappush(self.queue, (now + taken, client_id))
 
-    def _next(self, client_id: int) -> int:
-        """Return who works on in place of a client that is done: somebody at rest, perhaps itself."""
+    def done(self, client_id: int) -> None:
+        """Take a client's answer: it rests."""
         self.versions.pop(client_id)
         self.resting.append(client_id)
         self.resting.sort()
-        return self._drawn()
+
+    def go_on(self, *, version: int, now: float) -> bool:
+        """Have somebody at rest start, who has not worked on this version; return whether there is anybody."""
+        free = [client_id for client_id in self.resting if self.begun.get(client_id) != version]
+        if not free:
+            return False
+        following = free[int(self.draws.integers(len(free)))]
+        self.resting.remove(following)
+        self.start(following, version=version, now=now)
+        return True
 
     def rounds(self) -> Iterator[Buffer]:
         version = 0
@@ -186,7 +192,7 @@ class _Clock:
         while True:
             for seconds, client_id in waiting:  # they come first, when the last buffer was full
                 heapq.heappush(self.queue, (seconds, client_id))
-            waiting, inside, dropped, idle = [], dict[int, Arrival](), 0, list[int]()
+            waiting, inside, dropped, idle = [], dict[int, Arrival](), 0, 0
             while len(inside) < self.settings.buffer_size:
                 now, client_id = heapq.heappop(self.queue)
                 if client_id in inside:
@@ -197,15 +203,14 @@ class _Clock:
                     inside[client_id] = Arrival(client_id, started, now)
                 else:
                     dropped += 1
-                following = self._next(client_id)
-                if following == client_id and started == version and len(inside) < self.settings.buffer_size:
-                    idle.append(client_id)  # there are no newer networks before the buffer is full
-                    continue
-                full = len(inside) == self.settings.buffer_size
-                self.start(following, version=version + 1 if full else version, now=now)
+                self.done(client_id)
+                if len(inside) < self.settings.buffer_size:
+                    idle += not self.go_on(version=version, now=now)  # nobody has newer networks to work on
+                else:
+                    idle += 1
             version += 1
-            for client_id in idle:
-                self.start(client_id, version=version, now=now)
+            for _ in range(idle):
+                self.go_on(version=version, now=now)
             waiting = [(max(now, seconds), client_id) for seconds, client_id in waiting]
             yield Buffer(tuple(inside.values()), dropped, dict(self.versions))
 

@@ -95,6 +95,7 @@ def check_parts(federation: Any, module: L.LightningModule, policy: Policy) -> N
     algorithm.check(policy=policy, aggregator=federation.aggregator, rules=federation.rules)
     TransformChain(federation.transforms).check(is_secure=federation.secure is not None)
     has_epochs = federation.local_epochs is not None
+    algorithm.check_schedules(federation.schedules)
     check_names(federation.schedules, module=module, scheduled=algorithm.scheduled, has_epochs=has_epochs)
 
 

@@ -39,7 +39,6 @@ class EntrySums:
         self._sums: dict[str, Tensor] = {}
         self._arrived = {"one": 0.0, "population": 0.0}
         self._kept: dict[int, dict[str, Tensor]] = {}
-        self._weights: dict[int, float] = {}
         self._largest: dict[str, Tensor] = {}
 
     def __bool__(self) -> bool:
@@ -59,8 +58,6 @@ class EntrySums:
             self._arrived[kind] += weight
         self._largest = _larger(self._largest, {name: values[name].detach().cpu() for name in self.maxima})
         if self.collected:
-            own = self._weight(update.client_id, update.num_examples)
-            self._weights[update.client_id] = update.discount * own
             self._kept[update.client_id] = {name: values[name].detach().cpu() for name in sorted(self.collected)}
 
     def add_sum(self, total: UpdateSum) -> None:
@@ -92,10 +89,10 @@ class EntrySums:
         others = {n: v for n, v in state.items() if n not in {*self.summed, *self.maxima, *self.collected}}
         return state if len(others) == len(state) else Packed.of(others)
 
-    def totals(self, ranks: Ranks) -> tuple[dict[str, Tensor], dict[int, State], dict[int, float]]:
-        """Return the sums by name, what was collected by client, and the weights of these clients, over all ranks."""
+    def totals(self, ranks: Ranks) -> tuple[dict[str, Tensor], dict[int, State]]:
+        """Return the sums by name, and what was collected by client, over all ranks."""
         if not self:
-            return {}, {}, {}
+            return {}, {}
         arrived = {kind: sum(own[kind] for own in ranks.exchange(self._arrived)) for kind in self._arrived}
         found = self._of_delta(ranks, arrived)
         for name, entry in self.summed.items():
@@ -105,12 +102,7 @@ class EntrySums:
         for own in ranks.exchange_states({ranks.rank: self._largest}).values() if self.maxima else ():
             self._largest = _larger(self._largest, own)
         found |= self._largest
-        if not self.collected:
-            return found, {}, {}
-        weights = {
-            int(k): weight for own in ranks.exchange(self._weights) for k, weight in own.items()
-        }  # keys were text
-        return found, dict(ranks.exchange_states(self._kept)), weights
+        return found, dict(ranks.exchange_states(self._kept)) if self.collected else {}
 
     def _of_delta(self, ranks: Ranks, arrived: Mapping[str, float]) -> dict[str, Tensor]:
         """Return the sums of parameter updates, where all have one rule."""

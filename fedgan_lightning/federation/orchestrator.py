@@ -191,7 +191,7 @@ class FederatedOrchestrator(L.Callback):
             leave_at_exit()
         self._begun = begin(self, trainer, server.model, data, stage)
         policy = self.policy_of(server.model)
-        server.attach(policy, self.algorithm, seed=self.seed, data=data, aggregator=self.aggregator)
+        server.attach(policy, self.algorithm, seed=self.seed, data=data)
         check_parts(self, server.model, policy)
         check_privacy(self, server.model, policy, data, trainer if stage == "fit" else None)
         for line in policy.blind_spots(trained=self.algorithm.trains):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -131,8 +132,16 @@ class Receiver:
         update = dataclasses.replace(update, metrics={**update.metrics, **lengths(update.delta, self.networks)})
         self.open.discard(client_id)
         self.num_accepted += 1
-        self.reports.append(with_metrics(dataclasses.replace(report, num_examples=update.num_examples), update.metrics))
+        found = with_metrics(dataclasses.replace(report, num_examples=update.num_examples), update.metrics)
+        self.reports.append(found if checks is self.checks else self._from_now(found, checks))
         return update
+
+    def _from_now(self, report: ClientReport, checks: RoundChecks) -> ClientReport:
+        """Return a report whose schedules have moved as far from where the server's stand now as the client's have."""
+        now, then = self.checks.task.schedule_positions, checks.task.schedule_positions
+        pairs = itertools.zip_longest(now, then, report.schedule_positions, fillvalue=0)
+        moved = [stood + went - began for stood, began, went in pairs] if report.schedule_positions else []
+        return dataclasses.replace(report, schedule_positions=moved)
 
     def _add(self, update: ClientUpdate) -> None:
         """Aggregate an update that has passed all checks."""
@@ -140,6 +149,10 @@ class Receiver:
         self._accumulator = self.aggregator.accumulate(self._accumulator, sums.rest_of(update))
         if sums:
             sums.add(update)
+
+    def _weight_of(self, report: ClientReport) -> float:
+        size, rule = report.num_examples, self.aggregator
+        return rule.weight_of(report.client_id, size) if rule.additive else 1.0
 
     @property
     def _entry_sums(self) -> EntrySums:
@@ -246,7 +259,9 @@ class Receiver:
         """Return what all updates of all ranks amount to."""
         found = self.aggregator.finalize(self.aggregator.reduce(self._accumulator, ranks))
         unsent = set.intersection(*map(set, ranks.exchange(sorted(self._unsent))))
-        sums, collected, weights = self._entry_sums.totals(ranks)
+        sums, collected = self._entry_sums.totals(ranks)
+        own = {r.client_id: self._weight_of(r) for r in self.reports if r.outcome == "answered"}
+        weights = {int(k): weight for part in ranks.exchange(own) for k, weight in part.items()}  # keys were text
         found = dataclasses.replace(
             found, extras=without_unsent(found.extras, unsent), collected=collected, weights=weights
         )

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,6 +122,23 @@ def target_of(name: str) -> tuple[str, str]:
     if name == LOCAL_STEPS or head == LEARNING_RATE or (head == ALGORITHM and rest):
         return head, rest
     return MODULE, name
+
+
+def refuse_server_rates(names: Collection[str], *, who: str) -> None:
+    """Refuse schedules of rates of a generator that the server trains, which clients alone would follow.
+
+    Raises:
+        ConfigurationError: If there are any.
+    """
+    wrong = [name for name in names if name in (LEARNING_RATE, f"{LEARNING_RATE}.generator")]
+    if wrong:
+        raise ConfigurationError(
+            message(
+                f"under {who} the generator's learning rate is the server's",
+                received=f"federation.schedules.{wrong[0]}",
+                fix=f"schedule {LEARNING_RATE}.discriminator, and set server.scheduler for the generator",
+            )
+        )
 
 
 def check_names(

@@ -25,7 +25,7 @@ from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.federation.sample_source import SampleWith, sampler_of
 from fedgan_lightning.hooks import RecalibrationHook, ServerHook, offers
 from fedgan_lightning.options import checked
-from fedgan_lightning.protocol import Aggregate, Aggregator, State
+from fedgan_lightning.protocol import Aggregate, State
 
 #: Name of the optimizer that steps on the average of clients' updates.
 AVERAGED = "averaged"
@@ -72,7 +72,6 @@ class ServerModule(L.LightningModule):
         self.cannot_sample = ""
         #: What the server knows of clients: sizes, and labels as far as they are counted.
         self.data: Any = None
-        self.aggregator: Aggregator | None = None
         self._pending: Aggregate | None = None
 
     def attach(
@@ -82,12 +81,11 @@ class ServerModule(L.LightningModule):
         *,
         seed: int = 0,
         data: Any = None,
-        aggregator: Aggregator | None = None,
     ) -> None:
         """Say which entries are shared, by which algorithm, what the server's own randomness follows from, and what it
         knows of clients. The orchestrator does so before optimizers are made.
         """
-        self._policy, self.seed, self.data, self.aggregator = policy, seed, data, aggregator
+        self._policy, self.seed, self.data = policy, seed, data
         self.algorithm = algorithm if algorithm is not None else FederatedAlgorithm()
 
     @property
@@ -114,11 +112,6 @@ class ServerModule(L.LightningModule):
         own = self.algorithm.task(self, self.rounds_completed)
         return {**entries, **self.moments, **namespaces.under(namespaces.ALGORITHM, own)}
 
-    def weight_of(self, client_id: int, num_examples: int) -> float:
-        """Return the aggregator's weight of a client with so many examples; 1 where it treats all alike."""
-        own = self.aggregator
-        return own.weight_of(client_id, num_examples) if own is not None and own.additive else 1.0
-
     def receive(self, aggregate: Aggregate) -> None:
         """Take the aggregate of a round, for the coming training step."""
         self._pending = aggregate
@@ -129,6 +122,14 @@ class ServerModule(L.LightningModule):
         parameters = dict(self.model.named_parameters())
         shared = [parameters[name] for name in self.policy.shared_parameters]
         made = {AVERAGED: self.optimizer(shared)} if shared else {}
+        if not shared and self.optimizer is not federated_averaging:
+            raise ConfigurationError(
+                message(
+                    "server.optimizer must have averaged parameters to step on",
+                    received=f"none under {type(self.algorithm).__name__}",
+                    fix="leave it out: the generator's is model.generator_optimizer",
+                )
+            )
         made |= self.algorithm.server_optimizers(self)
         self._optimizer_names = list(made)
         return list(made.values()), [] if self.scheduler is None else [self.scheduler(next(iter(made.values())))]

@@ -366,3 +366,24 @@ def test_fedprox_holds_clients_near_what_they_were_given():
 def test_what_cannot_be_is_refused(make, words):
     with pytest.raises(ConfigurationError, match=words):
         make()
+
+
+def test_nobody_works_twice_on_the_same_networks():
+    """The same seed, networks and minibatches would give the same update again."""
+    settings_ = Asynchronous(buffer_size=4, concurrency=4, durations=LogNormalDurations(spread=1.5))
+    found = [
+        (arrival.client_id, arrival.version)
+        for own in islice(buffers(settings_, num_clients=8, seed=0), 300)
+        for arrival in own.arrivals
+    ]
+    assert len(found) == len({*found})
+
+
+@pytest.mark.parametrize("buffer_size", [1, 4])
+def test_schedules_of_clients_move_by_the_steps_of_a_round(buffer_size):
+    """Whatever the age of an answer: after 12 rounds of two steps they stand at 24, as in a synchronous federation."""
+    gan = ring_gan(
+        optimizer=sgd, discriminator_scheduler=lambda own: torch.optim.lr_scheduler.StepLR(own, step_size=1000)
+    )
+    _, orchestrator, _ = run(clock(4.0, 4.1, 4.2, 4.3, buffer_size=buffer_size), gan=gan, rounds=12)
+    assert orchestrator._clock.schedules == (24,)

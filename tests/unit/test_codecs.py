@@ -458,6 +458,18 @@ class TestLogMoments:
         assert costs["full"][0] == plain * 3 + tensors * 4
         assert costs["coded"][1] < 0.5 * costs["full"][1]
 
+    def test_means_without_squares_pass_as_they_are(self):
+        """Adamax has exp_avg and exp_inf."""
+
+        def adamax(parameters):
+            return torch.optim.Adamax(parameters, lr=1e-3)
+
+        found = [
+            run(*own, gan=ring_gan(optimizer=adamax))[1].ledger.bytes_up["optimizer"] for own in ((), (LogMoments(),))
+        ]
+        numbers = sum(own.numel() for own in ring_gan().parameters())
+        assert found[0] - found[1] == pytest.approx(4 * 4 * 3.5 * numbers, rel=0.08)
+
     def test_what_clients_begin_with_is_what_was_sent(self):
         """The server's moments are in float32, a client's are those of codes."""
         seen = []

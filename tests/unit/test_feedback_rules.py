@@ -169,3 +169,18 @@ def test_copies_of_one_client_say_what_the_one_says(rule):
     weights = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], dtype=torch.float64).log()[:, None].expand(5, 7)
     found = rule().coefficients(NonSaturating(), logits, weights).sum(0)
     torch.testing.assert_close(found, -torch.sigmoid(-logits[0]) / 7, atol=1e-12, rtol=1e-12)
+
+
+def test_a_generator_that_is_bad_everywhere_still_learns():
+    """Discriminators that are sure of fakes, at logits of -30: under every rule dL/dl is -1 in all."""
+    logits = torch.tensor([[-30.0], [-31.0], [-30.5]], dtype=torch.float64)
+    weights = torch.full((3, 1), -np.log(3.0), dtype=torch.float64)
+    for rule in (UAGAN, F2U, F2A, MeanDiscriminator):
+        assert float(rule().coefficients(NonSaturating(), logits, weights).sum()) == pytest.approx(-1.0, abs=1e-6)
+
+
+def test_lambda_leaves_zero():
+    logits, weights = random_logits()
+    sharpness = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(F2A().combined(logits, weights, sharpness).sum(), sharpness)
+    assert float(slope) > 0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.feedback.algorithm import collected
-from fedgan_lightning.federation.feedback.ensemble import GRADIENT, LOGIT, EnsembleFeedback, weighed
+from fedgan_lightning.federation.feedback.ensemble import GRADIENT, LOGIT, EnsembleFeedback, mean_logit, weighed
 from fedgan_lightning.federation.feedback.samples import Inputs, Labels
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.options import checked
@@ -36,7 +36,7 @@ class F2U(EnsembleFeedback):
 class F2A(EnsembleFeedback):
     """D(x) = sum_i S_i(x) D_i(x) with S = softmax_i(lambda D_i(x)): between the mean of all and the most forgiving.
 
-    lambda = max(0, lambda*) >= 0 is learned by plain gradient steps on the generator's loss plus ``penalty`` lambda^2;
+    lambda >= 0 is learned by plain projected gradient steps on the generator's loss plus ``penalty`` lambda^2;
     at 0 it is the weighted mean of discriminators, for lambda -> inf F2U. Weights pi_i(y) multiply S_i.
     Source: Yonetani, Takahashi, Hashimoto, Ushiku 2019, section 3.3 (F2A).
 
@@ -67,9 +67,7 @@ class F2A(EnsembleFeedback):
 
     def combined(self, logits: Tensor, log_weights: Tensor, sharpness: Tensor | None = None) -> Tensor:
         own = logits.new_tensor(self.sharpness) if sharpness is None else sharpness
-        beliefs = logits.sigmoid()
-        chosen = torch.log_softmax(own.relu() * beliefs + log_weights, 0).exp()
-        return torch.logit((chosen * beliefs).sum(0), eps=1e-12)
+        return mean_logit(logits, torch.log_softmax(own * logits.sigmoid() + log_weights, 0))
 
     def sample_gradients(
         self, server: ServerModule, total: Aggregate, batches: Sequence[Inputs]
@@ -87,7 +85,7 @@ class F2A(EnsembleFeedback):
             points = logits[:, heard].detach().requires_grad_()
             with torch.enable_grad():
                 one = self.combined(points, weights[:, heard], sharpness)
-                value = loss.generator(one) * heard.double().mean() + self.penalty * sharpness.relu().square()
+                value = loss.generator(one) * heard.double().mean() + self.penalty * sharpness.square()
                 (coefficients[:, heard], slope) = torch.autograd.grad(value, (points, sharpness))
             server.algorithm_state[SHARPNESS] = (sharpness.detach() - self.learning_rate * slope).clamp(min=0.0)
         return {0: weighed(coefficients, gradients)}

@@ -10,7 +10,7 @@ from torch import Tensor
 from fedgan_lightning.federation import namespaces
 from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.client_update import Visit
-from fedgan_lightning.federation.feedback.algorithm import FeedbackAlgorithm, collected
+from fedgan_lightning.federation.feedback.algorithm import BOUND, FeedbackAlgorithm, collected
 from fedgan_lightning.federation.feedback.samples import Inputs, Labels
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.options import checked
@@ -62,14 +62,14 @@ class MDGAN(FeedbackAlgorithm):
         return number % self.num_batches, (number + 1) % self.num_batches
 
     @property
-    def is_additive(self) -> bool:
+    def is_additive(self) -> bool:  # type: ignore[override] # it follows from the options
         """Whether the server needs the mean of all answers and nothing else."""
         return self.num_batches == 1 and not self.per_class
 
     def entries(self, context: ClientContext) -> Mapping[str, UpdateEntry]:
         shape, dtype = self.shape_of(context)
         rule: Any = "aggregator" if self.is_additive else "collect"
-        return {FEEDBACK: UpdateEntry(shape, dtype, rule=rule, kind="vector")}
+        return {FEEDBACK: UpdateEntry(shape, dtype, rule=rule, kind="vector", bound=BOUND, persists=False)}
 
     def answer(self, visit: Visit) -> State:
         return {FEEDBACK: visit.generator_feedback(*self.asked(visit))}

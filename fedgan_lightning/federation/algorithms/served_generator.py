@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation.algorithm import FederatedAlgorithm
 from fedgan_lightning.federation.client_update import Visit
 from fedgan_lightning.federation.policy import Policy
+from fedgan_lightning.federation.round_schedules import refuse_server_rates
 from fedgan_lightning.federation.rules import RoundRules
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.options import checked
@@ -50,6 +52,9 @@ class ServedGenerator(FederatedAlgorithm):
                     fix="set federation.sync to {generator: served}",
                 )
             )
+
+    def check_schedules(self, names: Collection[str]) -> None:
+        refuse_server_rates(names, who=type(self).__name__)
 
     def work(self, visit: Visit) -> None:
         visit.fit_discriminator()

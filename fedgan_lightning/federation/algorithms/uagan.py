@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation import namespaces
 from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.client_update import Visit
+from fedgan_lightning.federation.feedback.algorithm import BOUND
 from fedgan_lightning.federation.feedback.ensemble import EnsembleFeedback, per_sample
 from fedgan_lightning.federation.feedback.samples import Inputs, Labels
 from fedgan_lightning.federation.server import ServerModule
@@ -34,12 +37,13 @@ class UAGAN(EnsembleFeedback):
         summed: Have clients send pi_i e^{l_i} and pi_i e^{l_i} dl_i/dx, of which the server needs only sums R and R':
             F = L'(log R) R'/R. Masks of secure aggregation then hide every single client's; and no client's logits are
             seen. Logits further than ``max_logit`` from the last round's mean are cut to that.
-        max_logit: Bound on logits under ``summed``, above 0.
+        max_logit: Bound on logits under ``summed``, in (0, 20]; secure aggregation holds e^max_logit up to its
+            ``max_value``.
         num_samples, labels, per_class, exchange_every: As in :class:`FeedbackAlgorithm`; ``per_class`` is on where
             there are classes.
     """
 
-    @checked(max_logit="(0, 40]")
+    @checked(max_logit="(0, 20]")
     def __init__(
         self,
         *,
@@ -62,7 +66,19 @@ class UAGAN(EnsembleFeedback):
         if not self.summed:
             return super().entries(context)
         shape, dtype = self.shape_of(context)
-        return {ODDS: UpdateEntry(shape[:1], dtype), ODDS_GRADIENT: UpdateEntry(shape, dtype)}
+        secure = context.secure
+        if secure is not None and math.exp(self.max_logit) > secure.max_value:
+            raise ConfigurationError(
+                message(
+                    f"max_logit must be at most log(secure.max_value) = {math.log(secure.max_value):.3g}, or masks "
+                    "cannot hold the odds",
+                    received=self.max_logit,
+                    fix="lower max_logit, with room for gradients, or raise federation.secure.max_value",
+                )
+            )
+        most = math.exp(self.max_logit) * 1.01
+        vector: dict[str, Any] = {"kind": "vector", "persists": False, "bound": most * BOUND}
+        return {ODDS: UpdateEntry(shape[:1], dtype, bound=most), ODDS_GRADIENT: UpdateEntry(shape, dtype, **vector)}
 
     def server_state(self, context: ClientContext) -> State:
         return {SHIFT: torch.zeros((), dtype=torch.float64)} if self.summed else {}
@@ -100,7 +116,7 @@ class UAGAN(EnsembleFeedback):
             return {}
         odds, gradients = own[ODDS].double(), own[ODDS_GRADIENT].double()
         model, shift, heard = server.model, server.algorithm_state[SHIFT], odds > 0
-        ratios = self._mean_ratio(server, batches[0].labels).to(odds)
+        ratios = self._mean_ratio(server, total, batches[0].labels).to(odds)
         logits = torch.where(heard, (odds / ratios).log() + shift.to(odds), 0.0).detach().requires_grad_()
         with torch.enable_grad():
             loss: Any = model.loss
@@ -110,14 +126,14 @@ class UAGAN(EnsembleFeedback):
             server.algorithm_state[SHIFT] = logits.detach()[heard].mean().to(shift)
         return {0: factors.view(-1, *(1,) * (gradients.dim() - 1)) * gradients}
 
-    def _mean_ratio(self, server: ServerModule, labels: Tensor) -> Tensor:
-        """Return sum_i pi_i of the ratios sent to all clients, which makes weights of a class add up to 1."""
+    def _mean_ratio(self, server: ServerModule, total: Aggregate, labels: Tensor) -> Tensor:
+        """Return the mean of the ratios of those who answered, which makes their weights of a class add up to 1."""
         if not self.is_by_class(server):
             return torch.ones(len(labels))
         counts = self._counts(server)
         assert counts is not None
-        held = counts.double()
-        shares, sizes = held / held.sum(1, keepdim=True).clamp(min=1.0), held.sum(1)
-        own = [server.weight_of(k, int(size)) if size else 0.0 for k, size in enumerate(sizes)]
-        weights = torch.tensor(own, dtype=torch.float64)
+        clients = sorted(total.weights)
+        held = counts[clients].double()
+        shares = held / held.sum(1, keepdim=True).clamp(min=1.0)
+        weights = torch.tensor([total.weights[k] for k in clients], dtype=torch.float64)
         return ((weights / weights.sum()) @ shares)[labels.cpu()].clamp(min=1e-300)

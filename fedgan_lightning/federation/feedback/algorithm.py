@@ -7,8 +7,7 @@ g_i(x_s), and takes it through the generator. No parameter of a discriminator tr
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -30,11 +29,14 @@ from fedgan_lightning.federation.feedback.samples import (
     generator_gradients,
 )
 from fedgan_lightning.federation.policy import Policy
+from fedgan_lightning.federation.round_schedules import refuse_server_rates
 from fedgan_lightning.federation.rules import RoundRules
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import Aggregate, Aggregator, State
 
+#: Largest logit, and largest gradient with respect to a sample, that is believed.
+BOUND = 1e4
 #: Names of what travels.
 AGAINST, ASKED, LABELS, ASKED_LABELS = "fakes/against", "fakes/asked", "labels/against", "labels/asked"
 
@@ -61,6 +63,8 @@ class FeedbackAlgorithm(FederatedAlgorithm):
     trains = frozenset({"server", "exchange"})
     #: Batches of a round.
     num_batches: int = 1
+    #: Whether the server needs what the aggregator makes of all answers, and nothing else.
+    is_additive: bool = False
     #: Whether a client's word counts by class, unless the user says otherwise.
     counts_by_class: ClassVar[bool] = False
 
@@ -100,6 +104,14 @@ class FeedbackAlgorithm(FederatedAlgorithm):
                     fix="set federation.sync of what is not in the discriminator to server",
                 )
             )
+        if not aggregator.additive and not self.is_additive:
+            raise ConfigurationError(
+                message(
+                    f"{name} combines clients' answers itself, so the aggregator must be a weighted mean",
+                    received=type(aggregator).__name__,
+                    fix="use WeightedMean, or MDGAN with num_batches: 1, whose answers a robust rule can combine",
+                )
+            )
         if rules.counts_late:
             raise ConfigurationError(
                 message(
@@ -124,6 +136,25 @@ class FeedbackAlgorithm(FederatedAlgorithm):
                     "per_class must have a conditional generator, and data that counts the labels of clients",
                     received=f"per_class=true with {model.num_classes} classes",
                     fix="set per_class to null, or model.generator.num_classes",
+                )
+            )
+        if model.num_classes and self._counts(server) is None:
+            asked = "labels: clients" if self.labels == "clients" else ""
+            asked = asked or ("per_class: null" if self.per_class is None and self.counts_by_class else "")
+            if asked:
+                raise ConfigurationError(
+                    message(
+                        f"{type(self).__name__} must know how many labels of every class clients hold",
+                        received=f"{asked}, and data that does not count them",
+                        fix="set per_class to false and labels to uniform, or give the data module label_counts()",
+                    )
+                )
+        if self.labels == "clients" and not model.num_classes:
+            raise ConfigurationError(
+                message(
+                    "labels must be left alone where the generator takes none",
+                    received="labels: clients",
+                    fix="leave it out, or set model.generator.num_classes",
                 )
             )
         self.check_model(model)
@@ -205,7 +236,7 @@ class FeedbackAlgorithm(FederatedAlgorithm):
         inputs = self.batches(server, server.rounds_completed)
         found = generator_gradients(model, inputs, self.sample_gradients(server, total, inputs))
         self._made, parameters = None, list(model.generator.parameters())
-        if not all(math.isfinite(float(own.square().sum())) for own in found):
+        if not all(bool(torch.isfinite(own).all()) for own in found):
             raise ConfigurationError(
                 message(
                     "the generator's gradient must be finite",
@@ -242,6 +273,9 @@ class FeedbackAlgorithm(FederatedAlgorithm):
             shares = held / held.sum(1, keepdim=True).clamp(min=1.0)
             found = found + shares[:, labels.cpu()].log()
         return found
+
+    def check_schedules(self, names: Collection[str]) -> None:
+        refuse_server_rates(names, who=type(self).__name__)
 
     def hand_on(self, *, round: int, num_clients: int, seed: int) -> Mapping[int, int]:
         return cycle(round=round, num_clients=num_clients, seed=seed, every=self.exchange_every)

@@ -13,7 +13,7 @@ from torch.nn.functional import logsigmoid
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.client_update import Visit
-from fedgan_lightning.federation.feedback.algorithm import FeedbackAlgorithm, collected
+from fedgan_lightning.federation.feedback.algorithm import BOUND, FeedbackAlgorithm, collected
 from fedgan_lightning.federation.feedback.samples import Inputs
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.gan.objectives import Minimax, NonSaturating
@@ -85,8 +85,8 @@ class EnsembleFeedback(FeedbackAlgorithm):
     def entries(self, context: ClientContext) -> Mapping[str, UpdateEntry]:
         shape, dtype = self.shape_of(context)
         return {
-            LOGIT: UpdateEntry(shape[:1], dtype, rule="collect"),
-            GRADIENT: UpdateEntry(shape, dtype, rule="collect", kind="vector"),
+            LOGIT: UpdateEntry(shape[:1], dtype, rule="collect", bound=BOUND),
+            GRADIENT: UpdateEntry(shape, dtype, rule="collect", kind="vector", bound=BOUND, persists=False),
         }
 
     def answer(self, visit: Visit) -> State:

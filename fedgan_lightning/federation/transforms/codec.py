@@ -100,7 +100,7 @@ class UpdateCodec(UpdateTransform):
     def schema(self, entries: Mapping[str, UpdateEntry]) -> dict[str, UpdateEntry]:
         found: dict[str, UpdateEntry] = {}
         for name, entry in entries.items():
-            forms = self._forms(name, entry)
+            forms = self._forms(name, entry, entries)
             if not forms:
                 found[name] = entry
             for part, (shape, dtype) in forms.items():
@@ -112,10 +112,10 @@ class UpdateCodec(UpdateTransform):
     def client_state(self, entries: Mapping[str, UpdateEntry]) -> State:
         found: dict[str, Tensor] = {}
         for name, entry in entries.items():
-            if self._forms(name, entry):
-                if self._feeds_back(name):
+            if self._forms(name, entry, entries):
+                if self._feeds_back(name, entries):
                     found[f"{RESIDUAL}{name}"] = torch.zeros(entry.shape, dtype=entry.dtype)
-                found |= {f"{part}/{name}": value for part, value in self.kept(entry).items()}
+                found |= {f"{part}/{name}": value for part, value in self._kept(entry).items()}
         return found
 
     def client(
@@ -124,16 +124,17 @@ class UpdateCodec(UpdateTransform):
         coded: dict[str, Tensor] = {}
         state: dict[str, Tensor] = {}
         for name, value in update.items():
-            if not self._forms(name, entries[name]):
+            if not self._forms(name, entries[name], entries):
                 coded[name] = value
                 continue
-            residual = private.get(f"{RESIDUAL}{name}") if self._feeds_back(name) else None
+            residual = private.get(f"{RESIDUAL}{name}") if self._feeds_back(name, entries) else None
             wanted = value.detach() if residual is None else value.detach() + residual.to(value)
-            mine = {part: private[f"{part}/{name}"] for part in self.kept(entries[name]) if f"{part}/{name}" in private}
+            mine = {p: private[f"{p}/{name}"] for p in self._kept(entries[name]) if f"{p}/{name}" in private}
             codes = self.encode(wanted, name=name, facts=facts, state=mine)
             coded |= {f"{name}/{part}": own for part, own in codes.items()}
-            state |= {f"{part}/{name}": own for part, own in self.next_state(codes, mine).items()}
-            if self._feeds_back(name):
+            if entries[name].persists:
+                state |= {f"{part}/{name}": own for part, own in self.next_state(codes, mine).items()}
+            if self._feeds_back(name, entries):
                 decoded = self.restore(codes, entries[name], name=name, facts=facts)
                 state[f"{RESIDUAL}{name}"] = wanted - decoded
         return coded, state
@@ -141,7 +142,7 @@ class UpdateCodec(UpdateTransform):
     def decode(self, update: State, *, entries: Mapping[str, UpdateEntry], facts: RoundFacts) -> State:
         found, codes = {}, set()
         for name, entry in entries.items():
-            parts = self._forms(name, entry)
+            parts = self._forms(name, entry, entries)
             codes |= {f"{name}/{part}" for part in parts}
             if parts and all(f"{name}/{part}" in update for part in parts):  # of moments a client may have none
                 own = {part: update[f"{name}/{part}"] for part in parts}
@@ -166,11 +167,14 @@ class UpdateCodec(UpdateTransform):
         sent, _ = self.client(state, entries=entries, private={}, facts=facts)
         return sent, self.decode(sent, entries=entries, facts=facts)
 
-    def _forms(self, name: str, entry: UpdateEntry) -> Forms:
+    def _forms(self, name: str, entry: UpdateEntry, entries: Mapping[str, UpdateEntry]) -> Forms:
         return self.forms(entry) if section_of(name, entry) in self.sections else {}
 
-    def _feeds_back(self, name: str) -> bool:
-        return self.error_feedback and not name.startswith(namespaces.MOMENTS)
+    def _kept(self, entry: UpdateEntry) -> dict[str, Tensor]:
+        return self.kept(entry) if entry.persists else {}
+
+    def _feeds_back(self, name: str, entries: Mapping[str, UpdateEntry]) -> bool:
+        return self.error_feedback and entries[name].persists and not name.startswith(namespaces.MOMENTS)
 
 
 def section_of(name: str, entry: UpdateEntry) -> Section | None:

@@ -31,7 +31,8 @@ class LogMoments(UpdateCodec):
 
     Numbers go to one of their two neighbours at random, so that the mean over draws of a square is the square itself:
     rounded to the nearest, one that moves by less than half a step a round would never move. Zero stays zero, and
-    squares stay squares. Other moments, such as the momentum of SGD, and step counts pass as they are.
+    squares stay squares. Other moments, such as the momentum of SGD and means without a mean of squares (Adamax), and
+    step counts pass as they are.
 
     With 4 bits for either, Adam's moments cost a quarter of what the parameters cost, in place of twice as much.
 
@@ -55,11 +56,11 @@ class LogMoments(UpdateCodec):
     def forms(self, entry: UpdateEntry) -> Forms:
         return {CODES: (_bytes(entry, self.bits), torch.uint8), SCALE: ((), _wide(entry.dtype))}
 
-    def _forms(self, name: str, entry: UpdateEntry) -> Forms:
+    def _forms(self, name: str, entry: UpdateEntry, entries: Mapping[str, UpdateEntry]) -> Forms:
         key = of_moment(name)[2] if name.startswith(MOMENTS) else ""
-        if key == MEAN and entry.shape and entry.dtype.is_floating_point:
+        if key == MEAN and entry.shape and entry.dtype.is_floating_point and _square_of(name) in entries:
             return {CODES: (_bytes(entry, 4) if self.means == "coded" else (0,), torch.uint8)}
-        return super()._forms(name, entry) if key in SQUARES else {}
+        return super()._forms(name, entry, entries) if key in SQUARES else {}
 
     def encode(self, value: Tensor, *, name: str, facts: RoundFacts, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if of_moment(name)[2] == MEAN:
