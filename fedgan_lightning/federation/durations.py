@@ -33,17 +33,9 @@ class FixedDurations(Durations):
         by_client: Virtual seconds of every client, each above 0.
     """
 
-    @checked()
+    @checked(by_client="(0, inf)")
     def __init__(self, *, by_client: Sequence[float]) -> None:
         self.by_client = [float(own) for own in by_client]
-        if not self.by_client or not all(0 < own < math.inf for own in self.by_client):
-            raise ConfigurationError(
-                message(
-                    "by_client of FixedDurations must be numbers above 0, one for every client",
-                    received=list(by_client),
-                    fix="correct the list",
-                )
-            )
 
     def check(self, *, num_clients: int) -> None:
         _check_count(len(self.by_client), num_clients, what="numbers of FixedDurations.by_client")

@@ -345,7 +345,7 @@ def test_fedprox_holds_clients_near_what_they_were_given():
         (lambda: run(Asynchronous(buffer_size=2, concurrency=9)), "concurrency must be at most 4"),
         (lambda: run(Asynchronous(buffer_size=2), clients=FractionOfClients(0.5)), "must be left to the clock"),
         (lambda: run(Asynchronous(buffer_size=2), algorithm=Scaffold()), "got rules.asynchronous. Leave rules.async"),
-        (lambda: FixedDurations(by_client=[1.0, 0.0]), "numbers above 0, one for every client"),
+        (lambda: FixedDurations(by_client=[1.0, 0.0]), "by_client of FixedDurations"),
         (lambda: Asynchronous(exponent=0.0), "exponent"),
         (
             lambda: RoundRules(asynchronous=Asynchronous(), stale_updates="discount"),

@@ -47,7 +47,13 @@ class F2A(EnsembleFeedback):
         num_samples, labels, per_class, exchange_every: As in :class:`FeedbackAlgorithm`.
     """
 
-    @checked(sharpness="[0, inf)", learning_rate="[0, inf)", penalty="[0, inf)")
+    @checked(
+        sharpness="[0, inf)",
+        learning_rate="[0, inf)",
+        penalty="[0, inf)",
+        num_samples="[1, inf)",
+        exchange_every="[1, inf)",
+    )
     def __init__(
         self,
         *,

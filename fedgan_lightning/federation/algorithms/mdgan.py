@@ -44,7 +44,7 @@ class MDGAN(FeedbackAlgorithm):
         num_samples, labels, per_class, exchange_every: As in :class:`FeedbackAlgorithm`; ``per_class`` is off.
     """
 
-    @checked(num_batches="[1, inf)")
+    @checked(num_batches="[1, inf)", num_samples="[1, inf)", exchange_every="[1, inf)")
     def __init__(
         self,
         *,

@@ -43,7 +43,7 @@ class UAGAN(EnsembleFeedback):
             there are classes.
     """
 
-    @checked(max_logit="(0, 20]")
+    @checked(max_logit="(0, 20]", num_samples="[1, inf)", exchange_every="[1, inf)")
     def __init__(
         self,
         *,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation import namespaces
+from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import State, UpdateEntry
 from fedgan_lightning.seeding import derive_seed
 from fedgan_lightning.update_transform import RoundFacts, UpdateTransform
@@ -42,6 +43,7 @@ class UpdateCodec(UpdateTransform):
     #: Whether the mean over a code's draws is the number itself, or the code has none.
     is_linear: ClassVar[bool] = False
 
+    @checked()
     def __init__(
         self, *, sections: Sequence[Section] = ("updates",), error_feedback: bool = False, down: bool = False
     ) -> None:
