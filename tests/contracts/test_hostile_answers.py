@@ -21,6 +21,7 @@ from fedgan_lightning.errors import QuorumError, UpdateError
 from fedgan_lightning.federation.aggregation import WeightedSums
 from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.costs import CostLedger
+from fedgan_lightning.federation.label_balance import DivergenceWeightedMean
 from fedgan_lightning.federation.local import LocalTrainer
 from fedgan_lightning.federation.policy import resolve
 from fedgan_lightning.federation.report import RoundReport
@@ -48,7 +49,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*quantized tensor creation func
 CLIENTS, LIAR, STEPS = 7, 2, 2
 NAN, INF, TINY = math.nan, math.inf, 1e-42
 
+
+def by_label_laws():
+    found = DivergenceWeightedMean()
+    found.prepare(SimpleNamespace(label_counts=lambda: [[50 + k, 50 - k] for k in range(64)]))
+    return found
+
+
 AGGREGATORS = {
+    "divergence": by_label_laws,
     "examples": WeightedMean,
     "uniform": lambda: WeightedMean("uniform"),
     "median": CoordinateMedian,

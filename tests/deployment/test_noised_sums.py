@@ -18,7 +18,7 @@ from fedgan_lightning.deployment import launch, programs  # noqa: E402
 from fedgan_lightning.dp.accounting import Release, epsilon_of, gaussian_delta  # noqa: E402
 from tests.deployment.processes import CONFIG  # noqa: E402
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(900)]
 
 SITES, CLIP, Z, DELTA = 4, 0.05, 1.0, 0.1
 #: Client-level privacy for four sites, in rounds of one step and of two.

@@ -19,6 +19,7 @@ from fedgan_lightning.federation.privacy_keeper import private_parts
 from fedgan_lightning.packing import Layout
 from fedgan_lightning.privacy import ClientLevelPrivacy, ExampleLevelPrivacy
 from fedgan_lightning.protocol import Aggregate, ClientUpdate
+from fedgan_lightning.update_transform import RoundFacts
 from tests.conftest import assert_states_equal, federate, ring_data, ring_gan, sgd
 from tests.privacy.parts import answer, chain, length, private_gan, received
 from tests.privacy.parts import settings as private_settings
@@ -71,7 +72,7 @@ def test_central_noise_is_none_of_a_client_s_business():
     by, own = chain(clip=0.5), answer(3, scale=2.0)
     entries = by.stages_of({}, Layout.of(own.delta), Layout.of(own.extras))[0]
     first, second = (
-        at_client.client(dict(own.delta), entries=entries, private={}, hyperparameters={})[0] for _ in range(2)
+        at_client.client(dict(own.delta), entries=entries, private={}, facts=RoundFacts())[0] for _ in range(2)
     )
     assert_states_equal(first, second)
     factor = 0.5 / length(own.delta)
