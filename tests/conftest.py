@@ -68,7 +68,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep tests of one file in one process, and those that look at one recorded federation too."""
     for item in items:
         recorded = item.path.parent.name == "deployment" and "federation" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("recorded" if recorded else item.path.stem))
+        own = item.nodeid if item.get_closest_marker("notebooks") else item.path.stem  # notebooks share nothing
+        item.add_marker(pytest.mark.xdist_group("recorded" if recorded else own))
 
 
 @pytest.fixture
