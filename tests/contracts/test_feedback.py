@@ -549,7 +549,12 @@ def test_classes_are_generated_as_clients_hold_them():
 
 @pytest.mark.parametrize(
     "name, is_iid",
-    [slow_case("MD-GAN, k=1", True), slow_case("MD-GAN, k=2", True), slow_case("UA-GAN", False), slow_case("F2U", False)],
+    [
+        slow_case("MD-GAN, k=1", True),
+        slow_case("MD-GAN, k=2", True),
+        slow_case("UA-GAN", False),
+        slow_case("F2U", False),
+    ],
 )
 def test_it_learns_the_ring_s_size(name, is_iid):
     """Points of the ring lie at a radius of 1.41, those of the generator as it is built at .42.
