@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -158,12 +158,18 @@ class ServerModule(L.LightningModule):
         """Step the optimizer of averaged parameters with gradient -delta."""
         if AVERAGED not in self._optimizer_names:
             return
-        optimizer, parameters = self.optimizer_of(AVERAGED), dict(self.model.named_parameters())
+        parameters, gradients = dict(self.model.named_parameters()), {}
         for name in self.policy.shared_parameters:
             update = delta.get(name)
             # An empty cohort (Poisson sampling) gives no update: the server still takes its step, on zero.
-            gradient = torch.zeros_like(parameters[name]) if update is None else -update.to(parameters[name])
-            parameters[name].grad = gradient
+            gradients[name] = torch.zeros_like(parameters[name]) if update is None else -update.to(parameters[name])
+        self.step(AVERAGED, [parameters[name] for name in gradients], list(gradients.values()))
+
+    def step(self, name: str, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Step one of the server's optimizers along these gradients, and forget them."""
+        for parameter, gradient in zip(parameters, gradients):
+            parameter.grad = gradient
+        optimizer = self.optimizer_of(name)
         optimizer.step()
         optimizer.zero_grad()
 

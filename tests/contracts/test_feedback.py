@@ -581,7 +581,11 @@ def test_it_learns_the_ring_s_size(name, is_iid):
         (UAGAN, {"sync": {"generator": "server"}}, "must have the discriminator at clients; got sync.disc"),
         (MDGAN, {"rules": RoundRules(stale_updates="discount")}, "must drop late answers"),
         (lambda: MDGAN(num_samples=8), {}, "as many samples as a minibatch has; got num_samples=8 with .*16"),
-        (lambda: UAGAN(per_class=True), {}, "per_class must have a conditional generator"),
+        (
+            lambda: UAGAN(per_class=True),
+            {},
+            "got per_class: true, and a generator without classes",
+        ),
         (UAGAN, {"gan": ring_gan(loss=Hinge())}, "reads D / .* got Hinge. Set model.loss"),
         (MDGAN, {"gan": ring_gan(loss=RelativisticPairing())}, "must need no real samples"),
         (MDGAN, {"gan": ring_gan(g_steps=2)}, "one step of the generator a round; got g_steps=2"),
@@ -590,7 +594,7 @@ def test_it_learns_the_ring_s_size(name, is_iid):
             {"gan": ring_gan(generator_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1))},
             "leave the generator's learning rate to the server",
         ),
-        (lambda: MDGAN(labels="clients"), {}, "labels must be left alone where the generator takes none"),
+        (lambda: MDGAN(labels="clients"), {}, "got labels: clients, and a generator without classes"),
         (UAGAN, {"gan": "uncounted"}, "must know how many labels .* got per_class: null, and data that does not count"),
         (
             MDGAN,
@@ -613,6 +617,14 @@ def test_what_cannot_be_is_refused(make, options, words):
         options["data"].label_counts = lambda: np.zeros((5, 1))
     with pytest.raises(ConfigurationError, match=words):
         run(make(), **options)
+
+
+def test_the_generator_s_gradient_is_clipped_as_its_clients_would():
+    gan = ring_gan(optimizer=sgd, clip_gradient_norm=1e-3).double()
+    start = start_of(gan)
+    server, _, _ = run(UAGAN(), gan=gan, rounds=1)
+    norm = torch.stack([own.square().sum() for own in moved(server, start).values()]).sum().sqrt()
+    assert float(norm) == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_f2u_goes_with_any_loss():

@@ -377,6 +377,16 @@ def test_masks_need_codes_that_add_up(name):
         CODECS[name]().check(is_secure=True)
 
 
+@pytest.mark.parametrize("first", [TopK(share=0.2), RandomSparse(share=0.2)])
+def test_what_is_left_of_a_sparse_code_can_be_coded_again(first):
+    """[TopK, Int8]: numbers in one byte, places as they are; and the residual is that of both."""
+    _, alone, _ = run(first)
+    _, both, _ = run(first, Int8())
+    assert sum(both.ledger.bytes_up.values()) < 0.85 * sum(alone.ledger.bytes_up.values())
+    kept = {name for own in both.store.state_dict().values() for name in own}
+    assert not any(name.startswith("transform/1/") for name in kept)
+
+
 def test_sums_of_shared_places_are_decoded_as_sums():
     """What a server under secure aggregation sees: the mean of codes is the code of the mean."""
     from fedgan_lightning.protocol import UpdateSum

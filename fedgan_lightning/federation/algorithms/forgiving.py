@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fedgan_lightning.federation.client_context import ClientContext
-from fedgan_lightning.federation.feedback.algorithm import collected
-from fedgan_lightning.federation.feedback.ensemble import GRADIENT, LOGIT, EnsembleFeedback, mean_logit, weighed
-from fedgan_lightning.federation.feedback.samples import Inputs, Labels
+from fedgan_lightning.federation.feedback.ensemble import EnsembleFeedback, mean_logit, slopes
+from fedgan_lightning.federation.feedback.samples import Labels
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.options import checked
-from fedgan_lightning.protocol import Aggregate, State
+from fedgan_lightning.protocol import State
 
 SHARPNESS = "sharpness"
 
@@ -75,23 +73,11 @@ class F2A(EnsembleFeedback):
         own = logits.new_tensor(self.sharpness) if sharpness is None else sharpness
         return mean_logit(logits, torch.log_softmax(own * logits.sigmoid() + log_weights, 0))
 
-    def sample_gradients(
-        self, server: ServerModule, total: Aggregate, batches: Sequence[Inputs]
-    ) -> Mapping[int, Tensor]:
-        """Return F, and move lambda by the same loss."""
-        if not total.collected:
-            return {}
-        logits, gradients = collected(total, LOGIT).double(), collected(total, GRADIENT).double()
-        weights = self.log_weights(server, total, batches[0].labels)
-        heard = torch.isfinite(torch.logsumexp(weights, 0))
-        coefficients, model = torch.zeros_like(logits), server.model
-        if bool(heard.any()):
-            loss: Any = model.loss
-            sharpness = server.algorithm_state[SHARPNESS].clone().requires_grad_()
-            points = logits[:, heard].detach().requires_grad_()
-            with torch.enable_grad():
-                one = self.combined(points, weights[:, heard], sharpness)
-                value = loss.generator(one) * heard.double().mean() + self.penalty * sharpness.square()
-                (coefficients[:, heard], slope) = torch.autograd.grad(value, (points, sharpness))
-            server.algorithm_state[SHARPNESS] = (sharpness.detach() - self.learning_rate * slope).clamp(min=0.0)
-        return {0: weighed(coefficients, gradients)}
+    def learn(self, server: ServerModule, logits: Tensor, log_weights: Tensor) -> Tensor:
+        model: Any = server.model
+        before = server.algorithm_state[SHARPNESS]
+        found, slope = slopes(model.loss, self.combined, logits, log_weights, before)
+        if bool(torch.isfinite(log_weights).any()):
+            moved = before - self.learning_rate * (slope + 2 * self.penalty * before)
+            server.algorithm_state[SHARPNESS] = moved.clamp(min=0.0)
+        return found

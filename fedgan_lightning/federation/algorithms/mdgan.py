@@ -83,15 +83,11 @@ class MDGAN(FeedbackAlgorithm):
         found: dict[int, Tensor] = {}
         if not total.collected:
             return found
-        clients, answers = sorted(total.collected), collected(total, FEEDBACK).double()
-        mass = self._mass(server, total, batches)
-        for row, client_id in enumerate(clients):
+        weights = [self.log_weights(server, total, inputs.labels).exp() for inputs in batches]
+        mass = [own.sum(0) for own in weights]  # also of those who answer for other batches
+        for row, (client_id, answer) in enumerate(zip(sorted(total.collected), collected(total, FEEDBACK).double())):
             slot = self.slots(client_id)[0]
-            weights = (self.log_weights(server, total, batches[slot].labels)[row].exp() / mass[slot]).nan_to_num(0.0)
-            value = answers[row] * weights.view(-1, *(1,) * (answers.dim() - 2))
+            share = (weights[slot][row] / mass[slot]).nan_to_num(0.0)
+            value = answer * share.view(-1, *(1,) * (answer.dim() - 1))
             found[slot] = found[slot] + value if slot in found else value
         return found
-
-    def _mass(self, server: ServerModule, total: Aggregate, batches: Sequence[Inputs]) -> list[Tensor]:
-        """Return by batch the sum of all clients' weights of each sample, (b,): also of those who answer for others."""
-        return [self.log_weights(server, total, inputs.labels).exp().sum(0) for inputs in batches]

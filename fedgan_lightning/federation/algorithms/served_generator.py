@@ -76,7 +76,7 @@ class ServedGenerator(FederatedAlgorithm):
     def server_step(self, server: ServerModule, total: Aggregate) -> None:
         super().server_step(server, total)
         model: Any = server.model
-        optimizer, parameters = server.optimizer_of("generator"), list(model.generator.parameters())
+        parameters = list(model.generator.parameters())
         noise = make_generator(server.seed, "served generator", server.rounds_completed)
         training = model.training
         model.train()
@@ -91,8 +91,5 @@ class ServedGenerator(FederatedAlgorithm):
                         fix="lower the generator's learning rate, or clip the discriminator's updates",
                     )
                 )
-            for parameter, gradient in zip(parameters, gradients):
-                parameter.grad = gradient
-            optimizer.step()
-            optimizer.zero_grad()
+            server.step("generator", parameters, gradients)
         model.train(training)

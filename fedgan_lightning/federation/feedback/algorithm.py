@@ -8,7 +8,7 @@ g_i(x_s), and takes it through the generator. No parameter of a discriminator tr
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -39,6 +39,15 @@ from fedgan_lightning.protocol import Aggregate, Aggregator, State
 BOUND = 1e4
 #: Names of what travels.
 AGAINST, ASKED, LABELS, ASKED_LABELS = "fakes/against", "fakes/asked", "labels/against", "labels/asked"
+
+
+class Made(NamedTuple):
+    """What was generated for a round: by which server, from what, and the samples."""
+
+    server: int
+    round: int
+    inputs: list[Inputs]
+    samples: list[Tensor]
 
 
 class FeedbackAlgorithm(FederatedAlgorithm):
@@ -79,7 +88,7 @@ class FeedbackAlgorithm(FederatedAlgorithm):
     ) -> None:
         self.num_samples, self.labels, self.per_class = num_samples, labels, per_class
         self.exchange_every = exchange_every
-        self._made: tuple[int, int, list[Tensor]] | None = None  # of the round that runs
+        self._made: Made | None = None  # of the round that runs
 
     # ------------------------------------------------------------------ before the first round
 
@@ -130,35 +139,26 @@ class FeedbackAlgorithm(FederatedAlgorithm):
         model: Any = server.model
         minibatch = getattr(server.data, "batch_size", None)
         check_gan(model, who=type(self).__name__, num_samples=self.num_samples, minibatch=minibatch)
-        if self.per_class and (not model.num_classes or self._counts(server) is None):
-            raise ConfigurationError(
-                message(
-                    "per_class must have a conditional generator, and data that counts the labels of clients",
-                    received=f"per_class=true with {model.num_classes} classes",
-                    fix="set per_class to null, or model.generator.num_classes",
-                )
-            )
-        if model.num_classes and self._counts(server) is None:
-            asked = "labels: clients" if self.labels == "clients" else ""
-            asked = asked or ("per_class: null" if self.per_class is None and self.counts_by_class else "")
-            if asked:
-                raise ConfigurationError(
-                    message(
-                        f"{type(self).__name__} must know how many labels of every class clients hold",
-                        received=f"{asked}, and data that does not count them",
-                        fix="set per_class to false and labels to uniform, or give the data module label_counts()",
-                    )
-                )
-        if self.labels == "clients" and not model.num_classes:
-            raise ConfigurationError(
-                message(
-                    "labels must be left alone where the generator takes none",
-                    received="labels: clients",
-                    fix="leave it out, or set model.generator.num_classes",
-                )
-            )
+        self._check_classes(server)
         self.check_model(model)
         return {"generator": model.generator_optimizer(model.generator.parameters())}
+
+    def _check_classes(self, server: ServerModule) -> None:
+        """Refuse settings about classes that nobody counts, or that there are not.
+
+        Raises:
+            ConfigurationError: If there are such.
+        """
+        model: Any = server.model
+        written = {"per_class: true": self.per_class is True, "labels: clients": self.labels == "clients"}
+        asked = [setting for setting, is_set in written.items() if is_set]
+        if model.num_classes and self.per_class is None and self.counts_by_class:
+            asked.append("per_class: null")
+        if asked and self._counts(server) is None:
+            rule = f"{type(self).__name__} must know how many labels of every class clients hold"
+            none = "a generator without classes" if not model.num_classes else "data that does not count them"
+            fix = "set per_class to false and labels to uniform, or give classes to the generator and the data"
+            raise ConfigurationError(message(rule, received=f"{asked[0]}, and {none}", fix=fix))
 
     def check_model(self, model: Any) -> None:
         """Refuse a GAN that this rule cannot go with, by a ConfigurationError; goes with all unless overridden."""
@@ -190,23 +190,23 @@ class FeedbackAlgorithm(FederatedAlgorithm):
 
     def task(self, server: ServerModule, round: int) -> State:
         """Generate the batches of a round; where there is one, all clients receive it."""
-        self._made = (id(server), round, generated(server.model, self.batches(server, round)))
+        inputs = self.batches(server, round)
+        self._made = Made(id(server), round, inputs, generated(server.model, inputs))
         return {} if self.num_batches > 1 else self._sent(server, round, client_id=0)
 
     def own_task(self, server: ServerModule, round: int, client_id: int) -> State:
         return self._sent(server, round, client_id=client_id) if self.num_batches > 1 else {}
 
     def _sent(self, server: ServerModule, round: int, *, client_id: int) -> dict[str, Tensor]:
-        if self._made is None or self._made[:2] != (id(server), round):
+        made = self._made
+        if made is None or (made.server, made.round) != (id(server), round):
             self.task(server, round)
-        assert self._made is not None
+        made = cast(Made, self._made)
         asked, against = self.slots(client_id)
-        samples, model = self._made[2], server.model
-        found = {AGAINST: samples[against]} | ({} if asked == against else {ASKED: samples[asked]})
-        if model.num_classes:  # type: ignore[truthy-function]
-            inputs = self.batches(server, round)
-            found |= {LABELS: inputs[against].labels}
-            found |= {} if asked == against else {ASKED_LABELS: inputs[asked].labels}
+        names = {AGAINST: (LABELS, against)} | ({} if asked == against else {ASKED: (ASKED_LABELS, asked)})
+        found = {samples: made.samples[slot] for samples, (_, slot) in names.items()}
+        if server.model.num_classes:  # type: ignore[truthy-function]
+            found |= {labels: made.inputs[slot].labels for labels, slot in names.values()}
         return found
 
     # ------------------------------------------------------------------ on a client
@@ -244,13 +244,11 @@ class FeedbackAlgorithm(FederatedAlgorithm):
                     fix="lower learning rates, or add a penalty such as R1",
                 )
             )
-        for parameter, gradient in zip(parameters, found):
-            parameter.grad = gradient
-        if model.clip_gradient_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, model.clip_gradient_norm)
-        optimizer = server.optimizer_of("generator")
-        optimizer.step()
-        optimizer.zero_grad()
+        if model.clip_gradient_norm is not None:  # as torch.nn.utils.clip_grad_norm_ does
+            norm = torch.nn.utils.get_total_norm(found)
+            factor = (model.clip_gradient_norm / (norm + 1e-6)).clamp(max=1.0)
+            found = [own * factor for own in found]
+        server.step("generator", parameters, found)
 
     def sample_gradients(
         self, server: ServerModule, total: Aggregate, batches: Sequence[Inputs]

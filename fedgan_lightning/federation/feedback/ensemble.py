@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -42,7 +42,7 @@ class EnsembleFeedback(FeedbackAlgorithm):
                     fix="set model.loss to NonSaturating or Minimax",
                 )
             )
-        if getattr(model.discriminator, "conditioning", None) == "auxiliary" or _has_classes(model):
+        if _has_classes(model):
             raise ConfigurationError(
                 message(
                     f"{name} makes one logit of all discriminators', and must have such that classify nothing",
@@ -68,17 +68,7 @@ class EnsembleFeedback(FeedbackAlgorithm):
             logits: As in :meth:`combined`.
             log_weights: As there, but they need not be normalised.
         """
-        total = torch.logsumexp(log_weights, 0)
-        heard = torch.isfinite(total)  # of some classes nobody who answered has any
-        found = torch.zeros_like(logits)
-        if not bool(heard.any()):
-            return found
-        points = logits[:, heard].detach().requires_grad_()
-        with torch.enable_grad():
-            one = self.combined(points, log_weights[:, heard] - total[heard])
-            value = loss.generator(one) * (int(heard.sum()) / logits.shape[1])
-            (found[:, heard],) = torch.autograd.grad(value, points)
-        return found
+        return slopes(loss, self.combined, logits, log_weights)[0]
 
     # ------------------------------------------------------------------ what travels
 
@@ -98,10 +88,38 @@ class EnsembleFeedback(FeedbackAlgorithm):
     ) -> Mapping[int, Tensor]:
         if not total.collected:
             return {}
-        logits, gradients = collected(total, LOGIT).double(), collected(total, GRADIENT).double()
-        weights = self.log_weights(server, total, batches[0].labels)
+        logits, weights = collected(total, LOGIT).double(), self.log_weights(server, total, batches[0].labels)
+        return {0: weighed(self.learn(server, logits, weights), collected(total, GRADIENT).double())}
+
+    def learn(self, server: ServerModule, logits: Tensor, log_weights: Tensor) -> Tensor:
+        """Return the coefficients of a round; a rule that learns something moves it here."""
         model: Any = server.model
-        return {0: weighed(self.coefficients(model.loss, logits, weights), gradients)}
+        return self.coefficients(model.loss, logits, log_weights)
+
+
+def slopes(
+    loss: Any, combined: Callable[..., Tensor], logits: Tensor, log_weights: Tensor, *learned: Tensor
+) -> tuple[Tensor, ...]:
+    """Return the slopes of the generator's mean loss at one logit made of all clients', in the logits and in more.
+
+    Args:
+        loss: The adversarial loss.
+        combined: (logits, normalised log weights, *learned) -> the one logit.
+        logits: Those of clients, (clients, b).
+        log_weights: (clients, b); they need not be normalised.
+        learned: What else the one logit depends on.
+    """
+    total = torch.logsumexp(log_weights, 0)
+    heard = torch.isfinite(total)  # of some classes nobody who answered has any
+    found = torch.zeros_like(logits)
+    if not bool(heard.any()):
+        return found, *map(torch.zeros_like, learned)
+    points = [own.detach().requires_grad_() for own in (logits[:, heard], *learned)]
+    with torch.enable_grad():
+        one = combined(points[0], log_weights[:, heard] - total[heard], *points[1:])
+        value = loss.generator(one) * (int(heard.sum()) / logits.shape[1])
+        found[:, heard], *others = torch.autograd.grad(value, points)
+    return found, *others
 
 
 def weighed(coefficients: Tensor, gradients: Tensor) -> Tensor:

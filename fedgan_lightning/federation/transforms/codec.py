@@ -40,8 +40,10 @@ class UpdateCodec(UpdateTransform):
 
     #: Sections whose numbers survive this code: squares stay squares, values keep their size.
     allowed: ClassVar[tuple[Section, ...]] = ("updates",)
-    #: Whether the mean over a code's draws is the number itself, or the code has none.
-    is_linear: ClassVar[bool] = False
+    #: Whether codes of several clients add up to the code of the sum.
+    is_linear: bool = False
+    #: Codes that are numbers of the entry, which a transform after this one may code again, or clip.
+    numbers: ClassVar[tuple[str, ...]] = ()
 
     @checked()
     def __init__(
@@ -106,8 +108,8 @@ class UpdateCodec(UpdateTransform):
             if not forms:
                 found[name] = entry
             for part, (shape, dtype) in forms.items():
-                kind: Literal["vector", "value"] = "vector" if self.is_linear else "value"
-                changed = {"shape": shape, "dtype": dtype, "kind": kind, "bound": None}
+                kind: Literal["vector", "value"] = "vector" if part in self.numbers else "value"
+                changed = {"shape": shape, "dtype": dtype, "kind": kind, "bound": None, "persists": False}
                 found[f"{name}/{part}"] = dataclasses.replace(entry, **changed)  # type: ignore[arg-type]
         return found
 

@@ -28,6 +28,8 @@ class TopK(UpdateCodec):
         error_feedback: Whether clients keep the rest for later rounds.
     """
 
+    numbers: ClassVar[tuple[str, ...]] = (VALUES,)
+
     @checked(share="(0, 1]")
     def __init__(self, *, share: float = 0.01, error_feedback: bool = True) -> None:
         super().__init__(error_feedback=error_feedback)
@@ -78,16 +80,13 @@ class RandomSparse(UpdateCodec):
         error_feedback: Whether clients keep the rest.
     """
 
-    is_linear: ClassVar[bool] = True
+    numbers: ClassVar[tuple[str, ...]] = (VALUES,)
 
     @checked(share="(0, 1]")
     def __init__(self, *, share: float = 0.1, shared: bool = False, error_feedback: bool = False) -> None:
         super().__init__(error_feedback=error_feedback)
         self.share, self.shared = float(share), shared
-
-    def check(self, *, is_secure: bool) -> None:
-        if is_secure and not self.shared:
-            UpdateCodec.check(_Single(), is_secure=True)
+        self.is_linear = shared  # with places of their own codes do not add up
 
     def forms(self, entry: UpdateEntry) -> Forms:
         size = math.prod(entry.shape)
@@ -112,12 +111,6 @@ class RandomSparse(UpdateCodec):
     def _places(self, size: int, count: int, *, name: str, facts: RoundFacts, seed: int) -> Tensor:
         source = draws(name, facts, shared=True) if self.shared else torch.Generator().manual_seed(seed % 2**62)
         return torch.randperm(size, generator=source)[:count].sort().values
-
-
-class _Single(RandomSparse):
-    """Stands for a code with places of each client's own, in an error."""
-
-    is_linear: ClassVar[bool] = False
 
 
 def scattered(values: Tensor, places: Tensor, entry: UpdateEntry) -> Tensor:
