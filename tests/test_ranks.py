@@ -181,6 +181,33 @@ def test_a_rank_that_dies_ends_the_run_with_a_named_error_and_a_usable_checkpoin
         assert resumed.finish() == 0, resumed.said()
 
 
+def test_a_process_that_does_not_notice_a_loss_is_ended_with_a_named_error(tmp_path):
+    """One that is in the middle of a long round, or in a collective that never fails."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        """
+from tests.processes import write_apart
+write_apart()
+import os, time
+from fedgan_lightning.federation import rank_watch
+rank_watch.GRACE_SECONDS = 1
+import lightning as L
+from fedgan_lightning import FederatedOrchestrator, SequentialExecutor, ServerModule
+from tests.conftest import quiet_trainer, ring_data, ring_gan
+class Lost(L.Callback):
+    def on_fit_start(self, trainer, pl_module):
+        if trainer.global_rank == 1:
+            os._exit(3)
+        time.sleep(1000)
+orchestrator = FederatedOrchestrator(rounds=1, local_steps=1, executor=SequentialExecutor())
+quiet_trainer(orchestrator, Lost(), devices=2).fit(ServerModule(ring_gan()), datamodule=ring_data())
+"""
+    )
+    with started(script, cwd=tmp_path) as run:
+        assert run.finish() == -signal.SIGKILL, run.said()
+    assert "got rank 0 of 2 lost another (exit code 3). Find out why" in run.said()
+
+
 class TestShares:
     def test_every_client_has_one_rank(self):
         costs = {k: (k * 7) % 5 + 1 for k in range(23)}

@@ -44,7 +44,8 @@ from fedgan_lightning.federation.policy import Buffers, IntegerBuffers, Optimize
 from fedgan_lightning.federation.preparation import finish
 from fedgan_lightning.federation.privacy_checks import check_privacy
 from fedgan_lightning.federation.privacy_keeper import PrivacyKeeper
-from fedgan_lightning.federation.ranks import Ranks, leave_at_exit
+from fedgan_lightning.federation.rank_watch import watch_ranks
+from fedgan_lightning.federation.ranks import Ranks
 from fedgan_lightning.federation.report import ClientClock, RoundReport, log_round
 from fedgan_lightning.federation.round import RoundRunner
 from fedgan_lightning.federation.round_schedules import LOCAL_STEPS, RoundSchedule, set_hyperparameters, steps_of
@@ -187,8 +188,7 @@ class FederatedOrchestrator(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         server, data = self._checked(trainer, pl_module)
-        if trainer.world_size > 1:
-            leave_at_exit()
+        watch_ranks(trainer)
         self._begun = begin(self, trainer, server.model, data, stage)
         policy = self.policy_of(server.model)
         server.attach(policy, self.algorithm, seed=self.seed, data=data)

@@ -160,7 +160,7 @@ class Ranks:
         try:
             collective()
         except RuntimeError as error:
-            raise _lost(error, rank=self.rank, world_size=self.world_size) from error
+            raise lost(str(error), rank=self.rank, world_size=self.world_size) from error
 
 
 def lost_rank(error: RuntimeError) -> RankError | None:
@@ -173,14 +173,21 @@ def lost_rank(error: RuntimeError) -> RankError | None:
     if isinstance(error, FedGANError) or not frames or not frames[-1].startswith("torch.distributed"):
         return None
     rank, size = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")))
-    return _lost(error, rank=dist.get_rank() if dist.is_initialized() else rank, world_size=size)
+    return lost(str(error), rank=dist.get_rank() if dist.is_initialized() else rank, world_size=size)
 
 
-def _lost(error: RuntimeError, *, rank: int, world_size: int) -> RankError:
+def lost(why: str, *, rank: int, world_size: int) -> RankError:
+    """Return the error of a process that cannot go on because another has ended.
+
+    Args:
+        why: What is known; its first line is told.
+        rank: This process.
+        world_size: Number of processes.
+    """
     return RankError(
         message(
             "all processes of a run must live until its end",
-            received=f"rank {rank} of {world_size} lost another ({str(error).splitlines()[0][:120]})",
+            received=f"rank {rank} of {world_size} lost another ({why.splitlines()[0][:120]})",
             fix="find out why it ended (memory?), and continue with --ckpt_path last",
         )
     )
