@@ -20,6 +20,7 @@ from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.evaluation.callback import Evaluation
 from fedgan_lightning.federation.checks import check_precision
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
+from fedgan_lightning.federation.personal import client_module
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.federation.threads import threads
 from fedgan_lightning.files import expanded
@@ -121,6 +122,17 @@ class Federation:
         with threads(self.num_threads or 1):
             self._make_trainer(is_fit=False).test(self.server, self.data, ckpt_path=found, verbose=False)
         return dict(self.evaluation.latest)
+
+    def client_module(self, client_id: int) -> L.LightningModule:
+        """Return a copy of the global module in which all that a client keeps is that client's.
+
+        Args:
+            client_id: The client.
+
+        Raises:
+            ConfigurationError: If it keeps nothing: nothing is local, or it has not trained.
+        """
+        return client_module(self.orchestrator, self.server, client_id)
 
     @property
     def summary_path(self) -> Path:

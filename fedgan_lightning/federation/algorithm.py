@@ -36,10 +36,13 @@ class FederatedAlgorithm:
             read by :meth:`Visit.hyperparameter`.
         trains: Placements of networks that this algorithm can serve, beside ``average``, ``local`` and ``server``; with
             ``server`` among them it trains at the server what is only there.
+        covered: Names of its own entries that client-level privacy cuts and noises as it does parameter updates;
+            entries that are not among them do not go with it.
     """
 
     scheduled: frozenset[str] = frozenset()
     trains: frozenset[str] = frozenset()
+    covered: frozenset[str] = frozenset()
 
     # ------------------------------------------------------------------ before the first round
 

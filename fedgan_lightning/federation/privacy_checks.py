@@ -114,10 +114,16 @@ def _of_clients(federation: Any, model: Any, policy: Policy) -> list[Case]:
         ),
         (anchor is not None, beside.format("LeCam's anchors"), type(anchor).__name__, "set model.anchor to null"),
         (
-            algorithm.entries is not FederatedAlgorithm.entries or algorithm.answer is not FederatedAlgorithm.answer,
+            _sends_more(algorithm) and not federation.algorithm.covered,
             beside.format(f"what {algorithm.__name__} sends"),
             algorithm.__name__,
-            "use FedGAN, FedProx or ServedGenerator",
+            "use FedGAN, FedProx, ServedGenerator, or MDGAN with num_batches: 1",
+        ),
+        (
+            bool(federation.algorithm.covered) and privacy.noise == "distributed",
+            f"distributed noise covers parameter updates, and what {algorithm.__name__} sends is none",
+            f"{algorithm.__name__} with noise=distributed",
+            "set federation.privacy.noise to central",
         ),
         (
             bool(exchanged),
@@ -133,6 +139,11 @@ def _of_clients(federation: Any, model: Any, policy: Policy) -> list[Case]:
         ),
         *_of_selection(federation),
     ]
+
+
+def _sends_more(algorithm: type[FederatedAlgorithm]) -> bool:
+    base = FederatedAlgorithm
+    return algorithm.entries is not base.entries or algorithm.answer is not base.answer
 
 
 def _of_selection(federation: Any) -> list[Case]:

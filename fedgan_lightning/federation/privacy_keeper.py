@@ -15,6 +15,7 @@ from fedgan_lightning.dp.charges import NAME, NOT_PRIVATE, Ledger
 from fedgan_lightning.dp.randomness import SecretStream, new_key
 from fedgan_lightning.dp.statement import Guarantee
 from fedgan_lightning.federation import namespaces
+from fedgan_lightning.federation.algorithm import FederatedAlgorithm
 from fedgan_lightning.federation.client_privacy import ClientLevelPrivacy
 from fedgan_lightning.federation.distributed_noise import check_range
 from fedgan_lightning.federation.example_charges import ExampleCharges
@@ -66,6 +67,7 @@ class PrivacyKeeper:
         path = folder / NAME if folder is not None and self.ranks.rank == 0 else None
         self.ledger = Ledger(path, is_seeded=self.is_seeded)
         self._keys: dict[str, bytes] = {}
+        self.covered = covered_by(federation.algorithm)
         self.clip = 0.0
         if self.client is not None:
             count = self.num_clients
@@ -184,7 +186,7 @@ class PrivacyKeeper:
     def transform(self) -> PrivateUpdates:
         """Return the transform of updates of a run with client-level privacy."""
         assert self.client is not None
-        return private_updates(self.client, divisor=self.divisor, noised=self.noised)
+        return private_updates(self.client, covered=self.covered, divisor=self.divisor, noised=self.noised)
 
     def noised(self, total: Aggregate) -> Aggregate:
         """Return the total of a round as it is released, and move the bound C for the next."""
@@ -195,6 +197,8 @@ class PrivacyKeeper:
             unit = self.update_noise * self.clip / self.divisor
             stds = {name: unit * self.client.scales.get(network_of(name), 1.0) for name in delta}
             delta = with_noise(delta, stds=stds, normals=stream.normals)
+            own = {name: extras[name] for name in self.covered}
+            extras |= with_noise(own, stds=dict.fromkeys(own, unit), normals=stream.normals)
         if below in extras:  # the mean of b - 1/2 over the expected cohort
             noise = self.count_noise * float(stream.normals(1)[0]) / self.divisor
             self.clip = self.client.next_clip(self.clip, float(extras.pop(below)) + noise + 0.5)
@@ -277,13 +281,23 @@ def private_parts(federation: Any) -> list[PrivateUpdates]:
         return []
     if federation.keeper is not None:
         return [federation.keeper.transform()]
-    return [private_updates(federation.privacy)]  # what the server divides by is none of a site's business
+    covered = covered_by(federation.algorithm)
+    return [
+        private_updates(federation.privacy, covered=covered)
+    ]  # what the server divides by is none of a site's business
 
 
-def private_updates(privacy: ClientLevelPrivacy, *, divisor: float = 1.0, noised: Noised = None) -> PrivateUpdates:
+def covered_by(algorithm: FederatedAlgorithm) -> list[str]:
+    """Return the names in an update of what privacy covers beside parameter updates, in order."""
+    return [f"{namespaces.ALGORITHM}{name}" for name in sorted(algorithm.covered)]
+
+
+def private_updates(
+    privacy: ClientLevelPrivacy, *, covered: Sequence[str] = (), divisor: float = 1.0, noised: Noised = None
+) -> PrivateUpdates:
     """Return the transform that the settings describe; arguments as in :class:`PrivateUpdates`."""
-    counts = privacy.clipping == "adaptive"
-    return PrivateUpdates(clip=privacy.clip, scales=privacy.scales, divisor=divisor, counts=counts, noised=noised)
+    of_server: dict[str, Any] = {"divisor": divisor, "noised": noised, "counts": privacy.clipping == "adaptive"}
+    return PrivateUpdates(clip=privacy.clip, scales=privacy.scales, covered=covered, **of_server)
 
 
 def effective_noise(z: float, *, clip: float, secure: SecureAggregation, numbers: int) -> float:

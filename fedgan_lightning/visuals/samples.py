@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.evaluation.modalities import Belief, View, modality_of
+from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
+from fedgan_lightning.federation.personal import server_of_client
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.files import replacing, write_text
 from fedgan_lightning.gan.steps import split_heads
@@ -35,6 +37,8 @@ class SamplePictures(L.Callback):
         rows: Rows, where there are no classes; columns times rows sentences.
         num_points: Points of a scatter plot.
         predict_samples: Samples that ``predict`` writes.
+        predict_client: Client by whose own generator ``predict`` draws, where clients keep parts of it; it writes to
+            ``predictions/clientK``. ``None`` is the global one.
         seed: Seed of the fixed z. ``predict`` takes the same.
     """
 
@@ -45,6 +49,7 @@ class SamplePictures(L.Callback):
         rows="[1, inf)",
         num_points="[1, inf)",
         predict_samples="[1, inf)",
+        predict_client="[0, inf)",
         seed="[0, inf)",
     )
     def __init__(
@@ -55,10 +60,12 @@ class SamplePictures(L.Callback):
         rows: int = 8,
         num_points: int = 2000,
         predict_samples: int = 100,
+        predict_client: int | None = None,
         seed: int = 0,
     ) -> None:
         self.every_n_rounds, self.columns, self.rows = every_n_rounds, columns, rows
         self.num_points, self.predict_samples, self.seed = num_points, predict_samples, seed
+        self.predict_client = predict_client
         self._last_round = -1
 
     # ------------------------------------------------------------------ training
@@ -138,11 +145,19 @@ class SamplePictures(L.Callback):
     # ------------------------------------------------------------------ predict
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write ``predictions/samples.png`` and ``predictions/samples.npz`` (x, and y for conditional generators)."""
+        """Write ``predictions/samples.png`` and ``predictions/samples.npz`` (x, and y for conditional generators).
+
+        Raises:
+            ConfigurationError: If the client that was asked for keeps nothing.
+        """
         assert isinstance(pl_module, ServerModule)
         if not (trainer.is_global_zero and pl_module.can_sample and _has_samples(trainer)):
             return
         data, folder = _data(trainer), Path(trainer.default_root_dir) / "predictions"
+        if self.predict_client is not None:
+            federation = next(own for own in trainer.callbacks if isinstance(own, FederatedOrchestrator))  # type: ignore[attr-defined]
+            pl_module = server_of_client(federation, pl_module, self.predict_client)
+            folder = folder / f"client{self.predict_client}"
         classes = int(getattr(pl_module.model, "num_classes", 0))
         labels = torch.arange(self.predict_samples) % classes if classes else None
         samples = pl_module.sample(self.predict_samples, labels=labels, generator=self._generator()).cpu()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fedgan_lightning import ConfigurationError, SequentialExecutor, VectorizedExecutor
 from fedgan_lightning.aggregators import WeightedMean
-from fedgan_lightning.algorithms import FedProx
+from fedgan_lightning.algorithms import FedGAN, FedProx
 from fedgan_lightning.federation.entry_sums import EntrySums
 from fedgan_lightning.federation.privacy_keeper import PrivacyKeeper, effective_noise
 from fedgan_lightning.federation.ranks import Ranks
@@ -103,6 +103,7 @@ def keeper_of(data=None, *, sampler=None, rounds=5, **options):
     federation = type("Federation", (), {})()
     federation.privacy, federation.rounds = ClientLevelPrivacy(**chosen), rounds
     federation.clients = sampler if sampler is not None else AllClients()
+    federation.algorithm = FedGAN()
     federation.schedules, federation.local_steps, federation.ranks = {}, 2, Ranks()
     return PrivacyKeeper(federation, ring_gan(), data if data is not None else ring_data())
 

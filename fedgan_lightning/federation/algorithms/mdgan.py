@@ -34,6 +34,10 @@ class MDGAN(FeedbackAlgorithm):
     It minimises the mean of the clients' divergences, whose optimum under label skew is not the mixture of the clients'
     data: common classes win. :class:`UAGAN` has the mixture.
 
+    With ``num_batches=1`` client-level privacy covers the answers: F_i as a whole is cut to the bound C, and noise is
+    added to their sum. ``max_sample_norm`` c cuts every sample's gradient before, so that |F_i| <= c / sqrt(b) (Chen,
+    Orekondy, Fritz 2020, equation 8).
+
     Source: Hardy, Le Merrer, Sericola 2019, algorithm 1, with the 1/b of F once, and a step against the gradient; a
     cycle in place of partners drawn one by one, of whom two may choose the same client. Labels of samples travel with
     them.
@@ -41,21 +45,23 @@ class MDGAN(FeedbackAlgorithm):
     Args:
         num_batches: Batches k of a round: with 1 every client trains against the batch that it answers for, and only
             the sum of all answers is needed, so that masks of secure aggregation and robust aggregators go with it.
+        max_sample_norm: Largest norm of one sample's gradient dL(l_i(x_s))/dx_s, > 0; ``None`` cuts none.
         num_samples, labels, per_class, exchange_every: As in :class:`FeedbackAlgorithm`; ``per_class`` is off.
     """
 
-    @checked(num_batches="[1, inf)", num_samples="[1, inf)", exchange_every="[1, inf)")
+    @checked(num_batches="[1, inf)", max_sample_norm="(0, inf)", num_samples="[1, inf)", exchange_every="[1, inf)")
     def __init__(
         self,
         *,
         num_batches: int = 2,
+        max_sample_norm: float | None = None,
         num_samples: int = 64,
         labels: Labels = "uniform",
         per_class: bool | None = None,
         exchange_every: int = 1,
     ) -> None:
         super().__init__(num_samples=num_samples, labels=labels, per_class=per_class, exchange_every=exchange_every)
-        self.num_batches = num_batches
+        self.num_batches, self.max_sample_norm = num_batches, max_sample_norm
 
     def slots(self, client_id: int) -> tuple[int, int]:
         number = client_id + 1  # the paper counts clients from 1
@@ -66,13 +72,24 @@ class MDGAN(FeedbackAlgorithm):
         """Whether the server needs the mean of all answers and nothing else."""
         return self.num_batches == 1 and not self.per_class
 
+    @property
+    def covered(self) -> frozenset[str]:  # type: ignore[override] # it follows from the options
+        """Names of what client-level privacy covers: answers of which the server needs the sum alone."""
+        return frozenset({FEEDBACK}) if self.is_additive else frozenset()
+
     def entries(self, context: ClientContext) -> Mapping[str, UpdateEntry]:
         shape, dtype = self.shape_of(context)
         rule: Any = "aggregator" if self.is_additive else "collect"
         return {FEEDBACK: UpdateEntry(shape, dtype, rule=rule, kind="vector", bound=BOUND, persists=False)}
 
     def answer(self, visit: Visit) -> State:
-        return {FEEDBACK: visit.generator_feedback(*self.asked(visit))}
+        found = visit.generator_feedback(*self.asked(visit))
+        if self.max_sample_norm is not None:
+            leading = 2 if visit.is_stacked else 1
+            norms = found.flatten(leading).norm(dim=-1) * self.num_samples  # 1 / b of the mean is in every gradient
+            factors = (self.max_sample_norm / norms.clamp(min=1e-38)).clamp(max=1.0)
+            found = found * factors.view(*factors.shape, *(1,) * (found.dim() - leading))
+        return {FEEDBACK: found}
 
     def sample_gradients(
         self, server: ServerModule, total: Aggregate, batches: Sequence[Inputs]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ class PrivateUpdates(UpdateTransform):
         clip: The bound C where the task says none.
         scales: Scale s by network, 1 where none is given.
         divisor: What a sum is divided by.
+        covered: Names of entries that are cut, and noised, together with parameter updates.
         counts: Whether clients say who was below the bound, as adaptive clipping needs.
         noised: From a total to the total with noise; ``None`` where somebody else adds it.
     """
@@ -47,17 +48,18 @@ class PrivateUpdates(UpdateTransform):
         clip: float,
         scales: dict[str, float] | None = None,
         divisor: float,
+        covered: Sequence[str] = (),
         counts: bool = False,
         noised: Callable[[Aggregate], Aggregate] | None = None,
     ) -> None:
         self.clip, self.scales, self.divisor, self.noised = float(clip), dict(scales or {}), float(divisor), noised
-        self.counts = counts
+        self.covered, self.counts = frozenset(covered), counts
 
     def schema(self, entries: Mapping[str, UpdateEntry]) -> dict[str, UpdateEntry]:
         """Return the same entries; updates are added, all clients alike, and divided by a number that is fixed."""
         changed = {"rule": "sum", "weight": "one", "denominator": self.divisor}
         return {
-            name: dataclasses.replace(entry, **changed) if entry.group == "delta" else entry  # type: ignore[arg-type]
+            name: dataclasses.replace(entry, **changed) if self._covers(name, entry) else entry  # type: ignore[arg-type]
             for name, entry in entries.items()
         }
 
@@ -92,8 +94,8 @@ class PrivateUpdates(UpdateTransform):
         return total if self.noised is None else self.noised(total)
 
     def norm(self, update: State, entries: Mapping[str, UpdateEntry]) -> float:
-        """Return |v / s| over all networks together; NaN or infinity where a number is none."""
-        names = [name for name in update if name in entries and entries[name].group == "delta"]
+        """Return |v / s| over all that is covered together; NaN or infinity where a number is none."""
+        names = [name for name in update if name in entries and self._covers(name, entries[name])]
         values = [update[name].detach() for name in names]
         lengths = torch.stack([own.double() for own in torch._foreach_norm(values)])  # one call for all, which counts
         if self.scales:
@@ -104,6 +106,9 @@ class PrivateUpdates(UpdateTransform):
         scaled = (own.double() / self.scale(name) for name, own in zip(names, values))  # squares that are no float32
         return float(states.norm(scaled, dtype=torch.float64))
 
+    def _covers(self, name: str, entry: UpdateEntry) -> bool:
+        return entry.group == "delta" or name in self.covered
+
     def scale(self, name: str) -> float:
         """Return the scale of an entry's network."""
         return self.scales.get(network_of(name), 1.0)
@@ -112,7 +117,7 @@ class PrivateUpdates(UpdateTransform):
         """Return the update, cut; one that is not finite stays what it is, and is refused where finite ones are not."""
         if norm <= bound or not norm < math.inf:
             return update
-        names = [name for name in update if name in entries and entries[name].group == "delta"]
+        names = [name for name in update if name in entries and self._covers(name, entries[name])]
         cut = torch._foreach_mul([update[name].detach() for name in names], bound / norm * MARGIN)
         return {**update, **dict(zip(names, cut))}
 
