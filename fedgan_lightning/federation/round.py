@@ -10,7 +10,6 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from typing import TypeAlias
 
 from fedgan_lightning.errors import QuorumError, RoundInterrupted
 from fedgan_lightning.federation import namespaces
@@ -28,8 +27,6 @@ from fedgan_lightning.seeding import derive_seed
 from fedgan_lightning.update_transform import RoundFacts
 
 logger = logging.getLogger("fedgan_lightning")
-
-Event: TypeAlias = RoundInfo | ClientUpdate | RoundReport
 
 
 class RoundRunner:
@@ -57,13 +54,12 @@ class RoundRunner:
         self.context, self.executor, self.aggregator, self.rules, self.seed = context, executor, aggregator, rules, seed
         self.checks = UpdateChecks(context, validator=validator, sums_only=executor.sums_only)
         self.asynchronous = context.asynchronous
-        self._sent: State = {}  # in place of a round's state, where a transform has a code for it
         sampler = sampler if self.asynchronous is None else ArrivingClients(self.asynchronous)
         facts = {"num_clients": context.data.num_clients, "secure": context.secure, "keeper": context.keeper}
         options = {"rules": rules, "validator": validator, "seed": seed, "strikes": strikes}
         self.selection = ClientSelection(sampler, needed=aggregator.needed, **options, **facts)  # type: ignore[arg-type]
 
-    def run(self, server: ServerModule, task: ClientTask) -> Iterator[Event]:
+    def run(self, server: ServerModule, task: ClientTask) -> Iterator[RoundInfo | ClientUpdate | RoundReport]:
         """Yield for every attempt of a round its cohort, every update that counts, and its report; the last one counts.
 
         The server, which is not changed, says what single clients are sent beside the task of all.
@@ -74,14 +70,14 @@ class RoundRunner:
         """
         transforms, policy = self.context.transforms, self.context.policy
         facts = RoundFacts(task.round, task.hyperparameters, derive_seed(self.seed, "broadcast", task.round))
-        self._sent, state = transforms.broadcast(task.state, is_parameter=policy.is_parameter, facts=facts)
+        sent, state = transforms.broadcast(task.state, is_parameter=policy.is_parameter, facts=facts)
         task = dataclasses.replace(task, state=state)
         if self.asynchronous is not None:
             self.asynchronous.begin(task)
         for attempt in self.rules.attempts(self.context.stop_requested):
             selection = self.selection.select(task.round, attempt)
             yield RoundInfo(round=task.round, cohort=selection.cohort)
-            started, receiver = time.perf_counter(), self._receiver(server, task)
+            started, receiver = time.perf_counter(), self._receiver(server, task, sent)
             try:
                 yield from self._train(server, task, selection, receiver, attempt)
                 report = self._report(attempt, selection.needed, receiver, started)
@@ -97,11 +93,10 @@ class RoundRunner:
                 return
         raise QuorumError(self.rules.too_few(task.round, self.aggregator))
 
-    def _receiver(self, server: ServerModule, task: ClientTask) -> Receiver:
+    def _receiver(self, server: ServerModule, task: ClientTask, sent: State) -> Receiver:
         own = namespaces.under(namespaces.ALGORITHM, self.context.algorithm.own_task(server, task.round, 0))
-        size = bytes_by_network({**self._sent, **own})
         late = self.asynchronous.receiving(self.checks.of_round, task.round) if self.asynchronous else {}
-        checks = self.checks.of_round(task)
+        checks, size = self.checks.of_round(task), bytes_by_network({**sent, **own})
         return Receiver(checks, aggregator=self.aggregator, rules=self.rules, bytes_down=size, **late)
 
     def _train(
@@ -116,8 +111,7 @@ class RoundRunner:
             receiver.ask(wave)
             try:
                 for answer in self.executor.run(self._tasks(server, task, wave, attempt)):
-                    update = receiver.take(answer)
-                    if update is not None:
+                    if (update := receiver.take(answer)) is not None:
                         yield update
                     if self.context.stop_requested():
                         raise RoundInterrupted("the user asked to stop")
@@ -149,8 +143,7 @@ class RoundRunner:
             for client_id in {*receiver.asked} - answered:
                 context.store.forget(client_id)
             context.store.exchange(context.ranks.exchange_states)
-            total = receiver.total(context.ranks)
-            total = context.transforms.total(total) if context.transforms else total
+            total = context.transforms.total(receiver.total(context.ranks))
         gauges = self.executor.gauges() | (self.asynchronous.gauges() if self.asynchronous else {})
         facts = {"seconds": time.perf_counter() - started, "gauges": gauges}
         return receiver.report(attempt=attempt, clients=clients, total=total, **facts)
