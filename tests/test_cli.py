@@ -50,7 +50,7 @@ STAND_INS = {
     "inpainting": ("[1, 28, 28]", 10),
 }
 #: How pictures of generated samples are called, where they are more than samples.
-PICTURES = {"inpainting": "completed"}
+PICTURES = {"inpainting": "completed", "digits_asyndgan": "completed", "digits_personal": ""}
 
 
 #: What must know the number of words.
