@@ -234,3 +234,32 @@ def methods(total: int, *, local_steps: int, samples: int) -> dict[str, list[str
         "FedBuff": [*many, "--federation.rules.asynchronous.buffer_size", "5"],
     }
     return {f"{way}, {where}": [*own, *part] for where, part in SPLITS.items() for way, own in ways.items()}
+
+
+def factors(total: int, *, local_steps: int) -> dict[str, list[str]]:
+    """Return cells for what averaged moments are worth, one factor at a time, and for what might replace them."""
+    convolutions = [
+        "--model.generator={class_path: DCGANGenerator, init_args: {image_size: 8, channels: 1, latent_dim: 32, "
+        "width: 32, num_classes: 10}}",
+        "--model.discriminator={class_path: DCGANDiscriminator, init_args: {image_size: 8, channels: 1, width: 32, "
+        "num_classes: 10, conditioning: projection}}",
+    ]
+    usual = rounds(total, local_steps)
+    changed = {
+        "as it is": usual,
+        "K = 20": rounds(total, 20),
+        "batches of 128": [*usual, "--data.batch_size", "128"],
+        "no labels": [*usual, *UNCONDITIONAL],
+        "convolutions": [*usual, *convolutions],
+        "IID": [*usual, *IID],
+    }
+    cells = {
+        f"{change}, {policy}": [*options, *OPTIMIZERS[policy]]
+        for change, options in changed.items()
+        for policy in ("average", "reset")
+    }
+    faster = ["--model.discriminator_optimizer.init_args.lr", "4e-3"]
+    cells["D four times as fast, reset"] = [*usual, *OPTIMIZERS["reset"], *faster]
+    gentle = [option.format(lr=0.03) for option in STATELESS["SGD"]]
+    cells["SCAFFOLD (SGD)"] = [*usual, "--federation.algorithm", "Scaffold", *gentle]
+    return cells

@@ -24,6 +24,7 @@ from benchmarks.cells import (
     UNION,
     Grid,
     algorithms,
+    factors,
     falling,
     k_sweep,
     losses,
@@ -267,6 +268,14 @@ GRIDS = {
         common=["--federation.executor", "VectorizedExecutor"],
         cells=methods(1000, local_steps=5, samples=32),
         columns=("fid", "fid_test", "tstr_accuracy", "classes", "class_distance"),
+    ),
+    "digits_factors": Grid(
+        title="digits, ten clients with two kinds each: averaged and fresh moments, one factor at a time",
+        config="digits.yaml",
+        common=["--federation.executor", "VectorizedExecutor", *QUICK],
+        cells=factors(1000, local_steps=5),
+        columns=("fid", "fid_test", "classes", "recall"),
+        seeds=(0,),
     ),
     "ring8_algorithms": Grid(
         title="ring of 8, four clients with two modes each: algorithms under SGD at 6 000 steps, falling rates",
