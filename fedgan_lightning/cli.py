@@ -39,7 +39,7 @@ from fedgan_lightning.federation.checks import CLIENT_TRAINER, check_precision, 
 from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.files import expanded
-from fedgan_lightning.hooks import completed_rounds
+from fedgan_lightning.hooks import completed_rounds, is_finished
 from fedgan_lightning.parser import OneLineParser, OwnDataParser, where_data_class_is_named
 from fedgan_lightning.protocol import FederatedData
 from fedgan_lightning.run_directory import MAY_CHANGE, to_judge
@@ -273,11 +273,12 @@ class FederatedCLI(LightningCLI):
             print(f"{self.trainer.default_root_dir}: {values}")
         number, rounds = self.orchestrator.signals.number, completed_rounds(self.trainer)
         if rounds < self.orchestrator.rounds and self.trainer.is_global_zero:
-            by = f" by {signal.Signals(number).name}" if number is not None else ""
-            print(
-                f"stopped{by} after {rounds} complete rounds of {self.orchestrator.rounds}; "
-                f"continue with: --ckpt_path last --run_dir {self.trainer.default_root_dir}"
-            )
+            of, by = f"{rounds} complete rounds of {self.orchestrator.rounds}", ""
+            if number is not None:
+                by = f" by {signal.Signals(number).name}"
+            go_on = f"continue with: --ckpt_path last --run_dir {self.trainer.default_root_dir}"
+            spent = number is None and is_finished(self.trainer)
+            print(f"finished after {of}: the privacy budget is spent" if spent else f"stopped{by} after {of}; {go_on}")
         if number is not None:
             raise SystemExit(128 + number)
 

@@ -144,6 +144,11 @@ def completed_rounds(trainer: Any) -> int:
     return int(getattr(trainer.lightning_module, "rounds_completed", trainer.global_step))
 
 
+def is_finished(trainer: Any) -> bool:
+    """Return whether all rounds are done that there are to be: fewer than were asked for where a budget is spent."""
+    return completed_rounds(trainer) >= planned_rounds(trainer)
+
+
 def planned_rounds(trainer: Any) -> int:
     """Return the rounds that the server of a Trainer is to complete; without a federation its ``max_steps``."""
     return int(getattr(trainer.lightning_module, "rounds_planned", trainer.max_steps))

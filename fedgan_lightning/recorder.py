@@ -19,7 +19,7 @@ from fedgan_lightning.federation.orchestrator import FederatedOrchestrator
 from fedgan_lightning.federation.report import RoundReport
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.files import replacing, to_json, write_json, write_text
-from fedgan_lightning.hooks import completed_rounds
+from fedgan_lightning.hooks import completed_rounds, is_finished
 from fedgan_lightning.jsonl import NAME, RoundLog
 from fedgan_lightning.model_card import CARD, card
 from fedgan_lightning.options import checked
@@ -92,8 +92,7 @@ class RunRecorder(L.Callback):
             self.write(trainer, status="running")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        orchestrator = _find(trainer, FederatedOrchestrator)
-        stopped = orchestrator is not None and completed_rounds(trainer) < orchestrator.rounds
+        stopped = _find(trainer, FederatedOrchestrator) is not None and not is_finished(trainer)
         self.write(trainer, status="stopped" if stopped else "finished")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

@@ -136,6 +136,20 @@ def finished(tmp_path_factory) -> Path:
     return folder
 
 
+def test_a_run_that_its_budget_ends_is_finished(tmp_path, capsys):
+    privacy = {"clip": 0.1, "noise_multiplier": 2.0, "budget": 6.0, "delta": 1e-3}
+    options = [option for name, value in privacy.items() for option in (f"--federation.privacy.{name}", str(value))]
+    options += ["--federation.aggregator", "WeightedMean", "--federation.aggregator.weighting", "uniform"]
+    options += ["--federation.optimizer_state", "reset", "--evaluation.metrics", "[]", "--federation.rounds", "50"]
+    code, out, err = run("fit", *small("digits"), *options, "--run_dir", tmp_path / "run", capsys=capsys)
+    assert code == 0, err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert 0 < summary["rounds"] < 50
+    assert f"finished after {summary['rounds']} complete rounds of 50: the privacy budget is spent" in out
+    assert summary["privacy"]["client"]["epsilon"] <= 6.0
+
+
 @pytest.mark.parametrize("form", ["HeldAbsentGap", "[{class_path: HeldAbsentGap, init_args: {every_n_rounds: 1}}]"])
 def test_one_callback_or_several_are_added(form, tmp_path, capsys):
     arguments = [*small("digits"), "--run_dir", tmp_path / "run", "--trainer.callbacks", form]

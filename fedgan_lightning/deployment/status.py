@@ -15,7 +15,7 @@ from fedgan_lightning.deployment.sites import Sites
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation.schema import printable
 from fedgan_lightning.files import write_json, write_text
-from fedgan_lightning.hooks import completed_rounds, planned_rounds
+from fedgan_lightning.hooks import completed_rounds, is_finished, planned_rounds
 
 logger = logging.getLogger("fedgan_lightning")
 
@@ -69,8 +69,7 @@ class StatusFile(L.Callback):
         self.write(rounds=done)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        done = completed_rounds(trainer) >= planned_rounds(trainer)
-        self.write(state="finished" if done else "stopped", rounds=completed_rounds(trainer))
+        self.write(state="finished" if is_finished(trainer) else "stopped", rounds=completed_rounds(trainer))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.write(state="failed", last_error=printable(f"{type(exception).__name__}: {exception}"))

@@ -292,7 +292,7 @@ class FederatedOrchestrator(L.Callback):
         server, _ = self._checked(trainer, pl_module)
         self._reports, self._round_started = [], time.perf_counter()
         if self.keeper is not None and self.keeper.is_exhausted(server.rounds_completed):
-            trainer.should_stop = True
+            trainer.should_stop, server.rounds_planned = True, server.rounds_completed
             return
         events = self.runner.run(server, self._task(server))
         try:
