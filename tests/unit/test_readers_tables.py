@@ -196,7 +196,11 @@ TABLES = {
     "nothing": ({"rows": [], "header": ""}, {}, "got no header"),
     "header only": ({"rows": []}, {}, "two profiles of 24 rows or more; got 0 rows"),
     "constant": ({"rows": [f"{when},1" for when in HOURS]}, {}, "a variable must vary.*from 1 to 1"),
-    "unknown label": ({}, {"label": "seasons"}, "label .* one of season, month, weekday or None; got 'seasons'"),
+    "unknown label": (
+        {},
+        {"label": "seasons"},
+        "label .* one of season, .* variable or None; got 'seasons'",
+    ),
     "unknown remedy": ({}, {"irregular": "dropp"}, "irregular .* one of refuse, drop, consecutive"),
     "no share": ({}, {"test_fraction": 1.0}, r"test_fraction .* in \(0, 1\); got 1.0"),
     "no length": ({}, {"length": 0}, "length .* at least 1; got 0"),

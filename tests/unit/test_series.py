@@ -61,6 +61,15 @@ class TestSource:
         steps = temperature.diff(dim=2)
         torch.testing.assert_close(steps, steps[:1, :, :1].expand_as(steps), atol=1e-5, rtol=1e-5)
 
+    def test_the_variable_may_be_the_class(self, tmp_path):
+        path = write(tmp_path / "a.csv")
+        source = CSVProfiles(path, variables=["temperature", "load"], label="variable")
+        assert source.class_names == ("temperature", "load")
+        train = source.load("train")
+        assert (np.array(source.class_names)[train.y.numpy()] == train.columns["variable"]).all()
+        with pytest.raises(DataError, match="must be listed; got data.source.label=variable with"):
+            CSVProfiles(path, label="variable")
+
     def test_days_are_held_out_for_all_variables_alike(self, tmp_path):
         source = CSVProfiles(write(tmp_path / "a.csv"), variables=["load"], label=None)
         assert source.num_classes == 0

@@ -50,7 +50,8 @@ class CSVProfiles(Source):
     hour of its day, if profiles are days; they are read as they are written, without regard to offsets from UTC. The
     first row begins the first profile; rows after the last whole profile are left out.
 
-    The class is a property of the date on which a profile begins. Columns ``variable``, ``season``, ``month`` and
+    The class is a property of the date on which a profile begins, or the variable itself: networks that are told which
+    it is need not find out, where every client holds another one. Columns ``variable``, ``season``, ``month`` and
     ``weekday`` allow natural partitions. Every variable is scaled by quantiles of its own training profiles, which is
     what a client that holds the variable knows itself.
 
@@ -59,7 +60,7 @@ class CSVProfiles(Source):
         variables: Columns to take; default all but the date.
         date: Column of the date, ISO 8601.
         length: Points of time in a profile.
-        label: The class: ``season``, ``month``, ``weekday``, or none.
+        label: The class: ``season``, ``month``, ``weekday``, ``variable`` (of those listed in ``variables``), or none.
         test_fraction: Share of the profiles of every variable that is held out, in (0, 1).
         irregular: What becomes of dates that do not rise by one step, and of values that are missing: ``refuse`` names
             the first; ``drop`` leaves out the profiles in which they lie, for all variables, and says how many, and
@@ -80,20 +81,34 @@ class CSVProfiles(Source):
         variables: Sequence[str] | None = None,
         date: str = "date",
         length: int = 24,
-        label: Literal["season", "month", "weekday"] | None = "season",
+        label: Literal["season", "month", "weekday", "variable"] | None = "season",
         test_fraction: float = 0.1,
         irregular: Literal["refuse", "drop", "consecutive"] = "refuse",
         encoding: str = "utf-8",
         delimiter: str = ",",
     ) -> None:
-        names = {"season": SEASONS, "month": MONTHS, "weekday": WEEKDAYS, None: ()}
+        if label == "variable" and variables is None:
+            raise DataError(
+                message(
+                    "the variables that are classes must be listed",
+                    received="data.source.label=variable with data.source.variables=null",
+                    fix="list them in data.source.variables",
+                )
+            )
+        classes = {
+            "season": SEASONS,
+            "month": MONTHS,
+            "weekday": WEEKDAYS,
+            "variable": tuple(variables or ()),
+            None: (),
+        }
         check_encoding(encoding, option="data.source.encoding")
         self.path, self.date, self.length, self.label = user_path(path), date, length, label
         self.variables, self.test_fraction = None if variables is None else list(variables), test_fraction
         self.irregular, self.encoding = irregular, encoding
         self.delimiter = check_delimiter(delimiter, option="data.source.delimiter")
         self.sample_shape = (1, length)
-        self.class_names = names[label]
+        self.class_names = classes[label]
         self._told: set[Path] = set()
 
     def load(self, split: Split) -> Samples:
@@ -125,7 +140,8 @@ class CSVProfiles(Source):
         x = torch.from_numpy(np.stack(parts)).reshape(-1, 1, self.length)
         columns: dict[str, NDArray] = {name: np.tile(fact[chosen], len(names)) for name, fact in facts.items()}
         columns["variable"] = np.repeat(np.array(names), len(chosen))
-        y = None if self.label is None else torch.from_numpy(columns[self.label]).long()
+        numbers = {**columns, "variable": np.repeat(np.arange(len(names)), len(chosen))}
+        y = None if self.label is None else torch.from_numpy(numbers[self.label]).long()
         return Samples(x=x, y=y, columns=columns)
 
     def _profiles(self) -> Profiles:
