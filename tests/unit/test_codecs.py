@@ -464,9 +464,29 @@ class TestLogMoments:
         sent, _ = chain.sent(own, {}, {}, facts=RoundFacts(0, {}, 3))
         assert size_of(sent.extras) == math.ceil(500 * mean_bits / 8) + 500 + 8
         found = chain.decoded("client 0", sent, stages(chain, own), facts=RoundFacts()).extras
-        limit = (1.5 / (2 ** (mean_bits - 1) - 1) + 0.05) * found[self.SQUARE].sqrt() * 1.1
-        assert bool(((found[self.MEAN] - extras[self.MEAN]).abs() <= limit).all())
+        half = 2 ** (mean_bits - 1) - 1
+        largest = 2.0 ** ((half - 3) // 2)
+        true, made = (extras[self.MEAN] / found[self.SQUARE].sqrt(), found[self.MEAN] / found[self.SQUARE].sqrt())
+        smallest = largest * 2.0 ** (1 - half)
+        assert bool(((made - true.clamp(-largest, largest)).abs() <= true.abs().clamp(min=smallest) + 1e-12).all())
+        assert bool((made * true >= 0).all())
+        if mean_bits == 7:
+            assert float((made.abs() / true.abs()).log2().abs().max()) <= 1 + 1e-9
         assert float(found[self.SQUARE].min()) >= 0
+
+    @pytest.mark.parametrize("mean_bits", [2, 3, 4])
+    def test_means_are_right_on_average(self, mean_bits):
+        codec, own, count = LogMoments(mean_bits=mean_bits), UpdateEntry((9,), torch.float64), 4000
+        largest = 2.0 ** ((2 ** (mean_bits - 1) - 4) // 2)
+        value = largest * torch.tensor([0.0, 1.0, -1.0, 0.6, -0.3, 0.013, -0.001, 3.0, -9.0], dtype=torch.float64)
+        found = []
+        for seed in range(count):
+            codes = codec.encode(value, name=self.MEAN, facts=RoundFacts(0, {}, seed), state={})
+            found.append(codec.restore(codes, own, name=self.MEAN, facts=RoundFacts()))
+        drawn = torch.stack(found)
+        limit = 5 * drawn.std(0) / math.sqrt(count) + 20 * largest / count
+        assert bool(((drawn.mean(0) - value.clamp(-largest, largest)).abs() <= limit).all())
+        assert not bool(drawn[:, 0].any())
 
     @pytest.mark.parametrize("executor", [SequentialExecutor, VectorizedExecutor])
     def test_both_directions_cost_nine_bits_a_number_more_than_no_moments(self, executor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -23,8 +24,6 @@ MEAN, MEASURE = "exp_avg", "exp_avg_sq"
 CODES, SCALE = "codes", "scale"
 #: Octaves below the largest square that codes reach; what is smaller is sent as that.
 OCTAVES = 24.0
-#: Largest m / sqrt(v) that is sent.
-MOST = 1.5
 ZERO_IS_SENT = "zero has a code of its own, so that a sign alone has none; set 0, which sends no means, or 2"
 
 
@@ -40,7 +39,8 @@ class LogMoments(UpdateCodec):
 
     Args:
         bits: Of a square, in [3, 8].
-        mean_bits: Of m / sqrt(v), which is cut to within 1.5, in [2, 8]; 0 has clients begin with m = 0.
+        mean_bits: Of m / sqrt(v), whose magnitudes halve from one code to the next, in [2, 8]; with 4 they lie between
+            1/16 and 4. 0 has clients begin with m = 0.
         down: Whether the server sends averaged moments in the same code.
     """
 
@@ -70,18 +70,29 @@ class LogMoments(UpdateCodec):
         if of_moment(name)[2] == MEAN:
             if not self.mean_bits:
                 return {CODES: torch.zeros(0, dtype=torch.uint8, device=value.device)}
-            steps = (value.flatten().double() / MOST).clamp(-1, 1) * self.half + self.half
-            whole = _drawn(steps, name, facts).clamp(0, 2 * self.half).long()
-            return {CODES: packed_bits(whole, bits=self.mean_bits)}
+            return {CODES: packed_bits(self._signed(value.flatten().double(), name, facts), bits=self.mean_bits)}
         top, flat = self._top(value), value.flatten().double()
         exact = (top.double().log2() - flat.log2()) / self.step
         lower = exact.ceil().clamp(0, self.most)  # the grid's number at or below it
         above = torch.exp2(-(lower - 1).clamp(min=0) * self.step) * top.double()
         below = torch.exp2(-lower * self.step) * top.double()
-        chance = ((flat - below) / (above - below).clamp(min=1e-300)).clamp(0, 1)
-        goes_up = torch.rand(flat.shape, generator=draws(name, facts), dtype=torch.float64).to(flat.device) < chance
-        codes = torch.where(flat > 0, (lower - goes_up.double()).clamp(min=0) + 1, 0.0)
+        up = _goes_up(flat, below, above, name, facts)
+        codes = torch.where(flat > 0, (lower - up).clamp(min=0) + 1, 0.0)
         return {CODES: packed_bits(codes.long(), bits=self.bits), SCALE: top}
+
+    def _signed(self, value: Tensor, name: str, facts: RoundFacts) -> Tensor:
+        """Return codes of m / sqrt(v): 0 for zero, from the largest down for positive numbers, then for negative ones.
+
+        Magnitudes halve from one code to the next. A grid of equal steps would have the noise of its large numbers for
+        the small ones, too, which most are once learning rates have fallen.
+        """
+        size = value.abs().clamp(max=self.largest)
+        lower = (math.log2(self.largest) - size.log2()).ceil().clamp(0, self.half)  # half itself stands for zero
+        below = torch.where(lower < self.half, self.largest * torch.exp2(-lower), 0.0)
+        above = self.largest * torch.exp2(-(lower - 1).clamp(min=0))
+        place = (lower - _goes_up(size, below, above, name, facts)).clamp(min=0)
+        codes = place + 1 + torch.where(value < 0, float(self.half), 0.0)
+        return torch.where(place < self.half, codes, 0.0).long()
 
     def _top(self, value: Tensor) -> Tensor:
         """Return the largest number of the grid that is needed: a whole number of steps from 1.
@@ -102,8 +113,9 @@ class LogMoments(UpdateCodec):
         elif not self.mean_bits:
             found = torch.zeros(size, dtype=torch.float64, device=codes[CODES].device)
         else:
-            whole = unpacked_bits(codes[CODES], bits=self.mean_bits, count=size).clamp(0, 2 * self.half)
-            found = (whole.double() - self.half) * (MOST / self.half)
+            numbers = unpacked_bits(codes[CODES], bits=self.mean_bits, count=size).clamp(0, 2 * self.half).double()
+            sizes = self.largest * torch.exp2(-((numbers - 1) % self.half))
+            found = torch.where(numbers > 0, torch.where(numbers > self.half, -sizes, sizes), 0.0)
         return found.to(entry.dtype).reshape(entry.shape)
 
     @property
@@ -113,8 +125,13 @@ class LogMoments(UpdateCodec):
 
     @property
     def half(self) -> int:
-        """Steps from 0 to the largest m / sqrt(v): codes are an odd number, so that 0 is one of them."""
+        """Magnitudes of m / sqrt(v) that have a code: one with either sign, and one code for zero."""
         return int(2 ** (self.mean_bits - 1) - 1)
+
+    @property
+    def largest(self) -> float:
+        """The largest of them: half of all lie above 1/2, or nearly."""
+        return float(2.0 ** ((self.half - 3) // 2))
 
     @property
     def step(self) -> float:
@@ -150,9 +167,11 @@ def _square_of(mean: str) -> str:
     return f"{mean.removesuffix(MEAN)}{MEASURE}"
 
 
-def _drawn(values: Tensor, name: str, facts: RoundFacts) -> Tensor:
-    uniform = torch.rand(values.shape, generator=draws(name, facts), dtype=torch.float64).to(values.device)
-    return (values + uniform).floor()
+def _goes_up(values: Tensor, below: Tensor, above: Tensor, name: str, facts: RoundFacts) -> Tensor:
+    """Return 1 where a number goes to its upper neighbour, else 0, so that the mean over draws is the number."""
+    chance = ((values - below) / (above - below).clamp(min=1e-300)).clamp(0, 1)
+    uniform = torch.rand(values.shape, generator=draws(name, facts), dtype=torch.float64)
+    return (uniform.to(values.device) < chance).double()
 
 
 def _bytes(entry: UpdateEntry, bits: int) -> tuple[int, ...]:
