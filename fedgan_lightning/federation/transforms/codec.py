@@ -135,6 +135,10 @@ class UpdateCodec(UpdateTransform):
             wanted = value.detach() if residual is None else value.detach() + residual.to(value)
             mine = {p: private[f"{p}/{name}"] for p in self._kept(entries[name]) if f"{p}/{name}" in private}
             codes = self.encode(wanted, name=name, facts=facts, state=mine)
+            if not bool(torch.isfinite(wanted).all()):  # a code must not hide what the server refuses
+                codes = {
+                    part: torch.full_like(c, torch.nan) if c.is_floating_point() else c for part, c in codes.items()
+                }
             coded |= {f"{name}/{part}": own for part, own in codes.items()}
             if entries[name].persists:
                 state |= {f"{part}/{name}": own for part, own in self.next_state(codes, mine).items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation.namespaces import MOMENTS, of_moment
-from fedgan_lightning.federation.transforms.codec import Forms, Section, UpdateCodec, draws
+from fedgan_lightning.federation.transforms.codec import Forms, Section, UpdateCodec, draws, section_of
 from fedgan_lightning.federation.transforms.dense import packed_bits, unpacked_bits
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import State, UpdateEntry
@@ -19,28 +18,31 @@ from fedgan_lightning.update_transform import RoundFacts
 
 #: Means of squares, and what else is not negative.
 SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "exp_inf")
-#: Means of gradients, by the squares that they are measured with.
-MEAN, MEASURE = "exp_avg", "exp_avg_sq"
+#: Means of gradients, by the squares that bound them.
+MEASURES = {"exp_avg": "exp_avg_sq", "grad_avg": "square_avg"}
 CODES, SCALE = "codes", "scale"
-#: Octaves below the largest square that codes reach; what is smaller is sent as that.
-OCTAVES = 24.0
+#: Octaves below the largest square, and below the largest m / sqrt(v), that codes reach.
+OCTAVES, MEAN_OCTAVES = 24.0, 7.0
+#: What a decoded mean stays below its bound by, so that rounding to float32 does not bring it above.
+MARGIN = 1.0 - 1e-6
+
 ZERO_IS_SENT = "zero has a code of its own, so that a sign alone has none; set 0, which sends no means, or 2"
 
 
 class LogMoments(UpdateCodec):
     """Sends squares on a grid of logarithms, over 24 octaves down from the largest, and means m as m / sqrt(v).
 
-    The grid is the same for all clients in all rounds. Numbers go to one of their two neighbours at random, so that the
-    mean over draws of a square is the square itself: rounded to the nearest, one that moves by less than half a step a
-    round would never move. Zero stays zero, and squares stay squares. Other
-    moments, such as the momentum of SGD and means without a mean of squares (Adamax), and step counts pass as they are.
+    The grid of squares is the same for all clients in all rounds; that of m / sqrt(v) begins at the largest of a
+    tensor. Numbers go to one of their two neighbours at random, so that the mean over draws is the number itself:
+    rounded to the nearest, a square that moves by less than half a step a round would never move. Zero stays zero,
+    squares stay squares, and m is never further from zero than v allows. Other moments, such as the momentum of SGD and
+    means without a mean of squares (Adamax), and step counts pass as they are.
 
     With 5 and 4 bits Adam's moments cost 9/32 of what the parameters cost, in place of twice as much.
 
     Args:
         bits: Of a square, in [3, 8].
-        mean_bits: Of m / sqrt(v), whose magnitudes halve from one code to the next, in [2, 8]; with 4 they lie between
-            1/16 and 4. 0 has clients begin with m = 0.
+        mean_bits: Of m / sqrt(v), in [2, 8]; 0 has clients begin with m = 0.
         down: Whether the server sends averaged moments in the same code.
     """
 
@@ -61,38 +63,27 @@ class LogMoments(UpdateCodec):
         return {CODES: (_bytes(entry, self.bits), torch.uint8), SCALE: ((), _wide(entry.dtype))}
 
     def _forms(self, name: str, entry: UpdateEntry, entries: Mapping[str, UpdateEntry]) -> Forms:
-        key = of_moment(name)[2] if name.startswith(MOMENTS) else ""
-        if key == MEAN and entry.shape and entry.dtype.is_floating_point and _square_of(name) in entries:
-            return {CODES: (_bytes(entry, self.mean_bits), torch.uint8)}
-        return super()._forms(name, entry, entries) if key in SQUARES else {}
+        if section_of(name, entry) != "moments":
+            return {}
+        if _square_of(name) in entries:
+            codes: Forms = {CODES: (_bytes(entry, self.mean_bits), torch.uint8)}
+            return {**codes, SCALE: ((), _wide(entry.dtype))} if self.mean_bits else codes
+        return self.forms(entry) if of_moment(name)[2] in SQUARES else {}
 
     def encode(self, value: Tensor, *, name: str, facts: RoundFacts, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if of_moment(name)[2] == MEAN:
-            if not self.mean_bits:
-                return {CODES: torch.zeros(0, dtype=torch.uint8, device=value.device)}
-            return {CODES: packed_bits(self._signed(value.flatten().double(), name, facts), bits=self.mean_bits)}
-        top, flat = self._top(value), value.flatten().double()
-        exact = (top.double().log2() - flat.log2()) / self.step
-        lower = exact.ceil().clamp(0, self.most)  # the grid's number at or below it
-        above = torch.exp2(-(lower - 1).clamp(min=0) * self.step) * top.double()
-        below = torch.exp2(-lower * self.step) * top.double()
-        up = _goes_up(flat, below, above, name, facts)
-        codes = torch.where(flat > 0, (lower - up).clamp(min=0) + 1, 0.0)
-        return {CODES: packed_bits(codes.long(), bits=self.bits), SCALE: top}
-
-    def _signed(self, value: Tensor, name: str, facts: RoundFacts) -> Tensor:
-        """Return codes of m / sqrt(v): 0 for zero, from the largest down for positive numbers, then for negative ones.
-
-        Magnitudes halve from one code to the next. A grid of equal steps would have the noise of its large numbers for
-        the small ones, too, which most are once learning rates have fallen.
-        """
-        size = value.abs().clamp(max=self.largest)
-        lower = (math.log2(self.largest) - size.log2()).ceil().clamp(0, self.half)  # half itself stands for zero
-        below = torch.where(lower < self.half, self.largest * torch.exp2(-lower), 0.0)
-        above = self.largest * torch.exp2(-(lower - 1).clamp(min=0))
-        place = (lower - _goes_up(size, below, above, name, facts)).clamp(min=0)
-        codes = place + 1 + torch.where(value < 0, float(self.half), 0.0)
-        return torch.where(place < self.half, codes, 0.0).long()
+        flat, is_mean = value.flatten().double(), of_moment(name)[2] in MEASURES
+        if is_mean and not self.mean_bits:
+            return {CODES: torch.zeros(0, dtype=torch.uint8, device=value.device)}
+        if not is_mean:
+            top = self._top(flat).to(_wide(value.dtype))
+            places = _places(flat, top, step=self.step, count=self.most, zero_below=False, name=name, facts=facts)
+            codes = torch.where(flat > 0, places + 1, 0)
+            return {CODES: packed_bits(codes, bits=self.bits), SCALE: top}
+        top, half = flat.abs().max().to(_wide(value.dtype)), self.half
+        size, step = flat.abs().clamp(max=top.double()), self.mean_step
+        places = _places(size, top, step=step, count=half, zero_below=True, name=name, facts=facts)
+        codes = torch.where(places < half, places + 1 + torch.where(flat < 0, half, 0), 0)
+        return {CODES: packed_bits(codes, bits=self.mean_bits), SCALE: top}
 
     def _top(self, value: Tensor) -> Tensor:
         """Return the largest number of the grid that is needed: a whole number of steps from 1.
@@ -100,23 +91,25 @@ class LogMoments(UpdateCodec):
         A grid that began at the largest square itself would be another one in every round and for every client, and
         squares that stand still would be drawn anew every time.
         """
-        largest = value.max().double()
+        largest = value.max()
         steps = (largest.clamp(min=1e-300).log2() / self.step - 1e-4).ceil()
-        top = torch.exp2(steps * self.step).to(_wide(value.dtype))
-        return torch.where(largest > 0, top, 0.0).to(_wide(value.dtype))
+        return torch.where(largest > 0, torch.exp2(steps * self.step), 0.0)
 
     def restore(self, codes: Mapping[str, Tensor], entry: UpdateEntry, *, name: str, facts: RoundFacts) -> Tensor:
-        size = int(torch.Size(entry.shape).numel())
-        if SCALE in codes:
-            steps = unpacked_bits(codes[CODES], bits=self.bits, count=size).double()
-            found = torch.where(steps > 0, codes[SCALE].double() * torch.exp2((1 - steps) * self.step), 0.0)
-        elif not self.mean_bits:
-            found = torch.zeros(size, dtype=torch.float64, device=codes[CODES].device)
+        size, is_mean = int(torch.Size(entry.shape).numel()), of_moment(name)[2] in MEASURES
+        if is_mean and not self.mean_bits:
+            return torch.zeros(entry.shape, dtype=entry.dtype, device=codes[CODES].device)
+        top, numbers = codes[SCALE].double(), unpacked_bits(codes[CODES], bits=self._bits(is_mean), count=size)
+        if is_mean:
+            numbers, half = numbers.clamp(0, 2 * self.half), self.half
+            sizes = top * torch.exp2(-((numbers - 1) % half).double() * self.mean_step)
+            found = torch.where(numbers > half, -sizes, sizes)
         else:
-            numbers = unpacked_bits(codes[CODES], bits=self.mean_bits, count=size).clamp(0, 2 * self.half).double()
-            sizes = self.largest * torch.exp2(-((numbers - 1) % self.half))
-            found = torch.where(numbers > 0, torch.where(numbers > self.half, -sizes, sizes), 0.0)
-        return found.to(entry.dtype).reshape(entry.shape)
+            found = top * torch.exp2((1 - numbers).double() * self.step)
+        return torch.where(numbers > 0, found, 0.0 * top).to(entry.dtype).reshape(entry.shape)
+
+    def _bits(self, is_mean: bool) -> int:
+        return self.mean_bits if is_mean else self.bits
 
     @property
     def most(self) -> int:
@@ -124,19 +117,19 @@ class LogMoments(UpdateCodec):
         return int(2**self.bits - 2)
 
     @property
+    def step(self) -> float:
+        """Octaves between two numbers of the grid."""
+        return OCTAVES / self.most
+
+    @property
     def half(self) -> int:
         """Magnitudes of m / sqrt(v) that have a code: one with either sign, and one code for zero."""
         return int(2 ** (self.mean_bits - 1) - 1)
 
     @property
-    def largest(self) -> float:
-        """The largest of them: half of all lie above 1/2, or nearly."""
-        return float(2.0 ** ((self.half - 3) // 2))
-
-    @property
-    def step(self) -> float:
-        """Octaves between two numbers of the grid."""
-        return OCTAVES / self.most
+    def mean_step(self) -> float:
+        """Octaves between two of them. Equal distances would give small ones, as most are, the noise of large ones."""
+        return min(1.0, MEAN_OCTAVES / self.half)
 
     # ------------------------------------------------------------------ means beside their squares
 
@@ -148,7 +141,8 @@ class LogMoments(UpdateCodec):
             square = _square_of(name)
             codes = self.encode(update[square], name=square, facts=facts, state={})
             known = self.restore(codes, entries[square], name=square, facts=facts)
-            values[name] = torch.where(known > 0, update[name] / known.clamp(min=1e-38).sqrt(), 0.0)
+            bound = _ratio(update[name], update[square]).abs().max()  # what v allows m, whatever becomes of v
+            values[name] = _ratio(update[name], known).clamp(-bound, bound) * MARGIN
         return super().client(values, entries=entries, private=private, facts=facts)
 
     def decode(self, update: State, *, entries: Mapping[str, UpdateEntry], facts: RoundFacts) -> State:
@@ -159,19 +153,43 @@ class LogMoments(UpdateCodec):
 
     def _means(self, state: State, entries: Mapping[str, UpdateEntry]) -> list[str]:
         """Return the means of a state whose squares are in it, too."""
-        wanted = (name for name in entries if self.mean_bits and name.endswith(f"/{MEAN}"))
-        return [name for name in wanted if name in state and _square_of(name) in state and entries[name].shape]
+        wanted = (name for name in entries if self.mean_bits and section_of(name, entries[name]) == "moments")
+        return [name for name in wanted if name in state and _square_of(name) in state]
 
 
-def _square_of(mean: str) -> str:
-    return f"{mean.removesuffix(MEAN)}{MEASURE}"
+def _square_of(name: str) -> str:
+    """Return the name of the square that bounds a mean of gradients; empty for what is none."""
+    key = of_moment(name)[2] if name.startswith(MOMENTS) else ""
+    return f"{name.removesuffix(key)}{MEASURES[key]}" if key in MEASURES else ""
 
 
-def _goes_up(values: Tensor, below: Tensor, above: Tensor, name: str, facts: RoundFacts) -> Tensor:
-    """Return 1 where a number goes to its upper neighbour, else 0, so that the mean over draws is the number."""
+def _ratio(mean: Tensor, square: Tensor) -> Tensor:
+    return torch.where(square > 0, mean / square.clamp(min=1e-38).sqrt(), 0.0 * mean)
+
+
+def _places(
+    values: Tensor, top: Tensor, *, step: float, count: int, zero_below: bool, name: str, facts: RoundFacts
+) -> Tensor:
+    """Return places on the grid top 2^(-step k), k = 0 to ``count``, drawn from two neighbours, right on average.
+
+    Args:
+        values: Numbers that are not negative, in float64.
+        top: The largest number of the grid.
+        step: Octaves between two numbers.
+        count: The last place.
+        zero_below: Whether the last place stands for zero.
+        name: Of the entry.
+        facts: The round, with the seed of the draws.
+    """
+    largest = top.double()
+    lower = ((largest.log2() - values.log2()) / step).ceil().clamp(0, count)  # the grid's number at or below it
+    below, above = largest * torch.exp2(-lower * step), largest * torch.exp2(-(lower - 1).clamp(min=0) * step)
+    if zero_below:
+        below = torch.where(lower < count, below, 0.0)
     chance = ((values - below) / (above - below).clamp(min=1e-300)).clamp(0, 1)
     uniform = torch.rand(values.shape, generator=draws(name, facts), dtype=torch.float64)
-    return (uniform.to(values.device) < chance).double()
+    found = (lower - (uniform.to(values.device) < chance).double()).clamp(min=0)
+    return torch.where(values > 0, found, float(count)).long()
 
 
 def _bytes(entry: UpdateEntry, bits: int) -> tuple[int, ...]:
