@@ -35,7 +35,7 @@ class UpdateEntry:
         denominator: What a ``sum`` is divided by: ``None`` for nothing, ``arrived`` for the sum of the weights of all
             clients that answered, or a number.
         kind: ``vector`` for what is long or short like a parameter update (transforms clip and encode it), ``value``
-            for what is not.
+            for what is not, ``code`` for what a transform has made of either.
         bound: Largest absolute value that is believed; ``None`` for the general bound.
         persists: Whether the entry is about the same in every round, so that what a code loses of it may come later.
     """
@@ -46,7 +46,7 @@ class UpdateEntry:
     rule: Literal["aggregator", "sum", "max", "collect"] = "aggregator"
     weight: Literal["one", "population"] = "one"
     denominator: Literal["arrived"] | float | None = None
-    kind: Literal["vector", "value"] = "value"
+    kind: Literal["vector", "value", "code"] = "value"
     bound: float | None = None
     persists: bool = True
 

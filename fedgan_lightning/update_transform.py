@@ -33,6 +33,10 @@ class UpdateTransform(ABC):
     def check(self, *, is_secure: bool) -> None:  # noqa: B027 - most transforms go with everything
         """Refuse what this transform cannot go with, by a ConfigurationError; ``is_secure``: the server sees sums."""
 
+    def changes(self, entries: Mapping[str, UpdateEntry]) -> bool:
+        """Whether there is anything for it to do in an update with these entries; one that has nothing is refused."""
+        return True
+
     def schema(self, entries: Mapping[str, UpdateEntry]) -> dict[str, UpdateEntry]:
         """Return the entries that leave this transform, given those that enter it."""
         return dict(entries)

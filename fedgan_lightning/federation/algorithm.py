@@ -61,6 +61,15 @@ class FederatedAlgorithm:
                         fix=f"set sync.{name} to average or local",
                     )
                 )
+        handed_on = [own for own, placement in policy.placements.items() if placement == "exchange"]
+        if handed_on and rules.counts_late:
+            raise ConfigurationError(
+                message(
+                    "a network that clients hand on must be with nobody who is still at work",
+                    received=f"{rules.late_setting} with sync.{handed_on[0].split('.')[0]}: exchange",
+                    fix=f"{rules.late_remedy}, or set it to average or local",
+                )
+            )
         if not policy.shared_parameters and type(self).entries is FederatedAlgorithm.entries:
             raise ConfigurationError(
                 message(

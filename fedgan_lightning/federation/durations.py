@@ -53,7 +53,7 @@ class LogNormalDurations(Durations):
         jitter: The same over the tasks of one client, at least 0.
     """
 
-    @checked(median="(0, inf)", spread="[0, inf)", jitter="[0, inf)")
+    @checked(median="(0, inf)", spread="[0, 10]", jitter="[0, 10]")
     def __init__(self, *, median: float = 1.0, spread: float = 0.5, jitter: float = 0.0) -> None:
         self.median, self.spread, self.jitter = float(median), float(spread), float(jitter)
 

@@ -33,7 +33,7 @@ from fedgan_lightning.federation.checks import (
 )
 from fedgan_lightning.federation.client_callbacks import check_callbacks
 from fedgan_lightning.federation.client_privacy import ClientLevelPrivacy
-from fedgan_lightning.federation.client_settings import Begun, begin, client_options, context_of
+from fedgan_lightning.federation.client_settings import Begun, begin, client_options, context_of, known_of
 from fedgan_lightning.federation.continuation import take_over
 from fedgan_lightning.federation.costs import CostLedger, cost_metrics
 from fedgan_lightning.federation.distributed_noise import with_survivors
@@ -191,7 +191,7 @@ class FederatedOrchestrator(L.Callback):
         watch_ranks(trainer)
         self._begun = begin(self, trainer, server.model, data, stage)
         policy = self.policy_of(server.model)
-        server.attach(policy, self.algorithm, seed=self.seed, data=data)
+        server.attach(policy, self.algorithm, seed=self.seed, data=known_of(data, federation=self, model=server.model))
         check_parts(self, server.model, policy)
         check_privacy(self, server.model, policy, data, trainer if stage == "fit" else None)
         for line in policy.blind_spots(trained=self.algorithm.trains):

@@ -60,7 +60,11 @@ class RobustAggregator(Aggregator):
                     fix="lower num_bad, or ask more clients per round",
                 )
             )
-        delta, extras = self.combine([own[2] for own in collected]), self.combine_extras([own[3] for own in collected])
+        deltas, beside = [own[2] for own in collected], [own[3] for own in collected]
+        if deltas[0].layout.names:
+            delta, extras = self.combine(deltas), self.combine_extras(beside)
+        else:  # what comes up are answers about samples, which the rule is for, then
+            delta, extras = deltas[0], self.combine(beside)
         return Aggregate(delta=delta, extras=extras, num_clients=count, num_examples=examples)
 
     @abstractmethod

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedgan_lightning.errors import UpdateError
+from fedgan_lightning.errors import ConfigurationError, UpdateError, message
 from fedgan_lightning.federation import namespaces
 from fedgan_lightning.federation.schema import check_bound, check_tensor, is_believable
 from fedgan_lightning.packing import Layout, Packed
@@ -44,6 +44,22 @@ class TransformChain:
         """
         for transform in self.transforms:
             transform.check(is_secure=is_secure)
+
+    def check_used(self, stages: Sequence[Entries]) -> None:
+        """Refuse a transform that has nothing to do.
+
+        Args:
+            stages: Of the updates of the run.
+
+        Raises:
+            ConfigurationError: If there is one.
+        """
+        for index, (transform, entering) in enumerate(zip(self.transforms, stages)):
+            if not transform.changes(entering):
+                rule = "every transform must find something of an update that no code has taken before it"
+                received = f"{type(transform).__name__}, number {index + 1} of {len(self)}, which finds nothing"
+                fix = "leave it out, put it before the codes, or have its section travel (moments: optimizer_state)"
+                raise ConfigurationError(message(rule, received=received, fix=fix))
 
     def entries(self, of_algorithm: Entries, delta: Layout, extras: Layout) -> dict[str, UpdateEntry]:
         """Return what is known of the entries of an update before any transform.

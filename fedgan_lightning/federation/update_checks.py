@@ -69,6 +69,24 @@ class UpdateChecks:
         self.began = time.perf_counter()
         if sums_only:
             self.check_sums()
+        if context.privacy is not None:
+            self.check_covered()
+
+    def check_covered(self) -> None:
+        """Refuse what an algorithm sends beside what client-level privacy covers.
+
+        Raises:
+            ConfigurationError: If there is anything.
+        """
+        algorithm = self.context.algorithm
+        if beside := sorted({*algorithm.entries(self.context)} - algorithm.covered):
+            raise ConfigurationError(
+                message(
+                    "client-level privacy must cover all that clients send",
+                    received=f"{beside[0]} of {type(algorithm).__name__}, which it does not",
+                    fix="use an algorithm that sends nothing else, or set federation.privacy to null",
+                )
+            )
 
     def check_sums(self) -> None:
         """Refuse entries that a server which sees sums alone cannot combine.
@@ -114,6 +132,8 @@ class RoundChecks:
         self.run, self.task, self.round, self.state = run, task, task.round, task.state
         self.schema = run.update_schema.schema(task.state)
         self.moments = only_moments(task.state)
+        if not self.schema.is_open:
+            run.context.transforms.check_used(self.stages)
         self.began = time.perf_counter()
 
     @property

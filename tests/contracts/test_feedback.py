@@ -588,7 +588,7 @@ def test_it_learns_the_ring_s_size(name, is_iid):
         ),
         (UAGAN, {"gan": ring_gan(loss=Hinge())}, "reads D / .* got Hinge. Set model.loss"),
         (MDGAN, {"gan": ring_gan(loss=RelativisticPairing())}, "must need no real samples"),
-        (MDGAN, {"gan": ring_gan(g_steps=2)}, "one step of the generator a round; got g_steps=2"),
+        (MDGAN, {"gan": ring_gan(g_steps=2)}, "one step of the generator after a round of clients; got g_steps=2"),
         (
             MDGAN,
             {"gan": ring_gan(generator_scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 1))},

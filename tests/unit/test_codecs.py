@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fedgan_lightning import ConfigurationError, SequentialExecutor, UpdateError, UpdateValidator, VectorizedExecutor
 from fedgan_lightning.algorithms import MDGAN, Scaffold
 from fedgan_lightning.executors import FaultyExecutor
+from fedgan_lightning.federation.aggregation import checked_states
 from fedgan_lightning.federation.rules import RoundRules
 from fedgan_lightning.federation.transform_chain import TransformChain
 from fedgan_lightning.federation.transforms.dense import packed_bits, unpacked_bits
@@ -593,3 +594,55 @@ class TestLogMoments:
         costs = [run(BFloat16(down=down), gan=ring_gan(optimizer=sgd))[1].ledger for down in (False, True)]
         halves = [sum(own.bytes_down.values()) for own in costs]
         assert halves[1] == halves[0] / 2
+
+
+# ---------------------------------------------------------------------- chains in which a transform would do nothing
+
+
+@pytest.mark.parametrize(
+    ("transforms", "options", "says"),
+    [
+        ([Int8(), QSGD()], {}, "got QSGD, number 2 of 2, which finds nothing"),
+        ([Int8(), ClipUpdates(max_norm=1e-6)], {}, "got ClipUpdates, number 2 of 2"),
+        ([SignCompression(), ClipUpdates(max_norm=1e-6)], {}, "got ClipUpdates, number 2 of 2"),
+        ([BFloat16(), LogMoments()], {"optimizer_state": "average"}, "got LogMoments, number 2 of 2"),
+        ([LogMoments()], {"optimizer_state": "reset"}, "got LogMoments, number 1 of 1"),
+        ([BFloat16(sections=["buffers"])], {}, "got BFloat16, number 1 of 1"),
+        ([Int8(), BFloat16(sections=["buffers"])], {}, "got BFloat16, number 2 of 2"),
+    ],
+)
+def test_a_transform_that_finds_nothing_is_refused(transforms, options, says):
+    with pytest.raises(ConfigurationError, match=f"must find something of an update.*{says}"):
+        run(*transforms, gan=ring_gan(optimizer=adam), **options)
+
+
+@pytest.mark.parametrize(
+    "transforms",
+    [
+        [ClipUpdates(max_norm=1.0), Int8(), LogMoments()],
+        [TopK(share=0.5), Int8()],
+        [TopK(share=0.5), ClipUpdates(max_norm=1.0)],
+        [Int8(), BFloat16(sections=["moments"])],
+    ],
+)
+def test_chains_in_which_all_have_something_run(transforms):
+    run(*transforms, gan=ring_gan(optimizer=adam), rounds=2)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "codec",
+    [BFloat16(), Int8(), QSGD(), TopK(share=0.1), RandomSparse(share=0.1), PowerSGD(), SignCompression()],
+    ids=lambda own: type(own).__name__,
+)
+def test_no_code_hides_a_number_that_is_not_finite(codec, value):
+    """One of a hundred, which a random choice of ten leaves out nine times of ten."""
+    chain = TransformChain([codec])
+    weights = torch.randn(10, 10, generator=torch.Generator().manual_seed(0))
+    weights[3, 4] = value
+    own = ClientUpdate(0, 10, {"generator.w": weights}, {}, {}, round=0)
+    for seed in range(20):
+        sent, _ = chain.sent(own, {}, {}, facts=RoundFacts(0, {}, seed))
+        with pytest.raises(UpdateError, match="client 0"):
+            chain.decoded("client 0", sent, stages(chain, own), facts=RoundFacts(0, {}, seed))
+            checked_states(chain.decoded("client 0", sent, stages(chain, own), facts=RoundFacts(0, {}, seed)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from typing import Any
 
@@ -12,6 +11,8 @@ from torch.optim import Optimizer
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation.algorithm import FederatedAlgorithm
 from fedgan_lightning.federation.client_update import Visit
+from fedgan_lightning.federation.generator_options import check_options
+from fedgan_lightning.federation.generator_step import step_generator
 from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.federation.round_schedules import refuse_server_rates
 from fedgan_lightning.federation.rules import RoundRules
@@ -69,6 +70,7 @@ class ServedGenerator(FederatedAlgorithm):
                     fix="add them (see fedgan_lightning.gan.abilities), or use another algorithm",
                 )
             )
+        check_options(model, who="ServedGenerator")
         if hasattr(model, "check_needs_no_reals"):
             model.check_needs_no_reals()
         return {"generator": model.generator_optimizer(model.generator.parameters())}
@@ -83,13 +85,5 @@ class ServedGenerator(FederatedAlgorithm):
         for _ in range(self.generator_steps):
             loss = model.generator_loss(self.num_samples, generator=noise)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            if not math.isfinite(float(loss.detach())):
-                raise ConfigurationError(
-                    message(
-                        "the server's loss of the generator must be finite",
-                        received=f"{float(loss.detach())} in round {server.rounds_completed}",
-                        fix="lower the generator's learning rate, or clip the discriminator's updates",
-                    )
-                )
-            server.step("generator", parameters, gradients)
+            step_generator(server, gradients)
         model.train(training)

@@ -28,6 +28,8 @@ from fedgan_lightning.federation.feedback.samples import (
     generated,
     generator_gradients,
 )
+from fedgan_lightning.federation.generator_step import step_generator
+from fedgan_lightning.federation.known_data import WithoutLabels
 from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.federation.round_schedules import refuse_server_rates
 from fedgan_lightning.federation.rules import RoundRules
@@ -137,7 +139,8 @@ class FeedbackAlgorithm(FederatedAlgorithm):
             ConfigurationError: If the module's generator cannot learn from gradients on its samples.
         """
         model: Any = server.model
-        minibatch = getattr(server.data, "batch_size", None)
+        privacy = getattr(model, "privacy", None)  # its minibatches have rows for more records than are expected
+        minibatch = getattr(server.data, "batch_size", None) if privacy is None else privacy.rows
         check_gan(model, who=type(self).__name__, num_samples=self.num_samples, minibatch=minibatch)
         self._check_classes(server)
         self.check_model(model)
@@ -156,7 +159,10 @@ class FeedbackAlgorithm(FederatedAlgorithm):
             asked.append("per_class: null")
         if asked and self._counts(server) is None:
             rule = f"{type(self).__name__} must know how many labels of every class clients hold"
-            none = "a generator without classes" if not model.num_classes else "data that does not count them"
+            none = "a generator without classes"
+            if model.num_classes:
+                is_private = isinstance(server.data, WithoutLabels)
+                none = "privacy, under which they stay with clients" if is_private else "data that does not count them"
             fix = "set per_class to false and labels to uniform, or give classes to the generator and the data"
             raise ConfigurationError(message(rule, received=f"{asked[0]}, and {none}", fix=fix))
 
@@ -235,20 +241,8 @@ class FeedbackAlgorithm(FederatedAlgorithm):
         model: Any = server.model
         inputs = self.batches(server, server.rounds_completed)
         found = generator_gradients(model, inputs, self.sample_gradients(server, total, inputs))
-        self._made, parameters = None, list(model.generator.parameters())
-        if not all(bool(torch.isfinite(own).all()) for own in found):
-            raise ConfigurationError(
-                message(
-                    "the generator's gradient must be finite",
-                    received=f"one that is not, in round {server.rounds_completed}",
-                    fix="lower learning rates, or add a penalty such as R1",
-                )
-            )
-        if model.clip_gradient_norm is not None:  # as torch.nn.utils.clip_grad_norm_ does
-            norm = torch.nn.utils.get_total_norm(found)
-            factor = (model.clip_gradient_norm / (norm + 1e-6)).clamp(max=1.0)
-            found = [own * factor for own in found]
-        server.step("generator", parameters, found)
+        self._made = None
+        step_generator(server, found)
 
     def sample_gradients(
         self, server: ServerModule, total: Aggregate, batches: Sequence[Inputs]
@@ -283,7 +277,7 @@ class FeedbackAlgorithm(FederatedAlgorithm):
         """Return how many samples of every class clients hold, as far as the data says."""
         model: Any = server.model
         counts = getattr(server.data, "label_counts", None)
-        if counts is None or not model.num_classes:
+        if counts is None or not model.num_classes:  # nobody counts them, or privacy keeps them from the server
             return None
         found = torch.as_tensor(counts())
         return found if found.shape[1] >= model.num_classes else None

@@ -11,9 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from fedgan_lightning.errors import ConfigurationError, message
-from fedgan_lightning.seeding import make_generator
+from fedgan_lightning.federation.generator_options import check_options
+from fedgan_lightning.seeding import derive_seed, isolated_rng, make_generator
 
 Labels = Literal["uniform", "clients"]
+#: What a module must have, beside the options of a GAN.
+NEEDED = (
+    *("generator", "discriminator", "loss", "prior", "latent_dim", "num_classes", "sample_shape", "generate"),
+    *("generate_with_graph", "generator_feedback", "feedback", "only_discriminator", "generator_optimizer"),
+    "check_needs_no_reals",
+)
 
 
 @dataclass(frozen=True)
@@ -23,10 +30,12 @@ class Inputs:
     Attributes:
         z: Latents (b, latent_dim).
         labels: Classes (b,); zeros where the generator takes none.
+        seed: Of what the generator draws itself, such as dropout: samples that are made again are the same.
     """
 
     z: Tensor
     labels: Tensor
+    seed: int = 0
 
 
 def draw_inputs(
@@ -52,12 +61,12 @@ def draw_inputs(
             held = counts.double().sum(0)[: model.num_classes]
             shares = held if labels == "clients" else (held > 0).double()
     found = []
-    for _ in range(num_batches):
+    for slot in range(num_batches):
         z = model.prior.sample(count, model.latent_dim, generator=source, **where)
         classes = torch.zeros(count, dtype=torch.long)
         if shares is not None:
             classes = torch.multinomial(shares, count, replacement=True, generator=source)
-        found.append(Inputs(z, classes.to(like.device)))
+        found.append(Inputs(z, classes.to(like.device), derive_seed(seed, "fakes of", round, slot)))
     return found
 
 
@@ -65,7 +74,11 @@ def draw_inputs(
 def generated(model: Any, batches: Sequence[Inputs]) -> list[Tensor]:
     """Return G(z, y) of every batch as in training, and leave the generator's running statistics as they were."""
     with _training(model), _statistics_kept(model.generator):
-        return [model.generate(own.z, own.labels).detach().clone() for own in batches]
+        found = []
+        for own in batches:
+            with isolated_rng(own.seed, device=own.z.device):
+                found.append(model.generate(own.z, own.labels).detach().clone())
+        return found
 
 
 def generator_gradients(model: Any, batches: Sequence[Inputs], feedback: Mapping[int, Tensor]) -> list[Tensor]:
@@ -82,7 +95,8 @@ def generator_gradients(model: Any, batches: Sequence[Inputs], feedback: Mapping
     found = [torch.zeros_like(own) for own in parameters]
     with _training(model):
         for slot, inputs in enumerate(batches):
-            samples = model.generate_with_graph(inputs.z, inputs.labels)
+            with isolated_rng(inputs.seed, device=inputs.z.device):
+                samples = model.generate_with_graph(inputs.z, inputs.labels)
             if slot not in feedback:
                 continue
             own = feedback[slot].to(samples)
@@ -99,8 +113,7 @@ def check_gan(model: Any, *, who: str, num_samples: int, minibatch: int | None) 
     Raises:
         ConfigurationError: If it cannot, or settings of it would be ignored.
     """
-    needed = ("generate_with_graph", "generator_feedback", "feedback", "only_discriminator", "sample_shape")
-    missing = [name for name in needed if not hasattr(model, name)]
+    missing = [name for name in NEEDED if not hasattr(model, name)]
     wrong: list[tuple[bool, str, str, str]] = [
         (
             bool(missing),
@@ -111,6 +124,7 @@ def check_gan(model: Any, *, who: str, num_samples: int, minibatch: int | None) 
     ]
     if not missing:
         model.check_needs_no_reals()
+        check_options(model, who=who)
         wrong += _of_gan(model, num_samples=num_samples, minibatch=minibatch or 0)
     for is_wrong, rule, received, fix in wrong:
         if is_wrong:
@@ -127,27 +141,9 @@ def _of_gan(model: Any, *, num_samples: int, minibatch: int) -> list[tuple[bool,
             "give the generator an attribute sample_shape",
         ),
         (
-            model.augment is not None,
-            "judge samples as they are",
-            f"augment={type(model.augment).__name__}",
-            "set model.augment to null",
-        ),
-        (
-            model.g_steps > 1,
-            "take one step of the generator a round",
-            f"g_steps={model.g_steps}",
-            "set model.g_steps to 1, and raise federation.rounds",
-        ),
-        (
-            model.generator_scheduler is not None,
-            "leave the generator's learning rate to the server",
-            "a generator_scheduler, which clients would follow",
-            "set server.scheduler",
-        ),
-        (
             minibatch > num_samples,
             "send as many samples as a minibatch has",
-            f"num_samples={num_samples} with data.batch_size={minibatch}",
+            f"num_samples={num_samples} with minibatches of {minibatch}",
             f"set num_samples to {minibatch}",
         ),
     ]

@@ -1,4 +1,4 @@
-"""Clipping of updates on the client: no single client moves the server further than a bound."""
+"""Clipping of updates on the client: no honest client moves the server further than a bound."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from fedgan_lightning.update_transform import RoundFacts, UpdateTransform
 class ClipUpdates(UpdateTransform):
     """v <- v min(1, C / |v|) for the vectors of an update: parameter updates, and an algorithm's such as controls.
 
-    Statistics and moments are no vectors, and pass as they are. Source: McMahan, Ramage, Talwar, Zhang 2018, algorithm
+    Statistics and moments are no vectors, and pass as they are. The server takes clients at their word: against those
+    who do not clip there is ``federation.validator.max_norm``. Source: McMahan, Ramage, Talwar, Zhang 2018, algorithm
     1, FlatClip (``joint``) and PerLayerClip with networks as layers (``network``).
 
     Args:
@@ -29,6 +30,9 @@ class ClipUpdates(UpdateTransform):
     @checked(max_norm="(0, inf)")
     def __init__(self, *, max_norm: float, over: Literal["joint", "network"] = "joint") -> None:
         self.max_norm, self.over = float(max_norm), over
+
+    def changes(self, entries: Mapping[str, UpdateEntry]) -> bool:
+        return any(entry.kind == "vector" for entry in entries.values())
 
     def client(
         self,

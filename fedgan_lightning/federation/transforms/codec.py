@@ -101,6 +101,9 @@ class UpdateCodec(UpdateTransform):
 
     # ------------------------------------------------------------------ all entries
 
+    def changes(self, entries: Mapping[str, UpdateEntry]) -> bool:
+        return any(self._forms(name, entry, entries) for name, entry in entries.items())
+
     def schema(self, entries: Mapping[str, UpdateEntry]) -> dict[str, UpdateEntry]:
         found: dict[str, UpdateEntry] = {}
         for name, entry in entries.items():
@@ -108,7 +111,7 @@ class UpdateCodec(UpdateTransform):
             if not forms:
                 found[name] = entry
             for part, (shape, dtype) in forms.items():
-                kind: Literal["vector", "value"] = "vector" if part in self.numbers else "value"
+                kind: Literal["vector", "code"] = "vector" if part in self.numbers else "code"
                 changed = {"shape": shape, "dtype": dtype, "kind": kind, "bound": None, "persists": False}
                 found[f"{name}/{part}"] = dataclasses.replace(entry, **changed)  # type: ignore[arg-type]
         return found
@@ -186,8 +189,8 @@ class UpdateCodec(UpdateTransform):
 
 
 def section_of(name: str, entry: UpdateEntry) -> Section | None:
-    """Return the section of an entry; ``None`` for integers, step counts, and an algorithm's values."""
-    if not entry.dtype.is_floating_point or not math.prod(entry.shape):
+    """Return the section of an entry; ``None`` for integers, step counts, codes, and an algorithm's values."""
+    if not entry.dtype.is_floating_point or not math.prod(entry.shape) or entry.kind == "code":
         return None
     if entry.kind == "vector":
         return "updates"
