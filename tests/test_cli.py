@@ -92,6 +92,11 @@ def small(name: str) -> list[str]:
     if name == "inpainting":
         small_metric = "{class_path: Completion, init_args: {num_images: 50, features: PixelFeatures}}"
         arguments += ["--evaluation.metrics", f"[{small_metric}]"]
+    if name.startswith("private"):  # the tight accountant takes a minute, and tests/privacy have it
+        arguments += [
+            "--federation.privacy.accountant" if name == "private_ring" else "--model.privacy.accountant",
+            "rdp",
+        ]
     if name not in ("digits", "ring8"):  # what auto measures would take longer than the two rounds
         arguments += ["--federation.executor", "SequentialExecutor"]
     return arguments
