@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fedgan_lightning import SecureAggregation
+from fedgan_lightning.algorithms import FedGAN
 from fedgan_lightning.dp.randomness import SecretStream
 from fedgan_lightning.federation.distributed_noise import NoiseShares
 from fedgan_lightning.federation.privacy_keeper import private_parts
@@ -67,7 +68,8 @@ def test_noise_comes_once_in_a_run_and_not_at_the_clients_too():
 
 def test_central_noise_is_none_of_a_client_s_business():
     """fedbiomed#1443: what a client does to its update is a clip, which is the same each time."""
-    federation = type("Federation", (), {"privacy": ClientLevelPrivacy(clip=0.5, noise_multiplier=3.0), "keeper": None})
+    settings = {"privacy": ClientLevelPrivacy(clip=0.5, noise_multiplier=3.0), "keeper": None, "algorithm": FedGAN()}
+    federation = type("Federation", (), settings)
     (at_client,) = private_parts(federation)
     by, own = chain(clip=0.5), answer(3, scale=2.0)
     entries = by.stages_of({}, Layout.of(own.delta), Layout.of(own.extras))[0]
