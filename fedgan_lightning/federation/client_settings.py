@@ -12,7 +12,6 @@ from fedgan_lightning.data.poisson import PoissonClients
 from fedgan_lightning.federation.checks import check_client_trainer
 from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.client_data import ClientDataModule
-from fedgan_lightning.federation.known_data import WithoutLabels
 from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.federation.preparation import is_foreign, prepare, validates, warn_of_loaders
 from fedgan_lightning.federation.privacy_keeper import private_parts
@@ -66,12 +65,6 @@ def begin(federation: Any, trainer: L.Trainer, module: L.LightningModule, data: 
     if stage == "fit":
         warn_of_loaders(module, validates=validates(data))
     return preview, prepared
-
-
-def known_of(data: Any, *, federation: Any, model: L.LightningModule) -> Any:
-    """Return the clients' data as far as an algorithm on the server may make use of them."""
-    is_private = federation.privacy is not None or getattr(model, "privacy", None) is not None
-    return WithoutLabels(data) if is_private else data
 
 
 def context_of(

@@ -21,3 +21,9 @@ class WithoutLabels:
         if name == "_data":  # asked for before there is one, by whoever copies
             raise AttributeError(name)
         return getattr(self._data, name)
+
+
+def known_of(data: Any, *, federation: Any, model: Any) -> Any:
+    """Return the clients' data as far as an algorithm on the server may make use of them."""
+    is_private = federation.privacy is not None or getattr(model, "privacy", None) is not None
+    return WithoutLabels(data) if is_private else data

@@ -33,13 +33,14 @@ from fedgan_lightning.federation.checks import (
 )
 from fedgan_lightning.federation.client_callbacks import check_callbacks
 from fedgan_lightning.federation.client_privacy import ClientLevelPrivacy
-from fedgan_lightning.federation.client_settings import Begun, begin, client_options, context_of, known_of
+from fedgan_lightning.federation.client_settings import Begun, begin, client_options, context_of
 from fedgan_lightning.federation.continuation import take_over
 from fedgan_lightning.federation.costs import CostLedger, cost_metrics
 from fedgan_lightning.federation.distributed_noise import with_survivors
 from fedgan_lightning.federation.exchange import hand_on
 from fedgan_lightning.federation.executors import AutoExecutor, AutotunedExecutor
 from fedgan_lightning.federation.kept_attributes import check_attributes
+from fedgan_lightning.federation.known_data import known_of
 from fedgan_lightning.federation.policy import Buffers, IntegerBuffers, OptimizerState, Policy, Sync, resolve
 from fedgan_lightning.federation.preparation import finish
 from fedgan_lightning.federation.privacy_checks import check_privacy
@@ -67,9 +68,7 @@ from fedgan_lightning.protocol import (
     FederatedData,
     RoundInfo,
 )
-from fedgan_lightning.update_transform import (
-    UpdateTransform,
-)
+from fedgan_lightning.update_transform import UpdateTransform
 
 
 class FederatedOrchestrator(L.Callback):

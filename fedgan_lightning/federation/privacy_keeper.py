@@ -281,10 +281,8 @@ def private_parts(federation: Any) -> list[PrivateUpdates]:
         return []
     if federation.keeper is not None:
         return [federation.keeper.transform()]
-    covered = covered_by(federation.algorithm)
-    return [
-        private_updates(federation.privacy, covered=covered)
-    ]  # what the server divides by is none of a site's business
+    # what the server divides by is none of a site's business
+    return [private_updates(federation.privacy, covered=covered_by(federation.algorithm))]
 
 
 def covered_by(algorithm: FederatedAlgorithm) -> list[str]:

@@ -34,9 +34,7 @@ from fedgan_lightning.protocol import (
     UpdateEntry,
     UpdateSum,
 )
-from fedgan_lightning.update_transform import (
-    RoundFacts,
-)
+from fedgan_lightning.update_transform import RoundFacts
 
 #: Scalars that decide something.
 RELIED_ON = ("steps", "optimizer_steps", "images", "seconds", ROUND_TRIP)

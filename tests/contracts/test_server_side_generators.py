@@ -19,9 +19,9 @@ from tests.privacy.parts import settings as private_settings
 
 SYNC = {"generator": "server", "discriminator": "local"}
 ALGORITHMS = {
-    "served": ({"algorithm": ServedGenerator(num_samples=32), "sync": {"generator": "served"}}),
-    "MD-GAN": ({"algorithm": MDGAN(num_batches=1, num_samples=32), "sync": SYNC}),
-    "UA-GAN": ({"algorithm": UAGAN(num_samples=32), "sync": SYNC}),
+    "served": {"algorithm": ServedGenerator(num_samples=32), "sync": {"generator": "served"}},
+    "MD-GAN": {"algorithm": MDGAN(num_batches=1, num_samples=32), "sync": SYNC},
+    "UA-GAN": {"algorithm": UAGAN(num_samples=32), "sync": SYNC},
 }
 
 
@@ -157,7 +157,7 @@ def conditional_gan(**options):
 
 
 def half_of_the_digits():
-    """Two clients that hold two kinds each."""
+    """Four clients that hold two kinds each: eight of ten."""
     return FederatedDataModule(Digits(), partition=ClassesPerClient(2), num_clients=4, batch_size=16)
 
 

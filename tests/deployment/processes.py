@@ -9,11 +9,12 @@ import socket
 import ssl
 import subprocess
 import threading
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from fedgan_lightning.deployment import programs
+from fedgan_lightning.deployment import launch, programs
 from fedgan_lightning.deployment.proxy import TEMPLATES
 from tests.conftest import ROOT
 from tests.processes import eventually
@@ -238,3 +239,28 @@ def found(wanted: set[bytes], streams: list[bytes]) -> set[bytes]:
                 if (piece := bytes(stream[start : start + size])) in wanted:
                     seen.add(piece)
     return seen
+
+
+@contextlib.contextmanager
+def between_processes(home: Path, *, nodes: Sequence[Mapping[str, str]], options: Sequence[str]) -> Iterator[int]:
+    """Run ``CONFIG`` over a SuperLink and a SuperNode for each of ``nodes``; give its exit code while they live.
+
+    Args:
+        home: Gets keys, the run directory ``run``, and a folder ``siteN`` for each site.
+        nodes: Further settings of the sites, by their number.
+        options: Those of the run.
+    """
+    keys, port = home / "keys", programs.free_port()
+    assert launch.main(["keys", str(keys), "--sites", str(len(nodes)), "--host", "localhost"]) == 0
+    with programs.processes() as started:
+        started.append(programs.superlink(home, keys=keys, host="127.0.0.1", port=port))
+        programs.await_superlink(port, keys, started[0])
+        programs.register(home, keys, port)
+        with programs.quick_clientapp(home) as first, programs.processes() as sites:
+            for number, node in enumerate(nodes):
+                folder = home / f"site{number}"
+                own = {"ca": keys / "ca.crt", "key": keys / f"site{number}"}
+                own["node"] = {"client-id": number, "state": str(folder), **node}
+                command = programs.supernode(superlink=f"localhost:{port}", port=programs.free_port(), **own)
+                sites.append(programs.start(command, folder, log="log", first=first))
+            yield programs.run_app(home, CONFIG, home / "run", [*options])

@@ -8,9 +8,8 @@ pytest.importorskip("flwr", reason="needs the extra 'flower' (Python 3.11 or lat
 
 from fedgan_lightning.__main__ import main
 from fedgan_lightning.checkpoints import read_checkpoint
-from fedgan_lightning.deployment import launch, programs
 from tests.conftest import assert_states_equal
-from tests.deployment.processes import CONFIG
+from tests.deployment.processes import CONFIG, between_processes
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -26,20 +25,8 @@ METHODS = {"MD-GAN": ["MDGAN", "--federation.algorithm.num_batches", "2"], "UA-G
 @pytest.mark.parametrize("name", METHODS)
 def test_sites_of_their_own_give_the_simulation_s_generator(name, tmp_path, as_installed):
     options = [*OPTIONS, "--federation.algorithm", *METHODS[name]]
-    keys, port = tmp_path / "keys", programs.free_port()
-    assert launch.main(["keys", str(keys), "--sites", str(SITES), "--host", "localhost"]) == 0
-    with programs.processes() as started:
-        started.append(programs.superlink(tmp_path, keys=keys, host="127.0.0.1", port=port))
-        programs.await_superlink(port, keys, started[0])
-        programs.register(tmp_path, keys, port)
-        with programs.quick_clientapp(tmp_path) as first, programs.processes() as sites:
-            for number in range(SITES):
-                folder = tmp_path / f"site{number}"
-                own = {"ca": keys / "ca.crt", "key": keys / f"site{number}"}
-                own["node"] = {"client-id": number, "state": str(folder)}
-                command = programs.supernode(superlink=f"localhost:{port}", port=programs.free_port(), **own)
-                sites.append(programs.start(command, folder, log="log", first=first))
-            assert programs.run_app(tmp_path, CONFIG, tmp_path / "run", options) == 0
+    with between_processes(tmp_path, nodes=[{}] * SITES, options=options) as code:
+        assert code == 0
     arguments = ["--config", str(CONFIG), *options, "--run_dir", str(tmp_path / "simulated")]
     assert main(["fit", *arguments, "--trainer.enable_progress_bar", "false"]) == 0
     mine, theirs = (

@@ -14,9 +14,8 @@ flwr = pytest.importorskip("flwr", reason="needs the extra 'flower' (Python 3.11
 
 from fedgan_lightning.__main__ import main  # noqa: E402
 from fedgan_lightning.checkpoints import read_checkpoint  # noqa: E402
-from fedgan_lightning.deployment import launch, programs  # noqa: E402
 from fedgan_lightning.dp.accounting import Release, epsilon_of, gaussian_delta  # noqa: E402
-from tests.deployment.processes import CONFIG  # noqa: E402
+from tests.deployment.processes import CONFIG, between_processes  # noqa: E402
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -59,23 +58,11 @@ class Ran:
 def ran(tmp_path_factory, as_installed) -> Iterator[Ran]:
     """All four sites train in the first round; in the second one refuses its task, since that has two steps."""
     home = tmp_path_factory.mktemp("noised")
-    keys, port, policy = home / "keys", programs.free_port(), home / "policy.yaml"
+    policy = home / "policy.yaml"
     policy.write_text("most_local_steps: 1\n")
-    assert launch.main(["keys", str(keys), "--sites", str(SITES), "--host", "localhost"]) == 0
-    with programs.processes() as started:
-        started.append(programs.superlink(home, keys=keys, host="127.0.0.1", port=port))
-        programs.await_superlink(port, keys, started[0])
-        programs.register(home, keys, port)
-        with programs.quick_clientapp(home) as first, programs.processes() as sites:
-            for number in range(SITES):
-                folder = home / f"site{number}"
-                node = {"client-id": number, "state": str(folder)}
-                node |= {"policy": str(policy)} if number == 2 else {}
-                own = {"ca": keys / "ca.crt", "key": keys / f"site{number}", "node": node}
-                command = programs.supernode(superlink=f"localhost:{port}", port=programs.free_port(), **own)
-                sites.append(programs.start(command, folder, log="log", first=first))
-            options = [*OPTIONS, *DISTRIBUTED, "--federation.rounds", "2"]
-            yield Ran(home, programs.run_app(home, CONFIG, home / "run", options))
+    nodes = [{"policy": str(policy)} if number == 2 else {} for number in range(SITES)]
+    with between_processes(home, nodes=nodes, options=[*OPTIONS, *DISTRIBUTED, "--federation.rounds", "2"]) as code:
+        yield Ran(home, code)
 
 
 def simulated(folder: Path, *options: str) -> Path:

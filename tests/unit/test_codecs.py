@@ -644,5 +644,4 @@ def test_no_code_hides_a_number_that_is_not_finite(codec, value):
     for seed in range(20):
         sent, _ = chain.sent(own, {}, {}, facts=RoundFacts(0, {}, seed))
         with pytest.raises(UpdateError, match="client 0"):
-            chain.decoded("client 0", sent, stages(chain, own), facts=RoundFacts(0, {}, seed))
             checked_states(chain.decoded("client 0", sent, stages(chain, own), facts=RoundFacts(0, {}, seed)))
