@@ -269,6 +269,28 @@ GRIDS = {
         cells=methods(1000, local_steps=5, samples=32),
         columns=("fid", "fid_test", "tstr_accuracy", "classes", "class_distance"),
     ),
+    "mnist_methods": Grid(
+        title="MNIST, five clients, IID and two digits each, width 16: four methods at 400 generator steps",
+        config="mnist.yaml",
+        common=[*MNIST, "--evaluation.every_n_rounds", "1000"],
+        cells={
+            label: own
+            for label, own in methods(400, local_steps=20, samples=64).items()
+            if label.startswith(("FedGAN", "MD-GAN", "UA-GAN"))
+        },
+        columns=("fid", "fid_test", "tstr_accuracy", "classes", "class_distance"),
+    ),
+    "mnist_compression": Grid(
+        title="MNIST, five clients with two digits each, K = 20, 400 generator steps, fresh moments, width 16: codes",
+        config="mnist.yaml",
+        common=[*MNIST, *QUICK, *rounds(400, 20), *OPTIMIZERS["reset"]],
+        cells={
+            "float32": [],
+            **{f"{code}": ["--federation.transforms", f"[{code}]"] for code in ("Int8", "SignCompression")},
+            "top 1 %": ["--federation.transforms", "[{class_path: TopK, init_args: {share: 0.01}}]"],
+        },
+        columns=("fid", "fid_test", "classes", "recall"),
+    ),
     "digits_factors": Grid(
         title="digits, ten clients with two kinds each: averaged and fresh moments, one factor at a time",
         config="digits.yaml",

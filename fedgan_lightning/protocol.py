@@ -280,9 +280,12 @@ class Executor(ABC):
     Attributes:
         concurrent: Whether all clients of a round work at the same time, so that the first to answer count.
         sums_only: Whether it yields an :class:`UpdateSum` and no single updates.
+        in_real_time: Whether clients go on working between two calls of :meth:`run`, so that a later one may yield what
+            an earlier one began.
     """
 
     concurrent: ClassVar[bool] = False
+    in_real_time: ClassVar[bool] = False
     sums_only: ClassVar[bool] = False
 
     @abstractmethod

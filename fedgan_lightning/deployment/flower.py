@@ -53,19 +53,11 @@ def refuse_exchange(context: ClientContext) -> None:
 
 
 def refuse_simulated(context: ClientContext) -> None:
-    """Refuse what there is in simulation alone: codes of what the server sends, and a clock that says who is done.
+    """Refuse what there is in simulation alone: codes of what the server sends.
 
     Raises:
-        ConfigurationError: If there is any of it.
+        ConfigurationError: If there are any.
     """
-    if context.asynchronous is not None:
-        raise ConfigurationError(
-            message(
-                "rounds of a deployment must wait for their clients",
-                received="rules.asynchronous, whose clock is virtual",
-                fix="leave it out; set rules.over_selection and rules.stale_updates",
-            )
-        )
     for transform in context.transforms:
         if getattr(transform, "down", False):
             raise ConfigurationError(
@@ -86,11 +78,12 @@ class FlowerExecutor(Executor):
     """
 
     concurrent: ClassVar[bool] = True
+    in_real_time: ClassVar[bool] = True
 
     def __init__(self, sites: Sites, *, timeout: float | None = None) -> None:
         self.sites, self.timeout = sites, timeout
         self._context: ClientContext | None = None
-        self._overdue: dict[str, Sent] = {}
+        self._sent: dict[str, Sent] = {}
 
     def setup(self, context: ClientContext) -> None:
         context.ranks.refuse_several("the server of a deployment must be one process")
@@ -99,8 +92,9 @@ class FlowerExecutor(Executor):
         self._context = context
 
     def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:
-        listed = list(tasks)
-        if not listed:
+        assert self._context is not None
+        listed, arrivals = list(tasks), self._context.arrivals
+        if not listed and not arrivals.at_work:
             return
         self.sites.refresh()
         reachable = []
@@ -112,24 +106,37 @@ class FlowerExecutor(Executor):
                 cause = "its site was expelled" if is_out else "its site is not connected"
                 told = {"reached": False, "refused": is_out}
                 yield ClientFailure(task.client_id, task.round, stage="connect", cause=cause, **told)
-        late = {key: sent for key, sent in self._overdue.items() if sent.task.round == listed[0].round - 1}
-        open_ = self._push(reachable)
-        deadline = None if self.timeout is None else time.monotonic() + self.timeout
+        late, open_ = self._under_way(listed)
+        open_ |= self._push(reachable)
+        overdue: dict[str, Sent] = {}
         try:
-            while open_:
+            while waited := [key for key, sent in open_.items() if not arrivals.holds(sent.task.client_id)]:
                 if self._stop_requested():
                     raise RoundInterrupted("the user asked to stop")
-                for key, reply in self.sites.pull([*late, *open_]):  # the late ones, before the goal is reached
+                for key, reply in self.sites.pull([*late, *waited]):  # the late ones, before the goal is reached
                     is_late = key in late
                     yield self._answer(reply, (late if is_late else open_).pop(key), is_late=is_late)
-                if deadline is not None and time.monotonic() > deadline:
-                    break
+                for key in [key for key in waited if key in open_ and self._is_over(open_[key])]:
+                    overdue[key] = open_.pop(key)
+                    task, cause = overdue[key].task, f"no answer within {self.timeout:.0f} s"
+                    yield ClientFailure(task.client_id, task.round, stage="reply", cause=cause)
                 self.sites.pause()
-            for task, *_ in open_.values():
-                cause = f"no answer within {self.timeout:.0f} s"
-                yield ClientFailure(task.client_id, task.round, stage="reply", cause=cause)
         finally:
-            self._overdue = open_  # they may still come, one round late
+            self._sent = {**open_, **overdue}  # they may still come, and then late
+
+    def _under_way(self, tasks: list[ClientTask]) -> tuple[dict[str, Sent], dict[str, Sent]]:
+        """Return what was sent before and may be answered now, by message: late, and in time."""
+        assert self._context is not None
+        arrivals = self._context.arrivals
+        if not arrivals.of_any_age:
+            return {key: sent for key, sent in self._sent.items() if sent.task.round == tasks[0].round - 1}, {}
+        begun = {task.client_id for task in tasks}
+        going_on = {*arrivals.at_work} - begun
+        rounds = {client_id: arrivals.given(client_id).round for client_id in going_on}
+        return {}, {key: sent for key, sent in self._sent.items() if rounds.get(sent.task.client_id) == sent.task.round}
+
+    def _is_over(self, sent: Sent) -> bool:
+        return self.timeout is not None and time.monotonic() > sent.since + self.timeout
 
     def _push(self, tasks: list[ClientTask]) -> dict[str, Sent]:
         """Send the tasks; return them by the message that asks for each."""
@@ -138,7 +145,9 @@ class FlowerExecutor(Executor):
         assert self._context is not None
         messages = []
         for task in tasks:
-            accepted = int(self._context.store.read(task.client_id).get(ACCEPTED, torch.tensor(-1)))
+            store, k = self._context.store, task.client_id
+            kept = store.newest(k) if self._context.arrivals.holds(k) else store.read(k)
+            accepted = int(kept.get(ACCEPTED, torch.tensor(-1)))
             content = wire.from_task(task, accepted=accepted, digest=self.sites.digest)
             node_id = self.sites.node_of(task.client_id)
             assert node_id is not None  # checked by run

@@ -64,8 +64,12 @@ class StatusFile(L.Callback):
         last, scored = self.known.get("last_round", {}), {**metrics, **_scores(trainer)}
         values = ", ".join(f"{name} {float(scored[name]):.4g}" for name in SHOWN if name in scored)
         done, planned = completed_rounds(trainer), planned_rounds(trainer)
-        answered = f"{last.get('answered')} of {last.get('asked')} sites answered in {last.get('seconds', 0):.1f} s"
-        logger.info(f"round {done} of {planned}: {answered}{', ' if values else ''}{values}")
+        answered = f"{last.get('answered')} of {last.get('asked')} sites answered"
+        if "staleness/mean" in metrics:  # of those that had their networks in earlier rounds nobody was asked now
+            age = float(metrics["staleness/mean"])
+            answered = f"{last.get('answered')} sites answered, {age:.1f} rounds after they were asked,"
+        took = f"in {last.get('seconds', 0):.1f} s"
+        logger.info(f"round {done} of {planned}: {answered} {took}{', ' if values else ''}{values}")
         self.write(rounds=done)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

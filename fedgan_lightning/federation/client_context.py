@@ -15,7 +15,7 @@ from torch import Tensor
 from fedgan_lightning import states
 from fedgan_lightning.federation import namespaces
 from fedgan_lightning.federation.algorithm import FederatedAlgorithm
-from fedgan_lightning.federation.asynchronous import AsynchronousRun
+from fedgan_lightning.federation.arrivals import Arrivals
 from fedgan_lightning.federation.client_privacy import ClientLevelPrivacy
 from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.federation.ranks import Ranks
@@ -55,7 +55,7 @@ class ClientContext:
         secure: Bounds of secure aggregation; ``None`` without.
         privacy: Client-level privacy; ``None`` without.
         keeper: What a private run has spent, at the server.
-        asynchronous: The virtual clock of a run whose rounds do not wait for all; ``None`` without.
+        arrivals: Who is at work, and from which networks.
     """
 
     model: L.LightningModule
@@ -76,7 +76,7 @@ class ClientContext:
     secure: SecureAggregation | None = None
     privacy: ClientLevelPrivacy | None = None
     keeper: Any = None
-    asynchronous: AsynchronousRun | None = None
+    arrivals: Arrivals = field(default_factory=Arrivals)
 
     @property
     def device(self) -> torch.device:

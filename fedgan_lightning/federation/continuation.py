@@ -47,7 +47,6 @@ def _take_over(federation: Any, state: Mapping[str, Any], rounds: int) -> None:
     federation._clock = ClientClock.of(state["clock"])
     federation.executor.load_state_dict(state["executor"])
     federation._strikes = {int(client_id): count for client_id, count in state["strikes"].items()}
-    if federation.asynchronous is not None:
-        federation.asynchronous.load_state_dict(state["asynchronous"])
+    federation.arrivals.load_state_dict(state["arrivals"])
     if federation.keeper is not None:
         federation.keeper.restore(state["privacy"])

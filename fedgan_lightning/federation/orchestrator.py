@@ -20,7 +20,7 @@ from fedgan_lightning.errors import RoundInterrupted
 from fedgan_lightning.federation.aggregation import WeightedMean
 from fedgan_lightning.federation.algorithm import FederatedAlgorithm
 from fedgan_lightning.federation.algorithms import FedGAN
-from fedgan_lightning.federation.asynchronous import AsynchronousRun
+from fedgan_lightning.federation.arrivals import Arrivals
 from fedgan_lightning.federation.checks import (
     check_cohorts,
     check_data,
@@ -47,6 +47,7 @@ from fedgan_lightning.federation.privacy_checks import check_privacy
 from fedgan_lightning.federation.privacy_keeper import PrivacyKeeper
 from fedgan_lightning.federation.rank_watch import watch_ranks
 from fedgan_lightning.federation.ranks import Ranks
+from fedgan_lightning.federation.real_arrivals import arrivals_of
 from fedgan_lightning.federation.report import ClientClock, RoundReport, log_round
 from fedgan_lightning.federation.round import RoundRunner
 from fedgan_lightning.federation.round_schedules import LOCAL_STEPS, RoundSchedule, set_hyperparameters, steps_of
@@ -161,7 +162,7 @@ class FederatedOrchestrator(L.Callback):
         self.rules.check(self.aggregator)
         self.secure, self.privacy = with_survivors(secure, privacy), privacy
         self.keeper: PrivacyKeeper | None = None  # of a run with privacy, once it has begun
-        self.asynchronous: AsynchronousRun | None = None  # of one whose rounds do not wait for all
+        self.arrivals = Arrivals()
         if secure is not None:
             secure.check(aggregator=self.aggregator, rules=self.rules, validator=validator)
         named = {"auto": AutoExecutor, "autotune": AutotunedExecutor}
@@ -230,7 +231,7 @@ class FederatedOrchestrator(L.Callback):
         self.store.discard()
         self.ranks = Ranks.of(trainer)
         self.keeper = PrivacyKeeper.of(self, server.model, data, Path(trainer.default_root_dir))
-        self.asynchronous = AsynchronousRun.of(self.rules, num_clients=data.num_clients, seed=self.seed)
+        self.arrivals = arrivals_of(self, num_clients=data.num_clients)
         self._restore(server, data)
         if server.rounds_completed >= self.rounds:
             trainer.should_stop = True
@@ -245,8 +246,7 @@ class FederatedOrchestrator(L.Callback):
             begun=self._begun,
             logs=Path(trainer.default_root_dir) / "client_logs",
         )
-        clock = self.asynchronous
-        context = replace(context, stop_requested=self.signals.is_set, ranks=self.ranks, asynchronous=clock)
+        context = replace(context, stop_requested=self.signals.is_set, ranks=self.ranks, arrivals=self.arrivals)
         if not server.algorithm_state:
             server.algorithm_state = dict(self.algorithm.server_state(context))
         self.executor.setup(context)
@@ -379,7 +379,7 @@ class FederatedOrchestrator(L.Callback):
             "clock": self._clock.state_dict(),
             "executor": self.executor.state_dict(),
             "strikes": {str(client_id): count for client_id, count in self._strikes.items()},
-            "asynchronous": None if self.asynchronous is None else self.asynchronous.state_dict(),
+            "arrivals": self.arrivals.state_dict(),
             "privacy": None if self.keeper is None else self.keeper.state_dict(),
         }
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedgan_lightning.errors import UpdateError, message
+from fedgan_lightning.federation.arrivals import Arrivals
 from fedgan_lightning.federation.entry_sums import EntrySums
 from fedgan_lightning.federation.ranks import Ranks, flattened
 from fedgan_lightning.federation.report import RoundReport, lengths, with_metrics
@@ -29,13 +30,13 @@ class Receiver:
         aggregator: How updates become one.
         rules: What becomes of late updates.
         bytes_down: Size of a client's task, by network.
-        of_clients: Checks of clients that were asked in earlier rounds, and answer in this one, in time.
-        aged: What an update of theirs counts as.
+        arrivals: What each client was given, and what its answer counts as.
 
     Attributes:
         asked: Clients that were asked.
         open: Of them those that have not answered.
         num_accepted: Updates of this round that count.
+        following: Clients that start now, since the last answer.
         reports: What came of clients so far.
     """
 
@@ -46,14 +47,15 @@ class Receiver:
         aggregator: Aggregator,
         rules: RoundRules,
         bytes_down: Mapping[str, int],
-        of_clients: Mapping[int, RoundChecks] | None = None,
-        aged: Callable[[ClientUpdate], ClientUpdate] | None = None,
+        arrivals: Arrivals,
     ) -> None:
-        self.of_clients, self.aged = of_clients or {}, aged
+        self.arrivals, self._checks_of = arrivals, arrivals.checks(checks.run.of_round)
         self.checks, self.aggregator, self.rules, self.bytes_down = checks, aggregator, rules, bytes_down
         self.is_private = checks.run.context.privacy is not None
         self.is_validated = self.is_private or checks.run.validator is not None  # what is refused counts as zero
         self.asked: list[int] = []
+        self.following: list[int] = []
+        self.num_asked = 0
         self.open: set[int] = set()
         self.num_accepted = 0
         self.reports: list[ClientReport] = []
@@ -76,7 +78,9 @@ class Receiver:
     def ask(self, clients: Sequence[int]) -> None:
         """Note that these clients are asked now."""
         self.asked += clients
-        self.open |= {*clients}
+        self.num_asked += len(clients)
+        self.open |= {*clients, *self.arrivals.at_work}
+        self.following = []
 
     def take(self, answer: ClientUpdate | UpdateSum | ClientFailure) -> ClientUpdate | None:
         """Take one answer; return the update as it counts, if it is one that does.
@@ -88,8 +92,11 @@ class Receiver:
             self._take_sum(answer)
         elif isinstance(answer, ClientFailure):
             self._take_failure(answer)
+            self.following = self.arrivals.answered(answer.client_id, counts=False)
         elif isinstance(answer, ClientUpdate) and is_whole(answer.client_id):
-            return self._take_update(answer)
+            update = self._take_update(answer)
+            self.following = self.arrivals.answered(answer.client_id, counts=update is not None)
+            return update
         else:
             raise UpdateError(f"an executor yields updates of clients, and not {printable(answer)}")
         return None
@@ -105,8 +112,8 @@ class Receiver:
 
     def _take_update(self, answer: ClientUpdate) -> ClientUpdate | None:
         client_id = answer.client_id
-        checks = self.of_clients.get(client_id, self.checks)
-        is_late = not self.of_clients and is_whole(answer.round) and answer.round == checks.round - 1
+        checks = self._checks_of(client_id) or self.checks
+        is_late = not self.arrivals.of_any_age and is_whole(answer.round) and answer.round == checks.round - 1
         is_first = client_id not in self._late if is_late else client_id in self.open
         report = self._report(client_id, was_sent=not is_late, bytes_up=checks.bytes_up(answer))
         try:
@@ -119,7 +126,13 @@ class Receiver:
                 return None
             update = checks.admitted(answer, is_late=is_late)
             update = dataclasses.replace(update, discount=self.rules.discount if is_late else 1.0)
-            self._add(update if self.aged is None else self.aged(update))
+            aged = self.arrivals.counted(update, round=self.round)
+            if aged is None:
+                self.open.discard(client_id)
+                reason = f"answers round {answer.round}, older than rules.asynchronous.most_stale allows"
+                self._incident(with_metrics(report, update.metrics), "late", reason)
+                return None
+            self._add(aged)
         except UpdateError as error:
             self._refuse(with_metrics(report, checks.cost(answer, is_first=is_first)), str(error), is_late=is_late)
             return None
@@ -229,6 +242,7 @@ class Receiver:
             for fields in flattened(ranks.exchange([dict(vars(report)) for report in self.reports]))
         ]
         missing = {*self.asked} - {report.client_id for report in found if report.outcome != "late"}
+        missing -= {*self.arrivals.at_work}  # they go on, and are not missed
         found += [ClientReport(client_id, "unneeded", bytes_down=self.bytes_down) for client_id in sorted(missing)]
         return tuple(sorted(found, key=lambda report: (report.client_id, report.outcome != "late")))
 
@@ -237,7 +251,7 @@ class Receiver:
         return RoundReport(
             round=self.checks.round,
             counted=total is not None,
-            num_asked=len(self.asked),
+            num_asked=self.num_asked,
             clients=clients,
             networks=self.networks,
             population=self.checks.run.context.data.num_clients,

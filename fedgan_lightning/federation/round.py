@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 
 from fedgan_lightning.errors import QuorumError, RoundInterrupted
 from fedgan_lightning.federation import namespaces
-from fedgan_lightning.federation.asynchronous import ArrivingClients
 from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.costs import bytes_by_network
 from fedgan_lightning.federation.receiver import Receiver
@@ -53,9 +52,9 @@ class RoundRunner:
     ) -> None:
         self.context, self.executor, self.aggregator, self.rules, self.seed = context, executor, aggregator, rules, seed
         self.checks = UpdateChecks(context, validator=validator, sums_only=executor.sums_only)
-        self.asynchronous = context.asynchronous
-        sampler = sampler if self.asynchronous is None else ArrivingClients(self.asynchronous)
-        facts = {"num_clients": context.data.num_clients, "secure": context.secure, "keeper": context.keeper}
+        self.arrivals = context.arrivals
+        facts = {name: getattr(context, name) for name in ("secure", "keeper", "arrivals")}
+        facts["num_clients"] = context.data.num_clients
         options = {"rules": rules, "validator": validator, "seed": seed, "strikes": strikes}
         self.selection = ClientSelection(sampler, needed=aggregator.needed, **options, **facts)  # type: ignore[arg-type]
 
@@ -72,8 +71,7 @@ class RoundRunner:
         facts = RoundFacts(task.round, task.hyperparameters, derive_seed(self.seed, "broadcast", task.round))
         sent, state = transforms.broadcast(task.state, is_parameter=policy.is_parameter, facts=facts)
         task = dataclasses.replace(task, state=state)
-        if self.asynchronous is not None:
-            self.asynchronous.begin(task)
+        self.arrivals.begin(task)
         for attempt in self.rules.attempts(self.context.stop_requested):
             selection = self.selection.select(task.round, attempt)
             yield RoundInfo(round=task.round, cohort=selection.cohort)
@@ -95,18 +93,18 @@ class RoundRunner:
 
     def _receiver(self, server: ServerModule, task: ClientTask, sent: State) -> Receiver:
         own = namespaces.under(namespaces.ALGORITHM, self.context.algorithm.own_task(server, task.round, 0))
-        late = self.asynchronous.receiving(self.checks.of_round, task.round) if self.asynchronous else {}
         checks, size = self.checks.of_round(task), bytes_by_network({**sent, **own})
-        return Receiver(checks, aggregator=self.aggregator, rules=self.rules, bytes_down=size, **late)
+        options = {"aggregator": self.aggregator, "rules": self.rules, "arrivals": self.arrivals}
+        return Receiver(checks, bytes_down=size, **options)  # type: ignore[arg-type]
 
     def _train(
         self, server: ServerModule, task: ClientTask, selection: Selection, receiver: Receiver, attempt: int
     ) -> Iterator[ClientUpdate]:
         """Ask clients until the goal is reached or nobody is left to ask; yield every update that counts."""
-        ranks, goal, reserves, wave = self.context.ranks, len(selection.cohort), selection.reserves, [*selection.cohort]
+        ranks, goal, reserves, wave = self.context.ranks, selection.goal, selection.reserves, [*selection.cohort]
         if self.executor.concurrent:
             wave, reserves = wave + reserves, []
-        while wave:
+        while wave or (self.arrivals.at_work and receiver.num_accepted < goal):
             failure: Exception | None = None
             receiver.ask(wave)
             try:
@@ -115,20 +113,20 @@ class RoundRunner:
                         yield update
                     if self.context.stop_requested():
                         raise RoundInterrupted("the user asked to stop")
-                    if self.executor.concurrent and receiver.num_accepted >= goal:
+                    if receiver.following or (self.executor.concurrent and receiver.num_accepted >= goal):
                         break
             except Exception as error:
                 failure = error
             ranks.raise_if_any_rank_failed(failure)
             missing = goal - sum(ranks.exchange(receiver.num_accepted)) if reserves else 0
-            wave, reserves = reserves[:missing], reserves[missing:]
+            wave, reserves = [*receiver.following, *reserves[:missing]], reserves[missing:]
 
     def _tasks(self, server: ServerModule, task: ClientTask, ask: Sequence[int], attempt: int) -> Iterator[ClientTask]:
         """Yield the tasks of this rank's clients."""
         data, algorithm, again = self.context.data, self.context.algorithm, (attempt,) if attempt else ()
         for k in self.context.ranks.share({k: task.span(steps_per_epoch=data.steps_per_epoch(k))[1] for k in ask}):
             own = namespaces.under(namespaces.ALGORITHM, algorithm.own_task(server, task.round, k))
-            given = task if self.asynchronous is None else self.asynchronous.given[k]
+            given = self.arrivals.given(k)
             seed = derive_seed(self.seed, "client", given.round, k, *again)
             yield dataclasses.replace(given, client_id=k, seed=seed, own=own)
 
@@ -140,10 +138,10 @@ class RoundRunner:
                 logger.warning(f"client {client.client_id} is not asked any more")
         answered = {client.client_id for client in clients if client.outcome == "answered"}
         if len(answered) >= needed:
-            for client_id in {*receiver.asked} - answered:
+            for client_id in {client.client_id for client in clients} - answered:
                 context.store.forget(client_id)
             context.store.exchange(context.ranks.exchange_states)
             total = context.transforms.total(receiver.total(context.ranks))
-        gauges = self.executor.gauges() | (self.asynchronous.gauges() if self.asynchronous else {})
+        gauges = self.executor.gauges() | self.arrivals.gauges()
         facts = {"seconds": time.perf_counter() - started, "gauges": gauges}
         return receiver.report(attempt=attempt, clients=clients, total=total, **facts)

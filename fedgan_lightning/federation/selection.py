@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fedgan_lightning.errors import QuorumError, message
+from fedgan_lightning.federation.arrivals import Arrivals
+from fedgan_lightning.federation.real_arrivals import RealArrivals
 from fedgan_lightning.federation.rules import RoundRules, UpdateValidator
 from fedgan_lightning.federation.secure import SecureAggregation
+from fedgan_lightning.federation.virtual_clock import ArrivingClients, VirtualArrivals
 from fedgan_lightning.protocol import ClientSampler
 from fedgan_lightning.seeding import derive_seed, make_numpy_generator
 
@@ -16,11 +19,12 @@ ROUNDS_AHEAD = 1000
 
 
 class Selection(NamedTuple):
-    """Clients to ask, reserves for those that fail, and the number of updates that make a round."""
+    """Clients to ask, reserves for those that fail, the fewest updates that make a round, and how many end it."""
 
     cohort: tuple[int, ...]
     reserves: list[int]
     needed: int
+    goal: int
 
 
 class ClientSelection:
@@ -36,6 +40,7 @@ class ClientSelection:
         strikes: Rejected answers by client; counted on in place.
         secure: How many a sum needs, and after how many rejected answers a client is not asked, where there are sums.
         keeper: Of a private run: charges the round, and draws a secret cohort.
+        arrivals: Who answers in a round by the clock, or is at rest.
     """
 
     def __init__(
@@ -50,7 +55,10 @@ class ClientSelection:
         strikes: dict[int, int],
         secure: SecureAggregation | None = None,
         keeper: Any = None,
+        arrivals: Arrivals | None = None,
     ) -> None:
+        self.real = arrivals if isinstance(arrivals, RealArrivals) else None
+        sampler = ArrivingClients(arrivals) if isinstance(arrivals, VirtualArrivals) else sampler
         self.sampler, self.num_clients, self.rules, self.seed = sampler, num_clients, rules, seed
         options = validator if validator is not None else secure
         self.limit = None if options is None else options.strikes
@@ -67,12 +75,16 @@ class ClientSelection:
         """
         if self.keeper is not None and self.keeper.client is not None:
             return self._private(round)
+        if self.real is not None:
+            size = self.real.settings.buffer_size
+            starting = self.real.starting(lambda client_id: not self.is_benched(client_id), attempt=attempt)
+            return Selection(starting, [], size, size)
         seed = self.seed if attempt == 0 else derive_seed(self.seed, "attempt", attempt)
         sampled = self.sampler.sample(num_clients=self.num_clients, round=round, seed=seed)
         population = self.sampler.population(num_clients=self.num_clients, round=round)
         free = [client_id for client_id in population if not self.is_benched(client_id)]
         if not sampled or (not free and self._is_anybody_free_after(round)):
-            return Selection((), [], 0)  # chance, or the trace, leaves nobody to be asked in this round
+            return Selection((), [], 0, 0)  # chance, or the trace, leaves nobody to be asked in this round
         if len(free) < self.needed:
             raise QuorumError(self._too_few(population, free))
         cohort = [client_id for client_id in sampled if not self.is_benched(client_id)]
@@ -84,14 +96,14 @@ class ClientSelection:
         asked, reserves = tuple(sorted([*cohort, *others[:missing]])), others[missing:]
         if self.keeper is not None:
             self.keeper.admitted([*asked, *reserves], round)
-        return Selection(asked, reserves, needed)
+        return Selection(asked, reserves, needed, len(asked))
 
     def _private(self, round: int) -> Selection:
         """Return a cohort that nothing but chance, or the settings, has a say in; nobody stands in for who fails."""
         secret = self.keeper.begin_round(round)
         public = {"num_clients": self.num_clients, "round": round, "seed": self.seed}
         cohort = self.keeper.admitted(self.sampler.sample(**public) if secret is None else secret, round)
-        return Selection(cohort, [], self.secure.needed(len(cohort)) if self.secure else 0)
+        return Selection(cohort, [], self.secure.needed(len(cohort)) if self.secure else 0, len(cohort))
 
     @staticmethod
     def _shuffled(clients: set[int], *, seed: int, round: int) -> list[int]:

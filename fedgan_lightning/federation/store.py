@@ -111,6 +111,10 @@ class ClientStore:
         """Return the client's state after the last committed round; empty before its first."""
         return self._committed.get(client_id, {})
 
+    def newest(self, client_id: int) -> State:
+        """Return what was written for the client in this round; else its state after the last committed one."""
+        return self._pending.get(client_id) or self.read(client_id)
+
     def write(self, client_id: int, state: State) -> None:
         """Keep ``state`` for the client, once :meth:`commit` is called; an empty one is not stored."""
         if state:

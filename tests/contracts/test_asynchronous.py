@@ -28,7 +28,7 @@ from fedgan_lightning.aggregators import WeightedMean
 from fedgan_lightning.algorithms import FedProx, Scaffold
 from fedgan_lightning.asynchronous import Asynchronous, FixedDurations, LogNormalDurations, TraceDurations
 from fedgan_lightning.executors import FaultyExecutor
-from fedgan_lightning.federation.asynchronous import buffers
+from fedgan_lightning.federation.virtual_clock import buffers
 from fedgan_lightning.samplers import FractionOfClients
 from fedgan_lightning.transforms import TopK
 from tests.conftest import adam, assert_states_equal, federate, quiet_trainer, ring_data, ring_gan, sgd
@@ -295,7 +295,7 @@ def test_stacked_clients_are_each_alone():
 
 def test_only_networks_that_somebody_works_on_are_kept():
     _, orchestrator, _ = run(clock(1.0, 2.4, 50.0, 4.0, buffer_size=1), rounds=12)
-    versions = {int(version) for version in orchestrator.asynchronous.state_dict()}
+    versions = {int(version) for version in orchestrator.arrivals.state_dict()}
     assert 0 in versions  # of the slow one
     assert len(versions) <= 5
 

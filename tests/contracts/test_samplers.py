@@ -9,8 +9,9 @@ import pytest
 
 from fedgan_lightning.errors import ConfigurationError, DataError
 from fedgan_lightning.federation import sampling
-from fedgan_lightning.federation.asynchronous import ArrivingClients, Asynchronous, AsynchronousRun
+from fedgan_lightning.federation.asynchronous import Asynchronous
 from fedgan_lightning.federation.label_balance import BalancedClients
+from fedgan_lightning.federation.virtual_clock import ArrivingClients, VirtualArrivals
 from fedgan_lightning.protocol import ClientSampler
 from tests.conftest import ROOT
 
@@ -18,7 +19,7 @@ SAMPLERS = [sampling.AllClients(), sampling.FractionOfClients(0.3), sampling.Poi
 TRACE = str(ROOT / "tests" / "data" / "trace.csv")
 SAMPLERS += [sampling.SelectedClients([4, 1]), sampling.AvailableClients(TRACE)]
 SAMPLERS += [BalancedClients(fraction=0.3)]
-SAMPLERS += [ArrivingClients(AsynchronousRun(Asynchronous(buffer_size=3), num_clients=10, seed=0))]
+SAMPLERS += [ArrivingClients(VirtualArrivals(Asynchronous(buffer_size=3), num_clients=10, seed=0))]
 SAMPLERS[-2].prepare(SimpleNamespace(label_counts=lambda: np.eye(10) * 20 + 1))
 CONSTANT = (sampling.AllClients, sampling.SelectedClients)
 

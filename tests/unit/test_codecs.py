@@ -584,11 +584,9 @@ class TestLogMoments:
 
         from fedgan_lightning.deployment.flower import refuse_simulated
 
-        refuse_simulated(SimpleNamespace(transforms=[Int8(), LogMoments(down=False)], asynchronous=None))
-        with pytest.raises(ConfigurationError, match="must wait for their clients; got rules.asynchronous"):
-            refuse_simulated(SimpleNamespace(transforms=[], asynchronous=object()))
+        refuse_simulated(SimpleNamespace(transforms=[Int8(), LogMoments(down=False)]))
         with pytest.raises(ConfigurationError, match=r"got LogMoments\(down=true\). Set its option down to false"):
-            refuse_simulated(SimpleNamespace(transforms=[LogMoments()], asynchronous=None))
+            refuse_simulated(SimpleNamespace(transforms=[LogMoments()]))
 
     def test_bfloat16_goes_down_too(self):
         costs = [run(BFloat16(down=down), gan=ring_gan(optimizer=sgd))[1].ledger for down in (False, True)]

@@ -1,0 +1,114 @@
+"""What a run remembers of those at work: what each client was given, and what its answer counts as."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from fedgan_lightning.federation.asynchronous import Asynchronous
+from fedgan_lightning.protocol import ClientTask, ClientUpdate, State
+
+
+class Arrivals:
+    """Rounds that wait for all: every client has the task of the round, and what it answers counts as it is."""
+
+    #: Whether answers count that were given networks of earlier rounds.
+    of_any_age: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self._task: ClientTask | None = None
+
+    def begin(self, task: ClientTask) -> None:
+        """Begin a round, whose newest networks are those of ``task``."""
+        self._task = task
+
+    def given(self, client_id: int) -> ClientTask:
+        """Return the task of all clients that were given the same networks as this one."""
+        assert self._task is not None
+        return self._task
+
+    def checks(self, checks_of: Callable[[ClientTask], Any]) -> Callable[[int], Any]:
+        """Return what gives the checks of a client's answer; ``None`` for those of the round.
+
+        Args:
+            checks_of: Returns the checks of what answers a task.
+        """
+        return lambda client_id: None
+
+    def counted(self, update: ClientUpdate, *, round: int) -> ClientUpdate | None:
+        """Return an update as it counts; ``None`` of one that is too old."""
+        return update
+
+    def answered(self, client_id: int, *, counts: bool) -> list[int]:
+        """Return who starts now, after an answer of a client.
+
+        Args:
+            client_id: Who has answered, or will not.
+            counts: Whether its update does.
+        """
+        return []
+
+    @property
+    def at_work(self) -> Collection[int]:
+        """Clients that go on working when a round is over."""
+        return ()
+
+    def holds(self, client_id: int) -> bool:
+        """Whether the round has an update of this client already, so that another answer of it has to wait."""
+        return False
+
+    def gauges(self) -> dict[str, float]:
+        """Return what a dashboard shows of the round that has begun last."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run must know; nothing unless overridden."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there; nothing unless overridden."""
+
+
+class BufferedArrivals(Arrivals):
+    """Rounds of K arrivals, whatever the age of each.
+
+    Args:
+        settings: The settings.
+
+    Attributes:
+        tasks: By version what the clients got that started on it, as far as somebody still works on it.
+    """
+
+    of_any_age = True
+
+    def __init__(self, settings: Asynchronous) -> None:
+        super().__init__()
+        self.settings = settings
+        self.tasks: dict[int, ClientTask] = {}
+
+    def counted(self, update: ClientUpdate, *, round: int) -> ClientUpdate | None:
+        """Return an update with the parameters' share that its age leaves it; ``None`` of one that is too old."""
+        assert update.round is not None
+        age, delta = round - update.round, update.delta
+        if not self.settings.counts(age):
+            return None
+        factor = self.settings.discount(age)
+        if self.settings.toward == "model" and age:
+            delta = _toward(delta, then=self.tasks[update.round].state, now=self.tasks[round].state)
+        if factor == 1.0 and delta is update.delta:
+            return update
+        return dataclasses.replace(update, delta={name: factor * value for name, value in delta.items()})
+
+    @staticmethod
+    def ages(ages: Sequence[int], *, dropped: int) -> dict[str, float]:
+        """Return the tags of ages."""
+        mean, largest = (sum(ages) / len(ages), max(ages)) if ages else (0.0, 0)
+        return {"staleness/mean": mean, "staleness/max": float(largest), "staleness/dropped": float(dropped)}
+
+
+def _toward(delta: State, *, then: State, now: State) -> dict[str, Tensor]:
+    """Return w_i - w: what the client has changed, and how far the server has moved meanwhile."""
+    return {name: value + (then[name] - now[name]).to(value) for name, value in delta.items()}
