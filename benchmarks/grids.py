@@ -272,9 +272,9 @@ GRIDS = {
     "mnist_methods": Grid(
         title="MNIST, five clients, IID and two digits each, width 16: four methods at 400 generator steps",
         config="mnist.yaml",
-        common=[*MNIST, "--evaluation.every_n_rounds", "1000"],
+        common=MNIST,
         cells={
-            label: own
+            label: [*own, "--evaluation.every_n_rounds", "1000"]  # at the end alone
             for label, own in methods(400, local_steps=20, samples=64).items()
             if label.startswith(("FedGAN", "MD-GAN", "UA-GAN"))
         },
