@@ -38,6 +38,7 @@ def each_with_threads(count: int, items: Iterable[Item]) -> Iterator[Item]:
 
 
 def available_threads(ranks: Ranks) -> int:
-    """Return the cores that this process may use: its part of the host's."""
+    """Return the cores that this process may use: its part of the host's, and no more than ``OMP_NUM_THREADS``."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // ranks.local_world_size)
+    limit = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a scheduler's word, or that of a user
+    return max(1, min(cores // ranks.local_world_size, int(limit) if limit.isdecimal() else cores))

@@ -50,6 +50,14 @@ def test_long_steps_run_one_after_the_other_on_all_cores(monkeypatch):
     assert "arithmetic, which stacking does not save" in mode.reason
 
 
+@pytest.mark.parametrize("said, most", [("1", 1), ("1,2", 1), ("10000", None), ("", None), ("many", None)])
+def test_no_more_threads_are_taken_than_the_environment_allows(said, most, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    free = available_threads(Ranks())
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    assert available_threads(Ranks()) == (free if most is None else most)
+
+
 def test_the_operations_of_a_step_are_counted_exactly(monkeypatch):
     """Ring MLP 4 -> 16 -> 2 and 2 -> 16 -> 1, minibatches of 16, without penalties."""
     found = []
