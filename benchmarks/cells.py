@@ -32,7 +32,7 @@ class Grid:
     baselines: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self.cells.update({label: [] for label in self.controls})
+        self.cells.update({label: self.cells.get(label, []) for label in self.controls})
 
 
 def rounds(total: int, local_steps: int) -> list[str]:
@@ -234,6 +234,13 @@ def methods(total: int, *, local_steps: int, samples: int) -> dict[str, list[str
         "FedBuff": [*many, "--federation.rules.asynchronous.buffer_size", "5"],
     }
     return {f"{way}, {where}": [*own, *part] for where, part in SPLITS.items() for way, own in ways.items()}
+
+
+#: The variable of a profile as its class, in place of the season.
+VARIABLE = [
+    *("--data.source.label", "variable"),
+    *("--model.generator.init_args.num_classes", "6", "--model.discriminator.init_args.num_classes", "6"),
+]
 
 
 def factors(total: int, *, local_steps: int) -> dict[str, list[str]]:

@@ -22,6 +22,7 @@ from benchmarks.cells import (
     STRONG,
     UNCONDITIONAL,
     UNION,
+    VARIABLE,
     Grid,
     algorithms,
     factors,
@@ -250,9 +251,19 @@ GRIDS = {
     "timeseries": Grid(
         title="ETTh1, one client per variable: 2 000 generator steps",
         config="timeseries.yaml",
-        common=["--data.source.path", "{shared}/energy/ETTh1.csv"],
-        cells={"federated, K = 20": rounds(2000, 20)},
-        controls={"centralised": ("centralised", 2000), "local only (client 0)": ("local:0", 2000)},
+        common=["--data.source.path", "{shared}/energy/ETTh1.csv", "--federation.executor", "VectorizedExecutor"],
+        cells={
+            "federated, K = 20": rounds(2000, 20),
+            "the variable as class, K = 20": [*rounds(2000, 20), *VARIABLE],
+            "the variable as class, K = 5": [*rounds(2000, 5), *VARIABLE],
+            "the variable as class, UA-GAN": [*methods(2000, local_steps=1, samples=64)["UA-GAN, divided"], *VARIABLE],
+            "centralised, the variable as class": VARIABLE,
+        },
+        controls={
+            "centralised": ("centralised", 2000),
+            "centralised, the variable as class": ("centralised", 2000),
+            "local only (client 0)": ("local:0", 2000),
+        },
         columns=("centroid_distance", "discriminative_score", "predictive_error", "predictive_error_of_reals"),
     ),
     "digits_algorithms": Grid(
