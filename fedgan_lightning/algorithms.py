@@ -8,6 +8,7 @@ from fedgan_lightning.federation.algorithm import (
 from fedgan_lightning.federation.algorithms import (
     F2A,
     F2U,
+    IFLGAN,
     MDGAN,
     UAGAN,
     FedGAN,

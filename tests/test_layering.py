@@ -146,6 +146,8 @@ LAYERS = {
     "update_transform": 1,
     "federation.step_hooks": 6,
     "federation.local": 7,
+    "federation.discrepancy": 0,
+    "federation.algorithms.iflgan": 6,
     "federation.algorithms.fedgan": 6,
     "federation.algorithms.fedprox": 6,
     "federation.algorithms.scaffold": 6,

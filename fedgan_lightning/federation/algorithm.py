@@ -132,13 +132,14 @@ class FederatedAlgorithm:
         """Return what comes up beside the entries that follow from placement."""
         return {}
 
-    def settle(self, private: State, sent: State) -> State:
+    def settle(self, private: State, sent: State, start: State) -> State:
         """Return one client's private state after the round.
 
         Args:
             private: Its state before.
             sent: What the server receives of it, after all transforms: parameter updates by name, and this algorithm's
                 own entries.
+            start: What the server had sent: the parameters that the updates are changes of.
         """
         return private
 
@@ -147,6 +148,10 @@ class FederatedAlgorithm:
     def server_optimizers(self, server: ServerModule) -> dict[str, Optimizer]:
         """Return optimizers of networks that the server trains itself, by name; none unless overridden."""
         return {}
+
+    def credit(self, answer: State) -> float:
+        """Return the factor in (0, 1] on the weight of an update, from what came beside it; 1 unless overridden."""
+        return 1.0
 
     def server_step(self, server: ServerModule, total: Aggregate) -> None:
         """Change the server's networks and this algorithm's server state by the total of a round."""

@@ -267,7 +267,7 @@ def client_updates(
             round=task.round,
         )
         facts = RoundFacts(task.round, task.hyperparameters, task.seed)
-        found.append(_sent(update, private[row], visit._stored[row], context, facts))
+        found.append(_sent(update, private[row], visit._stored[row], context, facts, start=task.state))
     return found
 
 
@@ -321,6 +321,8 @@ def _sent(
     before: State,
     context: ClientContext,
     facts: RoundFacts,
+    *,
+    start: State,
 ) -> tuple[ClientUpdate, State]:
     """Return an update as it is sent, and the private state that follows from what the server receives of it."""
     algorithm, transforms = context.algorithm, context.transforms
@@ -331,5 +333,5 @@ def _sent(
     if algorithm.keeps_state:
         received = transforms.received(sent, context.entries, before=update, facts=facts)
         seen = {**received.delta, **namespaces.inside(namespaces.ALGORITHM, received.extras)}
-        own = dict(algorithm.settle(own, seen))
+        own = dict(algorithm.settle(own, seen, start))
     return sent, {**private, **namespaces.under(namespaces.ALGORITHM, own), **residuals}

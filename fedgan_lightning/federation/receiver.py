@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedgan_lightning.errors import UpdateError, message
+from fedgan_lightning.federation import namespaces
 from fedgan_lightning.federation.arrivals import Arrivals
 from fedgan_lightning.federation.entry_sums import EntrySums
 from fedgan_lightning.federation.ranks import Ranks, flattened
@@ -125,7 +126,8 @@ class Receiver:
                 )
                 return None
             update = checks.admitted(answer, is_late=is_late)
-            update = dataclasses.replace(update, discount=self.rules.discount if is_late else 1.0)
+            share = checks.run.context.algorithm.credit(namespaces.inside(namespaces.ALGORITHM, update.extras))
+            update = dataclasses.replace(update, discount=share * (self.rules.discount if is_late else 1.0))
             aged = self.arrivals.counted(update, round=self.round)
             if aged is None:
                 self.open.discard(client_id)

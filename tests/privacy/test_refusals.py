@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from fedgan_lightning import BestCheckpoint, ConfigurationError, RoundRules, UpdateValidator
 from fedgan_lightning.aggregators import CoordinateMedian, DivergenceWeightedMean, WeightedMean
-from fedgan_lightning.algorithms import MDGAN, Scaffold
+from fedgan_lightning.algorithms import IFLGAN, MDGAN, Scaffold
 from fedgan_lightning.asynchronous import Asynchronous
 from fedgan_lightning.data.order import MinibatchOrder
 from fedgan_lightning.federation.privacy_checks import check_choices
@@ -24,6 +24,7 @@ FEDERATIONS = {
     "needs every client to count the same; got WeightedMean with weights N_k": {"aggregator": WeightedMean()},
     "CoordinateMedian has no bounded sensitivity here": {"aggregator": CoordinateMedian()},
     "covers the clipped update only; what Scaffold sends would travel beside it": {"algorithm": Scaffold()},
+    "covers the clipped update only; what IFLGAN sends would travel beside it": {"algorithm": IFLGAN()},
     "covers the clipped update only; what MDGAN sends": {
         "algorithm": MDGAN(),
         "sync": {"generator": "server", "discriminator": "local"},
