@@ -257,6 +257,7 @@ LAYERS = {
     "evaluation.portable": 5,
     "evaluation.federated_queries": 7,
     "deployment.wire": 3,
+    "deployment.handed_on": 4,
     "deployment.masking": 0,
     "deployment.signatures": 5,
     "deployment.session": 6,

@@ -148,10 +148,10 @@ def _train(received: Any, context: Any) -> Any:
     site, facts = _opened(received, context)
     if "session" not in facts:
         site.check_plain()
-    task, accepted = wire.to_task(received.content)
+    task, accepted, hands_on = wire.to_task(received.content)
     if "session" in facts:
         site.session().open(int(facts["session"]), sealed_of_facts(facts), subject=wire.hash_of_task(task))
-    update = site.train(task, accepted=accepted, digest=str(facts["digest"]))
+    update = site.train(task, accepted=accepted, digest=str(facts["digest"]), hands_on=hands_on)
     return wire.from_update(update) if "session" not in facts else site.masked_update(int(facts["session"]), update)
 
 

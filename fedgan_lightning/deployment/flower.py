@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from fedgan_lightning.deployment import wire
+from fedgan_lightning.deployment.handed_on import check_handed, exchanged, taken, with_handed
 from fedgan_lightning.deployment.replies import Malformed, trouble_in
 from fedgan_lightning.deployment.sites import Sites
 from fedgan_lightning.errors import ConfigurationError, RoundInterrupted, message
@@ -29,15 +30,16 @@ ACCEPTED = "accepted/seed"
 
 
 class Sent(NamedTuple):
-    """A task that is on its way, since when on the monotonic clock, and its size in bytes."""
+    """A task on its way, since when on the monotonic clock, its size, and whether networks come with its answer."""
 
     task: ClientTask
     since: float
     size: int
+    hands_on: bool
 
 
 def refuse_exchange(context: ClientContext) -> None:
-    """Refuse networks that clients hand on to each other: between machines they would pass the server.
+    """Refuse networks that clients hand on to each other, where the server must not see any client's: they pass it.
 
     Raises:
         ConfigurationError: If there are any.
@@ -45,9 +47,9 @@ def refuse_exchange(context: ClientContext) -> None:
     if found := sorted(filter(context.policy.is_exchanged, context.policy.placements)):
         raise ConfigurationError(
             message(
-                "sites of a deployment must keep their own networks",
+                "under secure aggregation sites must keep their own networks",
                 received=f"federation.sync.{found[0]}: exchange",
-                fix="set it to average or local, or run the federation in simulation",
+                fix="set it to average or local, or federation.secure to null",
             )
         )
 
@@ -87,7 +89,6 @@ class FlowerExecutor(Executor):
 
     def setup(self, context: ClientContext) -> None:
         context.ranks.refuse_several("the server of a deployment must be one process")
-        refuse_exchange(context)
         refuse_simulated(context)
         self._context = context
 
@@ -143,12 +144,14 @@ class FlowerExecutor(Executor):
         from flwr.app import Message
 
         assert self._context is not None
-        messages = []
+        messages, policy = [], self._context.policy
         for task in tasks:
             store, k = self._context.store, task.client_id
             kept = store.newest(k) if self._context.arrivals.holds(k) else store.read(k)
             accepted = int(kept.get(ACCEPTED, torch.tensor(-1)))
-            content = wire.from_task(task, accepted=accepted, digest=self.sites.digest)
+            task = with_handed(task, exchanged(kept, policy))
+            how: dict[str, Any] = {"accepted": accepted, "hands_on": self._hands_on(task.round)}
+            content = wire.from_task(task, digest=self.sites.digest, **how)
             node_id = self.sites.node_of(task.client_id)
             assert node_id is not None  # checked by run
             content = self.sites.stamp(content, node_id)
@@ -156,7 +159,15 @@ class FlowerExecutor(Executor):
         keys = self.sites.grid.push_messages(messages) if messages else []
         now = time.monotonic()
         sizes = [wire.size_of(own.content) for own in messages]
-        return {key: Sent(task, now, size) for key, task, size in zip(keys, tasks, sizes)}
+        return {key: Sent(own, now, size, self._hands_on(own.round)) for key, own, size in zip(keys, tasks, sizes)}
+
+    def _hands_on(self, round: int) -> bool:
+        """Whether clients hand on networks after a round."""
+        assert self._context is not None
+        algorithm, policy, data = self._context.algorithm, self._context.policy, self._context.data
+        if not any(map(policy.is_exchanged, policy.placements)):
+            return False
+        return bool(algorithm.hand_on(round=round, clients=range(data.num_clients), seed=0))  # who to whom comes later
 
     def _answer(self, reply: Any, sent: Sent, *, is_late: bool) -> ClientUpdate | ClientFailure:
         assert self._context is not None
@@ -165,15 +176,26 @@ class FlowerExecutor(Executor):
             is_none = isinstance(trouble, Malformed)
             return ClientFailure(task.client_id, task.round, stage="reply", cause=trouble, refused=is_none)
         try:
-            if (size := wire.size_of(reply.content)) > MOST_TIMES * sent.size + MOST_BYTES:
+            most = MOST_TIMES * (sent.size + self._size_handed_on * sent.hands_on) + MOST_BYTES
+            if (size := wire.size_of(reply.content)) > most:
                 raise ValueError(f"{size} bytes in answer to {sent.size}")
-            update = wire.to_update(reply.content, client_id=task.client_id)
+            update, handed = wire.to_update(reply.content, client_id=task.client_id), dict[str, torch.Tensor]()
+            if sent.hands_on:
+                update, handed = taken(update)
+                model, policy = self._context.model, self._context.policy
+                check_handed(f"client {task.client_id}", handed, module=model, policy=policy)
         except Exception as error:  # what comes can be anything, and must not end the server
             cause = printable(f"an answer that is no update ({type(error).__name__}: {error})")
             return ClientFailure(task.client_id, task.round, stage="reply", cause=cause, refused=True)
         if not is_late:
-            self._context.store.write(task.client_id, {ACCEPTED: torch.tensor(task.seed)})
+            self._context.store.write(task.client_id, {ACCEPTED: torch.tensor(task.seed), **handed})
         return dataclasses.replace(update, metrics={**update.metrics, ROUND_TRIP: time.monotonic() - sent.since})
+
+    @property
+    def _size_handed_on(self) -> int:
+        assert self._context is not None
+        state = exchanged(self._context.model.state_dict(), self._context.policy)
+        return sum(value.numel() * value.element_size() for value in state.values())
 
     def _stop_requested(self) -> bool:
         return self._context is not None and self._context.stop_requested()

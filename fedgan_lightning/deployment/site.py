@@ -22,6 +22,7 @@ from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.held_out import divided
 from fedgan_lightning.data.samples import ClientSamples
 from fedgan_lightning.deployment import wire
+from fedgan_lightning.deployment.handed_on import exchanged, handing_on, opened
 from fedgan_lightning.deployment.secure_users import CLEAR
 from fedgan_lightning.deployment.session import Session, summand_to_content
 from fedgan_lightning.deployment.shared_settings import digest_of
@@ -196,7 +197,7 @@ class Site:
 
     def told(self) -> str:
         """Return, in words, what this site tells of its samples."""
-        queries = SiteQueries(self._metrics(), self._context_of_queries(), policy=self.policy, memory=self.memory)
+        queries = self._queries()
         return queries.described()
 
     def _metrics(self) -> list[Metric]:
@@ -205,21 +206,23 @@ class Site:
             found = default_metrics(self.whole, condition=getattr(self.module, "condition", None))
         return list(found)
 
-    def _context_of_queries(self) -> QueryContext:
-        return QueryContext(self.data.view, self.whole, self.module)
+    def _queries(self) -> SiteQueries:
+        context = QueryContext(self.data.view, self.whole, self.module)
+        return SiteQueries(self._metrics(), context, policy=self.policy, memory=self.memory)
 
-    def train(self, task: ClientTask, *, accepted: int, digest: str) -> ClientUpdate:
+    def train(self, task: ClientTask, *, accepted: int, digest: str, hands_on: bool = False) -> ClientUpdate:
         """Do a task.
 
         Args:
             task: The task.
             accepted: Seed of the last task whose update counted: the private state goes on from there.
             digest: The server's hash of what all share.
+            hands_on: Whether the update takes along the networks that clients hand on to each other.
 
         Raises:
             ConfigurationError: If something of it differs from the server's, it is another client's, or the site's
                 policy, or its privacy budget, forbids it.
-            UpdateError: If the update is not finite.
+            UpdateError: If the update is not finite, or what another client has handed on is none of its networks.
         """
         if task.client_id != self.client_id:
             raise ConfigurationError(
@@ -241,12 +244,16 @@ class Site:
                 )
             )
         store = ClientStore()
-        store.load_state_dict({str(task.client_id): self._private(accepted)} if accepted >= 0 else {})
+        context = self._context(store)
+        task, handed = opened(task, module=self.module, policy=context.policy)
+        before = {**(self._private(accepted) if accepted >= 0 else {}), **handed}
+        store.load_state_dict({str(task.client_id): before} if before else {})
         self.budget.charge(task)
-        update = self._run(task, self._context(store))
+        update = self._run(task, context)
         store.commit()
-        self._keep(task.seed, store.read(task.client_id), accepted)
-        return update
+        after = store.read(task.client_id)
+        self._keep(task.seed, after, accepted)
+        return handing_on(update, exchanged(after, context.policy)) if hands_on else update
 
     def rehearse(self) -> Rehearsal:
         """Train one step from the module as it is built, without moments; keep nothing and send nothing.
@@ -308,7 +315,7 @@ class Site:
         Raises:
             ConfigurationError: If the site's own settings ask no such query, or its policy or memory forbids an answer.
         """
-        queries = SiteQueries(self._metrics(), self._context_of_queries(), policy=self.policy, memory=self.memory)
+        queries = self._queries()
         return queries.answer(facts, state, run=str(facts.get("run", "")), session=session)
 
     # ------------------------------------------------------------------ secure aggregation

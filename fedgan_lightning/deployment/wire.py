@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -134,13 +134,28 @@ def _check_header(beginning: bytes, size: int, *, length: int, dtype: torch.dtyp
         raise ValueError(f"an array of shape {shape}, type {found} and {size} bytes, not {length} of {dtype}")
 
 
-def from_task(task: ClientTask, *, accepted: int, digest: str) -> Any:
+class Asked(NamedTuple):
+    """A task as it came.
+
+    Attributes:
+        task: The task.
+        accepted: Seed of the last task whose update counted; -1 for none.
+        hands_on: Whether networks that clients hand on to each other are to come with the answer.
+    """
+
+    task: ClientTask
+    accepted: int
+    hands_on: bool
+
+
+def from_task(task: ClientTask, *, accepted: int, digest: str, hands_on: bool = False) -> Any:
     """Return a task as records.
 
     Args:
         task: The task.
         accepted: Seed of the last task whose update counted; -1 for none.
         digest: Hash of what both sides must share.
+        hands_on: Whether networks that clients hand on to each other are to come with the answer.
     """
     facts: dict[str, Any] = {
         "client_id": task.client_id,
@@ -156,12 +171,13 @@ def from_task(task: ClientTask, *, accepted: int, digest: str) -> Any:
         "stepping": task.stepping,
         "accepted": accepted,
         "digest": digest,
+        "hands_on": hands_on,
     }
     return content(facts, state=task.state, own=task.own)
 
 
-def to_task(records: Any) -> tuple[ClientTask, int]:
-    """Return the task, and the seed of the last task whose update counted."""
+def to_task(records: Any) -> Asked:
+    """Return the task, and what was said of it."""
     facts = facts_of(records)
     task = ClientTask(
         client_id=int(facts["client_id"]),
@@ -178,7 +194,7 @@ def to_task(records: Any) -> tuple[ClientTask, int]:
         total=_known(facts["total"]),
         stepping=float(facts["stepping"]),
     )
-    return task, int(facts["accepted"])
+    return Asked(task, int(facts["accepted"]), bool(facts["hands_on"]))
 
 
 def _known(number: Any) -> int | None:

@@ -7,7 +7,7 @@ tensor that differs by client and nothing else does. The class itself is federat
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -157,10 +157,11 @@ class FederatedAlgorithm:
         """Change the server's networks and this algorithm's server state by the total of a round."""
         server.step_on(total.delta)
 
-    def hand_on(self, *, round: int, num_clients: int, seed: int) -> Mapping[int, int]:
+    def hand_on(self, *, round: int, clients: Sequence[int], seed: int) -> Mapping[int, int]:
         """Return for every client whose exchanged networks it goes on with after this round; none unless overridden.
 
-        It is a permutation, and a pure function of its arguments: every rank computes its own.
+        It is a permutation of those that have answered, and a pure function of its arguments: every rank computes its
+        own. Whether there is one follows from the round alone, where two have answered.
         """
         return {}
 

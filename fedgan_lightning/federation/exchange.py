@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from fedgan_lightning.federation.costs import bytes_by_network
 from fedgan_lightning.federation.store import ClientStore
 from fedgan_lightning.seeding import make_numpy_generator
 
 
-def cycle(*, round: int, num_clients: int, seed: int, every: int) -> dict[int, int]:
-    """Return a random cycle through all clients after every ``every`` rounds: nobody keeps what he had.
+def cycle(*, round: int, clients: Sequence[int], seed: int, every: int) -> dict[int, int]:
+    """Return a random cycle through clients after every ``every`` rounds: nobody keeps what he had.
 
     With two clients or more it is a permutation without a fixed point; with one there is nobody to hand anything to.
     """
-    if (round + 1) % every or num_clients < 2:
+    if (round + 1) % every or len(clients) < 2:
         return {}
-    order = make_numpy_generator(seed, "exchange", round).permutation(num_clients).tolist()
+    places = make_numpy_generator(seed, "exchange", round).permutation(len(clients)).tolist()
+    order = [clients[place] for place in places]
     return dict(zip(order, [*order[1:], order[0]]))
 
 

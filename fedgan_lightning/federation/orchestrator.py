@@ -365,7 +365,8 @@ class FederatedOrchestrator(L.Callback):
         for hook in listeners(trainer.callbacks, "on_round_end"):  # type: ignore[attr-defined]
             hook(trainer, server, info, metrics)
         if "exchange" in server.policy.placements.values():  # after the hooks, which look at what clients have trained
-            moves = self.algorithm.hand_on(round=report.round, num_clients=report.population, seed=self.seed)
+            clients = sorted(own.client_id for own in report.answered)
+            moves = self.algorithm.hand_on(round=report.round, clients=clients, seed=self.seed)
             self.ledger.record_exchange(hand_on(self.store, moves, names=server.policy.is_exchanged))
 
     # ------------------------------------------------------------------ checkpoints

@@ -285,15 +285,15 @@ def test_logits_beyond_the_bound_are_cut_and_nothing_overflows():
 
 @pytest.mark.parametrize("clients", [2, 3, 7, 10])
 def test_an_exchange_is_a_cycle_through_everybody(clients):
-    moves = cycle(round=4, num_clients=clients, seed=3, every=5)
+    moves = cycle(round=4, clients=range(clients), seed=3, every=5)
     assert sorted(moves) == sorted(moves.values()) == list(range(clients))
     assert all(own != other for own, other in moves.items())
     home, place = list(range(clients)), list(range(clients))
     for _ in range(clients):
         place = [moves[own] for own in place]
     assert place == home
-    assert cycle(round=3, num_clients=clients, seed=3, every=5) == {}
-    assert cycle(round=4, num_clients=1, seed=3, every=5) == {}
+    assert cycle(round=3, clients=range(clients), seed=3, every=5) == {}
+    assert cycle(round=4, clients=range(1), seed=3, every=5) == {}
 
 
 def test_discriminators_change_hands_and_stay_the_same():
@@ -302,7 +302,7 @@ def test_discriminators_change_hands_and_stay_the_same():
     )
     gan = ring_gan(optimizer=adam)
     before, after = (critics(own, gan) for own in (never, once))
-    moves = cycle(round=1, num_clients=4, seed=0, every=2)
+    moves = cycle(round=1, clients=range(4), seed=0, every=2)
     for client, source in moves.items():
         assert_states_equal(after[client].state_dict(), before[source].state_dict())
     moments = [o.store.state_dict() for o in (never, once)]

@@ -161,7 +161,7 @@ class TestExchange:
         """After a round networks are where the permutation puts them, and nowhere else."""
         _, before, _ = run(FedGAN(exchange_every=100), sync=self.SYNC, rounds=1)
         _, after, _ = run(FedGAN(), sync=self.SYNC, rounds=1)
-        moves = FedGAN().hand_on(round=0, num_clients=4, seed=0)
+        moves = FedGAN().hand_on(round=0, clients=range(4), seed=0)
         assert sorted(moves.values()) == [0, 1, 2, 3]
         assert all(moves[k] != k for k in moves)
         old, new = discriminators(before), discriminators(after)
@@ -170,7 +170,10 @@ class TestExchange:
 
     @pytest.mark.parametrize("num_clients", [2, 3, 7])
     def test_a_cycle_brings_everything_home(self, num_clients):
-        moves, where = FedGAN().hand_on(round=3, num_clients=num_clients, seed=1), dict(enumerate(range(num_clients)))
+        moves, where = (
+            FedGAN().hand_on(round=3, clients=range(num_clients), seed=1),
+            dict(enumerate(range(num_clients))),
+        )
         for _ in range(num_clients):
             where = {k: where[source] for k, source in moves.items()}
         assert where == {k: k for k in range(num_clients)}
@@ -180,14 +183,14 @@ class TestExchange:
         _, before, _ = run(FedGAN(exchange_every=100), gan=gan, sync=self.SYNC, rounds=1, optimizer_state="keep")
         _, after, _ = run(FedGAN(), gan=ring_gan(optimizer=adam), sync=self.SYNC, rounds=1, optimizer_state="keep")
         old, new = before.store.state_dict(), after.store.state_dict()
-        for k, source in FedGAN().hand_on(round=0, num_clients=4, seed=0).items():
+        for k, source in FedGAN().hand_on(round=0, clients=range(4), seed=0).items():
             for name, value in new[str(k)].items():
                 owner = source if "discriminator" in name else k
                 assert torch.equal(value, old[str(owner)][name]), name
 
     def test_only_every_second_round_exchanges(self):
         algorithm = FedGAN(exchange_every=2)
-        moved = [bool(algorithm.hand_on(round=round, num_clients=4, seed=0)) for round in range(4)]
+        moved = [bool(algorithm.hand_on(round=round, clients=range(4), seed=0)) for round in range(4)]
         assert moved == [False, True, False, True]
 
     def test_who_gets_nothing_keeps_nothing(self):
@@ -224,9 +227,9 @@ class TestExchange:
             assert len(seen) == looks
 
     @pytest.mark.parametrize("sync", [SYNC, {"discriminator.features.1.*": "exchange"}], ids=["network", "pattern"])
-    def test_no_deployment_hands_on(self, sync):
+    def test_nobody_hands_on_what_masks_would_hide(self, sync):
         context = SimpleNamespace(policy=resolve(ring_gan(), sync=sync, optimizer_state=None, buffers="merge"))
-        with pytest.raises(ConfigurationError, match="sites of a deployment must keep their own networks"):
+        with pytest.raises(ConfigurationError, match="under secure aggregation sites must keep their own networks"):
             refuse_exchange(context)
 
     def test_stacked_clients_are_each_alone(self):

@@ -471,7 +471,7 @@ def test_a_secure_round_is_the_round(tmp_path, state):
     everything = b"".join(stream)
     assert len(everything) > 4 * 100_000
     for node, content in asked.items():
-        site, (task, _) = _site(grid.contexts[node]), wire.to_task(content)
+        site, (task, *_) = _site(grid.contexts[node]), wire.to_task(content)
         update = site.train(task, accepted=-1, digest=site.digest)  # the same: it is a function of the task
         groups = {"delta": update.delta, "extras": update.extras}
         coded = Summand.of(groups, shares=dict.fromkeys(groups, 0.25), secure=secure)

@@ -547,7 +547,8 @@ def test_tasks_and_updates_survive_the_wire():
     task = ClientTask(
         client_id=2, round=5, seed=2**63 - 1, state=state, epochs=2, schedule_positions=(4, 5), hyperparameters=numbers
     )
-    back, accepted = wire.to_task(wire.from_task(task, accepted=17, digest="d"))
+    back, accepted, hands_on = wire.to_task(wire.from_task(task, accepted=17, digest="d", hands_on=True))
+    assert hands_on
     assert (back.client_id, back.round, back.seed, back.epochs, back.steps, accepted) == (2, 5, 2**63 - 1, 2, None, 17)
     assert (back.schedule_positions, dict(back.hyperparameters)) == ((4, 5), {"algorithm.mu": 0.5})
     assert_states_equal(dict(back.state), state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from fedgan_lightning.federation.algorithm import FederatedAlgorithm
 from fedgan_lightning.federation.exchange import cycle
@@ -20,8 +20,8 @@ class FedGAN(FederatedAlgorithm):
     (Hardy, Le Merrer, Sericola 2019), whose generator is averaged here.
 
     Args:
-        exchange_every: Rounds between two exchanges; each is a random cycle through all clients, so that nobody keeps
-            what he had.
+        exchange_every: Rounds between two exchanges; each is a random cycle through all clients that have answered in
+            the round, so that nobody of them keeps what he had.
     """
 
     trains = frozenset({"exchange"})
@@ -30,5 +30,5 @@ class FedGAN(FederatedAlgorithm):
     def __init__(self, *, exchange_every: int = 1) -> None:
         self.exchange_every = exchange_every
 
-    def hand_on(self, *, round: int, num_clients: int, seed: int) -> Mapping[int, int]:
-        return cycle(round=round, num_clients=num_clients, seed=seed, every=self.exchange_every)
+    def hand_on(self, *, round: int, clients: Sequence[int], seed: int) -> Mapping[int, int]:
+        return cycle(round=round, clients=clients, seed=seed, every=self.exchange_every)

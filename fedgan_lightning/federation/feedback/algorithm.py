@@ -269,8 +269,8 @@ class FeedbackAlgorithm(FederatedAlgorithm):
     def check_schedules(self, names: Collection[str]) -> None:
         refuse_server_rates(names, who=type(self).__name__)
 
-    def hand_on(self, *, round: int, num_clients: int, seed: int) -> Mapping[int, int]:
-        return cycle(round=round, num_clients=num_clients, seed=seed, every=self.exchange_every)
+    def hand_on(self, *, round: int, clients: Sequence[int], seed: int) -> Mapping[int, int]:
+        return cycle(round=round, clients=clients, seed=seed, every=self.exchange_every)
 
     @staticmethod
     def _counts(server: ServerModule) -> Tensor | None:
