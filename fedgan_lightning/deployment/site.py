@@ -197,8 +197,7 @@ class Site:
 
     def told(self) -> str:
         """Return, in words, what this site tells of its samples."""
-        queries = self._queries()
-        return queries.described()
+        return self._queries().described()
 
     def _metrics(self) -> list[Metric]:
         found = self.evaluation.metrics
@@ -315,8 +314,7 @@ class Site:
         Raises:
             ConfigurationError: If the site's own settings ask no such query, or its policy or memory forbids an answer.
         """
-        queries = self._queries()
-        return queries.answer(facts, state, run=str(facts.get("run", "")), session=session)
+        return self._queries().answer(facts, state, run=str(facts.get("run", "")), session=session)
 
     # ------------------------------------------------------------------ secure aggregation
 
