@@ -61,6 +61,7 @@ class ClientTask:
         seed: Seed of all randomness of this client in this round.
         state: Entries that all clients of the round receive: parameters and buffers by name, optimizer moments under
             ``optimizer/``, the algorithm's own under ``algorithm/``.
+        coded: What travels in place of ``state``, where transforms encode what the server sends; ``None`` without.
         steps: Local steps K, minibatches of this round; ``None`` where epochs are counted.
         epochs: Local epochs of this round; ``None`` where steps are counted.
         before: Steps, or epochs, of the rounds before; ``None`` if all rounds have as many as this one.
@@ -85,6 +86,7 @@ class ClientTask:
     rounds: int = 0
     total: int | None = None
     stepping: float = 1.0
+    coded: State | None = None
 
     def span(self, *, steps_per_epoch: int) -> tuple[int, int]:
         """Return (first step, number of steps) of this round on the client's endless stream of minibatches."""

@@ -54,8 +54,8 @@ def refuse_exchange(context: ClientContext) -> None:
         )
 
 
-def refuse_simulated(context: ClientContext) -> None:
-    """Refuse what there is in simulation alone: codes of what the server sends.
+def refuse_coded(context: ClientContext) -> None:
+    """Refuse codes of what the server sends, where sites have to agree on what they were sent.
 
     Raises:
         ConfigurationError: If there are any.
@@ -64,7 +64,7 @@ def refuse_simulated(context: ClientContext) -> None:
         if getattr(transform, "down", False):
             raise ConfigurationError(
                 message(
-                    "transforms of a deployment must leave what the server sends as it is",
+                    "transforms under secure aggregation must leave what the server sends as it is",
                     received=f"{type(transform).__name__}(down=true)",
                     fix="set its option down to false",
                 )
@@ -89,7 +89,6 @@ class FlowerExecutor(Executor):
 
     def setup(self, context: ClientContext) -> None:
         context.ranks.refuse_several("the server of a deployment must be one process")
-        refuse_simulated(context)
         self._context = context
 
     def run(self, tasks: Iterable[ClientTask]) -> Iterator[ClientUpdate | ClientFailure]:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from fedgan_lightning.errors import UpdateError
+from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.namespaces import MOMENTS, inside, of_moment, under
 from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.federation.schema import check_tensor, is_believable, printable
@@ -31,12 +32,12 @@ def with_handed(task: ClientTask, state: State) -> ClientTask:
     return dataclasses.replace(task, own={**task.own, **under(HANDED, state)}) if state else task
 
 
-def opened(task: ClientTask, *, module: Any, policy: Policy) -> tuple[ClientTask, dict[str, Tensor]]:
-    """Return a task without what was handed on, and that; arguments and errors as in :func:`check_handed`."""
+def opened(task: ClientTask, context: ClientContext) -> tuple[ClientTask, dict[str, Tensor]]:
+    """Return a task without what was handed on, and that; errors as in :func:`check_handed`."""
     own = {name: value for name, value in task.own.items() if not name.startswith(HANDED)}
     handed = inside(HANDED, task.own)
     if handed:
-        check_handed("another client", handed, module=module, policy=policy)
+        check_handed("another client", handed, module=context.model, policy=context.policy)
     return dataclasses.replace(task, own=own), handed
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from fedgan_lightning.deployment import wire
-from fedgan_lightning.deployment.flower import ACCEPTED, CONNECTED, refuse_exchange, refuse_simulated
+from fedgan_lightning.deployment.flower import ACCEPTED, CONNECTED, refuse_coded, refuse_exchange
 from fedgan_lightning.deployment.opened_sums import OpenedSums
 from fedgan_lightning.deployment.secure import SecureSessions
 from fedgan_lightning.deployment.sites import Check, no_check
@@ -47,7 +47,7 @@ class SecureExecutor(Executor):
     def setup(self, context: ClientContext) -> None:
         context.ranks.refuse_several("the server of a deployment must be one process")
         refuse_exchange(context)
-        refuse_simulated(context)
+        refuse_coded(context)
         self._context, self._checks = context, UpdateChecks(context)
 
     def run(self, tasks: Iterable[ClientTask]) -> Iterator[UpdateSum | ClientFailure]:

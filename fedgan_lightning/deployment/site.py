@@ -22,6 +22,7 @@ from fedgan_lightning.data.datamodule import FederatedDataModule
 from fedgan_lightning.data.held_out import divided
 from fedgan_lightning.data.samples import ClientSamples
 from fedgan_lightning.deployment import wire
+from fedgan_lightning.deployment.coded_tasks import decoded
 from fedgan_lightning.deployment.handed_on import exchanged, handing_on, opened
 from fedgan_lightning.deployment.secure_users import CLEAR
 from fedgan_lightning.deployment.session import Session, summand_to_content
@@ -243,8 +244,7 @@ class Site:
                 )
             )
         store = ClientStore()
-        context = self._context(store)
-        task, handed = opened(task, module=self.module, policy=context.policy)
+        task, handed = opened(decoded(task, context := self._context(store)), context)
         before = {**(self._private(accepted) if accepted >= 0 else {}), **handed}
         store.load_state_dict({str(task.client_id): before} if before else {})
         self.budget.charge(task)

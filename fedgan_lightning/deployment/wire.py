@@ -172,18 +172,21 @@ def from_task(task: ClientTask, *, accepted: int, digest: str, hands_on: bool = 
         "accepted": accepted,
         "digest": digest,
         "hands_on": hands_on,
+        "coded": task.coded is not None,
     }
-    return content(facts, state=task.state, own=task.own)
+    return content(facts, state=task.state if task.coded is None else task.coded, own=task.own)
 
 
 def to_task(records: Any) -> Asked:
     """Return the task, and what was said of it."""
     facts = facts_of(records)
+    sent, is_coded = state_of(records, "state"), bool(facts["coded"])
     task = ClientTask(
         client_id=int(facts["client_id"]),
         round=int(facts["round"]),
         seed=int(facts["seed"]),
-        state=state_of(records, "state"),
+        state={} if is_coded else sent,
+        coded=sent if is_coded else None,
         steps=_known(facts["steps"]),
         epochs=_known(facts["epochs"]),
         before=_known(facts["before"]),

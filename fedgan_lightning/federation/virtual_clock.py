@@ -183,7 +183,7 @@ class VirtualArrivals(BufferedArrivals):
         """Return the networks of all versions that somebody works on, as clients were given them."""
         fields = [own.name for own in dataclasses.fields(ClientTask)]
         plain = {v: {name: getattr(task, name) for name in fields} for v, task in self.tasks.items()}
-        return {str(v): {**own, "state": dict(own["state"]), "own": {}} for v, own in plain.items()}
+        return {str(v): {**own, "state": dict(own["state"]), "own": {}, "coded": None} for v, own in plain.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         found = {int(v): {**own, "schedule_positions": tuple(own["schedule_positions"])} for v, own in state.items()}

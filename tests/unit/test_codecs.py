@@ -579,14 +579,14 @@ class TestLogMoments:
         assert all(not bool(v.any()) for n, v in moments.items() if n.endswith("/exp_avg"))
         assert any(bool(v.any()) for n, v in moments.items() if n.endswith("/exp_avg_sq"))
 
-    def test_a_deployment_refuses_what_it_does_not_send(self):
+    def test_under_masks_nothing_goes_down_in_codes(self):
         from types import SimpleNamespace
 
-        from fedgan_lightning.deployment.flower import refuse_simulated
+        from fedgan_lightning.deployment.flower import refuse_coded
 
-        refuse_simulated(SimpleNamespace(transforms=[Int8(), LogMoments(down=False)]))
+        refuse_coded(SimpleNamespace(transforms=[Int8(), LogMoments(down=False)]))
         with pytest.raises(ConfigurationError, match=r"got LogMoments\(down=true\). Set its option down to false"):
-            refuse_simulated(SimpleNamespace(transforms=[LogMoments()]))
+            refuse_coded(SimpleNamespace(transforms=[LogMoments()]))
 
     def test_bfloat16_goes_down_too(self):
         costs = [run(BFloat16(down=down), gan=ring_gan(optimizer=sgd))[1].ledger for down in (False, True)]
