@@ -28,7 +28,7 @@ from fedgan_lightning.deployment.flower import FlowerExecutor
 from fedgan_lightning.deployment.opened_sums import OpenedSums
 from fedgan_lightning.deployment.replies import only_plain
 from fedgan_lightning.deployment.secure import SecureSessions
-from fedgan_lightning.deployment.secure_users import SecureExecutor, SecureQueries
+from fedgan_lightning.deployment.secure_users import SecureExecutor, SecureQueries, check_same_for_all
 from fedgan_lightning.deployment.session import members_of_facts, members_to_facts, sealed_of_facts, sealed_to_facts
 from fedgan_lightning.deployment.signatures import Signatures
 from fedgan_lightning.deployment.site_policy import SitePolicy
@@ -85,7 +85,19 @@ def _asked(received: Any) -> dict[str, Any]:
     facts = wire.facts_of(received.content)
     kind = str(received.metadata.message_type)
     what = kind if kind == wire.TRAIN else str(facts.get("query", facts.get("ask")))
-    named = ("round", "client_id", "steps", "epochs", "limit", "kind", "side", "session", "run", "survivors")
+    named = (
+        "round",
+        "client_id",
+        "steps",
+        "epochs",
+        "limit",
+        "kind",
+        "side",
+        "session",
+        "run",
+        "survivors",
+        "hands_on",
+    )
     known = {name: facts[name] for name in named if name in facts}
     told = {name: own if isinstance(own, (int, float)) else str(own)[:200] for name, own in known.items()}
     own = {"digest": wire.hash_of(wire.query_facts(facts), {})[:16]} if facts.get("ask") == "sums" else {}
@@ -150,6 +162,7 @@ def _train(received: Any, context: Any) -> Any:
         site.check_plain()
     task, accepted, hands_on = wire.to_task(received.content)
     if "session" in facts:
+        check_same_for_all(task, hands_on=hands_on)
         site.session().open(int(facts["session"]), sealed_of_facts(facts), subject=wire.hash_of_task(task))
     update = site.train(task, accepted=accepted, digest=str(facts["digest"]), hands_on=hands_on)
     return wire.from_update(update) if "session" not in facts else site.masked_update(int(facts["session"]), update)

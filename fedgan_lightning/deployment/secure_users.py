@@ -12,7 +12,7 @@ from fedgan_lightning.deployment.flower import ACCEPTED, CONNECTED, refuse_coded
 from fedgan_lightning.deployment.opened_sums import OpenedSums
 from fedgan_lightning.deployment.secure import SecureSessions
 from fedgan_lightning.deployment.sites import Check, no_check
-from fedgan_lightning.errors import OutOfRangeError, QuorumError, UpdateError, message
+from fedgan_lightning.errors import ConfigurationError, OutOfRangeError, QuorumError, UpdateError, message
 from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.report import is_position
 from fedgan_lightning.federation.schema import printable
@@ -26,6 +26,27 @@ CLEAR = ("images", "steps", "optimizer_steps", "seconds")
 TOGETHER = "together"
 #: Stages at which a client that is lost has not been sent its task.
 BEFORE_THE_TASK = ("advertise", "share")
+
+
+def check_same_for_all(task: ClientTask, *, hands_on: bool = False) -> None:
+    """Refuse a task under masks that is not, as a whole, what all clients of the round agree on that they were sent.
+
+    Such are entries for one client alone (weights that leave only its answer in a sum), networks in codes, which the
+    hash of the session does not cover, and the wish to have networks handed on.
+
+    Raises:
+        ConfigurationError: If it is one.
+    """
+    beside = [f"{printable(name)}, for client {task.client_id} alone" for name in sorted(task.own)]
+    beside += ["networks in codes"] * (task.coded is not None) + ["networks to be handed on"] * hands_on
+    if beside:
+        raise ConfigurationError(
+            message(
+                "under secure aggregation all clients of a round must be sent the same, and nothing else",
+                received=beside[0],
+                fix="set federation.secure to null, or use another algorithm, and no codes down",
+            )
+        )
 
 
 class SecureExecutor(Executor):
@@ -55,6 +76,8 @@ class SecureExecutor(Executor):
         listed, store = {task.client_id: task for task in tasks}, self._context.store
         if not listed:
             return
+        for task in listed.values():
+            check_same_for_all(task)
         self.sessions.sites.refresh()
 
         def query(client_id: int) -> Any:

@@ -271,6 +271,21 @@ def test_sums_say_what_single_answers_say(data):
     assert_states_equal(*found, atol=1e-12, rtol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["MD-GAN, k=1", "UA-GAN, summed"])
+def test_what_masks_can_hide_is_asked_of_all_alike(name):
+    """Weights from the server could leave one client's answer for a sum: clients count their classes themselves."""
+    tasks = []
+
+    class Watch(SequentialExecutor):
+        def run(self, given):
+            tasks.extend(listed := list(given))
+            yield from super().run(listed)
+
+    run(FAMILY[name](num_samples=40), gan=conditional_gan(), data=digits_data(), executor=Watch(), rounds=2)
+    assert tasks
+    assert all(not task.own for task in tasks)
+
+
 def test_logits_beyond_the_bound_are_cut_and_nothing_overflows():
     gan = ring_gan(optimizer=sgd).double()
     with torch.no_grad():

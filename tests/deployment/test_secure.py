@@ -24,7 +24,7 @@ from fedgan_lightning.checkpoints import read_checkpoint
 from fedgan_lightning.deployment import masking, wire
 from fedgan_lightning.deployment.apps import STAGES, _site, serve_over
 from fedgan_lightning.deployment.secure import SecureSessions
-from fedgan_lightning.deployment.secure_users import SecureQueries
+from fedgan_lightning.deployment.secure_users import SecureQueries, check_same_for_all
 from fedgan_lightning.deployment.session import Session, sealed_of_facts, summand_to_content
 from fedgan_lightning.deployment.shared_settings import SHARED, digest_of
 from fedgan_lightning.deployment.sites import Sites
@@ -658,3 +658,33 @@ def test_after_the_first_session_three_messages_are_enough(tmp_path):
     hand.lost = {}
     run()
     assert [k for k, stage in asked if stage == "advertise"] == [2]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"own": {"algorithm/ratio": torch.zeros(3)}}, "got algorithm/ratio, for client 1 alone"),
+        ({"coded": {"x": torch.zeros(1)}}, "got networks in codes"),
+    ],
+)
+def test_a_site_under_masks_does_nothing_that_others_were_not_asked(change, words, tmp_path, state, monkeypatch):
+    """A server that weighs all sites but one with nothing would have that one's answer for a sum."""
+    honest = wire.from_task
+
+    def crooked(task, **facts):
+        return honest(dataclasses.replace(task, **change) if task.client_id == 1 else task, **facts)
+
+    monkeypatch.setattr("fedgan_lightning.deployment.secure_users.wire.from_task", crooked)
+    deploy(tmp_path, grid_of(state), *LENIENT)
+    incidents = summary(tmp_path, "secure")["incidents"]
+    assert {own["client_id"] for own in incidents} == {1}
+    assert all(words in own["reason"] for own in incidents)
+
+
+def test_nor_does_the_server_ask_it():
+    task = ClientTask(client_id=2, round=0, seed=1, state={}, steps=1)
+    check_same_for_all(task)
+    with pytest.raises(ConfigurationError, match="got a, for client 2 alone"):
+        check_same_for_all(dataclasses.replace(task, own={"a": torch.zeros(1)}))
+    with pytest.raises(ConfigurationError, match="got networks to be handed on"):
+        check_same_for_all(task, hands_on=True)

@@ -16,11 +16,12 @@ from fedgan_lightning.federation.client_update import Visit
 from fedgan_lightning.federation.feedback.algorithm import BOUND
 from fedgan_lightning.federation.feedback.ensemble import EnsembleFeedback, per_sample
 from fedgan_lightning.federation.feedback.samples import Inputs, Labels
+from fedgan_lightning.federation.known_data import own_class_shares
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import Aggregate, State, UpdateEntry
 
-ODDS, ODDS_GRADIENT, SHIFT, RATIO = "odds", "odds_gradient", "shift", "ratio"
+ODDS, ODDS_GRADIENT, SHIFT = "odds", "odds_gradient", "shift"
 
 
 class UAGAN(EnsembleFeedback):
@@ -87,24 +88,28 @@ class UAGAN(EnsembleFeedback):
         found = dict(super().task(server, round))
         return {**found, SHIFT: server.algorithm_state[SHIFT].clone()} if self.summed else found
 
-    def own_task(self, server: ServerModule, round: int, client_id: int) -> State:
-        if not self.summed or not self.is_by_class(server):
-            return {}
-        counts = self._counts(server)
-        assert counts is not None
-        like, labels = next(server.model.parameters()), self.batches(server, round)[0].labels.cpu()
-        held = counts.double()
-        shares = held / held.sum(1, keepdim=True).clamp(min=1.0)
-        return {RATIO: shares[client_id, labels].to(like)}
-
     def answer(self, visit: Visit) -> State:
         if not self.summed:
             return super().answer(visit)
         leading = 2 if visit.is_stacked else 1
-        logits, gradients = per_sample(*visit.feedback(*self.asked(visit)), leading=leading)
+        samples, labels = self.asked(visit)
+        logits, gradients = per_sample(*visit.feedback(samples, labels), leading=leading)
         cut = (logits - visit.task[SHIFT].to(logits)).clamp(-self.max_logit, self.max_logit)
-        odds = cut.exp() * visit.task[RATIO] if RATIO in visit.task else cut.exp()
+        odds = cut.exp() * self._own_shares(visit, labels).to(cut)
         return {ODDS: odds, ODDS_GRADIENT: odds.view(*odds.shape, *(1,) * (gradients.dim() - leading)) * gradients}
+
+    def _own_shares(self, visit: Visit, labels: Tensor) -> Tensor:
+        """Return the share of each sample's class at its client, (b,) or (clients, b); 1 where classes do not count.
+
+        A client counts its own labels. Shares from a server could be 0 for all clients but one, whose single answer
+        would then be the sum.
+        """
+        by_class = bool(visit.context.model.num_classes) if self.per_class is None else self.per_class
+        if not by_class:
+            return torch.ones_like(labels)
+        rows = [own_class_shares(visit.context.data, task.client_id).to(labels.device) for task in visit.tasks]
+        found = [row[own] for row, own in zip(rows, labels if visit.is_stacked else [labels])]
+        return torch.stack(found) if visit.is_stacked else found[0]
 
     def sample_gradients(
         self, server: ServerModule, total: Aggregate, batches: Sequence[Inputs]
