@@ -236,10 +236,10 @@ def methods(total: int, *, local_steps: int, samples: int) -> dict[str, list[str
     return {f"{way}, {where}": [*own, *part] for where, part in SPLITS.items() for way, own in ways.items()}
 
 
-#: The variable of a profile as its class, in place of the season.
-VARIABLE = [
-    *("--data.source.label", "variable"),
-    *("--model.generator.init_args.num_classes", "6", "--model.discriminator.init_args.num_classes", "6"),
+#: The season of a profile as its class, in place of the variable.
+SEASON = [
+    *("--data.source.label", "season"),
+    *("--model.generator.init_args.num_classes", "4", "--model.discriminator.init_args.num_classes", "4"),
 ]
 
 

@@ -33,9 +33,9 @@ class RandomImages(Source):
 
 
 class RandomSeries(Source):
-    """Sines of random phase and noise: six variables of 40 days, four seasons."""
+    """Sines of random phase and noise: six variables of 40 days, which are its classes, in four seasons."""
 
-    sample_shape, class_names = (1, 24), ("winter", "spring", "summer", "autumn")
+    sample_shape, class_names = (1, 24), ("HUFL", "HULL", "MUFL", "MULL", "LUFL", "LULL")
 
     def load(self, split):
         generator = torch.Generator().manual_seed(len(split))
@@ -43,7 +43,7 @@ class RandomSeries(Source):
         hours = torch.arange(24).view(1, 1, 24) / 24
         x = torch.sin(6.28 * (hours + phase)) + 0.1 * torch.randn(240, 1, 24, generator=generator)
         days = torch.arange(240)
-        return Samples(x=x, y=days % 4, columns={"variable": (days // 40).numpy(), "season": (days % 4).numpy()})
+        return Samples(x=x, y=days // 40, columns={"variable": (days // 40).numpy(), "season": (days % 4).numpy()})
 
 
 class Curious(Metric):
