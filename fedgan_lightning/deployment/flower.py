@@ -6,6 +6,7 @@ Flower's own strategies are not used: they wait for ever for lost nodes, average
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple
@@ -19,7 +20,10 @@ from fedgan_lightning.deployment.sites import Sites
 from fedgan_lightning.errors import ConfigurationError, RoundInterrupted, message
 from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.schema import printable
+from fedgan_lightning.federation.update_schema import expected_moments
 from fedgan_lightning.protocol import ROUND_TRIP, ClientFailure, ClientTask, ClientUpdate, Executor
+
+logger = logging.getLogger("fedgan_lightning")
 
 #: An answer is at most so many times as long as its task, and so many bytes: moments, and an algorithm's, come on top.
 MOST_TIMES, MOST_BYTES = 10, 64 << 20
@@ -86,6 +90,8 @@ class FlowerExecutor(Executor):
         self.sites, self.timeout = sites, timeout
         self._context: ClientContext | None = None
         self._sent: dict[str, Sent] = {}
+        self._moments: dict[str, torch.Tensor] = {}  # that clients' optimizers keep
+        self._spoilt: set[int] = set()  # clients that failed on what they were handed
 
     def setup(self, context: ClientContext) -> None:
         context.ranks.refuse_several("the server of a deployment must be one process")
@@ -97,19 +103,24 @@ class FlowerExecutor(Executor):
         if not listed and not arrivals.at_work:
             return
         self.sites.refresh()
-        reachable = []
-        for task in listed:
-            if self.sites.node_of(task.client_id) is not None:
-                reachable.append(task)
-            else:
-                is_out = task.client_id in self.sites.expelled
-                cause = "its site was expelled" if is_out else "its site is not connected"
-                told = {"reached": False, "refused": is_out}
-                yield ClientFailure(task.client_id, task.round, stage="connect", cause=cause, **told)
+        away = [task.client_id for task in listed if self.sites.node_of(task.client_id) is None]
         late, open_ = self._under_way(listed)
-        open_ |= self._push(reachable)
+        open_ |= self._push(
+            [task for task in listed if task.client_id not in away]
+        )  # before anything is yielded: whoever takes the first answer may ask no more
         overdue: dict[str, Sent] = {}
         try:
+            asked = {task.client_id: task.round for task in listed}
+            known = {
+                sent.task.client_id for sent in open_.values()
+            }  # others were not told of, when an answer came first
+            lost = [*away, *({*arrivals.at_work} - {*asked} - known)]
+            for client_id in lost:
+                is_out = client_id in self.sites.expelled
+                cause = "its site was expelled" if is_out else "its site is not connected"
+                told = {"reached": False, "refused": is_out}
+                round = asked[client_id] if client_id in asked else arrivals.given(client_id).round
+                yield ClientFailure(client_id, round, stage="connect", cause=cause, **told)
             while waited := [key for key, sent in open_.items() if not arrivals.holds(sent.task.client_id)]:
                 if self._stop_requested():
                     raise RoundInterrupted("the user asked to stop")
@@ -148,7 +159,8 @@ class FlowerExecutor(Executor):
             store, k = self._context.store, task.client_id
             kept = store.newest(k) if self._context.arrivals.holds(k) else store.read(k)
             accepted = int(kept.get(ACCEPTED, torch.tensor(-1)))
-            task = with_handed(task, exchanged(kept, policy))
+            handed = {} if task.client_id in self._spoilt else exchanged(kept, policy)
+            task = with_handed(task, handed)
             how: dict[str, Any] = {"accepted": accepted, "hands_on": self._hands_on(task.round)}
             content = wire.from_task(task, digest=self.sites.digest, **how)
             node_id = self.sites.node_of(task.client_id)
@@ -173,6 +185,9 @@ class FlowerExecutor(Executor):
         trouble, task = trouble_in(reply), sent.task
         if trouble is not None:
             is_none = isinstance(trouble, Malformed)
+            if exchanged(self._context.store.read(task.client_id), self._context.policy):
+                self._spoilt.add(task.client_id)  # perhaps by what it was handed: it goes on with its own
+                logger.warning(f"client {task.client_id} goes on without the network that was handed to it")
             return ClientFailure(task.client_id, task.round, stage="reply", cause=trouble, refused=is_none)
         try:
             most = MOST_TIMES * (sent.size + self._size_handed_on * sent.hands_on) + MOST_BYTES
@@ -181,20 +196,22 @@ class FlowerExecutor(Executor):
             update, handed = wire.to_update(reply.content, client_id=task.client_id), dict[str, torch.Tensor]()
             if sent.hands_on:
                 update, handed = taken(update)
-                model, policy = self._context.model, self._context.policy
-                check_handed(f"client {task.client_id}", handed, module=model, policy=policy)
+                self._moments = self._moments or expected_moments(self._context)
+                check_handed(f"client {task.client_id}", handed, self._context, moments=self._moments)
         except Exception as error:  # what comes can be anything, and must not end the server
             cause = printable(f"an answer that is no update ({type(error).__name__}: {error})")
             return ClientFailure(task.client_id, task.round, stage="reply", cause=cause, refused=True)
         if not is_late:
             self._context.store.write(task.client_id, {ACCEPTED: torch.tensor(task.seed), **handed})
+            self._spoilt.discard(task.client_id)
         return dataclasses.replace(update, metrics={**update.metrics, ROUND_TRIP: time.monotonic() - sent.since})
 
     @property
     def _size_handed_on(self) -> int:
         assert self._context is not None
-        state = exchanged(self._context.model.state_dict(), self._context.policy)
-        return sum(value.numel() * value.element_size() for value in state.values())
+        state, policy = self._context.model.state_dict(), self._context.policy
+        own = [state[name] for name in policy.private if policy.is_exchanged(name)]
+        return sum(value.numel() * value.element_size() for value in own)
 
     def _stop_requested(self) -> bool:
         return self._context is not None and self._context.stop_requested()

@@ -7,16 +7,17 @@ with them has counted.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from torch import Tensor
 
-from fedgan_lightning.errors import UpdateError
+from fedgan_lightning.errors import ConfigurationError, UpdateError, message
 from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.namespaces import MOMENTS, inside, of_moment, under
 from fedgan_lightning.federation.policy import Policy
-from fedgan_lightning.federation.schema import check_tensor, is_believable, printable
+from fedgan_lightning.federation.schema import NONNEGATIVE, check_tensor, is_believable, printable
+from fedgan_lightning.federation.update_schema import expected_moments
 from fedgan_lightning.protocol import ClientTask, ClientUpdate, State
+from fedgan_lightning.states import Kind
 
 #: What is handed on has this before its names, on the way.
 HANDED = "exchange/"
@@ -37,8 +38,30 @@ def opened(task: ClientTask, context: ClientContext) -> tuple[ClientTask, dict[s
     own = {name: value for name, value in task.own.items() if not name.startswith(HANDED)}
     handed = inside(HANDED, task.own)
     if handed:
-        check_handed("another client", handed, module=context.model, policy=context.policy)
+        check_handed("another client", handed, context, moments=expected_moments(context))
     return dataclasses.replace(task, own=own), handed
+
+
+def going_on(private: State, handed: State, policy: Policy) -> dict[str, Tensor]:
+    """Return what a client goes on with that is handed a network: nothing is left of its own one, moments neither."""
+    kept = {name: value for name, value in private.items() if not (handed and policy.is_exchanged(name))}
+    return {**kept, **handed}
+
+
+def check_hands_on(task: ClientTask, context: ClientContext, *, hands_on: bool) -> None:
+    """Refuse to hand networks on after a round in which the site's own configuration has nobody do so.
+
+    Raises:
+        ConfigurationError: If that is asked.
+    """
+    if hands_on and not context.algorithm.hand_on(round=task.round, clients=range(2), seed=0):
+        raise ConfigurationError(
+            message(
+                "networks must change hands after the rounds that this site's own configuration names",
+                received=f"a wish to have them after round {task.round}",
+                fix="agree on federation.sync and exchange_every",
+            )
+        )
 
 
 def handing_on(update: ClientUpdate, state: State) -> ClientUpdate:
@@ -52,29 +75,36 @@ def taken(update: ClientUpdate) -> tuple[ClientUpdate, dict[str, Tensor]]:
     return dataclasses.replace(update, extras=extras), inside(HANDED, update.extras)
 
 
-def check_handed(who: str, state: State, *, module: Any, policy: Policy) -> None:
+def check_handed(who: str, state: State, context: ClientContext, *, moments: State) -> None:
     """Refuse what is no network that clients hand on.
+
+    What remains possible is a network of believable numbers that is of no use to whoever goes on with it.
 
     Args:
         who: Whose it is, in words.
         state: What was handed on.
-        module: A module with the same networks.
-        policy: Says which they are.
+        context: With a module that has the same networks.
+        moments: What optimizers keep of it, as :func:`~fedgan_lightning.federation.update_schema.expected_moments` has
+            it; where it has none, everything that looks like a moment of the networks is taken for one.
 
     Raises:
         UpdateError: If an entry is missing, unknown, of another shape or dtype, or no number that can be right.
     """
-    own = exchanged(module.state_dict(), policy)
-    shapes = {name: tuple(value.shape) for name, value in module.named_parameters()}
+    module, policy = context.model.state_dict(), context.policy
+    own = {name: module[name] for name in policy.private if policy.is_exchanged(name)}
     for name in sorted({*own} - {*state}):
         raise UpdateError(f"{who}: hands on no {name}")
+    known = {**exchanged(moments, policy), **own}
     for name, value in state.items():
-        what = f"{who}: {printable(name)}, handed on,"
-        if name in own:
-            shape, dtype = tuple(own[name].shape), own[name].dtype
-        elif name.startswith(MOMENTS) and policy.is_exchanged(name) and isinstance(value, Tensor):
-            shape, dtype = (shapes.get(of_moment(name)[1], ()) if value.dim() else ()), value.dtype
-        else:
+        what, like = f"{who}: {printable(name)}, handed on,", known.get(name)
+        if like is None and not moments and name.startswith(MOMENTS) and policy.is_exchanged(name):
+            owner = module[of_moment(name)[1]]
+            like = owner if isinstance(value, Tensor) and value.dim() else owner.new_zeros(())
+        if like is None:
             raise UpdateError(f"{what} is none of what clients hand on")
-        if not is_believable(check_tensor(what, value, shape=shape, dtype=dtype)):
+        found = check_tensor(what, value, shape=tuple(like.shape), dtype=like.dtype)
+        if not is_believable(found):
             raise UpdateError(f"{what} is not finite, or beyond what any network learns with")
+        is_square = policy.entries[name].kind is Kind.VARIANCE if name in own else of_moment(name)[2] in NONNEGATIVE
+        if is_square and bool((found < 0).any()):
+            raise UpdateError(f"{what} is negative, and no square, variance or count is")

@@ -23,7 +23,7 @@ from fedgan_lightning.data.held_out import divided
 from fedgan_lightning.data.samples import ClientSamples
 from fedgan_lightning.deployment import wire
 from fedgan_lightning.deployment.coded_tasks import decoded
-from fedgan_lightning.deployment.handed_on import exchanged, handing_on, opened
+from fedgan_lightning.deployment.handed_on import check_hands_on, exchanged, going_on, handing_on, opened
 from fedgan_lightning.deployment.secure_users import CLEAR
 from fedgan_lightning.deployment.session import Session, summand_to_content
 from fedgan_lightning.deployment.shared_settings import digest_of
@@ -125,7 +125,7 @@ class Site:
         self.data = SiteData(view, held_out, client_id=client_id, data=data)
         self.memory = SiteMemory(self.state_dir)
         self.tag = hashlib.sha256(f"{data.train_samples.digest} {view.indices.tolist()}".encode()).hexdigest()[:16]
-        self.policy.check_networks(self.orchestrator.policy_of(self.module).shared_networks)
+        self.policy.check_networks(self.orchestrator.policy_of(self.module).leaving_networks)
         self.budget = SiteBudget(self.memory, self.module, self.data, self.orchestrator, limit=self.policy.privacy)
         self.begun = begin(self.orchestrator, self.trainer, self.module, self.data, "fit")
         if offers(self.module, DataHook):
@@ -245,13 +245,13 @@ class Site:
             )
         store = ClientStore()
         task, handed = opened(decoded(task, context := self._context(store)), context)
-        before = {**(self._private(accepted) if accepted >= 0 else {}), **handed}
+        check_hands_on(task, context, hands_on=hands_on)
+        before = going_on(self._private(accepted) if accepted >= 0 else {}, handed, context.policy)
         store.load_state_dict({str(task.client_id): before} if before else {})
         self.budget.charge(task)
         update = self._run(task, context)
         store.commit()
-        after = store.read(task.client_id)
-        self._keep(task.seed, after, accepted)
+        self._keep(task.seed, after := store.read(task.client_id), accepted)
         return handing_on(update, exchanged(after, context.policy)) if hands_on else update
 
     def rehearse(self) -> Rehearsal:

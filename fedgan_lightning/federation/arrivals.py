@@ -60,6 +60,11 @@ class Arrivals:
         """Whether the round has an update of this client already, so that another answer of it has to wait."""
         return False
 
+    @property
+    def may_answer(self) -> bool:
+        """Whether an answer that counts in this round may still come of those at work."""
+        return any(not self.holds(client_id) for client_id in self.at_work)
+
     def gauges(self) -> dict[str, float]:
         """Return what a dashboard shows of the round that has begun last."""
         return {}

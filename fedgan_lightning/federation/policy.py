@@ -80,6 +80,12 @@ class Policy:
         return tuple(dict.fromkeys(self.entries[name].network for name in self.shared_parameters))
 
     @property
+    def leaving_networks(self) -> tuple[str, ...]:
+        """Networks that leave clients: those of which something comes up, and those that clients hand on."""
+        exchanged = (entry.network for name, entry in self.entries.items() if self.placements[name] == "exchange")
+        return tuple(dict.fromkeys([*self.shared_networks, *exchanged]))
+
+    @property
     def shared_parameters(self) -> list[str]:
         """Parameters whose updates come up."""
         return self.names(Kind.PARAMETER, sync="average")

@@ -33,6 +33,7 @@ class RealArrivals(BufferedArrivals):
         self.num_clients, self.seed = num_clients, seed
         self.inside: set[int] = set()
         self._versions: dict[int, int] = {}  # of those at work
+        self._checks: dict[int, Any] = {}  # by version
         self._begun: dict[int, int] = {}  # the last version that each has worked on: twice it would be the same work
         self._usable: Callable[[int], bool] = lambda client_id: True
         self._round = self._draws = self._dropped = 0
@@ -49,15 +50,10 @@ class RealArrivals(BufferedArrivals):
         return self.tasks[self._versions[client_id]]
 
     def checks(self, checks_of: Callable[[ClientTask], Any]) -> Callable[[int], Any]:
-        known: dict[int, Any] = {}
-
-        def of(client_id: int) -> Any:
-            version = self._versions.get(client_id)
-            if version is not None and version not in known:
-                known[version] = checks_of(self.tasks[version])
-            return None if version is None else known[version]
-
-        return of
+        known = {version: own for version, own in self._checks.items() if version in self.tasks}
+        known.setdefault(self._round, checks_of(self.tasks[self._round]))  # now: they know when the version began
+        self._checks = known
+        return lambda client_id: known.get(self._versions.get(client_id, -1))
 
     @property
     def at_work(self) -> Collection[int]:
@@ -79,6 +75,7 @@ class RealArrivals(BufferedArrivals):
         self._usable = is_usable
         if attempt:
             self._versions, self._begun, self.inside, self._ages = {}, {}, set(), []
+        self._versions = {k: version for k, version in self._versions.items() if is_usable(k)}
         left = sum(map(is_usable, range(self.num_clients)))
         if left < self.settings.buffer_size:
             fix = "look at the reasons in the log, or lower rules.asynchronous.buffer_size"

@@ -105,7 +105,7 @@ class Receiver:
     # ------------------------------------------------------------------ one answer
 
     def _take_failure(self, failure: ClientFailure) -> None:
-        is_late = failure.round == self.checks.round - 1
+        is_late = not self.arrivals.of_any_age and failure.round == self.checks.round - 1
         report = self._report(failure.client_id, was_sent=failure.reached and not is_late)
         if not is_late:  # its answer of this round may still come
             self.open.discard(failure.client_id)

@@ -104,7 +104,7 @@ class RoundRunner:
         ranks, goal, reserves, wave = self.context.ranks, selection.goal, selection.reserves, [*selection.cohort]
         if self.executor.concurrent:
             wave, reserves = wave + reserves, []
-        while wave or (self.arrivals.at_work and receiver.num_accepted < goal):
+        while wave or (self.arrivals.may_answer and receiver.num_accepted < goal):
             failure: Exception | None = None
             receiver.ask(wave)
             try:

@@ -62,7 +62,7 @@ def expected_answer(context: ClientContext, state: State) -> Schema:
     if "average" in policy.moments.values():
         try:
             first, sense = _first_moments(context)
-            moments = {**first, **{name: value for name, value in moments.items() if name not in first}}
+            moments = {**first["average"], **{n: value for n, value in moments.items() if n not in first["average"]}}
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             logger.warning(f"the first answer says which moments clients have: the server cannot make them ({reason})")
@@ -76,7 +76,16 @@ def expected_answer(context: ClientContext, state: State) -> Schema:
     return Schema({"delta": delta, "extras": extras}, sense=sense, is_open=is_open)
 
 
-def _first_moments(context: ClientContext) -> tuple[dict[str, Tensor], Sense]:
+def expected_moments(context: ClientContext) -> dict[str, Tensor]:
+    """Return the moments that a client has after one step, averaged or its own; none where they cannot be made."""
+    try:
+        found, _ = _first_moments(context)
+    except Exception:
+        return {}
+    return {**found["average"], **found["keep"]}
+
+
+def _first_moments(context: ClientContext) -> tuple[dict[str, dict[str, Tensor]], Sense]:
     """Return the moments that optimizers have after one step, here one on zero gradients, and what bounds them."""
     precision = str(context.trainer_options.get("precision"))
     with isolated_rng(0), _default_dtype(torch.float64 if precision == "64-true" else torch.get_default_dtype()):
@@ -93,7 +102,7 @@ def _first_moments(context: ClientContext) -> tuple[dict[str, Tensor], Sense]:
                     if parameter.requires_grad:  # what nobody differentiates has no moments
                         parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
-    found = optimizer_state.collect(client, optimizers, context.policy.moments)["average"]
+    found = optimizer_state.collect(client, optimizers, context.policy.moments)
     ratios = {str(index): ratio for index, own in enumerate(optimizers) if (ratio := _ratio(own)) is not None}
     sums = (str(index) for index, own in enumerate(optimizers) if isinstance(own, torch.optim.Adagrad))
     return found, Sense(ratios=ratios, sums=frozenset(sums))

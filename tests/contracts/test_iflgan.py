@@ -169,6 +169,27 @@ def test_weights_are_the_softmax_up_to_the_cap(told, weights):
         torch.testing.assert_close(value, wanted, atol=1e-12, rtol=1e-9)
 
 
+@pytest.mark.parametrize("ratio", [1.0, 1.5, 3.0, 10.0, 7.3])
+@pytest.mark.parametrize("claim", [0.0, 0.4, 1.0986122886681098, 1.1, LARGEST])
+def test_no_credit_is_more_than_all(ratio, claim):
+    """exp(log 3) / 3 is more than 1 in floating point, and no discount may be."""
+    assert 0.0 < IFLGAN(max_ratio=ratio).credit({"discrepancy": torch.tensor(claim)}) <= 1.0
+
+
+@pytest.mark.parametrize("threshold, keeps", [("mean", [1, 2, 3]), ("median", [1, 2])])
+def test_a_claim_lifts_the_mean_and_not_the_median(threshold, keeps):
+    algorithm = Telling([LARGEST, 0.1, 0.2, 0.3], threshold=threshold)
+    server, _, _ = run(algorithm, rounds=1)
+    below = [k for k, own in enumerate(algorithm.told) if own < float(server.algorithm_state["mean"])]
+    assert below == keeps
+
+
+def test_small_minibatches_are_enough():
+    data = ring_data(batch_size=1)
+    server, _, _ = run(IFLGAN(num_samples=8), data=data, local_steps=1, rounds=2)
+    assert 0.0 < float(server.algorithm_state["mean"]) <= LARGEST
+
+
 def test_a_ratio_of_one_is_the_aggregator_s_mean():
     deltas, change = moved([0.0, 1.0, 0.2, 1.4], max_ratio=1.0)
     for name, value in change.items():
@@ -255,6 +276,13 @@ def test_a_claim_that_cannot_be_is_refused_by_name(claim):
     assert all(bool(value.isfinite().all()) for value in server.model.state_dict().values())
 
 
+class Sampling(SomebodysGAN):
+    """Samples in a way of its own."""
+
+    def sample(self, n):
+        return torch.zeros(n, 2)
+
+
 @pytest.mark.parametrize(
     "make, words",
     [
@@ -262,6 +290,7 @@ def test_a_claim_that_cannot_be_is_refused_by_name(claim):
         (lambda: run(IFLGAN(), Summing(), secure=SecureAggregation(max_update=1.0)), "discrepancy"),
         (lambda: run(IFLGAN(), gan=private_gan()), "no privacy to keep: .*; got model.privacy"),
         (lambda: run(IFLGAN(), gan=SomebodysGAN()), "samples are compared with data"),
+        (lambda: run(IFLGAN(), gan=Sampling()), r"without sample\(num_samples, \*, labels, generator, raw\)"),
         (lambda: IFLGAN(max_ratio=0.5), "max_ratio"),
         (lambda: IFLGAN(num_samples=1), "num_samples"),
     ],

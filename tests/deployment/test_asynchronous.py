@@ -201,3 +201,61 @@ def test_a_server_that_starts_again_goes_on(tmp_path, serve):
     assert {version for _, _, version in again.begun if _ is not None} == {3, 4, 5}
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"] == 6
     assert all(bool(value.isfinite().all()) for value in found["state_dict"].values() if value.is_floating_point())
+
+
+def test_a_round_that_nobody_can_fill_ends_and_is_tried_again(tmp_path, serve, caplog):
+    """All that is still at work is held, for it is in the buffer already: waiting for it would never end."""
+    seconds = (2.0, 3.1, 5.0)
+    more = ["--federation.rules.max_attempts", "6", "--federation.validator", "UpdateValidator"]
+    config, options = options_of(*more, seconds=seconds, rounds=4)
+    grid = grid_of(tmp_path, config, options, seconds=seconds)
+
+    def lie(node, kind, reply):
+        if node in (100, 101) and kind == "train" and 4.5 < grid.now < 20.0:
+            for record in reply.content.array_records.values():
+                for name, array in record.items():
+                    numbers = array.numpy()
+                    if numbers.dtype.kind == "f":
+                        record[name] = type(array)(numbers * float("nan"))
+
+    grid.edit = lie
+    serve(grid, config, options)
+    assert "abandoned: 1 of at least 2 clients answered" in caplog.text
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["rounds"] == 4
+
+
+def test_those_who_are_there_are_sent_their_tasks_whoever_is_away(tmp_path, serve):
+    """One of two at work is away at the beginning: somebody else starts, and nobody is forgotten."""
+    seconds = (1.0, 1.3, 1.7, 2.1)
+    more = ["--federation.rules.asynchronous.concurrency", "2"]
+    config, options = options_of(*more, seconds=seconds, buffer_size=1, rounds=10)
+    grid = grid_of(tmp_path, config, options, seconds=seconds)
+    push, first = grid.push_messages, []
+
+    def leave(messages):
+        listed = list(messages)
+        train = [own for own in listed if own.metadata.message_type == "train"]
+        if not train and not first:
+            grid.away = {100, 102}
+        first.extend(train)
+        grid.away = set() if len(first) > 3 else grid.away
+        return push(listed)
+
+    grid.push_messages = leave
+    serve(grid, config, options)
+    assert {node for _, node, _ in grid.begun} == {100, 101, 102, 103}
+    ends = [when + grid.seconds[node] for when, node, _ in grid.begun]
+    for moment in (own for own, _, _ in grid.begun[2:]):
+        at_work = sum(begun <= moment < end for (begun, _, _), end in zip(grid.begun, ends))
+        assert at_work <= 2
+
+
+def test_clients_times_are_told(tmp_path, serve, monkeypatch):
+    """Seconds that cannot be right are left out, and what a version took counts from when it was sent."""
+    monkeypatch.setattr("fedgan_lightning.federation.update_checks.CLOCKS", 0.0)
+    config, options = options_of()
+    serve(grid_of(tmp_path, config, options), config, options)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()]
+    answered = [own for row in rows for own in row["clients"] if own["outcome"] == "answered"]
+    assert len(answered) == 12
+    assert all(own["seconds"] > 0 for own in answered)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -11,11 +12,17 @@ pytest.importorskip("flwr", reason="needs the extra 'flower' (Python 3.11 or lat
 
 from fedgan_lightning.__main__ import main
 from fedgan_lightning.checkpoints import read_checkpoint
+from fedgan_lightning.deployment import wire
 from fedgan_lightning.deployment.apps import serve_over
+from fedgan_lightning.deployment.flower import FlowerExecutor
 from fedgan_lightning.deployment.handed_on import HANDED, check_handed, exchanged
-from fedgan_lightning.errors import UpdateError
+from fedgan_lightning.deployment.site_policy import SitePolicy
+from fedgan_lightning.errors import ConfigurationError, FedGANError, UpdateError
+from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.policy import resolve
-from tests.conftest import ROOT, adam, assert_states_equal, ring_gan, slow
+from fedgan_lightning.federation.store import ClientStore
+from fedgan_lightning.federation.update_schema import expected_moments
+from tests.conftest import ROOT, adam, assert_states_equal, ring_data, ring_gan, slow
 from tests.deployment.loopback import LoopbackGrid
 from tests.deployment.test_sites import quoted
 from tests.test_cli import small
@@ -131,23 +138,92 @@ def test_a_site_that_hands_on_no_network_is_left_out_by_name(tmp_path, serve, ca
     assert all(bool(v.isfinite().all()) for v in found["state_dict"].values() if v.is_floating_point())
 
 
+def made(**changes):
+    """Return a network as a client hands it on, after a step, and the context that knows it."""
+    gan = ring_gan(optimizer=changes.pop("optimizer", adam))
+    for name, parameter in gan.discriminator.named_parameters():
+        parameter.requires_grad_(name not in changes.get("frozen", ()))
+    policy = resolve(gan, sync={"discriminator": "exchange"}, optimizer_state="average", buffers="merge")
+    context = ClientContext(model=gan, data=ring_data(), policy=policy, store=ClientStore())
+    moments = expected_moments(context)
+    own = exchanged({name: gan.state_dict()[name] for name in policy.private} | moments, policy)
+    return own, context, moments
+
+
+WEIGHT = "discriminator.features.1.weight"
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda own: {n: v for n, v in own.items() if not n.endswith("bias")}, "hands on no discriminator"),
+        (lambda own: {n: v for n, v in own.items() if n != WEIGHT}, f"hands on no {WEIGHT}"),
         (lambda own: {**own, "generator.layers.0.weight": torch.zeros(2)}, "is none of what clients hand on"),
         (lambda own: {**own, "\x1b[31m": torch.zeros(2)}, "is none of what clients hand on"),
-        (lambda own: {n: v.double() for n, v in own.items()}, "float64"),
-        (lambda own: {n: v[:1] for n, v in own.items()}, "shape"),
-        (lambda own: {n: v * 1e30 for n, v in own.items()}, "beyond what any network learns with"),
-        (lambda own: {**own, "optimizer/1/discriminator.x/exp_avg": torch.zeros(3)}, "is none of what"),
-        (lambda own: {**own, f"optimizer/1/{next(iter(own))}/exp_avg": torch.zeros(3)}, "shape"),
+        (lambda own: {**own, WEIGHT: own[WEIGHT].double()}, "float64"),
+        (lambda own: {**own, WEIGHT: own[WEIGHT][:1]}, "shape"),
+        (lambda own: {**own, WEIGHT: own[WEIGHT] * 1e30}, "beyond what any network learns with"),
+        (lambda own: {**own, f"optimizer/1/{WEIGHT}/exp_avg": torch.zeros(3)}, "shape"),
+        (lambda own: {**own, f"optimizer/1/{WEIGHT}/foo": torch.zeros(3)}, "is none of what clients hand on"),
+        (lambda own: {**own, f"optimizer/77/{WEIGHT}/exp_avg": own[WEIGHT]}, "is none of what clients hand on"),
+        (lambda own: {**own, f"optimizer/1/{WEIGHT}/exp_avg_sq": -own[WEIGHT].abs() - 1}, "negative"),
+        (lambda own: {**own, f"optimizer/1/{WEIGHT}/step": torch.tensor(-1.0)}, "negative"),
+        (lambda own: {**own, f"optimizer/1/{WEIGHT}/exp_avg": own[WEIGHT].to(torch.complex64)}, "complex64"),
     ],
 )
 def test_what_is_no_network_is_refused(change, words):
-    gan = ring_gan(optimizer=adam)
-    policy = resolve(gan, sync={"discriminator": "exchange"}, optimizer_state=None, buffers="merge")
-    own = exchanged(gan.state_dict(), policy)
-    check_handed("client 3", own, module=gan, policy=policy)
+    own, context, moments = made()
+    check_handed("client 3", own, context, moments=moments)
     with pytest.raises(UpdateError, match=f"client 3: .*{words}"):
-        check_handed("client 3", change(own), module=gan, policy=policy)
+        check_handed("client 3", change(dict(own)), context, moments=moments)
+
+
+def test_what_does_not_move_is_not_handed_on():
+    """Frozen parts are the same everywhere: in simulation they stay where they are, too."""
+    own, context, moments = made(frozen=("features.1.weight",))
+    assert WEIGHT not in own
+    check_handed("client 3", own, context, moments=moments)
+
+
+def test_an_optimizer_that_the_server_cannot_step_has_whatever_moments_it_has():
+    own, context, _ = made()
+    check_handed("client 3", own, context, moments={})
+    with pytest.raises(UpdateError, match="shape"):
+        check_handed("client 3", {**own, f"optimizer/1/{WEIGHT}/odd": torch.zeros(3)}, context, moments={})
+
+
+def test_a_network_that_is_of_no_use_costs_its_heir_one_round(tmp_path, serve, caplog):
+    """Weights of 1e17 are believed; whoever fails on them goes on with its own, by name."""
+    config, options = options_of(MD_GAN, "--federation.rules.min_report_fraction", "0.3", every=1, rounds=5)
+    grid = grid_of(tmp_path, config, options)
+    spoilt = []
+
+    def spoil(node, kind, reply):
+        if node == 101 and kind == "train" and not spoilt:
+            spoilt.append(node)
+            update = wire.to_update(reply.content, client_id=1)
+            weights = {n: v + 9e17 for n, v in update.extras.items() if n.startswith(f"{HANDED}discriminator")}
+            reply.content = wire.from_update(dataclasses.replace(update, extras={**update.extras, **weights}))
+
+    grid.edit = spoil
+    serve(grid, config, options)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    failed = [own["client_id"] for own in summary["incidents"]]
+    assert spoilt
+    assert len(failed) == 1, "who got it, once"
+    assert f"client {failed[0]} goes on without the network that was handed to it" in caplog.text
+
+
+def test_a_site_hands_on_nothing_after_other_rounds_than_its_own_settings_name(tmp_path, serve, monkeypatch, caplog):
+    config, options = options_of(MD_GAN, "--federation.rules.max_attempts", "1", every=3, rounds=2)
+    grid = grid_of(tmp_path, config, options)
+    monkeypatch.setattr(FlowerExecutor, "_hands_on", lambda self, round: True)
+    with pytest.raises(FedGANError, match="fewer in each of 1 attempts"):
+        serve(grid, config, options)
+    refused = [line for line in caplog.text.splitlines() if "that this site's own configuration names" in line]
+    assert {f"client {k}" for k in range(3)} == {word for line in refused for word in [line.split("round 0: ")[1][:8]]}
+
+
+def test_a_site_s_policy_keeps_networks_that_would_change_hands():
+    _, context, _ = made()
+    with pytest.raises(ConfigurationError, match="got discriminator, with networks: \\['generator'\\]"):
+        SitePolicy(networks=["generator"]).check_networks(context.policy.leaving_networks)

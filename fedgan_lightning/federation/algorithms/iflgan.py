@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,19 +36,25 @@ class IFLGAN(FederatedAlgorithm):
     MMD_i is between samples of the client's generator after its steps, raw and of the labels of its data, and
     minibatches of its own (:func:`~fedgan_lightning.federation.discrepancy.maximum_mean_discrepancy`); w_i is the
     aggregator's weight. Whoever is far from its data gains, and whoever was nearer than the mean of the last round goes
-    on with the parameters that it had. A client may claim any MMD up to sqrt(2), and so at most r times the weight of
-    another one. One number per client goes up beside its update, and says how well its generator does on its data.
+    on with the parameters that it had, and with the server's buffers. A client may claim any MMD up to sqrt(2), and so
+    at most r times the weight of another one; but one that claims a large one lifts the mean, so that others keep what
+    they have: take the median where clients may lie. One number per client goes up beside its update, and says how well
+    its generator does on its data.
 
     Source: Li, Chen, Wang, Shen, Ma, Cui 2023 (IFL-GAN), whose weights have no largest ratio.
 
     Args:
         max_ratio: r, the largest weight of a client over another's at equal w_i; 1 is the aggregator's own mean.
-        num_samples: Samples on each side, of the first minibatches of a round; at least 2.
+        num_samples: Samples on each side, from the round's first minibatch on; at least 2.
+        threshold: Below what a client keeps its own: the ``mean`` of all, as published, or their ``median``, which less
+            than half of them cannot lift.
     """
 
     @checked(max_ratio="[1, inf)", num_samples="[2, inf)")
-    def __init__(self, *, max_ratio: float = 3.0, num_samples: int = 64) -> None:
-        self.max_ratio, self.num_samples = float(max_ratio), num_samples
+    def __init__(
+        self, *, max_ratio: float = 3.0, num_samples: int = 64, threshold: Literal["mean", "median"] = "mean"
+    ) -> None:
+        self.max_ratio, self.num_samples, self.threshold = float(max_ratio), num_samples, threshold
 
     # ------------------------------------------------------------------ before the first round
 
@@ -70,11 +77,12 @@ class IFLGAN(FederatedAlgorithm):
         """
         model: Any = server.model
         asked = "have a module whose samples are compared with data"
+        known = inspect.signature(model.sample).parameters if hasattr(model, "sample") else {}
         wrong = [
             (
-                not hasattr(model, "sample"),
+                not {"labels", "generator", "raw"} <= {*known},
                 asked,
-                f"{type(model).__name__} without sample",
+                f"{type(model).__name__} without sample(num_samples, *, labels, generator, raw)",
                 "give it one, or use FedGAN",
             ),
             (getattr(model, "condition", None) is not None, asked, "one that needs conditions", "use FedGAN"),
@@ -127,22 +135,23 @@ class IFLGAN(FederatedAlgorithm):
         return {DISCREPANCY: sent[DISCREPANCY], **kept}
 
     def credit(self, answer: State) -> float:
-        claimed = min(max(float(answer[DISCREPANCY]), 0.0), math.log(self.max_ratio))
-        return math.exp(claimed) / self.max_ratio
+        below = max(float(answer[DISCREPANCY]), 0.0) - math.log(self.max_ratio)
+        return math.exp(min(below, 0.0))
 
     def server_step(self, server: ServerModule, total: Aggregate) -> None:
         super().server_step(server, total)
         name = f"{namespaces.ALGORITHM}{DISCREPANCY}"
         told = [own[name].double() for own in total.collected.values()]
         if told:
-            server.algorithm_state[MEAN] = torch.stack(told).mean().to(server.algorithm_state[MEAN])
+            middle = torch.stack(told).mean() if self.threshold == "mean" else torch.stack(told).quantile(0.5)
+            server.algorithm_state[MEAN] = middle.to(server.algorithm_state[MEAN])
 
     # ------------------------------------------------------------------ on a client
 
     def _discrepancy(self, visit: Visit, row: int) -> Tensor:
         """Return the MMD between data of a client of the visit and samples of its generator."""
         context, task, info = visit.context, visit.tasks[row], visit.infos[row]
-        reals, labels = self._reals(context, task.client_id, first_step=info.first_step, num_steps=info.num_steps)
+        reals, labels = self._reals(context, task.client_id, first_step=info.first_step)
         module = visit.module
         if visit.is_stacked:
             module, state = copy.deepcopy(context.model).to(context.device), visit.module.state_dict()
@@ -153,11 +162,14 @@ class IFLGAN(FederatedAlgorithm):
         fakes = module.sample(len(reals), labels=labels, generator=draws, raw=True)
         return maximum_mean_discrepancy(reals.to(fakes.device), fakes).cpu()
 
-    def _reals(self, context: ClientContext, client_id: int, *, first_step: int, num_steps: int) -> tuple[Tensor, Any]:
-        """Return samples of a client, of the first minibatches of its round, and their labels, if they are classes."""
+    def _reals(self, context: ClientContext, client_id: int, *, first_step: int) -> tuple[Tensor, Any]:
+        """Return samples of a client, from the first minibatch of its round on, and their labels, if they are classes.
+
+        Minibatches go on without end: a round of few small ones borrows from the next.
+        """
         xs: list[Tensor] = []
         ys: list[Tensor] = []
-        for x, y in context.data.client_batches(client_id, first_step=first_step, num_steps=num_steps):
+        for x, y in context.data.client_batches(client_id, first_step=first_step, num_steps=self.num_samples):
             xs.append(x)
             ys.append(y)
             if sum(map(len, xs)) >= self.num_samples:
