@@ -343,7 +343,7 @@ def test_a_round_for_which_only_benched_clients_are_there_passes_as_if_nobody_we
     trace = tmp_path / "trace.csv"
     trace.write_text("client,first_round,last_round\n0,0,0\n1,1,5\n2,1,5\n")
     asked = invitations(AvailableClients(str(trace)), strikes={0: 1})
-    assert asked.select(0, 0) == ((), [], 0)
+    assert asked.select(0, 0) == ((), [], 0, 0)
     assert asked.select(1, 0).cohort == (1, 2)
     asked.strikes.update({1: 1, 2: 1})
     with pytest.raises(QuorumError, match=r"got 0: 1 updates or more of clients \[1, 2\] were refused"):
@@ -366,8 +366,8 @@ def test_a_sampler_that_names_one_client_alone_asks_another_when_that_one_is_ben
         def sample(self, *, num_clients, round, seed):
             return (0,)
 
-    cohort, _, needed = invitations(Own(), strikes={0: 1}).select(0, 0)
-    assert (len(cohort), needed) == (1, 1)
+    cohort, _, needed, goal = invitations(Own(), strikes={0: 1}).select(0, 0)
+    assert (len(cohort), needed, goal) == (1, 1, 1)
     assert cohort[0] in (1, 2)
     with pytest.raises(QuorumError, match=r"got 0: 1 updates or more of clients \[0\]"):
         invitations(SelectedClients([0]), strikes={0: 1}).select(0, 0)
