@@ -70,7 +70,7 @@ class RoundRunner:
         transforms, policy = self.context.transforms, self.context.policy
         facts = RoundFacts(task.round, task.hyperparameters, derive_seed(self.seed, "broadcast", task.round))
         sent, state = transforms.broadcast(task.state, is_parameter=policy.is_parameter, facts=facts)
-        task = dataclasses.replace(task, state=state, coded=None if sent is state else sent)
+        task = dataclasses.replace(task, state=state, coded=sent if sent.keys() != state.keys() else None)
         self.arrivals.begin(task)
         for attempt in self.rules.attempts(self.context.stop_requested):
             selection = self.selection.select(task.round, attempt)

@@ -47,6 +47,7 @@ def test_a_deployment_is_the_simulation_and_carries_samples_alone(name, tmp_path
     options += ["--data.num_clients", "3", "--federation.algorithm", *METHODS[name]]
     options += ["--federation.algorithm.num_samples", "32", "--federation.rounds", "3"]
     options += ["--federation.sync", "{generator: server, discriminator: local}"]
+    options += ["--federation.executor", "SequentialExecutor"]  # as sites train: stacks round otherwise
     told = {"config": config, "options": " ".join(quoted(options))}
     grid = LoopbackGrid(
         {100 + k: {"client-id": k, "state": str(tmp_path / "state")} for k in range(3)}, run_config=told

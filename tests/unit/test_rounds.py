@@ -32,6 +32,7 @@ from fedgan_lightning.samplers import (
     PoissonSampling,
     SelectedClients,
 )
+from fedgan_lightning.transforms import ClipUpdates, LogMoments
 from tests.conftest import adam, assert_states_equal, federate, quiet_trainer, ring_data, ring_gan, sgd
 
 FAULTS = ("crash", "hang", "slow", "nan", "wrong_shape", "wrong_keys", "stale", "huge_norm")
@@ -578,3 +579,20 @@ def test_faults_and_rules_that_cannot_be_are_refused():
     ):
         with pytest.raises(ConfigurationError, match="must .*; got "):
             make()
+
+
+@pytest.mark.parametrize(
+    "transforms, is_coded", [([], False), ([ClipUpdates(max_norm=1.0)], False), ([LogMoments()], True)]
+)
+def test_only_what_is_encoded_travels_in_codes(transforms, is_coded):
+    """A chain that leaves what the server sends as it is sends it as it is."""
+    tasks = []
+
+    class Watch(SequentialExecutor):
+        def run(self, given):
+            tasks.extend(listed := list(given))
+            yield from super().run(listed)
+
+    federate(ring_gan(optimizer=adam), ring_data(), rounds=2, executor=Watch(), transforms=transforms)
+    assert [task.coded is not None for task in tasks[-4:]] == [is_coded] * 4
+    assert all(task.state for task in tasks)
