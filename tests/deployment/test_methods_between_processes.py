@@ -31,6 +31,7 @@ def test_sites_of_their_own_give_the_simulation_s_generator(name, tmp_path, as_i
     options = [*OPTIONS, "--federation.algorithm", *METHODS[name]]
     with between_processes(tmp_path, nodes=[{}] * SITES, options=options) as code:
         assert code == 0
+    options += ["--federation.executor", "SequentialExecutor"]  # as sites train: stacks round otherwise
     arguments = ["--config", str(CONFIG), *options, "--run_dir", str(tmp_path / "simulated")]
     assert main(["fit", *arguments, "--trainer.enable_progress_bar", "false"]) == 0
     mine, theirs = (
