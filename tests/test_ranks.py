@@ -100,12 +100,13 @@ ALGORITHMS = {
         "--federation.algorithm.num_samples=16",
         "--federation.sync={generator: server, discriminator: exchange}",
     ],
+    "IFL-GAN": ["--federation.algorithm={class_path: IFLGAN, init_args: {num_samples: 8}}", *SGD],
     "arrivals of any age, in codes": [
         *("--federation.clients=AllClients", "--federation.rules.asynchronous.buffer_size=4"),
         "--federation.transforms=[{class_path: TopK, init_args: {share: 0.2}}, LogMoments]",
     ],
 }
-SLOW = ("arrivals of any age, in codes",)
+SLOW = ("arrivals of any age, in codes", "IFL-GAN")
 
 
 @pytest.mark.parametrize("algorithm", [slow(name) if name in SLOW else name for name in ALGORITHMS])
