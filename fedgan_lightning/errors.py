@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Iterable
 from pathlib import PurePath
 
 
@@ -88,6 +89,21 @@ def message(rule: str, *, received: object, fix: str) -> str:
     """
     text = f"{rule}; got {received}. {fix[:1].upper()}{fix[1:]}."
     return "".join(mark if mark.isprintable() else repr(mark)[1:-1] for mark in text)  # names of files hold anything
+
+
+def refuse_first(cases: Iterable[tuple[bool, str, object, str]], *, prefix: str = "") -> None:
+    """Refuse the first of several settings that is wrong.
+
+    Args:
+        cases: Whether it is, the rule, what was received, and the fix.
+        prefix: Before every rule, such as whose it is.
+
+    Raises:
+        ConfigurationError: If there is one.
+    """
+    for is_wrong, rule, received, fix in cases:
+        if is_wrong:
+            raise ConfigurationError(message(f"{prefix}{rule}", received=received, fix=fix))
 
 
 class RoundInterrupted(FedGANError):  # noqa: N818 - not an error: the user asked for it

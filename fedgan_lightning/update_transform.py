@@ -30,6 +30,9 @@ class UpdateTransform(ABC):
     aggregated, :meth:`total` once for what they amount to. Parameter updates bear the names of parameters.
     """
 
+    #: Whether it changes what the server sends, too.
+    down: bool = False
+
     def check(self, *, is_secure: bool) -> None:  # noqa: B027 - most transforms go with everything
         """Refuse what this transform cannot go with, by a ConfigurationError; ``is_secure``: the server sees sums."""
 

@@ -194,6 +194,11 @@ class ClientSamples:
         x, y = self.samples.take(self.indices[positions])
         return (x if self.shift is None else self.shift.apply(x, is_image=self.samples.is_image)), y
 
+    def label_counts(self, num_classes: int) -> Tensor:
+        """Return how many samples of every class there are, (classes,); the samples must have labels."""
+        assert self.samples.y is not None
+        return torch.bincount(self.samples.y[self.indices], minlength=num_classes)
+
     def chunks(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield all samples in order, ``size`` at a time."""
         for positions in torch.arange(len(self)).split(size):

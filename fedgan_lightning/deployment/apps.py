@@ -43,6 +43,10 @@ logger = logging.getLogger("fedgan_lightning")
 STRIKES = 5
 
 
+#: What a site's own record says of a message beside its kind.
+RECORDED = ("round", "client_id", "steps", "epochs", "hands_on", "limit", "kind", "side", "session", "run", "survivors")
+
+
 def client_app() -> Any:
     """Return Flower's ClientApp."""
     from flwr.app import Context, Message
@@ -85,20 +89,7 @@ def _asked(received: Any) -> dict[str, Any]:
     facts = wire.facts_of(received.content)
     kind = str(received.metadata.message_type)
     what = kind if kind == wire.TRAIN else str(facts.get("query", facts.get("ask")))
-    named = (
-        "round",
-        "client_id",
-        "steps",
-        "epochs",
-        "limit",
-        "kind",
-        "side",
-        "session",
-        "run",
-        "survivors",
-        "hands_on",
-    )
-    known = {name: facts[name] for name in named if name in facts}
+    known = {name: facts[name] for name in RECORDED if name in facts}
     told = {name: own if isinstance(own, (int, float)) else str(own)[:200] for name, own in known.items()}
     own = {"digest": wire.hash_of(wire.query_facts(facts), {})[:16]} if facts.get("ask") == "sums" else {}
     return {"what": what[:100], **told, **own, "bytes_down": wire.size_of(received.content)}

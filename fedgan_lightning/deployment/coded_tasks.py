@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -33,8 +33,7 @@ def decoded(task: ClientTask, context: ClientContext) -> ClientTask:
     facts = RoundFacts(task.round, task.hyperparameters, seed=0)  # what goes down is restored without draws
     stages = [_entries(task.coded, module=context.model, policy=context.policy)]
     for transform in context.transforms:
-        changed = transform.schema(stages[-1]) if getattr(transform, "down", False) else stages[-1]
-        stages.append(dict(changed))
+        stages.append(transform.schema(stages[-1]) if transform.down else stages[-1])
     for name, entry in stages[-1].items():
         value = check_tensor(f"{WHO}: {printable(name)}", task.coded.get(name), shape=entry.shape, dtype=entry.dtype)
         if name not in stages[0] and not is_believable(value):
@@ -56,13 +55,16 @@ def _entries(sent: State, *, module: Any, policy: Policy) -> dict[str, UpdateEnt
     found: dict[str, UpdateEntry] = {}
     for name, value in sent.items():
         whole = name.rpartition("/")[0]
-        kinds: dict[bool, Literal["vector", "value"]] = {True: "vector", False: "value"}
         if not isinstance(value, Tensor):
             raise UpdateError(f"{WHO}: {printable(name)} is no tensor")
         if whole in known:
-            found[whole] = UpdateEntry(shapes[whole], dtypes[whole], kind=kinds[policy.is_parameter(whole)])
+            found[whole] = UpdateEntry(
+                shapes[whole], dtypes[whole], kind="vector" if policy.is_parameter(whole) else "value"
+            )
         elif whole.startswith(MOMENTS) and (owner := of_moment(whole)[1]) in shapes and owner in known:
             found[whole] = UpdateEntry(shapes[owner], dtypes[owner])
         else:
-            found[name] = UpdateEntry(tuple(value.shape), value.dtype, kind=kinds[policy.is_parameter(name)])
+            found[name] = UpdateEntry(
+                tuple(value.shape), value.dtype, kind="vector" if policy.is_parameter(name) else "value"
+            )
     return found

@@ -14,10 +14,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from fedgan_lightning.deployment import wire
-from fedgan_lightning.deployment.handed_on import check_handed, exchanged, taken, with_handed
+from fedgan_lightning.deployment.handed_on import check_handed, exchanged, hands_on_after, taken, with_handed
 from fedgan_lightning.deployment.replies import Malformed, trouble_in
 from fedgan_lightning.deployment.sites import Sites
-from fedgan_lightning.errors import ConfigurationError, RoundInterrupted, message
+from fedgan_lightning.errors import RoundInterrupted
 from fedgan_lightning.federation.client_context import ClientContext
 from fedgan_lightning.federation.schema import printable
 from fedgan_lightning.federation.update_schema import expected_moments
@@ -40,39 +40,6 @@ class Sent(NamedTuple):
     since: float
     size: int
     hands_on: bool
-
-
-def refuse_exchange(context: ClientContext) -> None:
-    """Refuse networks that clients hand on to each other, where the server must not see any client's: they pass it.
-
-    Raises:
-        ConfigurationError: If there are any.
-    """
-    if found := sorted(filter(context.policy.is_exchanged, context.policy.placements)):
-        raise ConfigurationError(
-            message(
-                "under secure aggregation sites must keep their own networks",
-                received=f"federation.sync.{found[0]}: exchange",
-                fix="set it to average or local, or federation.secure to null",
-            )
-        )
-
-
-def refuse_coded(context: ClientContext) -> None:
-    """Refuse codes of what the server sends, where sites have to agree on what they were sent.
-
-    Raises:
-        ConfigurationError: If there are any.
-    """
-    for transform in context.transforms:
-        if getattr(transform, "down", False):
-            raise ConfigurationError(
-                message(
-                    "transforms under secure aggregation must leave what the server sends as it is",
-                    received=f"{type(transform).__name__}(down=true)",
-                    fix="set its option down to false",
-                )
-            )
 
 
 class FlowerExecutor(Executor):
@@ -103,24 +70,22 @@ class FlowerExecutor(Executor):
         if not listed and not arrivals.at_work:
             return
         self.sites.refresh()
-        away = [task.client_id for task in listed if self.sites.node_of(task.client_id) is None]
+        away = {task.client_id: task for task in listed if self.sites.node_of(task.client_id) is None}
         late, open_ = self._under_way(listed)
         open_ |= self._push(
-            [task for task in listed if task.client_id not in away]
-        )  # before anything is yielded: whoever takes the first answer may ask no more
+            [own for own in listed if own.client_id not in away]
+        )  # at once: the first answer may end it
         overdue: dict[str, Sent] = {}
         try:
-            asked = {task.client_id: task.round for task in listed}
-            known = {
-                sent.task.client_id for sent in open_.values()
-            }  # others were not told of, when an answer came first
-            lost = [*away, *({*arrivals.at_work} - {*asked} - known)]
-            for client_id in lost:
+            known = {task.client_id for task in listed} | {sent.task.client_id for sent in open_.values()}
+            untold = {
+                k: arrivals.given(k) for k in arrivals.at_work if k not in known
+            }  # an answer had ended their wave
+            for client_id, task in {**away, **untold}.items():
                 is_out = client_id in self.sites.expelled
                 cause = "its site was expelled" if is_out else "its site is not connected"
                 told = {"reached": False, "refused": is_out}
-                round = asked[client_id] if client_id in asked else arrivals.given(client_id).round
-                yield ClientFailure(client_id, round, stage="connect", cause=cause, **told)
+                yield ClientFailure(client_id, task.round, stage="connect", cause=cause, **told)
             while waited := [key for key, sent in open_.items() if not arrivals.holds(sent.task.client_id)]:
                 if self._stop_requested():
                     raise RoundInterrupted("the user asked to stop")
@@ -141,8 +106,7 @@ class FlowerExecutor(Executor):
         arrivals = self._context.arrivals
         if not arrivals.of_any_age:
             return {key: sent for key, sent in self._sent.items() if sent.task.round == tasks[0].round - 1}, {}
-        begun = {task.client_id for task in tasks}
-        going_on = {*arrivals.at_work} - begun
+        going_on = {*arrivals.at_work} - {task.client_id for task in tasks}
         rounds = {client_id: arrivals.given(client_id).round for client_id in going_on}
         return {}, {key: sent for key, sent in self._sent.items() if rounds.get(sent.task.client_id) == sent.task.round}
 
@@ -175,10 +139,7 @@ class FlowerExecutor(Executor):
     def _hands_on(self, round: int) -> bool:
         """Whether clients hand on networks after a round."""
         assert self._context is not None
-        algorithm, policy, data = self._context.algorithm, self._context.policy, self._context.data
-        if not any(map(policy.is_exchanged, policy.placements)):
-            return False
-        return bool(algorithm.hand_on(round=round, clients=range(data.num_clients), seed=0))  # who to whom comes later
+        return self._context.data.num_clients > 1 and hands_on_after(round, self._context)
 
     def _answer(self, reply: Any, sent: Sent, *, is_late: bool) -> ClientUpdate | ClientFailure:
         assert self._context is not None
@@ -209,9 +170,8 @@ class FlowerExecutor(Executor):
     @property
     def _size_handed_on(self) -> int:
         assert self._context is not None
-        state, policy = self._context.model.state_dict(), self._context.policy
-        own = [state[name] for name in policy.private if policy.is_exchanged(name)]
-        return sum(value.numel() * value.element_size() for value in own)
+        state = self._context.model.state_dict()
+        return sum(state[name].numel() * state[name].element_size() for name in self._context.policy.exchanged)
 
     def _stop_requested(self) -> bool:
         return self._context is not None and self._context.stop_requested()

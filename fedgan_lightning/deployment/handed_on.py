@@ -48,13 +48,18 @@ def going_on(private: State, handed: State, policy: Policy) -> dict[str, Tensor]
     return {**kept, **handed}
 
 
+def hands_on_after(round: int, context: ClientContext) -> bool:
+    """Whether clients hand on networks after a round, where several answer; to whom is settled when they have."""
+    return bool(context.policy.exchanged and context.algorithm.hand_on(round=round, clients=range(2), seed=0))
+
+
 def check_hands_on(task: ClientTask, context: ClientContext, *, hands_on: bool) -> None:
     """Refuse to hand networks on after a round in which the site's own configuration has nobody do so.
 
     Raises:
         ConfigurationError: If that is asked.
     """
-    if hands_on and not context.algorithm.hand_on(round=task.round, clients=range(2), seed=0):
+    if hands_on and not hands_on_after(task.round, context):
         raise ConfigurationError(
             message(
                 "networks must change hands after the rounds that this site's own configuration names",
@@ -91,7 +96,7 @@ def check_handed(who: str, state: State, context: ClientContext, *, moments: Sta
         UpdateError: If an entry is missing, unknown, of another shape or dtype, or no number that can be right.
     """
     module, policy = context.model.state_dict(), context.policy
-    own = {name: module[name] for name in policy.private if policy.is_exchanged(name)}
+    own = {name: module[name] for name in policy.exchanged}
     for name in sorted({*own} - {*state}):
         raise UpdateError(f"{who}: hands on no {name}")
     known = {**exchanged(moments, policy), **own}

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from fedgan_lightning.deployment import wire
-from fedgan_lightning.deployment.flower import ACCEPTED, CONNECTED, refuse_coded, refuse_exchange
+from fedgan_lightning.deployment.flower import ACCEPTED, CONNECTED
 from fedgan_lightning.deployment.opened_sums import OpenedSums
 from fedgan_lightning.deployment.secure import SecureSessions
 from fedgan_lightning.deployment.sites import Check, no_check
@@ -26,6 +26,39 @@ CLEAR = ("images", "steps", "optimizer_steps", "seconds")
 TOGETHER = "together"
 #: Stages at which a client that is lost has not been sent its task.
 BEFORE_THE_TASK = ("advertise", "share")
+
+
+def refuse_exchange(context: ClientContext) -> None:
+    """Refuse networks that clients hand on to each other, where the server must not see any client's: they pass it.
+
+    Raises:
+        ConfigurationError: If there are any.
+    """
+    if found := sorted(filter(context.policy.is_exchanged, context.policy.placements)):
+        raise ConfigurationError(
+            message(
+                "under secure aggregation sites must keep their own networks",
+                received=f"federation.sync.{found[0]}: exchange",
+                fix="set it to average or local, or federation.secure to null",
+            )
+        )
+
+
+def refuse_coded(context: ClientContext) -> None:
+    """Refuse codes of what the server sends, where sites have to agree on what they were sent.
+
+    Raises:
+        ConfigurationError: If there are any.
+    """
+    for transform in context.transforms:
+        if transform.down:
+            raise ConfigurationError(
+                message(
+                    "transforms under secure aggregation must leave what the server sends as it is",
+                    received=f"{type(transform).__name__}(down=true)",
+                    fix="set its option down to false",
+                )
+            )
 
 
 def check_same_for_all(task: ClientTask, *, hands_on: bool = False) -> None:

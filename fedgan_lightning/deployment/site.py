@@ -184,10 +184,9 @@ class Site:
 
     def facts(self) -> dict[str, Any]:
         """Return what the server may know: sizes, counts of labels, and hashes of what all share and of the samples."""
-        labels = self.data.view.samples.y
-        counts = [len(self.data.view)]
-        if labels is not None and self.whole.num_classes:
-            counts = torch.bincount(labels[self.data.view.indices], minlength=self.whole.num_classes).tolist()
+        counts, view = [len(self.data.view)], self.data.view
+        if view.samples.y is not None and self.whole.num_classes:
+            counts = view.label_counts(self.whole.num_classes).tolist()
         told = {"client_id": self.client_id, "num_examples": len(self.data.view), "label_counts": counts}
         return {**told, "is_image": self.whole.train_samples.is_image, "data": self.tag, "digest": self.digest}
 

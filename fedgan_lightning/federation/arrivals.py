@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fedgan_lightning.federation.asynchronous import Asynchronous
-from fedgan_lightning.protocol import ClientTask, ClientUpdate, State
+from fedgan_lightning.protocol import ClientSampler, ClientTask, ClientUpdate, State
 
 
 class Arrivals:
@@ -29,6 +29,22 @@ class Arrivals:
         """Return the task of all clients that were given the same networks as this one."""
         assert self._task is not None
         return self._task
+
+    def sampler(self, given: ClientSampler) -> ClientSampler:
+        """Return who chooses the clients of a round, where the user has ``given`` one."""
+        return given
+
+    def starting(self, is_usable: Callable[[int], bool], *, attempt: int) -> tuple[tuple[int, ...], int] | None:
+        """Return who begins in an attempt of a round, and how many answers end it; ``None`` where a sampler says so.
+
+        Args:
+            is_usable: Whether a client may be asked.
+            attempt: Tries of the round before.
+
+        Raises:
+            QuorumError: If fewer clients are left than a round needs.
+        """
+        return None
 
     def checks(self, checks_of: Callable[[ClientTask], Any]) -> Callable[[int], Any]:
         """Return what gives the checks of a client's answer; ``None`` for those of the round.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.errors import refuse_first
 from fedgan_lightning.federation.durations import Durations, LogNormalDurations
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import ClientSampler
@@ -79,9 +79,7 @@ class Asynchronous:
             (self.buffer_size > at_work, f"buffer_size must be at most {at_work}, the clients at work",
              f"{self.buffer_size}", "lower it, or raise concurrency"),
         ]  # fmt: skip
-        for is_wrong, rule, received, fix in wrong:
-            if is_wrong:
-                raise ConfigurationError(message(f"asynchronous: {rule}", received=received, fix=fix))
+        refuse_first(wrong, prefix="asynchronous: ")
         self.durations.check(num_clients=num_clients)
 
     def discount(self, tau: int) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from fedgan_lightning.errors import ConfigurationError, FedGANError, message
+from fedgan_lightning.errors import ConfigurationError, FedGANError, message, refuse_first
 from fedgan_lightning.federation.optimizer_state import optimizers_in
 from fedgan_lightning.federation.policy import Policy
 from fedgan_lightning.federation.preparation import client_copy
@@ -77,9 +77,7 @@ def checked_trainer(
     for option, default in (("fast_dev_run", False), ("limit_train_batches", 1.0)):
         value: Any = getattr(trainer, option)
         wrong.append((value != default, cut[0], f"trainer.{option}={value}", cut[1]))
-    for is_wrong, rule, received, fix in wrong:
-        if is_wrong:
-            raise ConfigurationError(message(rule, received=received, fix=fix))
+    refuse_first(wrong)
     assert isinstance(module, ServerModule)
     assert isinstance(data, FederatedData)
     return module, data

@@ -81,6 +81,12 @@ class Visit:
         found = {name: own.detach() for name, own in self.module.named_parameters()}
         return {n: own[len(own) - len(self.tasks) :] for n, own in found.items()} if self.is_stacked else found
 
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """All entries of the module as they are now, detached, of the clients of this visit."""
+        found = {name: value.detach() for name, value in self.module.state_dict().items()}
+        return {n: own[len(own) - len(self.tasks) :] for n, own in found.items()} if self.is_stacked else found
+
     def hyperparameter(self, name: str, default: float) -> float:
         """Return a hyper-parameter of the algorithm for this round: what the task says, or else ``default``."""
         return float(self.tasks[0].hyperparameters.get(f"{ALGORITHM}.{name}", default))
@@ -296,15 +302,12 @@ def _check_path(visit: Visit, delta: State) -> None:
 
 def _rows_of(visit: Visit) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """Return the module's entries, and its moments by policy, of the clients of a visit."""
-    module, policy = visit.module, visit.context.policy
-    state = module.state_dict()
-    moments = optimizer_state.collect(module, visit.optimizers, policy.moments)
+    moments = optimizer_state.collect(visit.module, visit.optimizers, visit.context.policy.moments)
     if not visit.is_stacked:
-        return state, moments
-    stop = len(next(iter(state.values())))
+        return visit.state, moments
+    stop = len(next(visit.module.parameters()))
     first = stop - len(visit.tasks)
-    rows = {own: optimizer_state.rows(moments[own], first=first, stop=stop) for own in moments}
-    return {name: value.detach()[first:] for name, value in state.items()}, rows
+    return visit.state, {own: optimizer_state.rows(moments[own], first=first, stop=stop) for own in moments}
 
 
 def _alone(state: State, count: int) -> list[Packed]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.errors import refuse_first
 
 
 def check_options(model: Any, *, who: str) -> None:
@@ -45,6 +45,4 @@ def check_options(model: Any, *, who: str) -> None:
             "set model.updates to alternating",
         ),
     ]
-    for is_wrong, rule, received, fix in wrong:
-        if is_wrong:
-            raise ConfigurationError(message(f"{who} must {rule}", received=received, fix=fix))
+    refuse_first(wrong, prefix=f"{who} must ")

@@ -40,8 +40,7 @@ def own_class_shares(data: Any, client_id: int) -> Tensor:
         client_id: The client.
     """
     if hasattr(data, "client_samples"):
-        own = data.client_samples(client_id)
-        counts = torch.bincount(own.samples.y[own.indices], minlength=data.num_classes)
+        counts: Tensor = data.client_samples(client_id).label_counts(data.num_classes)
     else:
         counts = torch.as_tensor(data.label_counts())[client_id]
     return counts.double() / counts.sum().clamp(min=1)

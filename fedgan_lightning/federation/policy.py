@@ -80,10 +80,14 @@ class Policy:
         return tuple(dict.fromkeys(self.entries[name].network for name in self.shared_parameters))
 
     @property
+    def exchanged(self) -> list[str]:
+        """Private entries that clients hand on to each other."""
+        return [name for name in self.private if self.is_exchanged(name)]
+
+    @property
     def leaving_networks(self) -> tuple[str, ...]:
         """Networks that leave clients: those of which something comes up, and those that clients hand on."""
-        exchanged = (entry.network for name, entry in self.entries.items() if self.placements[name] == "exchange")
-        return tuple(dict.fromkeys([*self.shared_networks, *exchanged]))
+        return tuple(dict.fromkeys([*self.shared_networks, *(self.entries[name].network for name in self.exchanged)]))
 
     @property
     def shared_parameters(self) -> list[str]:

@@ -62,16 +62,8 @@ class RealArrivals(BufferedArrivals):
     def holds(self, client_id: int) -> bool:
         return client_id in self.inside
 
-    def starting(self, is_usable: Callable[[int], bool], *, attempt: int) -> tuple[int, ...]:
-        """Return who gets the newest networks at the beginning of an attempt of a round.
-
-        Args:
-            is_usable: Whether a client may be asked.
-            attempt: Tries of the round before: whoever was in their buffers works again, with other draws.
-
-        Raises:
-            QuorumError: If fewer clients are left than a buffer has places.
-        """
+    def starting(self, is_usable: Callable[[int], bool], *, attempt: int) -> tuple[tuple[int, ...], int]:
+        """Return who gets the newest networks; after a try whoever was in its buffer works again, with other draws."""
         self._usable = is_usable
         if attempt:
             self._versions, self._begun, self.inside, self._ages = {}, {}, set(), []
@@ -85,7 +77,7 @@ class RealArrivals(BufferedArrivals):
         found: list[int] = []
         while len(self._versions) < at_work and (following := self._next()) is not None:
             found.append(following)
-        return tuple(sorted(found))
+        return tuple(sorted(found)), self.settings.buffer_size
 
     def answered(self, client_id: int, *, counts: bool) -> list[int]:
         """Return who starts now: somebody at rest who has not worked on the newest networks."""

@@ -7,10 +7,8 @@ from typing import Any, NamedTuple
 
 from fedgan_lightning.errors import QuorumError, message
 from fedgan_lightning.federation.arrivals import Arrivals
-from fedgan_lightning.federation.real_arrivals import RealArrivals
 from fedgan_lightning.federation.rules import RoundRules, UpdateValidator
 from fedgan_lightning.federation.secure import SecureAggregation
-from fedgan_lightning.federation.virtual_clock import ArrivingClients, VirtualArrivals
 from fedgan_lightning.protocol import ClientSampler
 from fedgan_lightning.seeding import derive_seed, make_numpy_generator
 
@@ -57,8 +55,8 @@ class ClientSelection:
         keeper: Any = None,
         arrivals: Arrivals | None = None,
     ) -> None:
-        self.real = arrivals if isinstance(arrivals, RealArrivals) else None
-        sampler = ArrivingClients(arrivals) if isinstance(arrivals, VirtualArrivals) else sampler
+        self.arrivals = Arrivals() if arrivals is None else arrivals
+        sampler = self.arrivals.sampler(sampler)
         self.sampler, self.num_clients, self.rules, self.seed = sampler, num_clients, rules, seed
         options = validator if validator is not None else secure
         self.limit = None if options is None else options.strikes
@@ -75,9 +73,9 @@ class ClientSelection:
         """
         if self.keeper is not None and self.keeper.client is not None:
             return self._private(round)
-        if self.real is not None:
-            size = self.real.settings.buffer_size
-            starting = self.real.starting(lambda client_id: not self.is_benched(client_id), attempt=attempt)
+        begun = self.arrivals.starting(lambda client_id: not self.is_benched(client_id), attempt=attempt)
+        if begun is not None:
+            starting, size = begun
             return Selection(starting, [], size, size)
         seed = self.seed if attempt == 0 else derive_seed(self.seed, "attempt", attempt)
         sampled = self.sampler.sample(num_clients=self.num_clients, round=round, seed=seed)

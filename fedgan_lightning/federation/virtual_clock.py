@@ -169,6 +169,9 @@ class VirtualArrivals(BufferedArrivals):
     def given(self, client_id: int) -> ClientTask:
         return self._given[client_id]
 
+    def sampler(self, given: ClientSampler) -> ClientSampler:
+        return ArrivingClients(self)
+
     def checks(self, checks_of: Callable[[ClientTask], Any]) -> Callable[[int], Any]:
         found = {client_id: checks_of(task) for client_id, task in self._given.items()}
         return lambda client_id: found.get(client_id)

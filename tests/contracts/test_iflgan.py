@@ -49,7 +49,7 @@ class Telling(IFLGAN):
         super().__init__(**options)
         self.told = told
 
-    def _discrepancy(self, visit, row):
+    def _discrepancy(self, visit, row, module):
         return torch.tensor(self.told[visit.tasks[row].client_id], dtype=torch.float64)
 
 
@@ -180,14 +180,14 @@ def test_no_credit_is_more_than_all(ratio, claim):
 def test_a_claim_lifts_the_mean_and_not_the_median(threshold, keeps):
     algorithm = Telling([LARGEST, 0.1, 0.2, 0.3], threshold=threshold)
     server, _, _ = run(algorithm, rounds=1)
-    below = [k for k, own in enumerate(algorithm.told) if own < float(server.algorithm_state["mean"])]
+    below = [k for k, own in enumerate(algorithm.told) if own < float(server.algorithm_state["threshold"])]
     assert below == keeps
 
 
 def test_small_minibatches_are_enough():
     data = ring_data(batch_size=1)
     server, _, _ = run(IFLGAN(num_samples=8), data=data, local_steps=1, rounds=2)
-    assert 0.0 < float(server.algorithm_state["mean"]) <= LARGEST
+    assert 0.0 < float(server.algorithm_state["threshold"]) <= LARGEST
 
 
 def test_a_ratio_of_one_is_the_aggregator_s_mean():
@@ -254,7 +254,7 @@ def test_labelled_pictures_in_stacks_and_alone():
         for own in (SequentialExecutor, VectorizedExecutor)
     ]
     assert_states_equal(*found, atol=1e-9, rtol=1e-6)
-    assert 0.0 < float(found[0]["mean"]) < LARGEST
+    assert 0.0 < float(found[0]["threshold"]) < LARGEST
 
 
 # ---------------------------------------------------------------------- claims, and what is refused

@@ -9,7 +9,7 @@ import torch
 
 from fedgan_lightning import GAN, ConfigurationError, SequentialExecutor, ServerModule, VectorizedExecutor
 from fedgan_lightning.algorithms import FedGAN, ServedGenerator
-from fedgan_lightning.deployment.flower import refuse_exchange
+from fedgan_lightning.deployment.secure_users import refuse_exchange
 from fedgan_lightning.evaluation.callback import Evaluation
 from fedgan_lightning.federation.policy import resolve
 from fedgan_lightning.federation.store import ClientStore

@@ -582,7 +582,7 @@ class TestLogMoments:
     def test_under_masks_nothing_goes_down_in_codes(self):
         from types import SimpleNamespace
 
-        from fedgan_lightning.deployment.flower import refuse_coded
+        from fedgan_lightning.deployment.secure_users import refuse_coded
 
         refuse_coded(SimpleNamespace(transforms=[Int8(), LogMoments(down=False)]))
         with pytest.raises(ConfigurationError, match=r"got LogMoments\(down=true\). Set its option down to false"):

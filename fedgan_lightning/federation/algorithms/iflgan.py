@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.errors import ConfigurationError, message, refuse_first
 from fedgan_lightning.federation import namespaces
 from fedgan_lightning.federation.algorithm import FederatedAlgorithm
 from fedgan_lightning.federation.client_context import ClientContext
@@ -25,7 +25,7 @@ from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import Aggregate, Aggregator, State, UpdateEntry
 from fedgan_lightning.seeding import derive_seed
 
-DISCREPANCY, MEAN, KEPT = "discrepancy", "mean", "kept/"
+DISCREPANCY, THRESHOLD, KEPT = "discrepancy", "threshold", "kept/"
 #: What a client has that has trained never: further off than anybody, so that it takes what the server sends.
 NEVER = 2 * LARGEST
 
@@ -94,9 +94,7 @@ class IFLGAN(FederatedAlgorithm):
                 "use FedGAN, or set model.privacy to null",
             ),
         ]
-        for is_wrong, rule, received, fix in wrong:
-            if is_wrong:
-                raise ConfigurationError(message(f"IFLGAN must {rule}", received=received, fix=fix))
+        refuse_first(wrong, prefix="IFLGAN must ")
         return {}
 
     def entries(self, context: ClientContext) -> Mapping[str, UpdateEntry]:
@@ -108,16 +106,16 @@ class IFLGAN(FederatedAlgorithm):
         return {DISCREPANCY: torch.tensor(NEVER, dtype=torch.float64), **kept}
 
     def server_state(self, context: ClientContext) -> State:
-        return {MEAN: torch.zeros((), dtype=torch.float64)}
+        return {THRESHOLD: torch.zeros((), dtype=torch.float64)}
 
     # ------------------------------------------------------------------ a round
 
     def task(self, server: ServerModule, round: int) -> State:
-        return {MEAN: server.algorithm_state[MEAN]}
+        return {THRESHOLD: server.algorithm_state[THRESHOLD]}
 
     def work(self, visit: Visit) -> None:
         parameters, private = visit.parameters, visit.private
-        stays = private[DISCREPANCY] < visit.task[MEAN]
+        stays = private[DISCREPANCY] < visit.task[THRESHOLD]
         for name in visit.context.policy.shared_parameters:
             value, own = parameters[name], private[f"{KEPT}{name}"]
             rows = stays.reshape(-1, *[1] * (value.dim() - 1)) if visit.is_stacked else stays
@@ -126,8 +124,14 @@ class IFLGAN(FederatedAlgorithm):
 
     def answer(self, visit: Visit) -> State:
         with torch.no_grad():
-            found = [self._discrepancy(visit, row) for row in range(len(visit.tasks))]
-        return {DISCREPANCY: torch.stack(found) if visit.is_stacked else found[0]}
+            if not visit.is_stacked:
+                return {DISCREPANCY: self._discrepancy(visit, 0, visit.module)}
+            module, state = copy.deepcopy(visit.context.model).to(visit.context.device), visit.state
+            own, found = {*module.state_dict()}, list[Tensor]()
+            for row in range(len(visit.tasks)):
+                module.load_state_dict({name: value[row] for name, value in state.items() if name in own}, strict=False)
+                found.append(self._discrepancy(visit, row, module))
+        return {DISCREPANCY: torch.stack(found)}
 
     def settle(self, private: State, sent: State, start: State) -> State:
         moved = {name.removeprefix(KEPT): value for name, value in private.items() if name.startswith(KEPT)}
@@ -144,20 +148,14 @@ class IFLGAN(FederatedAlgorithm):
         told = [own[name].double() for own in total.collected.values()]
         if told:
             middle = torch.stack(told).mean() if self.threshold == "mean" else torch.stack(told).quantile(0.5)
-            server.algorithm_state[MEAN] = middle.to(server.algorithm_state[MEAN])
+            server.algorithm_state[THRESHOLD] = middle.to(server.algorithm_state[THRESHOLD])
 
     # ------------------------------------------------------------------ on a client
 
-    def _discrepancy(self, visit: Visit, row: int) -> Tensor:
-        """Return the MMD between data of a client of the visit and samples of its generator."""
+    def _discrepancy(self, visit: Visit, row: int, module: Any) -> Tensor:
+        """Return the MMD between data of a client of the visit and samples of its generator, which is the module's."""
         context, task, info = visit.context, visit.tasks[row], visit.infos[row]
         reals, labels = self._reals(context, task.client_id, first_step=info.first_step)
-        module = visit.module
-        if visit.is_stacked:
-            module, state = copy.deepcopy(context.model).to(context.device), visit.module.state_dict()
-            first = len(next(iter(state.values()))) - len(visit.tasks)
-            own = {name: value[first + row] for name, value in state.items() if name in module.state_dict()}
-            module.load_state_dict(own, strict=False)
         draws = torch.Generator().manual_seed(derive_seed(task.seed, "discrepancy"))
         fakes = module.sample(len(reals), labels=labels, generator=draws, raw=True)
         return maximum_mean_discrepancy(reals.to(fakes.device), fakes).cpu()

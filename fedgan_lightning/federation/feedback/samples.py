@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fedgan_lightning.errors import ConfigurationError, message
+from fedgan_lightning.errors import refuse_first
 from fedgan_lightning.federation.generator_options import check_options
 from fedgan_lightning.seeding import derive_seed, isolated_rng, make_generator
 
@@ -126,9 +126,7 @@ def check_gan(model: Any, *, who: str, num_samples: int, minibatch: int | None) 
         model.check_needs_no_reals()
         check_options(model, who=who)
         wrong += _of_gan(model, num_samples=num_samples, minibatch=minibatch or 0)
-    for is_wrong, rule, received, fix in wrong:
-        if is_wrong:
-            raise ConfigurationError(message(f"{who} must {rule}", received=received, fix=fix))
+    refuse_first(wrong, prefix=f"{who} must ")
 
 
 def _of_gan(model: Any, *, num_samples: int, minibatch: int) -> list[tuple[bool, str, str, str]]:
