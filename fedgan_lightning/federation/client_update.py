@@ -83,8 +83,8 @@ class Visit:
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """All entries of the module as they are now, detached, of the clients of this visit."""
-        found = {name: value.detach() for name, value in self.module.state_dict().items()}
+        """All entries of the module as they are now, of the clients of this visit; extra state as the module has it."""
+        found = self.module.state_dict()
         return {n: own[len(own) - len(self.tasks) :] for n, own in found.items()} if self.is_stacked else found
 
     def hyperparameter(self, name: str, default: float) -> float:
