@@ -106,28 +106,38 @@ class FederatedTrainer(L.Trainer):
             print(f"wrote {path}")
 
 
+#: Commands that need the settings: methods of the Trainer, and arguments of theirs that are no options.
+SUBCOMMANDS: dict[str, set[str]] = {
+    "site": {"model", "datamodule"},
+    "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
+    "validate": {"model", "dataloaders", "datamodule", "weights_only"},
+    "test": {"model", "dataloaders", "datamodule", "weights_only"},
+    "predict": {"model", "dataloaders", "datamodule", "return_predictions", "weights_only"},
+    "partition": {"model", "datamodule"},
+    "audit": {"model", "dataloaders", "datamodule", "weights_only"},
+}
+
+
 class FederatedCLI(LightningCLI):
     """Builds everything from the settings, and hands the model to the server."""
 
     #: Whether the user asked to continue a run, whatever there is of it.
     resuming = False
 
-    def __init__(self, *args: Any, prepare: Callable[[FederatedCLI], None] | None = None, **kwargs: Any) -> None:
-        self.prepare = prepare  # before the rest, which builds everything and runs the command
+    def __init__(
+        self,
+        *args: Any,
+        command: str | None = None,
+        prepare: Callable[[FederatedCLI], None] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.command, self.prepare = command, prepare  # before the rest, which builds everything and runs the command
         with ExitStack() as self._held:
             super().__init__(*args, **kwargs)
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return {
-            "site": {"model", "datamodule"},
-            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "weights_only"},
-            "validate": {"model", "dataloaders", "datamodule", "weights_only"},
-            "test": {"model", "dataloaders", "datamodule", "weights_only"},
-            "predict": {"model", "dataloaders", "datamodule", "return_predictions", "weights_only"},
-            "partition": {"model", "datamodule"},
-            "audit": {"model", "dataloaders", "datamodule", "weights_only"},
-        }
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override] # a static method there
+        """Return the command that was given, or all: a command has a parser of its own, which is a second's work."""
+        return {own: skipped for own, skipped in SUBCOMMANDS.items() if self.command in (own, None)}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, default="runs/run", help="Directory of the run.")
@@ -365,6 +375,7 @@ def run(arguments: list[str] | None = None, *, prepare: Callable[[FederatedCLI],
     arguments = sys.argv[1:] if arguments is None else arguments
     named = where_data_class_is_named(arguments)
     return FederatedCLI(
+        command=next((own for own in arguments[:1] if own in SUBCOMMANDS), None),
         prepare=prepare,
         model_class=L.LightningModule,
         datamodule_class=L.LightningDataModule if named else FederatedDataModule,

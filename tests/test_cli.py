@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from fedgan_lightning.__main__ import COMMANDS, main
-from fedgan_lightning.cli import FederatedCLI
+from fedgan_lightning.cli import SUBCOMMANDS
 from fedgan_lightning.visuals import pictures
 from tests.conftest import ROOT
 
@@ -463,7 +463,7 @@ def test_version_and_help_are_answered_without_torch():
 
 
 def test_the_short_help_names_every_command():
-    own = {*FederatedCLI.subcommands()} - {"site"}  # what a site of a deployment calls, and nobody types
+    own = {*SUBCOMMANDS} - {"site"}  # what a site of a deployment calls, and nobody types
     assert set(COMMANDS) == own | {"report", "deploy", "privacy"}
 
 
