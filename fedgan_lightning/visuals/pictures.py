@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,7 +112,10 @@ def partition(counts: NDArray[np.int64], *, class_names: Sequence[str]) -> Pictu
     clients, classes = counts.shape
     if classes == 1 or clients > 100:
         figure, axes = _figure(min(12.0, 3 + 0.25 * clients), 3.2)
-        axes.bar(range(clients), counts.sum(1), color="#33638d")
+        # All bars in one outline: thousands of their own take ten seconds.
+        edges = np.repeat(np.arange(clients), 4) + np.tile([-0.4, -0.4, 0.4, 0.4], clients)
+        axes.fill(edges, np.repeat(counts.sum(1), 4) * np.tile([0, 1, 1, 0], clients), color="#33638d", linewidth=0)
+        axes.set_ylim(bottom=0)
         axes.set_ylabel("samples")
     else:
         figure, axes = _figure(min(14.0, 2.5 + 0.4 * clients), 1.6 + 0.32 * classes)
@@ -179,9 +181,5 @@ def _figure(width: float, height: float, **panels: Any) -> Any:
 
 
 def _render(figure: Any) -> Picture:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    with Image.open(buffer) as picture:
-        return np.asarray(picture.convert("RGB"))
+    figure.canvas.draw()
+    return np.ascontiguousarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
