@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedgan_lightning.protocol import Aggregate, State, UpdateEntry
@@ -30,14 +30,16 @@ class UpdateTransform(ABC):
     aggregated, :meth:`total` once for what they amount to. Parameter updates bear the names of parameters.
     """
 
-    #: Whether it changes what the server sends, too.
-    down: bool = False
+    #: What codes of this kind make of what the server sends; ``None`` where that stays as it is.
+    downward: UpdateTransform | None = None
+    #: Whether what it takes from an update comes in later ones.
+    error_feedback: bool = False
 
     def check(self, *, is_secure: bool) -> None:  # noqa: B027 - most transforms go with everything
         """Refuse what this transform cannot go with, by a ConfigurationError; ``is_secure``: the server sees sums."""
 
     def changes(self, entries: Mapping[str, UpdateEntry]) -> bool:
-        """Whether there is anything for it to do in an update with these entries; one that has nothing is refused."""
+        """Whether it can do its work on an update with these entries; one that cannot is refused."""
         return True
 
     def schema(self, entries: Mapping[str, UpdateEntry]) -> dict[str, UpdateEntry]:
@@ -64,6 +66,26 @@ class UpdateTransform(ABC):
         """Return what leaves this transform on one client, and its private state of this transform after that; given
         what enters, what is known of its entries, the private state before, and the round.
         """
+
+    def coded(self, entries: Mapping[str, UpdateEntry]) -> Sequence[str]:
+        """Return which of these entries leave it in another form; none unless overridden."""
+        return ()
+
+    def settled(
+        self, state: State, *, entered: State, arrived: State, entries: Mapping[str, UpdateEntry], facts: RoundFacts
+    ) -> tuple[State, State]:
+        """Return a client's private state once it is known what arrives of an update, and what that is of what entered.
+
+        What only a code takes away is lost: whatever else a transform changes is meant, and counts as arrived.
+
+        Args:
+            state: As :meth:`client` has returned it.
+            entered: What has entered this transform.
+            arrived: What has left it, less what codes after it have lost and keep nothing of.
+            entries: What is known of what entered.
+            facts: The round.
+        """
+        return state, entered
 
     def decode(self, update: State, *, entries: Mapping[str, UpdateEntry], facts: RoundFacts) -> State:
         """Return an update as the aggregator wants it; arguments as in :meth:`client`."""

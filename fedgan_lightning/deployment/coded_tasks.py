@@ -33,7 +33,7 @@ def decoded(task: ClientTask, context: ClientContext) -> ClientTask:
     facts = RoundFacts(task.round, task.hyperparameters, seed=0)  # what goes down is restored without draws
     stages = [_entries(task.coded, module=context.model, policy=context.policy)]
     for transform in context.transforms:
-        stages.append(transform.schema(stages[-1]) if transform.down else stages[-1])
+        stages.append(stages[-1] if transform.downward is None else transform.downward.schema(stages[-1]))
     for name, entry in stages[-1].items():
         value = check_tensor(f"{WHO}: {printable(name)}", task.coded.get(name), shape=entry.shape, dtype=entry.dtype)
         if name not in stages[0] and not is_believable(value):
@@ -42,7 +42,8 @@ def decoded(task: ClientTask, context: ClientContext) -> ClientTask:
         raise UpdateError(f"{WHO}: {printable(unknown[0])} is the code of nothing that travels")
     state: State = dict(task.coded)
     for transform, entering, leaving in reversed(list(zip(context.transforms, stages, stages[1:]))):
-        state = state if entering is leaving else transform.decode(state, entries=entering, facts=facts)
+        if transform.downward is not None and entering is not leaving:
+            state = transform.downward.decode(state, entries=entering, facts=facts)
     return dataclasses.replace(task, state=state, coded=None)
 
 

@@ -51,11 +51,11 @@ def refuse_coded(context: ClientContext) -> None:
         ConfigurationError: If there are any.
     """
     for transform in context.transforms:
-        if transform.down:
+        if transform.downward is not None:
             raise ConfigurationError(
                 message(
                     "transforms under secure aggregation must leave what the server sends as it is",
-                    received=f"{type(transform).__name__}(down=true)",
+                    received=f"{type(transform).__name__}(down={str(getattr(transform, 'down', True)).lower()})",
                     fix="set its option down to false",
                 )
             )

@@ -132,14 +132,14 @@ class FederatedAlgorithm:
         """Return what comes up beside the entries that follow from placement."""
         return {}
 
-    def settle(self, private: State, sent: State, start: State) -> State:
+    def settle(self, private: State, sent: State, parameters: State) -> State:
         """Return one client's private state after the round.
 
         Args:
             private: Its state before.
             sent: What the server receives of it, after all transforms: parameter updates by name, and this algorithm's
                 own entries.
-            start: What the server had sent: the parameters that the updates are changes of.
+            parameters: The client's own after its last step, whatever becomes of its update; to be copied if kept.
         """
         return private
 

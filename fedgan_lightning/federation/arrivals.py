@@ -13,22 +13,45 @@ from fedgan_lightning.protocol import ClientSampler, ClientTask, ClientUpdate, S
 
 
 class Arrivals:
-    """Rounds that wait for all: every client has the task of the round, and what it answers counts as it is."""
+    """Rounds that wait for all: every client has the task of the round, and what it answers counts as it is.
+
+    Attributes:
+        tasks: By version, the rounds before it, what the clients got that started on it, as far as it is needed.
+        sizes: By version the bytes of that as they were sent, by network.
+        exact: The server's own networks of the newest version.
+        newest: The newest version.
+    """
 
     #: Whether answers count that were given networks of earlier rounds.
     of_any_age: ClassVar[bool] = False
 
     def __init__(self) -> None:
-        self._task: ClientTask | None = None
+        self.tasks: dict[int, ClientTask] = {}
+        self.sizes: dict[int, Mapping[str, int]] = {}
+        self.exact: State = {}
+        self.newest = 0
 
-    def begin(self, task: ClientTask) -> None:
-        """Begin a round, whose newest networks are those of ``task``."""
-        self._task = task
+    def begin(self, task: ClientTask, *, exact: State, sizes: Mapping[str, int]) -> None:
+        """Begin a round, whose newest networks are those of ``task``.
+
+        Args:
+            task: What clients get that start now.
+            exact: The server's own networks, which a code on their way down may have changed.
+            sizes: Bytes of the task by network, as they are sent.
+        """
+        self.tasks, self.sizes, self.exact, self.newest = {task.round: task}, {task.round: sizes}, exact, task.round
+
+    def version(self, client_id: int) -> int:
+        """Return what a client was given last."""
+        return self.newest
 
     def given(self, client_id: int) -> ClientTask:
         """Return the task of all clients that were given the same networks as this one."""
-        assert self._task is not None
-        return self._task
+        return self.tasks[self.version(client_id)]
+
+    def bytes_of(self, client_id: int) -> Mapping[str, int]:
+        """Return the size of what a client was given, by network."""
+        return self.sizes[self.version(client_id)]
 
     def sampler(self, given: ClientSampler) -> ClientSampler:
         """Return who chooses the clients of a round, where the user has ``given`` one."""
@@ -98,9 +121,6 @@ class BufferedArrivals(Arrivals):
 
     Args:
         settings: The settings.
-
-    Attributes:
-        tasks: By version what the clients got that started on it, as far as somebody still works on it.
     """
 
     of_any_age = True
@@ -108,7 +128,13 @@ class BufferedArrivals(Arrivals):
     def __init__(self, settings: Asynchronous) -> None:
         super().__init__()
         self.settings = settings
-        self.tasks: dict[int, ClientTask] = {}
+
+    def add(self, task: ClientTask, *, exact: State, sizes: Mapping[str, int], needed: Collection[int]) -> None:
+        """Remember a version, and forget those that nobody needs."""
+        self.tasks[task.round], self.sizes[task.round] = task, sizes
+        for version in {*self.tasks} - {*needed}:
+            del self.tasks[version], self.sizes[version]
+        self.exact, self.newest = exact, task.round
 
     def counted(self, update: ClientUpdate, *, round: int) -> ClientUpdate | None:
         """Return an update with the parameters' share that its age leaves it; ``None`` of one that is too old."""
@@ -116,9 +142,9 @@ class BufferedArrivals(Arrivals):
         age, delta = round - update.round, update.delta
         if not self.settings.counts(age):
             return None
-        factor = self.settings.discount(age)
-        if self.settings.toward == "model" and age:
-            delta = _toward(delta, then=self.tasks[update.round].state, now=self.tasks[round].state)
+        factor, then = self.settings.discount(age), self.tasks[update.round].state
+        if self.settings.toward == "model" and then is not self.exact:
+            delta = _toward(delta, then=then, now=self.exact)
         if factor == 1.0 and delta is update.delta:
             return update
         return dataclasses.replace(update, delta={name: factor * value for name, value in delta.items()})

@@ -15,9 +15,10 @@ from fedgan_lightning.federation.round_schedules import check_names
 from fedgan_lightning.federation.sampling import AllClients
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.federation.transform_chain import TransformChain
+from fedgan_lightning.gan.checks import check_minibatch
 from fedgan_lightning.gan.module import GAN
 from fedgan_lightning.hooks import DataHook, offers
-from fedgan_lightning.protocol import Aggregator, FederatedData
+from fedgan_lightning.protocol import Aggregator, FederatedData, SizedBatches
 from fedgan_lightning.seeding import isolated_rng
 
 #: Names under which Lightning knows what a federation can compute in.
@@ -262,6 +263,12 @@ def check_data(model: Any, data: Any) -> None:
     """
     if offers(model, DataHook) and hasattr(data, "sample_shape"):
         model.check_data(data.sample_shape, getattr(data, "num_classes", 0))
+    d_steps = getattr(model, "d_steps", 1)
+    if isinstance(d_steps, int) and d_steps > 1 and isinstance(data, SizedBatches):
+        for client_id in range(data.num_clients):  # type: ignore[attr-defined]
+            steps = data.steps_per_epoch(client_id)  # type: ignore[attr-defined]
+            for size in {*(data.batch_sizes(client_id, first_step=0, num_steps=steps) or ())}:
+                check_minibatch(size, d_steps=d_steps, whose=f"client {client_id}")
 
 
 def check_device(root: torch.device) -> None:

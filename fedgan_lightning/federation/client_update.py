@@ -273,7 +273,8 @@ def client_updates(
             round=task.round,
         )
         facts = RoundFacts(task.round, task.hyperparameters, task.seed)
-        found.append(_sent(update, private[row], visit._stored[row], context, facts, start=task.state))
+        own = {n: state[n][row] if visit.is_stacked else state[n] for n in policy.shared_parameters}
+        found.append(_sent(update, private[row], visit._stored[row], context, facts, parameters=own))
     return found
 
 
@@ -325,7 +326,7 @@ def _sent(
     context: ClientContext,
     facts: RoundFacts,
     *,
-    start: State,
+    parameters: State,
 ) -> tuple[ClientUpdate, State]:
     """Return an update as it is sent, and the private state that follows from what the server receives of it."""
     algorithm, transforms = context.algorithm, context.transforms
@@ -336,5 +337,5 @@ def _sent(
     if algorithm.keeps_state:
         received = transforms.received(sent, context.entries, before=update, facts=facts)
         seen = {**received.delta, **namespaces.inside(namespaces.ALGORITHM, received.extras)}
-        own = dict(algorithm.settle(own, seen, start))
+        own = dict(algorithm.settle(own, seen, parameters))
     return sent, {**private, **namespaces.under(namespaces.ALGORITHM, own), **residuals}

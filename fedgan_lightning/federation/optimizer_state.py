@@ -26,6 +26,8 @@ Key = TypeVar("Key")
 SCHEDULE = "schedule/"
 
 
+#: Numbers of torch's optimizers that count steps, or follow from the count: NAdam's product, ASGD's rates.
+OF_STEPS = frozenset({"step", "mu_product", "eta", "mu"})
 #: Positions of a schedule that are remembered: clients may differ under local epochs.
 MOST_POSITIONS = 64
 
@@ -41,8 +43,10 @@ def only_moments(state: State) -> dict[str, Tensor]:
 
 
 def is_shared_number(name: str, value: Tensor) -> bool:
-    """Whether an entry is one number for all clients of a stack: the step count of an optimizer."""
-    return is_optimizer_entry(name) and value.dim() == 0 and name.endswith("/step")
+    """Whether an entry is one number for all clients of a stack: the step count of an optimizer, or what follows from
+    it.
+    """
+    return is_optimizer_entry(name) and value.dim() == 0 and name.rpartition("/")[2] in OF_STEPS
 
 
 def signature(moments: State) -> tuple[tuple[str, float | None], ...]:
@@ -167,6 +171,11 @@ def restore(module: nn.Module, optimizers: Sequence[Optimizer], moments: State) 
             for position, count in together(counts, device).items():
                 packed["state"][position]["step"] = count
         optimizer.load_state_dict(packed)
+        for position, parameter in enumerate(own for group in optimizer.param_groups for own in group["params"]):
+            for key, value in packed["state"].get(position, {}).items():
+                if key in OF_STEPS - {"step"} and isinstance(value, Tensor) and not value.dim():
+                    loaded = optimizer.state[parameter]  # in the parameter's dtype, which holds fewer digits
+                    loaded[key] = value.to(loaded[key].device)
 
 
 class ScheduleClock:

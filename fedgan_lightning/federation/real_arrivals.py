@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from fedgan_lightning.errors import QuorumError, message
 from fedgan_lightning.federation.arrivals import Arrivals, BufferedArrivals
 from fedgan_lightning.federation.asynchronous import Asynchronous
 from fedgan_lightning.federation.virtual_clock import VirtualArrivals
-from fedgan_lightning.protocol import ClientTask, ClientUpdate
+from fedgan_lightning.protocol import ClientTask, ClientUpdate, State
 from fedgan_lightning.seeding import make_numpy_generator
 
 
@@ -36,22 +36,20 @@ class RealArrivals(BufferedArrivals):
         self._checks: dict[int, Any] = {}  # by version
         self._begun: dict[int, int] = {}  # the last version that each has worked on: twice it would be the same work
         self._usable: Callable[[int], bool] = lambda client_id: True
-        self._round = self._draws = self._dropped = 0
+        self._draws = self._dropped = 0
         self._ages: list[int] = []
 
-    def begin(self, task: ClientTask) -> None:
-        self._round, self._draws, self._dropped = task.round, 0, 0
+    def begin(self, task: ClientTask, *, exact: State, sizes: Mapping[str, int]) -> None:
+        self._draws = self._dropped = 0
         self.inside, self._ages = set(), []
-        self.tasks[task.round] = task
-        needed = {task.round, *self._versions.values()}
-        self.tasks = {version: own for version, own in self.tasks.items() if version in needed}
+        self.add(task, exact=exact, sizes=sizes, needed={task.round, *self._versions.values()})
 
-    def given(self, client_id: int) -> ClientTask:
-        return self.tasks[self._versions[client_id]]
+    def version(self, client_id: int) -> int:
+        return self._versions.get(client_id, self.newest)
 
     def checks(self, checks_of: Callable[[ClientTask], Any]) -> Callable[[int], Any]:
         known = {version: own for version, own in self._checks.items() if version in self.tasks}
-        known.setdefault(self._round, checks_of(self.tasks[self._round]))  # now: they know when the version began
+        known.setdefault(self.newest, checks_of(self.tasks[self.newest]))  # now: they know when the version began
         self._checks = known
         return lambda client_id: known.get(self._versions.get(client_id, -1))
 
@@ -86,7 +84,7 @@ class RealArrivals(BufferedArrivals):
             return []
         if counts:
             self.inside.add(client_id)
-            self._ages.append(self._round - version)
+            self._ages.append(self.newest - version)
         if len(self.inside) >= self.settings.buffer_size:
             return []  # the next networks are about to be there
         following = self._next()
@@ -102,13 +100,13 @@ class RealArrivals(BufferedArrivals):
 
     def _next(self) -> int | None:
         """Have somebody at rest start; return who, ``None`` if there is nobody."""
-        free = [k for k in range(self.num_clients) if k not in self._versions and self._begun.get(k) != self._round]
+        free = [k for k in range(self.num_clients) if k not in self._versions and self._begun.get(k) != self.newest]
         free = [k for k in free if self._usable(k)]
         if not free:
             return None
         self._draws += 1
-        chosen = free[int(make_numpy_generator(self.seed, "at work", self._round, self._draws).integers(len(free)))]
-        self._versions[chosen] = self._begun[chosen] = self._round
+        chosen = free[int(make_numpy_generator(self.seed, "at work", self.newest, self._draws).integers(len(free)))]
+        self._versions[chosen] = self._begun[chosen] = self.newest
         return chosen
 
 

@@ -30,7 +30,6 @@ class Receiver:
         checks: What answers must be.
         aggregator: How updates become one.
         rules: What becomes of late updates.
-        bytes_down: Size of a client's task, by network.
         arrivals: What each client was given, and what its answer counts as.
 
     Attributes:
@@ -47,11 +46,10 @@ class Receiver:
         *,
         aggregator: Aggregator,
         rules: RoundRules,
-        bytes_down: Mapping[str, int],
         arrivals: Arrivals,
     ) -> None:
         self.arrivals, self._checks_of = arrivals, arrivals.checks(checks.run.of_round)
-        self.checks, self.aggregator, self.rules, self.bytes_down = checks, aggregator, rules, bytes_down
+        self.checks, self.aggregator, self.rules = checks, aggregator, rules
         self.is_private = checks.run.context.privacy is not None
         self.is_validated = self.is_private or checks.run.validator is not None  # what is refused counts as zero
         self.asked: list[int] = []
@@ -205,7 +203,8 @@ class Receiver:
             )
         known = tuple(self.checks.member(client) for client in total.clients)
         reports = [
-            with_metrics(dataclasses.replace(client, bytes_down=self.bytes_down), client.metrics) for client in known
+            with_metrics(dataclasses.replace(own, bytes_down=self.arrivals.bytes_of(own.client_id)), own.metrics)
+            for own in known
         ]
         self.open -= members
         try:
@@ -230,7 +229,7 @@ class Receiver:
         self, client_id: int, *, was_sent: bool = True, bytes_up: Mapping[str, int] | None = None
     ) -> ClientReport:
         """Return what passed between the server and a client that answers, or is known not to."""
-        down = self.bytes_down if was_sent and client_id in self.open else {}
+        down = self.arrivals.bytes_of(client_id) if was_sent and client_id in self.open else {}
         return ClientReport(client_id, "answered", bytes_down=down, bytes_up=bytes_up or {})
 
     def _incident(self, report: ClientReport, outcome: str, reason: str) -> None:
@@ -245,7 +244,7 @@ class Receiver:
         ]
         missing = {*self.asked} - {report.client_id for report in found if report.outcome != "late"}
         missing -= {*self.arrivals.at_work}  # they go on, and are not missed
-        found += [ClientReport(client_id, "unneeded", bytes_down=self.bytes_down) for client_id in sorted(missing)]
+        found += [ClientReport(own, "unneeded", bytes_down=self.arrivals.bytes_of(own)) for own in sorted(missing)]
         return tuple(sorted(found, key=lambda report: (report.client_id, report.outcome != "late")))
 
     def report(self, *, clients: tuple[ClientReport, ...], total: Aggregate | None, **facts: Any) -> RoundReport:

@@ -21,7 +21,7 @@ from fedgan_lightning.federation.rules import RoundRules, UpdateValidator
 from fedgan_lightning.federation.selection import ClientSelection, Selection
 from fedgan_lightning.federation.server import ServerModule
 from fedgan_lightning.federation.update_checks import UpdateChecks
-from fedgan_lightning.protocol import Aggregator, ClientSampler, ClientTask, ClientUpdate, Executor, RoundInfo, State
+from fedgan_lightning.protocol import Aggregator, ClientSampler, ClientTask, ClientUpdate, Executor, RoundInfo
 from fedgan_lightning.seeding import derive_seed
 from fedgan_lightning.update_transform import RoundFacts
 
@@ -69,13 +69,16 @@ class RoundRunner:
         """
         transforms, policy = self.context.transforms, self.context.policy
         facts = RoundFacts(task.round, task.hyperparameters, derive_seed(self.seed, "broadcast", task.round))
-        sent, state = transforms.broadcast(task.state, is_parameter=policy.is_parameter, facts=facts)
+        exact = task.state
+        sent, state = transforms.broadcast(exact, is_parameter=policy.is_parameter, facts=facts)
         task = dataclasses.replace(task, state=state, coded=sent if sent.keys() != state.keys() else None)
-        self.arrivals.begin(task)
+        own = namespaces.under(namespaces.ALGORITHM, self.context.algorithm.own_task(server, task.round, 0))
+        self.arrivals.begin(task, exact=exact, sizes=bytes_by_network({**sent, **own}))
         for attempt in self.rules.attempts(self.context.stop_requested):
             selection = self.selection.select(task.round, attempt)
             yield RoundInfo(round=task.round, cohort=selection.cohort)
-            started, receiver = time.perf_counter(), self._receiver(server, task, sent)
+            started, checks = time.perf_counter(), self.checks.of_round(task)
+            receiver = Receiver(checks, aggregator=self.aggregator, rules=self.rules, arrivals=self.arrivals)
             try:
                 yield from self._train(server, task, selection, receiver, attempt)
                 report = self._report(attempt, selection.needed, receiver, started)
@@ -90,12 +93,6 @@ class RoundRunner:
             if report.counted:
                 return
         raise QuorumError(self.rules.too_few(task.round, self.aggregator))
-
-    def _receiver(self, server: ServerModule, task: ClientTask, sent: State) -> Receiver:
-        own = namespaces.under(namespaces.ALGORITHM, self.context.algorithm.own_task(server, task.round, 0))
-        checks, size = self.checks.of_round(task), bytes_by_network({**sent, **own})
-        options = {"aggregator": self.aggregator, "rules": self.rules, "arrivals": self.arrivals}
-        return Receiver(checks, bytes_down=size, **options)  # type: ignore[arg-type]
 
     def _train(
         self, server: ServerModule, task: ClientTask, selection: Selection, receiver: Receiver, attempt: int

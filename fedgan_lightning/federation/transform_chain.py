@@ -45,21 +45,56 @@ class TransformChain:
         for transform in self.transforms:
             transform.check(is_secure=is_secure)
 
-    def check_used(self, stages: Sequence[Entries]) -> None:
-        """Refuse a transform that has nothing to do.
+    def check_used(self, stages: Sequence[Entries], *, down: Entries) -> None:
+        """Refuse a transform that has nothing to do, and error feedback that nobody would keep.
 
         Args:
             stages: Of the updates of the run.
+            down: What the server sends to all clients, but for the algorithm's own entries.
 
         Raises:
             ConfigurationError: If there is one.
         """
         for index, (transform, entering) in enumerate(zip(self.transforms, stages)):
-            if not transform.changes(entering):
+            who = f"{type(transform).__name__}, number {index + 1} of {len(self)}"
+            downward, finds_up = transform.downward, transform.changes(entering)
+            if not finds_up and (downward is None or downward is transform):
                 rule = "every transform must find something of an update that no code has taken before it"
-                received = f"{type(transform).__name__}, number {index + 1} of {len(self)}, which finds nothing"
-                fix = "leave it out, put it before the codes, or have its section travel (moments: optimizer_state)"
-                raise ConfigurationError(message(rule, received=received, fix=fix))
+                fix = (
+                    "leave it out, put it before the codes, have its section travel (moments: optimizer_state), or set "
+                    "down: only for a code of what the server sends"
+                )
+                raise ConfigurationError(message(rule, received=f"{who}, which finds nothing it can take", fix=fix))
+            if downward is not None:
+                if not downward.changes(down):
+                    rule = "down must find something that the server sends to all: networks, moments or statistics"
+                    raise ConfigurationError(message(rule, received=f"{who}, with down", fix="set down to false"))
+                down = downward.schema(down)
+        self._check_feedback(stages)
+
+    def _check_feedback(self, stages: Sequence[Entries]) -> None:
+        """Refuse error feedback of a code of codes, where the one that made them keeps nothing.
+
+        Raises:
+            ConfigurationError: If there is such.
+        """
+        kept: set[str] = set()  # codes of which what is lost comes back
+        for index, (transform, entering, leaving) in enumerate(zip(self.transforms, stages, stages[1:])):
+            mine = transform.coded(entering)
+            forgotten = [name for name in mine if name not in stages[0] and name not in kept]
+            if transform.error_feedback and forgotten:
+                raise ConfigurationError(
+                    message(
+                        "error feedback of a code of codes must be kept by what has made them, right before it",
+                        received=f"{type(transform).__name__}, number {index + 1} of {len(self)}, with error_feedback: "
+                        f"true, behind {' and '.join(type(own).__name__ for own in self.transforms[:index])}",
+                        fix="set error_feedback to true of the code before it as well, or to false of this one",
+                    )
+                )
+            if transform.error_feedback:
+                kept |= {*leaving} - {*entering}
+            elif not mine:
+                kept = set()  # what it changes is meant, and what was made before is not what leaves it
 
     def entries(self, of_algorithm: Entries, delta: Layout, extras: Layout) -> dict[str, UpdateEntry]:
         """Return what is known of the entries of an update before any transform.
@@ -114,13 +149,20 @@ class TransformChain:
         """Return an update as it is sent, and the transforms' private state after that."""
         stages = self.stages_of(of_algorithm, *(Packed.of(part).layout for part in (update.delta, update.extras)))
         values: State = {**update.delta, **update.extras}
-        kept: dict[str, Tensor] = {}
+        entered, states = list[State](), list[State]()
         for index, (transform, entering) in enumerate(zip(self.transforms, stages)):
-            prefix = namespaces.of_transform(index)
-            own = namespaces.inside(prefix, private)
+            own = namespaces.inside(namespaces.of_transform(index), private)
             draws = dataclasses.replace(facts, seed=derive_seed(facts.seed, "transform", index))
+            entered.append(values)
             values, state = transform.client(values, entries=entering, private=own, facts=draws)
-            kept |= namespaces.under(prefix, state)
+            states.append(state)
+        kept: dict[str, Tensor] = {}
+        arrived = values
+        for index, transform in reversed(list(enumerate(self.transforms))):
+            state, arrived = transform.settled(
+                states[index], entered=entered[index], arrived=arrived, entries=stages[index], facts=facts
+            )
+            kept |= namespaces.under(namespaces.of_transform(index), state)
         return (_grouped(update, values, stages[-1]) if self.transforms else update), kept
 
     def received(
@@ -160,6 +202,8 @@ class TransformChain:
         """Return what the server sends in place of a state that all clients receive, and what they make of it."""
         sent, seen = state, state
         for transform in self.transforms:  # each has sections of its own, and what another has coded is none of them
+            if transform.downward is None:
+                continue
             coded, made = transform.broadcast(sent, is_parameter=is_parameter, facts=facts)
             changed = {name for name in sent if name not in coded}
             seen = {name: made[name] if name in changed else value for name, value in seen.items()}

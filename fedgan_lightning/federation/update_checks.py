@@ -21,7 +21,7 @@ from fedgan_lightning.federation.optimizer_state import SCHEDULE, is_optimizer_e
 from fedgan_lightning.federation.report import UPDATE_NORM, bytes_up, is_position
 from fedgan_lightning.federation.rules import UpdateValidator
 from fedgan_lightning.federation.schema import LARGEST, MOST_UPDATES, check_bound, is_whole, objection, printable
-from fedgan_lightning.federation.update_schema import UpdateSchema
+from fedgan_lightning.federation.update_schema import UpdateSchema, downlink
 from fedgan_lightning.gan.module import GAN
 from fedgan_lightning.packing import Layout
 from fedgan_lightning.protocol import (
@@ -64,7 +64,7 @@ class UpdateChecks:
         self, context: ClientContext, *, validator: UpdateValidator | None = None, sums_only: bool = False
     ) -> None:
         self.context, self.validator, self.update_schema = context, validator, UpdateSchema(context)
-        self.began = time.perf_counter()
+        self.began, self.downlink = time.perf_counter(), downlink(context)
         if sums_only:
             self.check_sums()
         if context.privacy is not None:
@@ -131,7 +131,8 @@ class RoundChecks:
         self.schema = run.update_schema.schema(task.state)
         self.moments = only_moments(task.state)
         if not self.schema.is_open:
-            run.context.transforms.check_used(self.stages)
+            moments = {name: entry for name, entry in self.stages[0].items() if is_optimizer_entry(name)}
+            run.context.transforms.check_used(self.stages, down={**run.downlink, **moments})
         self.began = time.perf_counter()
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from fedgan_lightning.federation import namespaces, optimizer_state
 from fedgan_lightning.federation.client_context import ClientContext, shared_buffers
 from fedgan_lightning.federation.preparation import client_copy
 from fedgan_lightning.federation.schema import Schema, Sense
-from fedgan_lightning.protocol import State
+from fedgan_lightning.protocol import State, UpdateEntry
 from fedgan_lightning.seeding import isolated_rng
 from fedgan_lightning.states import Kind
 
@@ -23,6 +24,16 @@ logger = logging.getLogger("fedgan_lightning")
 
 #: Optimizers whose ``exp_avg`` and ``exp_avg_sq`` are means of one gradient and of its square.
 MEANS_OF_ONE_GRADIENT = (torch.optim.Adam, torch.optim.AdamW, NAdam, RAdam)
+
+
+def downlink(context: ClientContext) -> dict[str, UpdateEntry]:
+    """Return what the server sends to all clients, but for moments and an algorithm's own entries."""
+    state, policy = context.model.state_dict(), context.policy
+    kinds: dict[bool, Literal["vector", "value"]] = {True: "vector", False: "value"}
+    return {
+        name: UpdateEntry(tuple(state[name].shape), state[name].dtype, kind=kinds[policy.is_parameter(name)])
+        for name in policy.downlink_entries
+    }
 
 
 class UpdateSchema:

@@ -15,7 +15,7 @@ from typing import Any
 from fedgan_lightning.errors import CheckpointError, message
 from fedgan_lightning.federation.arrivals import BufferedArrivals
 from fedgan_lightning.federation.asynchronous import Asynchronous
-from fedgan_lightning.protocol import ClientSampler, ClientTask
+from fedgan_lightning.protocol import ClientSampler, ClientTask, State
 from fedgan_lightning.seeding import make_numpy_generator
 
 
@@ -136,7 +136,7 @@ class VirtualArrivals(BufferedArrivals):
 
     def __init__(self, settings: Asynchronous, *, num_clients: int, seed: int) -> None:
         super().__init__(settings)
-        self._given: dict[int, ClientTask] = {}
+        self._given: dict[int, int] = {}
         self._rounds = buffers(settings, num_clients=num_clients, seed=seed)
         self._known: list[Buffer] = []
 
@@ -146,15 +146,15 @@ class VirtualArrivals(BufferedArrivals):
             self._known.append(next(self._rounds))
         return self._known[round]
 
-    def begin(self, task: ClientTask) -> None:
+    def begin(self, task: ClientTask, *, exact: State, sizes: Mapping[str, int]) -> None:
         """Begin a round: remember what all clients get that start now, and what those of the round were given.
 
         Raises:
             CheckpointError: If a checkpoint has not told what somebody works on.
         """
-        self.tasks[task.round], here = task, self.buffer(task.round)
+        here = self.buffer(task.round)
         needed = {task.round, *here.at_work.values(), *(own.version for own in here.arrivals)}
-        self.tasks = {version: own for version, own in self.tasks.items() if version in needed}
+        self.add(task, exact=exact, sizes=sizes, needed=needed)
         lost = sorted(version for version in needed - {*self.tasks} if version < task.round)
         if lost:
             raise CheckpointError(
@@ -164,32 +164,34 @@ class VirtualArrivals(BufferedArrivals):
                     fix="go on where it was run, between machines for one of a deployment",
                 )
             )
-        self._given = {own.client_id: self.tasks[own.version] for own in here.arrivals}
+        self._given = {own.client_id: own.version for own in here.arrivals}
 
-    def given(self, client_id: int) -> ClientTask:
-        return self._given[client_id]
+    def version(self, client_id: int) -> int:
+        return self._given.get(client_id, self.newest)
 
     def sampler(self, given: ClientSampler) -> ClientSampler:
         return ArrivingClients(self)
 
     def checks(self, checks_of: Callable[[ClientTask], Any]) -> Callable[[int], Any]:
-        found = {client_id: checks_of(task) for client_id, task in self._given.items()}
+        found = {client_id: checks_of(self.tasks[version]) for client_id, version in self._given.items()}
         return lambda client_id: found.get(client_id)
 
     def gauges(self) -> dict[str, float]:
-        round = max(self.tasks)
-        own = self.buffer(round)
-        ages = [round - arrival.version for arrival in own.arrivals]
+        own = self.buffer(self.newest)
+        ages = [self.newest - arrival.version for arrival in own.arrivals]
         return {**self.ages(ages, dropped=own.dropped), "staleness/virtual_seconds": own.seconds}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the networks of all versions that somebody works on, as clients were given them."""
         fields = [own.name for own in dataclasses.fields(ClientTask)]
         plain = {v: {name: getattr(task, name) for name in fields} for v, task in self.tasks.items()}
-        return {str(v): {**own, "state": dict(own["state"]), "own": {}, "coded": None} for v, own in plain.items()}
+        for version, own in plain.items():
+            own.update(own={}, coded=None, state=dict(own["state"]), sizes=dict(self.sizes[version]))
+        return {str(version): own for version, own in plain.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         found = {int(v): {**own, "schedule_positions": tuple(own["schedule_positions"])} for v, own in state.items()}
+        self.sizes = {version: own.pop("sizes") for version, own in found.items()}
         self.tasks = {version: ClientTask(**own) for version, own in found.items()}
 
 

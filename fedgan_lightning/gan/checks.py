@@ -81,8 +81,8 @@ def check_settings(gan: Any) -> None:
         )
 
 
-def check_minibatch(num_samples: int, *, d_steps: int) -> None:
-    """Refuse a minibatch that cannot be split into the parts of the discriminator's steps.
+def check_minibatch(num_samples: int, *, d_steps: int, whose: str = "") -> None:
+    """Refuse a minibatch, of a client where that is known, that cannot be split into parts for the discriminator.
 
     Raises:
         DataError: If it cannot.
@@ -91,8 +91,8 @@ def check_minibatch(num_samples: int, *, d_steps: int) -> None:
         raise DataError(
             message(
                 f"a minibatch must be divisible into d_steps={d_steps} equal parts",
-                received=f"{num_samples} samples",
-                fix=f"set batch_size to a multiple of {d_steps}",
+                received=f"{num_samples} samples{f' of {whose}' if whose else ''}",
+                fix=f"set batch_size to a multiple of {d_steps} that every client has samples for, or d_steps to 1",
             )
         )
 

@@ -133,9 +133,9 @@ class IFLGAN(FederatedAlgorithm):
                 found.append(self._discrepancy(visit, row, module))
         return {DISCREPANCY: torch.stack(found)}
 
-    def settle(self, private: State, sent: State, start: State) -> State:
-        moved = {name.removeprefix(KEPT): value for name, value in private.items() if name.startswith(KEPT)}
-        kept = {f"{KEPT}{name}": (start[name].to(sent[name]) + sent[name]).to(own) for name, own in moved.items()}
+    def settle(self, private: State, sent: State, parameters: State) -> State:
+        names = [name for name in private if name.startswith(KEPT)]
+        kept = {name: parameters[name.removeprefix(KEPT)].detach().clone() for name in names}
         return {DISCREPANCY: sent[DISCREPANCY], **kept}
 
     def credit(self, answer: State) -> float:

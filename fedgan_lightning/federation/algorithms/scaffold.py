@@ -112,7 +112,7 @@ class Scaffold(FederatedAlgorithm):
                 found[control] = torch.zeros_like(current[name])
         return found
 
-    def settle(self, private: State, sent: State, start: State) -> State:
+    def settle(self, private: State, sent: State, parameters: State) -> State:
         return {name: value + sent[name].to(value) for name, value in private.items()}
 
     # ------------------------------------------------------------------ on the server

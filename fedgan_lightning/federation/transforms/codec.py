@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from abc import abstractmethod
@@ -19,6 +20,7 @@ from fedgan_lightning.seeding import derive_seed
 from fedgan_lightning.update_transform import RoundFacts, UpdateTransform
 
 Section = Literal["updates", "moments", "buffers"]
+Down: TypeAlias = bool | Literal["only"]
 #: Codes of one entry: shape and dtype by the end of their names.
 Forms: TypeAlias = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 RESIDUAL = "residual/"
@@ -30,12 +32,14 @@ class UpdateCodec(UpdateTransform):
     ``updates`` are parameter updates and an algorithm's vectors, such as controls and feedback; ``moments`` those of
     optimizers but for their step counts; ``buffers`` running statistics. What a section holds beside floating-point
     numbers passes as it is. With error feedback a client sends C(v + e) and keeps e+ = v + e - C(v + e), so that what
-    it has sent and what it keeps add up to its updates; e+ is committed only if the update counts.
+    it has sent and what it keeps add up to its updates; e+ is committed only if the update counts. A code of another
+    one's codes may have error feedback where that one has: the first in the row keeps what all of them lose.
 
     Args:
         sections: What is encoded.
         error_feedback: Whether e is kept. It is for updates alone: values are no sums over rounds.
-        down: Whether what the server sends of these sections, parameters among the updates, has the same code.
+        down: Whether what the server sends of these sections, parameters among the updates, has the same code; with
+            ``only`` updates have not. An algorithm's own entries, such as controls or samples, go down as they are.
     """
 
     #: Sections whose numbers survive this code: squares stay squares, values keep their size.
@@ -47,7 +51,7 @@ class UpdateCodec(UpdateTransform):
 
     @checked()
     def __init__(
-        self, *, sections: Sequence[Section] = ("updates",), error_feedback: bool = False, down: bool = False
+        self, *, sections: Sequence[Section] = ("updates",), error_feedback: bool = False, down: Down = False
     ) -> None:
         self.sections, self.error_feedback, self.down = tuple(sections), error_feedback, down
         wrong = [own for own in self.sections if own not in self.allowed]
@@ -102,7 +106,10 @@ class UpdateCodec(UpdateTransform):
     # ------------------------------------------------------------------ all entries
 
     def changes(self, entries: Mapping[str, UpdateEntry]) -> bool:
-        return any(self._forms(name, entry, entries) for name, entry in entries.items())
+        return bool(self.coded(entries))
+
+    def coded(self, entries: Mapping[str, UpdateEntry]) -> list[str]:
+        return [name for name, entry in entries.items() if self._forms(name, entry, entries)]
 
     def schema(self, entries: Mapping[str, UpdateEntry]) -> dict[str, UpdateEntry]:
         found: dict[str, UpdateEntry] = {}
@@ -146,9 +153,23 @@ class UpdateCodec(UpdateTransform):
             if entries[name].persists:
                 state |= {f"{part}/{name}": own for part, own in self.next_state(codes, mine).items()}
             if self._feeds_back(name, entries):
-                decoded = self.restore(codes, entries[name], name=name, facts=facts)
-                state[f"{RESIDUAL}{name}"] = wanted - decoded
+                state[f"{RESIDUAL}{name}"] = wanted  # less what arrives of it, which the codes after this one decide
         return coded, state
+
+    def settled(
+        self, state: State, *, entered: State, arrived: State, entries: Mapping[str, UpdateEntry], facts: RoundFacts
+    ) -> tuple[State, State]:
+        kept, came = dict(state), dict(entered)
+        for name in entered:
+            parts = self._forms(name, entries[name], entries)
+            if not parts:
+                came[name] = arrived[name]
+            elif self.error_feedback and not name.startswith(namespaces.MOMENTS):
+                codes = {part: arrived[f"{name}/{part}"] for part in parts}
+                came[name] = self.restore(codes, entries[name], name=name, facts=facts)
+                if f"{RESIDUAL}{name}" in kept:
+                    kept[f"{RESIDUAL}{name}"] = kept[f"{RESIDUAL}{name}"] - came[name]
+        return kept, came
 
     def decode(self, update: State, *, entries: Mapping[str, UpdateEntry], facts: RoundFacts) -> State:
         found, codes = {}, set()
@@ -171,14 +192,25 @@ class UpdateCodec(UpdateTransform):
             is_parameter: Whether a name is a parameter's.
             facts: The round, with the seed of the server's draws.
         """
-        if not self.down:
+        coder = self.downward
+        if coder is None:
             return state, state
         kinds: dict[bool, Literal["vector", "value"]] = {True: "vector", False: "value"}
         entries = {n: UpdateEntry(tuple(v.shape), v.dtype, kind=kinds[is_parameter(n)]) for n, v in state.items()}
-        sent, _ = self.client(state, entries=entries, private={}, facts=facts)
-        return sent, self.decode(sent, entries=entries, facts=facts)
+        sent, _ = coder.client(state, entries=entries, private={}, facts=facts)
+        return sent, coder.decode(sent, entries=entries, facts=facts)
+
+    @property
+    def downward(self) -> UpdateCodec | None:  # type: ignore[override] # None there
+        if self.down != "only":
+            return self if self.down else None
+        found = copy.copy(self)
+        found.down = True
+        return found
 
     def _forms(self, name: str, entry: UpdateEntry, entries: Mapping[str, UpdateEntry]) -> Forms:
+        if self.down == "only":
+            return {}
         return self.forms(entry) if section_of(name, entry) in self.sections else {}
 
     def _kept(self, entry: UpdateEntry) -> dict[str, Tensor]:
@@ -203,6 +235,11 @@ def draws(name: str, facts: RoundFacts, *, shared: bool = False) -> torch.Genera
     """Return a CPU generator of an entry's draws in this round: the client's own, or the same for all clients."""
     seed = derive_seed(0, f"shared {name}", facts.round) if shared else derive_seed(facts.seed, f"code {name}")
     return torch.Generator().manual_seed(seed)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which entries of ``dtype`` are computed with: at least float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def share_of(size: int, share: float) -> int:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedgan_lightning.federation.transforms.codec import Forms, Section, UpdateCodec, draws
+from fedgan_lightning.federation.transforms.codec import Down, Forms, Section, UpdateCodec, draws, wide
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import UpdateEntry
 from fedgan_lightning.update_transform import RoundFacts
@@ -25,7 +25,8 @@ class BFloat16(UpdateCodec):
     Args:
         sections: Some of ``updates``, ``moments`` and ``buffers``.
         error_feedback: Whether clients keep what rounding took.
-        down: Whether the server sends the same sections so, too, the networks' parameters for ``updates``.
+        down: Whether the server sends the same sections so, too, the networks' parameters for ``updates``; with
+            ``only`` clients do not, so that another code can stand beside this one.
     """
 
     allowed: ClassVar[tuple[Section, ...]] = ("updates", "moments", "buffers")
@@ -36,7 +37,7 @@ class BFloat16(UpdateCodec):
         *,
         sections: Sequence[Section] = ("updates", "moments"),
         error_feedback: bool = False,
-        down: bool = False,
+        down: Down = False,
     ) -> None:
         super().__init__(sections=sections, error_feedback=error_feedback, down=down)
 
@@ -68,10 +69,10 @@ class Int8(UpdateCodec):
         self.stochastic = stochastic
 
     def forms(self, entry: UpdateEntry) -> Forms:
-        return {CODES: (entry.shape, torch.int8), SCALE: ((), _wide(entry.dtype))}
+        return {CODES: (entry.shape, torch.int8), SCALE: ((), wide(entry.dtype))}
 
     def encode(self, value: Tensor, *, name: str, facts: RoundFacts, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        scale = value.abs().max().to(_wide(value.dtype)) / 127
+        scale = value.abs().max().to(wide(value.dtype)) / 127
         parts = value.to(scale.dtype) / scale.clamp(min=torch.finfo(scale.dtype).tiny)
         rounded = _up_or_down(parts, draws(name, facts)) if self.stochastic else parts.round()
         return {CODES: rounded.clamp(-127, 127).to(torch.int8), SCALE: scale}
@@ -104,10 +105,10 @@ class QSGD(UpdateCodec):
 
     def forms(self, entry: UpdateEntry) -> Forms:
         size = math.prod(entry.shape)
-        return {CODES: ((-(-size * self.bits // 8),), torch.uint8), SCALE: ((), _wide(entry.dtype))}
+        return {CODES: ((-(-size * self.bits // 8),), torch.uint8), SCALE: ((), wide(entry.dtype))}
 
     def encode(self, value: Tensor, *, name: str, facts: RoundFacts, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        norm = torch.linalg.vector_norm(value.to(_wide(value.dtype)))
+        norm = torch.linalg.vector_norm(value.to(wide(value.dtype)))
         parts = value.flatten().to(norm.dtype) / norm.clamp(min=torch.finfo(norm.dtype).tiny) * self.levels
         steps = _up_or_down(parts, draws(name, facts)).clamp(-self.levels, self.levels).long() + self.levels
         return {CODES: packed_bits(steps, bits=self.bits), SCALE: norm}
@@ -136,7 +137,3 @@ def _up_or_down(values: Tensor, source: torch.Generator) -> Tensor:
     """Return integers next to ``values``, whose mean over draws is that."""
     uniform = torch.rand(values.shape, generator=source, dtype=torch.float64).to(values.device)
     return (values.double() + uniform).floor().to(values.dtype)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

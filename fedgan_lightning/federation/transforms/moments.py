@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation.namespaces import MOMENTS, of_moment
-from fedgan_lightning.federation.transforms.codec import Forms, Section, UpdateCodec, draws, section_of
+from fedgan_lightning.federation.transforms.codec import Down, Forms, Section, UpdateCodec, draws, section_of
 from fedgan_lightning.federation.transforms.dense import packed_bits, unpacked_bits
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import State, UpdateEntry
@@ -43,13 +43,13 @@ class LogMoments(UpdateCodec):
     Args:
         bits: Of a square, in [3, 8].
         mean_bits: Of m / sqrt(v), in [2, 8]; 0 has clients begin with m = 0.
-        down: Whether the server sends averaged moments in the same code.
+        down: Whether the server sends averaged moments in the same code; with ``only`` clients do not.
     """
 
     allowed: ClassVar[tuple[Section, ...]] = ("moments",)
 
     @checked(bits="[3, 8]", mean_bits="[0, 8]")
-    def __init__(self, *, bits: int = 5, mean_bits: int = 4, down: bool = True) -> None:
+    def __init__(self, *, bits: int = 5, mean_bits: int = 4, down: Down = True) -> None:
         super().__init__(sections=("moments",), down=down)
         if mean_bits == 1:
             raise ConfigurationError(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedgan_lightning.federation.transforms.codec import Forms, UpdateCodec, draws
+from fedgan_lightning.federation.transforms.codec import Forms, UpdateCodec, draws, wide
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import UpdateEntry
 from fedgan_lightning.update_transform import RoundFacts
@@ -49,13 +49,14 @@ class PowerSGD(UpdateCodec):
         return {START: codes[RIGHT]}
 
     def encode(self, value: Tensor, *, name: str, facts: RoundFacts, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        matrix = value.flatten(1)
+        matrix = value.flatten(1).to(wide(value.dtype))  # torch factors no matrices in half precision
         q = state[START].to(matrix) if START in state else None
         if q is None or not bool(q.any()):  # a newcomer, or after a round without a change
             shape = (matrix.shape[1], self.rank)
             q = torch.randn(shape, generator=draws(name, facts), dtype=torch.float64).to(matrix)
         p, _ = torch.linalg.qr(matrix @ q)
-        return {LEFT: p, RIGHT: matrix.mT @ p}
+        return {LEFT: p.to(value.dtype), RIGHT: (matrix.mT @ p).to(value.dtype)}
 
     def restore(self, codes: Mapping[str, Tensor], entry: UpdateEntry, *, name: str, facts: RoundFacts) -> Tensor:
-        return (codes[LEFT] @ codes[RIGHT].mT).reshape(entry.shape)
+        left, right = (codes[part].to(wide(entry.dtype)) for part in (LEFT, RIGHT))
+        return (left @ right.mT).to(entry.dtype).reshape(entry.shape)
