@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedgan_lightning import (
+    CheckpointError,
     ConfigurationError,
     DataError,
     FederatedOrchestrator,
@@ -25,12 +26,13 @@ from fedgan_lightning import (
     VectorizedExecutor,
 )
 from fedgan_lightning.aggregators import WeightedMean
-from fedgan_lightning.algorithms import FedProx, Scaffold
+from fedgan_lightning.algorithms import FedGAN, FedProx, Scaffold
 from fedgan_lightning.asynchronous import Asynchronous, FixedDurations, LogNormalDurations, TraceDurations
 from fedgan_lightning.executors import FaultyExecutor
+from fedgan_lightning.federation.costs import bytes_by_network
 from fedgan_lightning.federation.virtual_clock import buffers
 from fedgan_lightning.samplers import FractionOfClients
-from fedgan_lightning.transforms import TopK
+from fedgan_lightning.transforms import BFloat16, TopK
 from tests.conftest import adam, assert_states_equal, federate, quiet_trainer, ring_data, ring_gan, sgd
 
 EXECUTORS = {"sequential": SequentialExecutor, "vectorized": VectorizedExecutor}
@@ -234,6 +236,38 @@ def test_towards_the_model_is_fedasync():
         torch.testing.assert_close(value.detach(), versions[-1][name], atol=1e-12, rtol=1e-9)
 
 
+def test_a_code_on_the_way_down_leaves_where_a_client_s_networks_lead():
+    """At weight 1 the server's networks become those of the client, though it began with rounded ones."""
+    settings_ = clock(1.0, 2.4, 5.0, 3.0, buffer_size=1, toward="model", staleness="constant")
+    ends = {}
+
+    class Watch(FedGAN):
+        def answer(self, visit):
+            ends[visit.tasks[0].round] = {n: own.clone() for n, own in visit.parameters.items()}
+            return super().answer(visit)
+
+    down = [BFloat16(sections=["updates"], down="only")]
+    _, server, seen, _ = recorded(settings_, rounds=5, algorithm=Watch(), transforms=down)
+    wanted = ends[seen[-1].round]
+    assert_states_equal(dict(server.model.named_parameters()), wanted, atol=1e-12, rtol=0.0)
+
+
+def test_the_ledger_counts_what_each_client_was_given():
+    """The first networks have no moments with them, and clients that got these answer for rounds."""
+    sent = []
+
+    class Watch(SequentialExecutor):
+        def run(self, tasks):
+            for task in tasks:
+                sent.append(sum(bytes_by_network(task.state).values()))
+                yield from super().run([task])
+
+    options = {"gan": ring_gan(optimizer=adam), "rounds": 6, "optimizer_state": "average", "executor": Watch()}
+    _, orchestrator, _ = run(clock(1.0, 2.4, 7.0, 4.0, buffer_size=2), **options)
+    assert len({*sent}) == 2
+    assert sum(orchestrator.ledger.bytes_down.values()) == sum(sent)
+
+
 # ---------------------------------------------------------------------- (b): stability under delay
 
 
@@ -265,7 +299,7 @@ def test_a_resumed_run_ends_with_the_same_bits(cut, executor, tmp_path):
         return {
             "rules": RoundRules(asynchronous=asynchronous),
             "executor": EXECUTORS[executor](),
-            "transforms": [TopK()],
+            "transforms": [TopK(), BFloat16(sections=["updates"], down="only")],
         }
 
     whole = run(None, gan=ring_gan(optimizer=adam), **options(), rounds=7)
@@ -275,6 +309,44 @@ def test_a_resumed_run_ends_with_the_same_bits(cut, executor, tmp_path):
     server, trainer = ServerModule(ring_gan(optimizer=adam, seed=7)), quiet_trainer(again)
     trainer.fit(server, datamodule=ring_data(), ckpt_path=tmp_path / "cut.ckpt")
     assert_states_equal(everything((server, again, trainer)), everything(whole))
+    assert again.ledger.bytes_down == whole[1].ledger.bytes_down
+
+
+@pytest.mark.parametrize("before", [None, clock(1.0, 2.4, 7.0, 4.0, buffer_size=2)], ids=["synchronous", "clock"])
+@pytest.mark.parametrize(
+    "now", [clock(1.0, 2.4, 6.0, 4.0, buffer_size=2), clock(1.0, 2.4, 7.0, 4.0, buffer_size=3)], ids=["times", "buffer"]
+)
+def test_another_clock_is_refused_accepted_or_not(before, now, tmp_path):
+    """It would say of rounds that are over, too, who worked on what."""
+    _, _, trainer = run(before, rounds=3)
+    trainer.save_checkpoint(tmp_path / "cut.ckpt")
+    for accepted in (False, True):
+        again = FederatedOrchestrator(
+            rounds=6, local_steps=2, aggregator=WeightedMean("uniform"), rules=RoundRules(asynchronous=now),
+            executor=SequentialExecutor(),
+        )  # fmt: skip
+        again.accept_changes = accepted
+        with pytest.raises(CheckpointError, match="federation.rules.asynchronous") as refused:
+            quiet_trainer(again).fit(
+                ServerModule(ring_gan(optimizer=sgd).double()), datamodule=ring_data(), ckpt_path=tmp_path / "cut.ckpt"
+            )
+        assert "accept_changes" not in str(refused.value)
+
+
+def test_how_late_updates_count_may_be_changed_where_that_is_accepted(tmp_path):
+    def times(**options):
+        return clock(1.0, 2.4, 7.0, 4.0, buffer_size=2, **options)
+
+    _, _, trainer = run(times(), rounds=3)
+    trainer.save_checkpoint(tmp_path / "cut.ckpt")
+    again = FederatedOrchestrator(
+        rounds=6, local_steps=2, aggregator=WeightedMean("uniform"), executor=SequentialExecutor(),
+        rules=RoundRules(asynchronous=times(staleness="hinge")),
+    )  # fmt: skip
+    again.accept_changes = True
+    server, trainer = ServerModule(ring_gan(optimizer=sgd).double()), quiet_trainer(again)
+    trainer.fit(server, datamodule=ring_data(), ckpt_path=tmp_path / "cut.ckpt")
+    assert server.rounds_completed == 6
 
 
 def test_stacked_clients_are_each_alone():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedgan_lightning import GAN, AutoExecutor, FederatedDataModule, SequentialExecutor, VectorizedExecutor
+from fedgan_lightning import GAN, AutoExecutor, DataError, FederatedDataModule, SequentialExecutor, VectorizedExecutor
 from fedgan_lightning.data.partition import Partition
 from fedgan_lightning.executors import AutotunedExecutor
 from fedgan_lightning.losses import R1, GradientPenalty
@@ -119,3 +119,10 @@ def test_clients_of_whom_no_two_are_alike_are_trained_one_after_the_other(caplog
     assert (
         "one client after the other, 1 thread (no two clients whose minibatches are of the same sizes)" in caplog.text
     )
+
+
+def test_a_minibatch_that_the_discriminator_s_steps_do_not_divide_is_refused_before_training():
+    """Though it is of a client that nobody asks in the first rounds."""
+    with pytest.raises(DataError, match=r"d_steps=2 .*got 7 samples of client 2.*every client has samples for"):
+        federate(ring_gan(optimizer=sgd, d_steps=2), sized(64, 64, 7, batch_size=16), local_steps=1, rounds=1)
+    federate(ring_gan(optimizer=sgd, d_steps=2), sized(64, 64, 8, batch_size=16), local_steps=1, rounds=1)

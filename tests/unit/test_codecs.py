@@ -607,6 +607,9 @@ class TestLogMoments:
         ([LogMoments()], {"optimizer_state": "reset"}, "got LogMoments, number 1 of 1"),
         ([BFloat16(sections=["buffers"])], {}, "got BFloat16, number 1 of 1"),
         ([Int8(), BFloat16(sections=["buffers"])], {}, "got BFloat16, number 2 of 2"),
+        ([PowerSGD(rank=1), ClipUpdates(max_norm=1e-3)], {}, "got ClipUpdates, number 2 of 2"),
+        ([TopK(share=0.5), Int8(), ClipUpdates(max_norm=1e-3)], {}, "got ClipUpdates, number 3 of 3"),
+        ([Int8(), BFloat16(sections=["updates"], down=True)], {}, "got BFloat16, number 2 of 2.*down: only"),
     ],
 )
 def test_a_transform_that_finds_nothing_is_refused(transforms, options, says):
@@ -621,6 +624,8 @@ def test_a_transform_that_finds_nothing_is_refused(transforms, options, says):
         [TopK(share=0.5), Int8()],
         [TopK(share=0.5), ClipUpdates(max_norm=1.0)],
         [Int8(), BFloat16(sections=["moments"])],
+        [Int8(), BFloat16(sections=["updates"], down="only")],
+        [BFloat16(sections=["moments", "buffers"]), ClipUpdates(max_norm=1.0)],
     ],
 )
 def test_chains_in_which_all_have_something_run(transforms):
@@ -643,3 +648,84 @@ def test_no_code_hides_a_number_that_is_not_finite(codec, value):
         sent, _ = chain.sent(own, {}, {}, facts=RoundFacts(0, {}, seed))
         with pytest.raises(UpdateError, match="client 0"):
             checked_states(chain.decoded("client 0", sent, stages(chain, own), facts=RoundFacts(0, {}, seed)))
+
+
+@pytest.mark.parametrize(
+    ("transforms", "says"),
+    [
+        ([RandomSparse(share=0.5), TopK(share=0.1)], "TopK, number 2 of 2.*behind RandomSparse"),
+        ([TopK(share=0.5, error_feedback=False), SignCompression()], "SignCompression, number 2 of 2.*behind TopK"),
+        ([TopK(share=0.5), ClipUpdates(max_norm=1.0), SignCompression()], "SignCompression, number 3 of 3"),
+    ],
+)
+def test_error_feedback_that_nobody_would_keep_is_refused(transforms, says):
+    with pytest.raises(ConfigurationError, match=f"must be kept by what has made them.*{says}"):
+        run(*transforms)
+
+
+ROWS = {
+    "largest, signs": lambda: [TopK(share=0.3), SignCompression()],
+    "largest of the largest": lambda: [TopK(share=0.5), TopK(share=0.2)],
+    "random, signs": lambda: [RandomSparse(share=0.3, error_feedback=True), SignCompression()],
+    "random, largest, nearest": lambda: [
+        RandomSparse(share=0.5, error_feedback=True),
+        TopK(share=0.5),
+        Int8(stochastic=False, error_feedback=True),
+    ],
+    "largest, moments, signs": lambda: [TopK(share=0.3), BFloat16(sections=["moments"]), SignCompression()],
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_what_a_row_of_codes_has_sent_and_what_it_keeps_are_all_updates(row):
+    chain = TransformChain(ROWS[row]())
+    layout, nothing = Layout(("g.w",), ((12, 10),), (torch.float64,)), Layout((), (), ())
+    private = chain.client_state(chain.entries({}, layout, nothing))
+    given, arrived = torch.zeros(12, 10, dtype=torch.float64), torch.zeros(12, 10, dtype=torch.float64)
+    for number in range(30):
+        value = torch.randn(12, 10, dtype=torch.float64)
+        update = ClientUpdate(client_id=0, num_examples=1, delta={"g.w": value}, metrics={}, round=number)
+        facts = RoundFacts(number, {}, number)
+        sent, private = chain.sent(update, private, {}, facts=facts)
+        arrived += chain.received(sent, {}, before=update, facts=facts).delta["g.w"]
+        given += value
+        (kept,) = (own for name, own in private.items() if name.endswith("residual/g.w"))
+        torch.testing.assert_close(arrived + kept, given, atol=1e-12, rtol=0.0)
+    assert float(kept.norm()) < 0.5 * float(given.norm()) * 30**0.5
+
+
+def test_a_code_without_error_feedback_adds_its_noise_once():
+    """What an unbiased code loses is made good by the next rounds' draws, and by nothing that is kept."""
+    chain = TransformChain([TopK(share=0.3), QSGD(levels=1)])
+    layout, nothing = Layout(("g.w",), ((12, 10),), (torch.float64,)), Layout((), (), ())
+    private = chain.client_state(chain.entries({}, layout, nothing))
+    value = torch.randn(12, 10, dtype=torch.float64)
+    update = ClientUpdate(client_id=0, num_examples=1, delta={"g.w": value}, metrics={}, round=0)
+    _, private = chain.sent(update, private, {}, facts=RoundFacts(0, {}, 0))
+    (kept,) = (own for name, own in private.items() if name.endswith("residual/g.w"))
+    largest = value.abs() >= value.abs().flatten().topk(36).values[-1]
+    assert_states_equal({"w": kept}, {"w": torch.where(largest, 0.0, value)})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CODECS)
+def test_every_code_takes_half_precision(name, dtype):
+    value = torch.randn(8, 6).to(dtype)
+    _, found = coded(CODECS[name](), value)
+    assert found.dtype == dtype
+    assert bool(torch.isfinite(found).all())
+    assert found.any() == (found.shape == value.shape)
+
+
+def test_a_byte_up_and_two_down():
+    ledger = run(Int8(), BFloat16(sections=["updates"], down="only"), gan=ring_gan(optimizer=sgd))[1].ledger
+    sizes = [own.numel() for own in ring_gan().parameters()]
+    assert sum(ledger.bytes_down.values()) == 4 * 4 * 2 * sum(sizes)
+    assert sum(ledger.bytes_up.values()) == 4 * 4 * sum(size + 4 for size in sizes)
+
+
+def test_a_code_of_what_is_sent_to_nobody_is_refused():
+    algorithm = {"algorithm": MDGAN(num_samples=16), "sync": {"generator": "server", "discriminator": "local"}}
+    with pytest.raises(ConfigurationError, match="down must find something.*got BFloat16, number 1 of 1"):
+        run(BFloat16(sections=["updates"], down=True), **algorithm)
+    run(BFloat16(sections=["updates"]), **algorithm, rounds=1)
