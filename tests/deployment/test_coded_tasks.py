@@ -20,7 +20,7 @@ from fedgan_lightning.errors import UpdateError
 from fedgan_lightning.federation.policy import resolve
 from fedgan_lightning.federation.transform_chain import TransformChain
 from fedgan_lightning.protocol import ClientTask
-from fedgan_lightning.transforms import BFloat16, LogMoments
+from fedgan_lightning.transforms import BFloat16, Int8, LogMoments
 from fedgan_lightning.update_transform import RoundFacts
 from tests.conftest import ROOT, adam, assert_states_equal, ring_gan, slow
 from tests.deployment.loopback import LoopbackGrid
@@ -95,6 +95,8 @@ def made(*transforms):
         [BFloat16(down=True)],
         [BFloat16(sections=["updates"], down=True), LogMoments()],
         [LogMoments(), BFloat16(sections=["updates"], down=True)],
+        [Int8(), BFloat16(sections=["updates"], down="only")],
+        [BFloat16(sections=["moments", "updates"]), LogMoments(down="only")],
     ],
 )
 def test_what_a_site_makes_of_it_is_what_the_server_took_it_for(transforms):
