@@ -273,7 +273,8 @@ def client_updates(
             round=task.round,
         )
         facts = RoundFacts(task.round, task.hyperparameters, task.seed)
-        own = {n: state[n][row] if visit.is_stacked else state[n] for n in policy.shared_parameters}
+        names = policy.shared_parameters if context.algorithm.keeps_state else ()
+        own = {n: state[n][row] if visit.is_stacked else state[n] for n in names}
         found.append(_sent(update, private[row], visit._stored[row], context, facts, parameters=own))
     return found
 
