@@ -65,6 +65,9 @@ GRIDS = {
         cells={
             "K = 20": rounds(1200, 20),
             **{f"K = 20, {policy}": [*rounds(1200, 20), *OPTIMIZERS[policy]] for policy in ("keep", "reset")},
+            "K = 20, reset, a bit a number": [
+                *(*rounds(1200, 20), *OPTIMIZERS["reset"], "--federation.transforms", "[SignCompression]"),
+            ],
             "centralised": [*rounds(1200, 100), *CENTRALISED],
         },
         columns=IMAGE_COLUMNS,
