@@ -50,6 +50,11 @@ class UpdateEntry:
     bound: float | None = None
     persists: bool = True
 
+    @classmethod
+    def of(cls, value: Tensor, *, is_vector: bool) -> UpdateEntry:
+        """Return that of a tensor."""
+        return cls(tuple(value.shape), value.dtype, kind="vector" if is_vector else "value")
+
 
 @dataclass(frozen=True)
 class ClientTask:

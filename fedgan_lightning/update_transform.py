@@ -32,6 +32,8 @@ class UpdateTransform(ABC):
 
     #: What codes of this kind make of what the server sends; ``None`` where that stays as it is.
     downward: UpdateTransform | None = None
+    #: Whether what it changes is lost, and not meant.
+    is_code: bool = False
     #: Whether what it takes from an update comes in later ones.
     error_feedback: bool = False
 

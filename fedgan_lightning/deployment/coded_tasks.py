@@ -50,8 +50,6 @@ def decoded(task: ClientTask, context: ClientContext) -> ClientTask:
 def _entries(sent: State, *, module: Any, policy: Policy) -> dict[str, UpdateEntry]:
     """Return the entries that the server has encoded, of which codes have the names and something behind a slash."""
     own = module.state_dict()
-    shapes = {name: tuple(value.shape) for name, value in own.items()}
-    dtypes = {name: value.dtype for name, value in own.items()}
     known = {*policy.downlink_entries}
     found: dict[str, UpdateEntry] = {}
     for name, value in sent.items():
@@ -59,13 +57,9 @@ def _entries(sent: State, *, module: Any, policy: Policy) -> dict[str, UpdateEnt
         if not isinstance(value, Tensor):
             raise UpdateError(f"{WHO}: {printable(name)} is no tensor")
         if whole in known:
-            found[whole] = UpdateEntry(
-                shapes[whole], dtypes[whole], kind="vector" if policy.is_parameter(whole) else "value"
-            )
-        elif whole.startswith(MOMENTS) and (owner := of_moment(whole)[1]) in shapes and owner in known:
-            found[whole] = UpdateEntry(shapes[owner], dtypes[owner])
+            found[whole] = UpdateEntry.of(own[whole], is_vector=policy.is_parameter(whole))
+        elif whole.startswith(MOMENTS) and (owner := of_moment(whole)[1]) in known:
+            found[whole] = UpdateEntry.of(own[owner], is_vector=False)
         else:
-            found[name] = UpdateEntry(
-                tuple(value.shape), value.dtype, kind="vector" if policy.is_parameter(name) else "value"
-            )
+            found[name] = UpdateEntry.of(value, is_vector=policy.is_parameter(name))
     return found

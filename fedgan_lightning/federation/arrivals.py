@@ -112,6 +112,17 @@ class Arrivals:
         """Return what a resumed run must know; nothing unless overridden."""
         return {}
 
+    def check_continued(self, state: Mapping[str, Any], *, rounds: int) -> None:
+        """Refuse a state that no run can go on from; none unless overridden.
+
+        Args:
+            state: What the ``state_dict`` of the run before returned.
+            rounds: Rounds that are complete.
+
+        Raises:
+            CheckpointError: If it is one.
+        """
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there; nothing unless overridden."""
 

@@ -255,20 +255,21 @@ def check_cohorts(federation: Any, data: FederatedData) -> None:
         federation.secure.check_cohort(size, sums_only=federation.executor.sums_only)
 
 
-def check_data(model: Any, data: Any) -> None:
-    """Let a module that can say so refuse data that do not fit its networks.
+def check_data(model: Any, data: Any, *, trains: bool) -> None:
+    """Let a module that can say so refuse data that do not fit its networks, and its steps where it ``trains``.
 
     Raises:
         ConfigurationError: If they do not.
+        DataError: If a client's minibatches cannot be divided among the discriminator's steps.
     """
     if offers(model, DataHook) and hasattr(data, "sample_shape"):
         model.check_data(data.sample_shape, getattr(data, "num_classes", 0))
-    d_steps = getattr(model, "d_steps", 1)
-    if isinstance(d_steps, int) and d_steps > 1 and isinstance(data, SizedBatches):
+    divides = isinstance(model, GAN) and model.d_steps > 1 and model.privacy is None  # which makes its own minibatches
+    if trains and divides and isinstance(data, SizedBatches):
         for client_id in range(data.num_clients):  # type: ignore[attr-defined]
             steps = data.steps_per_epoch(client_id)  # type: ignore[attr-defined]
             for size in {*(data.batch_sizes(client_id, first_step=0, num_steps=steps) or ())}:
-                check_minibatch(size, d_steps=d_steps, whose=f"client {client_id}")
+                check_minibatch(size, d_steps=model.d_steps, whose=f"client {client_id}")
 
 
 def check_device(root: torch.device) -> None:

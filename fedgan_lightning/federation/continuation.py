@@ -36,6 +36,7 @@ def take_over(federation: Any, state: Mapping[str, Any], rounds: int) -> None:
 
 
 def _take_over(federation: Any, state: Mapping[str, Any], rounds: int) -> None:
+    federation.arrivals.check_continued(state["arrivals"], rounds=rounds)  # first: no change of settings mends it
     before = RunFingerprint(state["settings"], state["identity"])
     changed = federation._fingerprint.check(before, federation.accept_changes)
     if "store_files" in state:

@@ -197,7 +197,7 @@ class FederatedOrchestrator(L.Callback):
         for line in policy.blind_spots(trained=self.algorithm.trains):
             warnings.warn(line, stacklevel=2)
         check_cohorts(self, data)
-        check_data(server.model, data)
+        check_data(server.model, data, trains=stage == "fit")
         self._restored = None  # a checkpoint that was looked at is none to continue from: that is read after this
         if stage == "fit":
             check_optimizers(server, self._begun[0])

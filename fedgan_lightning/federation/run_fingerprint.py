@@ -157,7 +157,6 @@ class RunFingerprint:
                 known[group], now_known[group] = (
                     {key: own for key, own in one[group].items() if key != name} for one in (known, now_known)
                 )
-        self._check_clock(before)
         if changed and not accept:
             raise CheckpointError(
                 message(
@@ -178,19 +177,8 @@ class RunFingerprint:
                     fix="restore the data, or start a new run in another directory",
                 )
             )
-        check_unchanged({**before.identity, "data": now, "clock": self.identity.get("clock")}, self.identity)
+        check_unchanged({**before.identity, "data": now}, self.identity)
         return changed
-
-    def _check_clock(self, before: RunFingerprint) -> None:
-        """Refuse another virtual clock, accepted or not: it would say of the past, too, who worked on what.
-
-        Raises:
-            CheckpointError: If it is another one.
-        """
-        clock = self.identity.get("clock")
-        if clock is not None:
-            name = "federation.rules.asynchronous"
-            check_unchanged({name: before.identity.get("clock")}, {name: clock})
 
 
 def identity_of(federation: Any, server: Any, data: Any) -> dict[str, Any]:
@@ -206,17 +194,6 @@ def identity_of(federation: Any, server: Any, data: Any) -> dict[str, Any]:
         "algorithm": type(federation.algorithm).__name__,
         "transforms": [type(transform).__name__ for transform in federation.transforms],
         "seed": federation.seed,
-        "clock": _clock_of(federation),
-    }
-
-
-def _clock_of(federation: Any) -> dict[str, Any] | None:
-    """Return what a virtual clock follows from; ``None`` without one."""
-    settings = federation.rules.asynchronous
-    if settings is None or federation.executor.in_real_time:
-        return None
-    return {
-        name: made_of(getattr(settings, name)) for name in ("buffer_size", "concurrency", "most_stale", "durations")
     }
 
 

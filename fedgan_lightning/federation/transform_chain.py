@@ -68,7 +68,9 @@ class TransformChain:
             if downward is not None:
                 if not downward.changes(down):
                     rule = "down must find something that the server sends to all: networks, moments or statistics"
-                    raise ConfigurationError(message(rule, received=f"{who}, with down", fix="set down to false"))
+                    raise ConfigurationError(
+                        message(rule, received=f"{who}, with down", fix="leave it out, or set down to false")
+                    )
                 down = downward.schema(down)
         self._check_feedback(stages)
 
@@ -80,21 +82,23 @@ class TransformChain:
         """
         kept: set[str] = set()  # codes of which what is lost comes back
         for index, (transform, entering, leaving) in enumerate(zip(self.transforms, stages, stages[1:])):
-            mine = transform.coded(entering)
-            forgotten = [name for name in mine if name not in stages[0] and name not in kept]
+            if not transform.is_code:
+                kept = set()  # what it changes is meant, and what was made before is not what leaves it
+            codes = [name for name in transform.coded(entering) if name not in stages[0]]
+            forgotten = [name for name in codes if name not in kept and _is_of_many_rounds(name, stages[0])]
             if transform.error_feedback and forgotten:
+                before = " and ".join(type(own).__name__ for own in self.transforms[:index])
                 raise ConfigurationError(
                     message(
                         "error feedback of a code of codes must be kept by what has made them, right before it",
                         received=f"{type(transform).__name__}, number {index + 1} of {len(self)}, with error_feedback: "
-                        f"true, behind {' and '.join(type(own).__name__ for own in self.transforms[:index])}",
-                        fix="set error_feedback to true of the code before it as well, or to false of this one",
+                        f"true, behind {before}",
+                        fix="set it to false here, or put the code that has made them right before it, with "
+                        "error_feedback: true",
                     )
                 )
             if transform.error_feedback:
                 kept |= {*leaving} - {*entering}
-            elif not mine:
-                kept = set()  # what it changes is meant, and what was made before is not what leaves it
 
     def entries(self, of_algorithm: Entries, delta: Layout, extras: Layout) -> dict[str, UpdateEntry]:
         """Return what is known of the entries of an update before any transform.
@@ -240,6 +244,14 @@ class TransformChain:
         for transform, entering in reversed(list(zip(self.transforms, stages))):
             values = transform.decode(values, entries=entering, facts=facts)
         return update if values is came else _grouped(update, values, stages[0])
+
+
+def _is_of_many_rounds(code: str, before: Entries) -> bool:
+    """Whether what a code stands for is about the same in every round."""
+    name = code
+    while name not in before and "/" in name:
+        name = name.rpartition("/")[0]
+    return name in before and before[name].persists
 
 
 def _encoded(stages: Sequence[Entries]) -> Entries:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,11 +28,7 @@ MEANS_OF_ONE_GRADIENT = (torch.optim.Adam, torch.optim.AdamW, NAdam, RAdam)
 def downlink(context: ClientContext) -> dict[str, UpdateEntry]:
     """Return what the server sends to all clients, but for moments and an algorithm's own entries."""
     state, policy = context.model.state_dict(), context.policy
-    kinds: dict[bool, Literal["vector", "value"]] = {True: "vector", False: "value"}
-    return {
-        name: UpdateEntry(tuple(state[name].shape), state[name].dtype, kind=kinds[policy.is_parameter(name)])
-        for name in policy.downlink_entries
-    }
+    return {n: UpdateEntry.of(state[n], is_vector=policy.is_parameter(n)) for n in policy.downlink_entries}
 
 
 class UpdateSchema:

@@ -7,6 +7,7 @@ between rounds, and a resumed run is the same to the bit.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import heapq
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -147,23 +148,10 @@ class VirtualArrivals(BufferedArrivals):
         return self._known[round]
 
     def begin(self, task: ClientTask, *, exact: State, sizes: Mapping[str, int]) -> None:
-        """Begin a round: remember what all clients get that start now, and what those of the round were given.
-
-        Raises:
-            CheckpointError: If a checkpoint has not told what somebody works on.
-        """
+        """Begin a round: remember what all clients get that start now, and what those of the round were given."""
         here = self.buffer(task.round)
         needed = {task.round, *here.at_work.values(), *(own.version for own in here.arrivals)}
         self.add(task, exact=exact, sizes=sizes, needed=needed)
-        lost = sorted(version for version in needed - {*self.tasks} if version < task.round)
-        if lost:
-            raise CheckpointError(
-                message(
-                    "a run by a virtual clock must go on from a checkpoint of one",
-                    received=f"one without the networks of round {lost[0]}",
-                    fix="go on where it was run, between machines for one of a deployment",
-                )
-            )
         self._given = {own.client_id: own.version for own in here.arrivals}
 
     def version(self, client_id: int) -> int:
@@ -182,17 +170,47 @@ class VirtualArrivals(BufferedArrivals):
         return {**self.ages(ages, dropped=own.dropped), "staleness/virtual_seconds": own.seconds}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the networks of all versions that somebody works on, as clients were given them."""
+        """Return the networks of all versions that somebody works on, and what the clock has said so far."""
         fields = [own.name for own in dataclasses.fields(ClientTask)]
-        plain = {v: {name: getattr(task, name) for name in fields} for v, task in self.tasks.items()}
+        plain = {version: {name: getattr(task, name) for name in fields} for version, task in self.tasks.items()}
         for version, own in plain.items():
             own.update(own={}, coded=None, state=dict(own["state"]), sizes=dict(self.sizes[version]))
-        return {str(version): own for version, own in plain.items()}
+        said = self.newest + 1
+        return {"versions": {str(v): own for v, own in plain.items()}, "said": said, "clock": self._digest(said)}
+
+    def check_continued(self, state: Mapping[str, Any], *, rounds: int) -> None:
+        if rounds and "clock" not in state:
+            raise CheckpointError(
+                message(
+                    "a run by a virtual clock must go on from a checkpoint of one",
+                    received="one of rounds that wait for all, or of a deployment",
+                    fix="restore federation.rules.asynchronous, or go on where it was run",
+                )
+            )
+        if rounds and self._digest(state["said"]) != state["clock"]:
+            raise CheckpointError(
+                message(
+                    "a run by a virtual clock must go on by the same one, which says who works on what",
+                    received="other durations, buffers, concurrency or most_stale than in the checkpoint",
+                    fix="restore federation.rules.asynchronous, or start a new run in another directory",
+                )
+            )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        found = {int(v): {**own, "schedule_positions": tuple(own["schedule_positions"])} for v, own in state.items()}
-        self.sizes = {version: own.pop("sizes") for version, own in found.items()}
-        self.tasks = {version: ClientTask(**own) for version, own in found.items()}
+        versions = {int(version): dict(own) for version, own in state.get("versions", {}).items()}
+        self.sizes = {version: own.pop("sizes") for version, own in versions.items()}
+        self.tasks = {
+            version: ClientTask(**{**own, "schedule_positions": tuple(own["schedule_positions"])})
+            for version, own in versions.items()
+        }
+
+    def _digest(self, rounds: int) -> str:
+        """Return what is the same of two clocks that say the same of so many rounds."""
+        said = [
+            [(own.client_id, own.version, f"{own.seconds:.9g}") for own in self.buffer(number).arrivals]
+            for number in range(rounds)
+        ]
+        return hashlib.sha256(repr(said).encode()).hexdigest()
 
 
 class ArrivingClients(ClientSampler):

@@ -314,7 +314,7 @@ def test_a_resumed_run_ends_with_the_same_bits(cut, executor, tmp_path):
 
 @pytest.mark.parametrize("before", [None, clock(1.0, 2.4, 7.0, 4.0, buffer_size=2)], ids=["synchronous", "clock"])
 @pytest.mark.parametrize(
-    "now", [clock(1.0, 2.4, 6.0, 4.0, buffer_size=2), clock(1.0, 2.4, 7.0, 4.0, buffer_size=3)], ids=["times", "buffer"]
+    "now", [clock(1.5, 2.4, 7.0, 4.0, buffer_size=2), clock(1.0, 2.4, 7.0, 4.0, buffer_size=3)], ids=["times", "buffer"]
 )
 def test_another_clock_is_refused_accepted_or_not(before, now, tmp_path):
     """It would say of rounds that are over, too, who worked on what."""
@@ -367,7 +367,7 @@ def test_stacked_clients_are_each_alone():
 
 def test_only_networks_that_somebody_works_on_are_kept():
     _, orchestrator, _ = run(clock(1.0, 2.4, 50.0, 4.0, buffer_size=1), rounds=12)
-    versions = {int(version) for version in orchestrator.arrivals.state_dict()}
+    versions = {int(version) for version in orchestrator.arrivals.state_dict()["versions"]}
     assert 0 in versions  # of the slow one
     assert len(versions) <= 5
 
@@ -459,3 +459,28 @@ def test_schedules_of_clients_move_by_the_steps_of_a_round(buffer_size):
     )
     _, orchestrator, _ = run(clock(4.0, 4.1, 4.2, 4.3, buffer_size=buffer_size), gan=gan, rounds=12)
     assert orchestrator._clock.schedules == (24,)
+
+
+def test_a_trace_is_known_by_its_times_and_not_by_its_name(tmp_path):
+    """A file that has moved goes on, and one whose times have changed does not."""
+
+    def trace(name, *seconds):
+        (tmp_path / name).write_text("client,seconds\n" + "".join(f"{k},{own}\n" for k, own in enumerate(seconds)))
+        return Asynchronous(durations=TraceDurations(path=str(tmp_path / name)), buffer_size=2)
+
+    _, _, trainer = run(trace("a.csv", 1.0, 2.4, 7.0, 4.0), rounds=3)
+    trainer.save_checkpoint(tmp_path / "cut.ckpt")
+
+    def again(asynchronous):
+        federation = FederatedOrchestrator(
+            rounds=5, local_steps=2, aggregator=WeightedMean("uniform"), executor=SequentialExecutor(),
+            rules=RoundRules(asynchronous=asynchronous),
+        )  # fmt: skip
+        federation.accept_changes = True
+        server = ServerModule(ring_gan(optimizer=sgd).double())
+        quiet_trainer(federation).fit(server, datamodule=ring_data(), ckpt_path=tmp_path / "cut.ckpt")
+        return server.rounds_completed
+
+    assert again(trace("b.csv", 1.0, 2.4, 7.0, 4.0)) == 5
+    with pytest.raises(CheckpointError, match="by the same one.*Restore federation.rules.asynchronous"):
+        again(trace("a.csv", 1.5, 2.4, 7.0, 4.0))

@@ -8,14 +8,27 @@ import numpy as np
 import pytest
 import torch
 
-from fedgan_lightning import GAN, AutoExecutor, DataError, FederatedDataModule, SequentialExecutor, VectorizedExecutor
+from fedgan_lightning import (
+    GAN,
+    AutoExecutor,
+    DataError,
+    FederatedDataModule,
+    FederatedOrchestrator,
+    SequentialExecutor,
+    ServerModule,
+    VectorizedExecutor,
+)
+from fedgan_lightning.aggregators import WeightedMean
 from fedgan_lightning.data.partition import Partition
 from fedgan_lightning.executors import AutotunedExecutor
 from fedgan_lightning.losses import R1, GradientPenalty
+from fedgan_lightning.privacy import ExampleLevelPrivacy
 from fedgan_lightning.sources import Digits, Ring
-from tests.conftest import adam, federate, ring_gan, sgd
+from tests.conftest import adam, federate, quiet_trainer, ring_gan, sgd
 from tests.contracts.test_executors import assert_same, dcgan, gentle, updates
+from tests.foreign import SomebodysGAN
 
+PRIVATE = ExampleLevelPrivacy(clip=0.5, noise_multiplier=1.0, delta=1e-3, batch_size=4, testing_seed=1)
 SIZES = (1, 3, 30, 3000)
 
 
@@ -126,3 +139,15 @@ def test_a_minibatch_that_the_discriminator_s_steps_do_not_divide_is_refused_bef
     with pytest.raises(DataError, match=r"d_steps=2 .*got 7 samples of client 2.*every client has samples for"):
         federate(ring_gan(optimizer=sgd, d_steps=2), sized(64, 64, 7, batch_size=16), local_steps=1, rounds=1)
     federate(ring_gan(optimizer=sgd, d_steps=2), sized(64, 64, 8, batch_size=16), local_steps=1, rounds=1)
+
+
+def test_other_uses_of_the_name_and_of_the_module_are_left_alone():
+    """Critic steps of somebody's module, validation, and private minibatches, which are drawn for the steps."""
+    somebodys = SomebodysGAN()
+    somebodys.d_steps = 3
+    data = sized(64, 64, 7, batch_size=16)
+    federate(somebodys, data, local_steps=1, rounds=1)
+    federation = FederatedOrchestrator(rounds=1, local_steps=1)
+    quiet_trainer(federation).validate(ServerModule(ring_gan(optimizer=sgd, d_steps=3)), datamodule=data, verbose=False)
+    private = ring_gan(optimizer=sgd, d_steps=3, penalties=[], privacy=PRIVATE)
+    federate(private, data, local_steps=1, rounds=1, optimizer_state="reset", aggregator=WeightedMean("uniform"))

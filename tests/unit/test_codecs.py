@@ -657,6 +657,7 @@ def test_no_code_hides_a_number_that_is_not_finite(codec, value):
         ([TopK(share=0.5, error_feedback=False), SignCompression()], "SignCompression, number 2 of 2.*behind TopK"),
         ([TopK(share=0.5), ClipUpdates(max_norm=1.0), SignCompression()], "SignCompression, number 3 of 3"),
     ],
+    ids=["random", "largest", "a clip between"],
 )
 def test_error_feedback_that_nobody_would_keep_is_refused(transforms, says):
     with pytest.raises(ConfigurationError, match=f"must be kept by what has made them.*{says}"):
@@ -673,6 +674,12 @@ ROWS = {
         Int8(stochastic=False, error_feedback=True),
     ],
     "largest, moments, signs": lambda: [TopK(share=0.3), BFloat16(sections=["moments"]), SignCompression()],
+    "largest, down, nearest": lambda: [
+        TopK(share=0.3),
+        BFloat16(sections=["updates"], down="only"),
+        Int8(stochastic=False, error_feedback=True),
+    ],
+    "power, largest": lambda: [PowerSGD(rank=1), TopK(share=0.5)],
 }
 
 
@@ -722,6 +729,25 @@ def test_a_byte_up_and_two_down():
     sizes = [own.numel() for own in ring_gan().parameters()]
     assert sum(ledger.bytes_down.values()) == 4 * 4 * 2 * sum(sizes)
     assert sum(ledger.bytes_up.values()) == 4 * 4 * sum(size + 4 for size in sizes)
+
+
+def test_moments_in_codes_down_alone():
+    sizes = [
+        {way: sum(getattr(own, f"bytes_{way}").values()) for way in ("down", "up")}
+        for transforms in ([], [LogMoments()], [LogMoments(down="only")], [LogMoments(down=False)])
+        for own in [run(*transforms, gan=ring_gan(optimizer=adam), optimizer_state="average")[1].ledger]
+    ]
+    plain, both, down, up = sizes
+    assert (down["down"], down["up"]) == (both["down"], plain["up"])
+    assert (up["down"], up["up"]) == (plain["down"], both["up"])
+    assert both["down"] < plain["down"]
+    assert both["up"] < plain["up"]
+
+
+def test_codes_of_what_no_round_repeats_need_nobody_to_keep_anything():
+    """Feedback is about other samples every round, and error feedback of it means nothing, whatever the default."""
+    algorithm = {"algorithm": MDGAN(num_samples=16), "sync": {"generator": "server", "discriminator": "local"}}
+    run(RandomSparse(share=0.5), SignCompression(), **algorithm, rounds=1)
 
 
 def test_a_code_of_what_is_sent_to_nobody_is_refused():

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import ClassVar, Literal, TypeAlias
 
 import torch
@@ -46,6 +47,7 @@ class UpdateCodec(UpdateTransform):
     allowed: ClassVar[tuple[Section, ...]] = ("updates",)
     #: Whether codes of several clients add up to the code of the sum.
     is_linear: bool = False
+    is_code = True
     #: Codes that are numbers of the entry, which a transform after this one may code again, or clip.
     numbers: ClassVar[tuple[str, ...]] = ()
 
@@ -164,7 +166,7 @@ class UpdateCodec(UpdateTransform):
             parts = self._forms(name, entries[name], entries)
             if not parts:
                 came[name] = arrived[name]
-            elif self.error_feedback and not name.startswith(namespaces.MOMENTS):
+            elif self._keeps_losses(name):
                 codes = {part: arrived[f"{name}/{part}"] for part in parts}
                 came[name] = self.restore(codes, entries[name], name=name, facts=facts)
                 if f"{RESIDUAL}{name}" in kept:
@@ -195,12 +197,11 @@ class UpdateCodec(UpdateTransform):
         coder = self.downward
         if coder is None:
             return state, state
-        kinds: dict[bool, Literal["vector", "value"]] = {True: "vector", False: "value"}
-        entries = {n: UpdateEntry(tuple(v.shape), v.dtype, kind=kinds[is_parameter(n)]) for n, v in state.items()}
+        entries = {name: UpdateEntry.of(value, is_vector=is_parameter(name)) for name, value in state.items()}
         sent, _ = coder.client(state, entries=entries, private={}, facts=facts)
         return sent, coder.decode(sent, entries=entries, facts=facts)
 
-    @property
+    @cached_property
     def downward(self) -> UpdateCodec | None:  # type: ignore[override] # None there
         if self.down != "only":
             return self if self.down else None
@@ -208,16 +209,22 @@ class UpdateCodec(UpdateTransform):
         found.down = True
         return found
 
+    def takes(self, name: str, entry: UpdateEntry) -> bool:
+        """Whether an entry is of its sections; none is of a code that is for what the server sends alone."""
+        return self.down != "only" and section_of(name, entry) in self.sections
+
     def _forms(self, name: str, entry: UpdateEntry, entries: Mapping[str, UpdateEntry]) -> Forms:
-        if self.down == "only":
-            return {}
-        return self.forms(entry) if section_of(name, entry) in self.sections else {}
+        return self.forms(entry) if self.takes(name, entry) else {}
 
     def _kept(self, entry: UpdateEntry) -> dict[str, Tensor]:
         return self.kept(entry) if entry.persists else {}
 
     def _feeds_back(self, name: str, entries: Mapping[str, UpdateEntry]) -> bool:
-        return self.error_feedback and entries[name].persists and not name.startswith(namespaces.MOMENTS)
+        return self._keeps_losses(name) and entries[name].persists
+
+    def _keeps_losses(self, name: str) -> bool:
+        """Whether what this code takes of an entry is kept, by it or by the code that has made the entry."""
+        return self.error_feedback and not name.startswith(namespaces.MOMENTS)
 
 
 def section_of(name: str, entry: UpdateEntry) -> Section | None:

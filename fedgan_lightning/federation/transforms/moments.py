@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedgan_lightning.errors import ConfigurationError, message
 from fedgan_lightning.federation.namespaces import MOMENTS, of_moment
-from fedgan_lightning.federation.transforms.codec import Down, Forms, Section, UpdateCodec, draws, section_of
+from fedgan_lightning.federation.transforms.codec import Down, Forms, Section, UpdateCodec, draws, wide
 from fedgan_lightning.federation.transforms.dense import packed_bits, unpacked_bits
 from fedgan_lightning.options import checked
 from fedgan_lightning.protocol import State, UpdateEntry
@@ -60,14 +60,14 @@ class LogMoments(UpdateCodec):
     # ------------------------------------------------------------------ one entry
 
     def forms(self, entry: UpdateEntry) -> Forms:
-        return {CODES: (_bytes(entry, self.bits), torch.uint8), SCALE: ((), _wide(entry.dtype))}
+        return {CODES: (_bytes(entry, self.bits), torch.uint8), SCALE: ((), wide(entry.dtype))}
 
     def _forms(self, name: str, entry: UpdateEntry, entries: Mapping[str, UpdateEntry]) -> Forms:
-        if section_of(name, entry) != "moments":
+        if not self.takes(name, entry):
             return {}
         if _square_of(name) in entries:
             codes: Forms = {CODES: (_bytes(entry, self.mean_bits), torch.uint8)}
-            return {**codes, SCALE: ((), _wide(entry.dtype))} if self.mean_bits else codes
+            return {**codes, SCALE: ((), wide(entry.dtype))} if self.mean_bits else codes
         return self.forms(entry) if of_moment(name)[2] in SQUARES else {}
 
     def encode(self, value: Tensor, *, name: str, facts: RoundFacts, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -75,11 +75,11 @@ class LogMoments(UpdateCodec):
         if is_mean and not self.mean_bits:
             return {CODES: torch.zeros(0, dtype=torch.uint8, device=value.device)}
         if not is_mean:
-            top = self._top(flat).to(_wide(value.dtype))
+            top = self._top(flat).to(wide(value.dtype))
             places = _places(flat, top, step=self.step, count=self.most, zero_below=False, name=name, facts=facts)
             codes = torch.where(flat > 0, places + 1, 0)
             return {CODES: packed_bits(codes, bits=self.bits), SCALE: top}
-        top, half = flat.abs().max().to(_wide(value.dtype)), self.half
+        top, half = flat.abs().max().to(wide(value.dtype)), self.half
         size, step = flat.abs().clamp(max=top.double()), self.mean_step
         places = _places(size, top, step=step, count=half, zero_below=True, name=name, facts=facts)
         codes = torch.where(places < half, places + 1 + torch.where(flat < 0, half, 0), 0)
@@ -153,7 +153,7 @@ class LogMoments(UpdateCodec):
 
     def _means(self, state: State, entries: Mapping[str, UpdateEntry]) -> list[str]:
         """Return the means of a state whose squares are in it, too."""
-        wanted = (name for name in entries if self.mean_bits and section_of(name, entries[name]) == "moments")
+        wanted = (name for name in entries if self.mean_bits and self.takes(name, entries[name]))
         return [name for name in wanted if name in state and _square_of(name) in state]
 
 
@@ -194,7 +194,3 @@ def _places(
 
 def _bytes(entry: UpdateEntry, bits: int) -> tuple[int, ...]:
     return (-(-int(torch.Size(entry.shape).numel()) * bits // 8),)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
