@@ -265,9 +265,10 @@ def check_data(model: Any, data: Any, *, trains: bool) -> None:
     if offers(model, DataHook) and hasattr(data, "sample_shape"):
         model.check_data(data.sample_shape, getattr(data, "num_classes", 0))
     divides = isinstance(model, GAN) and model.d_steps > 1 and model.privacy is None  # which makes its own minibatches
-    if trains and divides and isinstance(data, SizedBatches):
-        for client_id in range(data.num_clients):  # type: ignore[attr-defined]
-            steps = data.steps_per_epoch(client_id)  # type: ignore[attr-defined]
+    is_sized = isinstance(data, SizedBatches)
+    if trains and divides and is_sized:
+        for client_id in range(data.num_clients):
+            steps = data.steps_per_epoch(client_id)
             for size in {*(data.batch_sizes(client_id, first_step=0, num_steps=steps) or ())}:
                 check_minibatch(size, d_steps=model.d_steps, whose=f"client {client_id}")
 

@@ -24,8 +24,6 @@ from fedgan_lightning.protocol import State
 Key = TypeVar("Key")
 #: Metrics under this prefix are the positions of learning-rate schedules; reports of clients take them out.
 SCHEDULE = "schedule/"
-
-
 #: Numbers of torch's optimizers that count steps, or follow from the count: NAdam's product, ASGD's rates.
 OF_STEPS = frozenset({"step", "mu_product", "eta", "mu"})
 #: Positions of a schedule that are remembered: clients may differ under local epochs.
@@ -43,9 +41,7 @@ def only_moments(state: State) -> dict[str, Tensor]:
 
 
 def is_shared_number(name: str, value: Tensor) -> bool:
-    """Whether an entry is one number for all clients of a stack: the step count of an optimizer, or what follows from
-    it.
-    """
+    """Whether an entry is one number for all clients of a stack: an optimizer's count of steps, or what follows it."""
     return is_optimizer_entry(name) and value.dim() == 0 and name.rpartition("/")[2] in OF_STEPS
 
 

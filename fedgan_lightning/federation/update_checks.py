@@ -64,11 +64,19 @@ class UpdateChecks:
         self, context: ClientContext, *, validator: UpdateValidator | None = None, sums_only: bool = False
     ) -> None:
         self.context, self.validator, self.update_schema = context, validator, UpdateSchema(context)
-        self.began, self.downlink = time.perf_counter(), downlink(context)
+        self.began = time.perf_counter()
+        self._checked: list[Mapping[str, UpdateEntry]] = []
         if sums_only:
             self.check_sums()
         if context.privacy is not None:
             self.check_covered()
+
+    def check_transforms(self, stages: list[Mapping[str, UpdateEntry]]) -> None:
+        """Refuse transforms that have nothing to do, once for the same stages; see ``TransformChain.check_used``."""
+        if stages is not self._checked:
+            moments = {name: entry for name, entry in stages[0].items() if is_optimizer_entry(name)}
+            self.context.transforms.check_used(stages, down={**downlink(self.context), **moments})
+            self._checked = stages
 
     def check_covered(self) -> None:
         """Refuse what an algorithm sends beside what client-level privacy covers.
@@ -131,8 +139,7 @@ class RoundChecks:
         self.schema = run.update_schema.schema(task.state)
         self.moments = only_moments(task.state)
         if not self.schema.is_open:
-            moments = {name: entry for name, entry in self.stages[0].items() if is_optimizer_entry(name)}
-            run.context.transforms.check_used(self.stages, down={**run.downlink, **moments})
+            run.check_transforms(self.stages)
         self.began = time.perf_counter()
 
     @property

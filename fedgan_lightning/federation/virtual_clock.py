@@ -140,11 +140,14 @@ class VirtualArrivals(BufferedArrivals):
         self._given: dict[int, int] = {}
         self._rounds = buffers(settings, num_clients=num_clients, seed=seed)
         self._known: list[Buffer] = []
+        self._said: list[str] = []  # by round a digest of all buffers up to it
 
     def buffer(self, round: int) -> Buffer:
         """Return who arrives in a round."""
         while len(self._known) <= round:
             self._known.append(next(self._rounds))
+            own = [(own.client_id, own.version, f"{own.seconds:.9g}") for own in self._known[-1].arrivals]
+            self._said.append(hashlib.sha256(repr((self._said[-1:], own)).encode()).hexdigest())
         return self._known[round]
 
     def begin(self, task: ClientTask, *, exact: State, sizes: Mapping[str, int]) -> None:
@@ -175,8 +178,11 @@ class VirtualArrivals(BufferedArrivals):
         plain = {version: {name: getattr(task, name) for name in fields} for version, task in self.tasks.items()}
         for version, own in plain.items():
             own.update(own={}, coded=None, state=dict(own["state"]), sizes=dict(self.sizes[version]))
-        said = self.newest + 1
-        return {"versions": {str(v): own for v, own in plain.items()}, "said": said, "clock": self._digest(said)}
+        return {
+            "versions": {str(version): own for version, own in plain.items()},
+            "newest": self.newest,
+            "clock": self._digest(self.newest),
+        }
 
     def check_continued(self, state: Mapping[str, Any], *, rounds: int) -> None:
         if rounds and "clock" not in state:
@@ -187,7 +193,7 @@ class VirtualArrivals(BufferedArrivals):
                     fix="restore federation.rules.asynchronous, or go on where it was run",
                 )
             )
-        if rounds and self._digest(state["said"]) != state["clock"]:
+        if rounds and self._digest(state["newest"]) != state["clock"]:
             raise CheckpointError(
                 message(
                     "a run by a virtual clock must go on by the same one, which says who works on what",
@@ -204,13 +210,10 @@ class VirtualArrivals(BufferedArrivals):
             for version, own in versions.items()
         }
 
-    def _digest(self, rounds: int) -> str:
-        """Return what is the same of two clocks that say the same of so many rounds."""
-        said = [
-            [(own.client_id, own.version, f"{own.seconds:.9g}") for own in self.buffer(number).arrivals]
-            for number in range(rounds)
-        ]
-        return hashlib.sha256(repr(said).encode()).hexdigest()
+    def _digest(self, round: int) -> str:
+        """Return what is the same of two clocks that say the same of all rounds up to this one."""
+        self.buffer(round)
+        return self._said[round]
 
 
 class ArrivingClients(ClientSampler):

@@ -698,7 +698,6 @@ def test_what_a_row_of_codes_has_sent_and_what_it_keeps_are_all_updates(row):
         given += value
         (kept,) = (own for name, own in private.items() if name.endswith("residual/g.w"))
         torch.testing.assert_close(arrived + kept, given, atol=1e-12, rtol=0.0)
-    assert float(kept.norm()) < 0.5 * float(given.norm()) * 30**0.5
 
 
 def test_a_code_without_error_feedback_adds_its_noise_once():
@@ -721,7 +720,8 @@ def test_every_code_takes_half_precision(name, dtype):
     _, found = coded(CODECS[name](), value)
     assert found.dtype == dtype
     assert bool(torch.isfinite(found).all())
-    assert found.any() == (found.shape == value.shape)
+    assert found.shape == value.shape
+    assert 0.0 < float((found - value).float().norm()) < 4.0 * float(value.float().norm()) or torch.equal(found, value)
 
 
 def test_a_byte_up_and_two_down():
